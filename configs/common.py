@@ -1,0 +1,60 @@
+"""What every config has, with its default. A config file changes what is its own."""
+
+import ml_collections
+
+
+def base(task: str) -> ml_collections.ConfigDict:
+    """Defaults for the ``task`` "autoencoder" or "diffusion"."""
+    config = ml_collections.ConfigDict()
+    config.task = task
+    config.seed = 0
+    config.steps = 100_000
+    config.batch_size = 32
+    config.dtype = "float32"  # of products; parameters are always float32
+    config.ema = 0.9999  # decay of the average of parameters; 0 keeps none
+    config.parallel = "jit"  # or "pmap": one host, everything replicated
+    config.log_every = 50
+    config.save_every = 1000
+    config.eval_every = 1000
+    config.eval_batches = 8
+    config.preview_every = 1000
+    config.keep = 3  # newest checkpoints
+
+    config.data = ml_collections.ConfigDict()
+    config.data.path = ""
+    config.data.size = (64, 64)
+    config.data.crop = "center"  # or random, none
+    config.data.flip = False
+    config.data.caption = "{text}"  # a template over the columns of metadata.jsonl
+    config.data.num_workers = 0  # processes that decode; 0 decodes in threads
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.lr = 1e-4
+    config.optim.warmup = 0
+    config.optim.decay = "constant"  # or cosine, linear
+    config.optim.final = 0.0  # of lr, at the last step
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.weight_decay = 0.0
+    config.optim.clip = 0.0  # largest gradient norm; 0 does not clip
+    config.optim.accumulate = 1  # parts that a batch is cut into, to save memory
+
+    config.loss = ml_collections.ConfigDict()
+    config.model = ml_collections.ConfigDict()
+    if task == "autoencoder":
+        config.loss.kind = "l1"  # or l2
+        config.loss.kl_weight = 1e-6
+        config.loss.logvar_init = 0.0
+        config.loss.perceptual_weight = 0.0
+        config.loss.vgg16 = ""  # safetensors of VGG16's convolutions
+        config.loss.lpips_heads = ""  # safetensors of LPIPS' linear heads
+    else:
+        config.scale_factor_batches = 64
+        config.loss.kind = "l2"  # or l1
+        config.loss.simple_weight = 1.0
+        config.loss.elbo_weight = 0.0
+        config.loss.logvar_init = 0.0
+        config.loss.learn_logvar = False
+        config.loss.min_snr_gamma = 0.0  # 0 weighs every timestep alike
+        config.loss.caption_dropout = 0.1  # for classifier-free guidance
+    return config

@@ -1,0 +1,39 @@
+"""The demo's first stage: a KL autoencoder with f = 4 on 64x64 emoji."""
+
+import ml_collections
+
+from configs.common import base
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    config = base("autoencoder")
+    config.steps = 1600
+    config.batch_size = 16
+    config.ema = 0.99
+    config.data.update(path="emoji64.zip", split_column="hexcode", holdout=0.05, flip=True)
+    config.optim.update(lr=1e-3, warmup=100, decay="cosine", final=0.02, clip=0.0, b2=0.99)
+    config.loss.update(kind="l1", kl_weight=3e-3)
+    config.model.first_stage = ml_collections.ConfigDict(
+        dict(
+            kind="kl",
+            embed_dim=4,
+            z_channels=4,
+            ch=32,
+            ch_mult=(1, 2, 2),
+            num_res_blocks=1,
+            attn_resolutions=(),
+            attn_type="none",
+            resolution=64,
+            in_channels=3,
+            out_ch=3,
+        )
+    )
+    if variant == "smoke":
+        config.steps, config.batch_size = 30, 8
+        config.log_every = config.save_every = config.eval_every = config.preview_every = 10
+        config.eval_batches = 1
+        config.data.path = "pkg:assets/emoji_subset.zip"
+    elif variant:
+        raise ValueError(f"emoji_kl has no variant {variant!r}; there is smoke")
+    return config

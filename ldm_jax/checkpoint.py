@@ -1,0 +1,108 @@
+"""What is kept on disk, all of it through Orbax: training states, and model directories.
+
+A model directory describes itself: ``config.json`` says what the model is, ``params/`` holds its arrays. Nothing else is needed to load it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or model directory that cannot be read or written; its message is one line that says what to do."""
+
+
+def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str = "float32") -> None:
+    """Writes a model directory; floating-point arrays are stored as ``dtype``. CheckpointError if something else is already there."""
+    import orbax.checkpoint as ocp
+
+    path = Path(path).absolute()
+    if path.exists() and any(path.iterdir()):
+        raise CheckpointError(f"{path} is not empty; give a new folder or remove it first")
+    path.mkdir(parents=True, exist_ok=True)
+    cast = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "params", cast)
+    (path / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1) + "\n")
+
+
+def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
+    """(config, params) of a model directory; params are numpy arrays as stored. CheckpointError where it is not one or is damaged."""
+    path = Path(path).absolute()
+    config = read_config(path)
+    import orbax.checkpoint as ocp
+
+    if not (path / "params").is_dir():
+        raise CheckpointError(f"{path} has a config.json but no params folder; copy the model directory whole")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path / "params").item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return config, checkpointer.restore(path / "params", restore_args=as_numpy)
+    except Exception as error:  # whatever a damaged file makes Orbax or its storage raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path / 'params'} cannot be read (damaged or incomplete?): {reason[:200]}") from None
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a model directory."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} is no model directory: it has no config.json")
+    try:
+        config = json.loads(file.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: format {config.get('format') if isinstance(config, dict) else None!r} is not {FORMAT}; use a newer ldm_jax")
+    return config
+
+
+class TrainingCheckpoints:
+    """Checkpoints of a run under ``workdir/checkpoints``, one a step: the state's arrays, and a JSON object beside them.
+
+    Writing is asynchronous and atomic: a killed run finds its last complete step. ``keep`` newest steps stay.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 3):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.path = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self.path, options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
+        """Saves in the background; a step that is already there is left as it is."""
+        if step not in self._manager.all_steps():
+            args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), info=self._ocp.args.JsonSave(info))
+            self._manager.save(step, args=args, force=True)
+
+    def info(self, step: int) -> dict[str, Any]:
+        """The JSON object of a step."""
+        return self._manager.restore(step, args=self._ocp.args.Composite(info=self._ocp.args.JsonRestore()))["info"]
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of a step, placed as the arrays of ``like`` (or its ShapeDtypeStructs with shardings) are."""
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
+        try:
+            return self._manager.restore(step, args=args)["state"]
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{self.path / str(step)} cannot be restored: {reason[:200]}") from None
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

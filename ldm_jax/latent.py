@@ -1,0 +1,209 @@
+"""LatentDiffusion: first stage + conditioner + UNet + schedule, one pytree with static modules, built from a plain config.
+
+A model config is what ``config.json`` of a model directory holds::
+
+    {"kind": "latent_diffusion", "unet": {...}, "first_stage": {"kind": "kl", ...}, "scale_factor": 0.18,
+     "conditioner": {"kind": "bert", ...}, "schedule": {...}, "objective": "eps"}
+
+A first stage alone has {"kind": "first_stage", "first_stage": {...}}.
+"""
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.conditioning import CONDITIONERS, Cond, Conditioner
+from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
+from ldm_jax.diffusion.objective import get_objective
+from ldm_jax.diffusion.samplers import Sampler, initial_noise, sample
+from ldm_jax.diffusion.schedule import Schedule, make_schedule
+from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.unet import UNet
+
+
+class ConfigError(ValueError):
+    """A config that cannot be built; its message is one line that says what to change."""
+
+
+@flax.struct.dataclass
+class FirstStage:
+    """An autoencoder with its parameters and the factor that brings its latents to unit variance.
+
+    ``module`` None is the identity: diffusion on pixels.
+    """
+
+    params: Any
+    scale: jax.Array | float
+    module: AutoencoderKL | None = flax.struct.field(pytree_node=False)
+
+    @property
+    def downsampling(self) -> int:
+        return 1 if self.module is None else self.module.downsampling
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return 3 if self.module is None else self.module.embed_dim
+
+    def encode(self, x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """Pixels [b, H, W, 3] in [-1, 1] -> scaled latents [b, h, w, c]: the posterior's mode, or its sample with standard normal ``noise``."""
+        if self.module is None:
+            return x
+        posterior = self.module.apply({"params": self.params}, x, method="encode")
+        return self.scale * (posterior.mode() if noise is None else posterior.sample(noise))
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """Scaled latents [b, h, w, c] -> pixels [b, H, W, 3], float32, about [-1, 1]."""
+        if self.module is None:
+            return z
+        return self.module.apply({"params": self.params}, z / self.scale, method="decode")
+
+
+@flax.struct.dataclass
+class LatentDiffusion:
+    """The whole model. ``params`` has "unet" and "conditioner"; the first stage keeps its own, since it is trained apart."""
+
+    params: Any
+    first_stage: FirstStage
+    schedule: Schedule
+    unet: UNet = flax.struct.field(pytree_node=False)
+    conditioner: Conditioner = flax.struct.field(pytree_node=False)
+    objective: str = flax.struct.field(pytree_node=False)
+    config_json: str = flax.struct.field(pytree_node=False, default="{}")
+
+    @property
+    def config(self) -> dict:
+        """The config that this was built from."""
+        return json.loads(self.config_json)
+
+    def apply(self, params: Any, x: jax.Array, t: jax.Array, cond: Cond, *, train: bool = False, rngs: dict | None = None) -> jax.Array:
+        """The UNet's output [b, h, w, c] at latents ``x`` and timesteps ``t`` [b]."""
+        if cond.concat is not None:
+            x = jnp.concatenate([x, cond.concat], axis=-1)
+        return self.unet.apply({"params": params["unet"]}, x, t, cond.crossattn, cond.vector, train=train, rngs=rngs)
+
+    def denoiser(self, encoded: Any, null: Any = None, guidance: Any = None) -> Denoiser:
+        """The network under host-encoded conditions, guided away from ``null`` by ``guidance`` ([] or [b]) where that is given."""
+
+        def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+            return self.apply(self.params, x, t, cond)
+
+        cond = self.conditioner(self.params["conditioner"], encoded)
+        if null is None:
+            return unguided(model, cond)
+        return classifier_free(model, cond, self.conditioner(self.params["conditioner"], null), guidance)
+
+
+# --------------------------------------------------------------------------------------------------------------------- from a config
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def nearest(name: str, known: Any) -> str:
+    """", did you mean 'x'?" for the known name most like ``name``, or the list of what is known."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
+
+
+def construct(factory: Callable[..., Any], what: str, fields: Mapping[str, Any], **extra: Any) -> Any:
+    """``factory(**fields, **extra)``, with lists as tuples; ConfigError names a field that does not exist or is missing."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    signature = inspect.signature(factory)
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        known = [p for p in signature.parameters if p not in ("parent", "name", *extra)]
+        for field in fields:
+            if field not in known:
+                raise ConfigError(f"{what}: field {field!r} does not exist{nearest(field, known)}")
+    try:
+        return factory(**fields, **extra)
+    except TypeError as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if name not in config:
+        raise ConfigError(f"model config: the section {name!r} is missing")
+    return dict(config[name])
+
+
+def _by_kind(registry: Mapping[str, Any], what: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    kind = fields.pop("kind", None)
+    if kind not in registry:
+        raise ConfigError(f"{what}: kind {kind!r} does not exist{nearest(str(kind), registry)}")
+    return registry[kind], fields
+
+
+FIRST_STAGES: dict[str, Callable[..., AutoencoderKL | None]] = {"kl": AutoencoderKL, "identity": lambda dtype: None}
+
+
+def build_first_stage(config: Mapping[str, Any], dtype: str = "float32") -> AutoencoderKL | None:
+    """The autoencoder of a config's "first_stage"; None is the identity."""
+    factory, fields = _by_kind(FIRST_STAGES, "first_stage", _section(config, "first_stage"))
+    return construct(factory, "first_stage", fields, dtype=DTYPES[dtype])
+
+
+def build(config: Mapping[str, Any], params: Any, first_stage_params: Any, dtype: str = "float32") -> LatentDiffusion:
+    """A LatentDiffusion from a config and its parameters (or their shapes, or None to fill in later)."""
+    factory, fields = _by_kind(CONDITIONERS, "conditioner", _section(config, "conditioner"))
+    get_objective(config["objective"])
+    return LatentDiffusion(
+        params=params,
+        first_stage=FirstStage(first_stage_params, config.get("scale_factor", 1.0), build_first_stage(config, dtype)),
+        schedule=construct(make_schedule, "schedule", _section(config, "schedule")),
+        unet=construct(UNet, "unet", _section(config, "unet"), dtype=DTYPES[dtype]),
+        conditioner=construct(factory, "conditioner", fields, dtype=DTYPES[dtype]),
+        objective=config["objective"],
+        config_json=json.dumps(config),
+    )
+
+
+def init_params(model: LatentDiffusion, key: jax.Array) -> dict:
+    """Fresh float32 parameters {"unet", "conditioner"}; jit it, or take its `jax.eval_shape`."""
+    key_unet, key_conditioner = jax.random.split(key)
+    conditioner = model.conditioner.init(key_conditioner)
+    cond = jax.eval_shape(model.conditioner, conditioner, model.conditioner.encode_null(1))
+    side = 2 ** (len(model.unet.channel_mult) - 1)
+    x = jnp.zeros((1, side, side, model.unet.in_channels))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), cond)
+    unet = model.unet.init(key_unet, x, jnp.zeros(1), zeros.crossattn, zeros.vector)["params"]
+    return {"unet": unet, "conditioner": conditioner}
+
+
+def generate(
+    model: LatentDiffusion,
+    sampler: Sampler,
+    nodes: Any,
+    encoded: Any,
+    null: Any,
+    seeds: jax.Array,
+    guidance: jax.Array | None,
+    size: tuple[int, int],
+) -> jax.Array:
+    """The whole of sampling as one pure function: conditions, seeds [b] -> pixels uint8 [b, H, W, 3], ``size`` = (H, W).
+
+    ``model``, ``nodes``, conditions, ``seeds`` and ``guidance`` ([] or [b]; None for no guidance) are traced. An image depends on its own seed
+    and condition alone, not on its place in a batch.
+    """
+    f = model.first_stage.downsampling
+    keys = jax.vmap(jax.random.key)(seeds)
+    x = initial_noise(keys, (size[0] // f, size[1] // f, model.first_stage.channels))
+    denoise = model.denoiser(encoded, None if guidance is None else null, guidance)
+    predict = predictor(denoise, model.schedule, model.objective, clip=model.first_stage.module is None)
+    z, _ = sample(sampler, predict, x, nodes, schedule=model.schedule, keys=keys)
+    return to_uint8(model.first_stage.decode(z))
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+    """Pixels in [-1, 1] -> uint8, rounded and clipped."""
+    return jnp.round(jnp.clip((x + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
+
+
+def to_float(image: jax.Array) -> jax.Array:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0

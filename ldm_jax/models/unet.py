@@ -1,0 +1,190 @@
+"""The diffusion UNet (Dhariwal & Nichol 2021; with cross-attention, Rombach et al. 2022).
+
+`layout(config)` lays out the network as rows of blocks; the module runs those rows and the conversion tables walk them, so that the two cannot
+disagree about what is where.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, dense, timestep_embedding
+from ldm_jax.nn.resnet import Downsample, ResBlock, Upsample
+
+
+class Block(NamedTuple):
+    """One block of the UNet: what it is and the channels that enter and leave it."""
+
+    kind: Literal["conv", "res", "res_up", "res_down", "attn", "down", "up"]
+    channels_in: int
+    channels_out: int
+    heads: int = 0
+    head_dim: int = 0
+
+
+class Layout(NamedTuple):
+    """Rows of blocks. Every input row's result is kept and joined, last first, to the input of an output row."""
+
+    input: list[list[Block]]
+    middle: list[Block]
+    output: list[list[Block]]
+
+    def blocks(self) -> Iterator[tuple[str, Block]]:
+        """(module name, block) for every block: input_blocks_i_j, middle_block_j, output_blocks_i_j."""
+        for part, rows in (("input_blocks", self.input), ("output_blocks", self.output)):
+            for i, row in enumerate(rows):
+                yield from ((f"{part}_{i}_{j}", block) for j, block in enumerate(row))
+        yield from ((f"middle_block_{j}", block) for j, block in enumerate(self.middle))
+
+
+class UNet(nn.Module):
+    """UNet: x [b, h, w, in_channels], t [b] -> [b, h, w, out_channels] (float32).
+
+    Fields carry the original's names and defaults. Height and width must divide by 2^(levels - 1). ``attention_resolutions`` are downsampling
+    factors, not sizes. ``num_head_channels``, when positive, fixes the head size and lets the head count follow; otherwise ``num_heads`` holds.
+    With ``n_embed`` the head predicts codebook indices ([b, h, w, n_embed] logits) instead. ``dropout`` needs a "dropout" rng when ``train``.
+    """
+
+    in_channels: int
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...] = ()
+    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
+    dropout: float = 0.0
+    conv_resample: bool = True
+    num_classes: int | None = None
+    num_heads: int = -1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
+    use_spatial_transformer: bool = False
+    transformer_depth: int = 1
+    context_dim: int | None = None
+    n_embed: int | None = None
+    legacy: bool = True
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, context: Array | None = None, y: Array | None = None, train: bool = False) -> Array:
+        """``context`` [b, m, context_dim] feeds cross-attention; ``y`` [b] holds class indices where ``num_classes`` is set."""
+        if (y is None) != (self.num_classes is None):
+            raise ValueError("UNet: y must be given if and only if num_classes is set")
+        if context is not None and not self.use_spatial_transformer:
+            raise ValueError("UNet: context needs use_spatial_transformer=True")
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if x.shape[1] % factor or x.shape[2] % factor:
+            raise ValueError(f"UNet: height and width {x.shape[1:3]} must be multiples of {factor}")
+        plan = layout(self)
+        emb = TimeEmbedding(4 * self.model_channels, self.dtype, name="time_embed")(timestep_embedding(t, self.model_channels))
+        if self.num_classes is not None:
+            emb = emb + nn.Embed(self.num_classes, 4 * self.model_channels, dtype=self.dtype, name="label_emb")(y)
+
+        h, skips = x.astype(self.dtype), []
+        for i, row in enumerate(plan.input):
+            h = self.run(row, f"input_blocks_{i}", h, emb, context, train)
+            skips.append(h)
+        h = self.run(plan.middle, "middle_block", h, emb, context, train)
+        for i, row in enumerate(plan.output):
+            h = self.run(row, f"output_blocks_{i}", jnp.concatenate([h, skips.pop()], axis=-1), emb, context, train)
+
+        if self.n_embed is not None:
+            h = GroupNorm(1e-5, dtype=self.dtype, name="id_norm")(h)
+            return dense(self.n_embed, h, name="id_predictor", dtype=jnp.float32)(h)
+        h = GroupNorm(1e-5, silu=True, dtype=self.dtype, name="out_norm")(h)
+        return conv(self.out_channels, 3, h, zero=True, name="out_conv", dtype=self.dtype)(h).astype(jnp.float32)
+
+    def run(self, row: list[Block], name: str, h: Array, emb: Array, context: Array | None, train: bool) -> Array:
+        """Runs one row of blocks; called inside ``__call__``, whose submodules these become."""
+
+        def wrap(cls: type[nn.Module], static_argnums: tuple[int, ...]) -> type[nn.Module]:
+            return nn.remat(cls, static_argnums=static_argnums) if self.remat else cls
+
+        for j, block in enumerate(row):
+            at = f"{name}_{j}"
+            match block.kind:
+                case "conv":
+                    h = conv(block.channels_out, 3, h, name=at, dtype=self.dtype)(h)
+                case "res" | "res_up" | "res_down":
+                    resample = {"res": "none", "res_up": "up", "res_down": "down"}[block.kind]
+                    cls = wrap(ResBlock, (3,))
+                    h = cls(block.channels_out, self.dropout, self.use_scale_shift_norm, resample, dtype=self.dtype, name=at)(h, emb, train)
+                case "attn" if self.use_spatial_transformer:
+                    cls = wrap(SpatialTransformer, (3,))
+                    h = cls(block.heads, block.head_dim, self.transformer_depth, dtype=self.dtype, name=at)(h, context, train)
+                case "attn":
+                    h = wrap(AttentionBlock, ())(block.heads, self.use_new_attention_order, dtype=self.dtype, name=at)(h)
+                case "down":
+                    h = Downsample(self.conv_resample, "same", self.dtype, name=at)(h)
+                case "up":
+                    h = Upsample(self.conv_resample, self.dtype, name=at)(h)
+        return h
+
+
+class TimeEmbedding(nn.Module):
+    """Two dense layers with SiLU between: [b, c] -> [b, features]."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.silu(dense(self.features, x, name="dense_0", dtype=self.dtype)(x))
+        return dense(self.features, x, name="dense_1", dtype=self.dtype)(x)
+
+
+def layout(unet: UNet) -> Layout:
+    """The blocks of a UNet, in the original's order and count."""
+    if unet.num_heads == -1 and unet.num_head_channels == -1 and unet.attention_resolutions:
+        raise ValueError("UNet: set num_heads or num_head_channels")
+    base, mults = unet.model_channels, unet.channel_mult
+    heads_up = unet.num_heads if unet.num_heads_upsample == -1 else unet.num_heads_upsample
+
+    def attention(ch: int, upward: bool = False) -> Block:
+        heads = unet.num_heads if unet.num_head_channels == -1 else ch // unet.num_head_channels
+        if not unet.use_spatial_transformer and unet.num_head_channels == -1 and unet.legacy and upward:
+            heads = heads_up  # only the plain attention of the decoder listens to num_heads_upsample
+        return Block("attn", ch, ch, heads, ch // heads)
+
+    def resample(kind: Literal["up", "down"], ch: int) -> Block:
+        return Block(f"res_{kind}" if unet.resblock_updown else kind, ch, ch)  # type: ignore[arg-type]
+
+    ch, ds = base, 1
+    rows_in, skips = [[Block("conv", unet.in_channels, ch)]], [ch]
+    for level, mult in enumerate(mults):
+        for _ in range(unet.num_res_blocks):
+            row = [Block("res", ch, mult * base)]
+            ch = mult * base
+            if ds in unet.attention_resolutions:
+                row.append(attention(ch))
+            rows_in.append(row)
+            skips.append(ch)
+        if level != len(mults) - 1:
+            rows_in.append([resample("down", ch)])
+            skips.append(ch)
+            ds *= 2
+
+    middle = [Block("res", ch, ch), attention(ch), Block("res", ch, ch)]
+
+    rows_out = []
+    for level, mult in reversed(list(enumerate(mults))):
+        for i in range(unet.num_res_blocks + 1):
+            row = [Block("res", ch + skips.pop(), mult * base)]
+            ch = mult * base
+            if ds in unet.attention_resolutions:
+                row.append(attention(ch, upward=True))
+            if level and i == unet.num_res_blocks:
+                row.append(resample("up", ch))
+                ds //= 2
+            rows_out.append(row)
+    return Layout(rows_in, middle, rows_out)
+
+
+FIELDS = tuple(f.name for f in dataclasses.fields(UNet) if f.name not in ("parent", "name", "dtype", "remat"))

@@ -1,0 +1,133 @@
+"""Linen layers that every network shares. Arrays are NHWC (or [batch, length, channels]).
+
+Parameters are float32; ``dtype`` is the dtype that products are computed in. Normalisation statistics, softmax and timestep embeddings stay in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Dtype = Any
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+# PyTorch's default for convolutions and linear layers: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)), whose variance is 1 / (3 fan_in).
+torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int) -> Initializer:
+    """PyTorch's default bias: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = 1 / np.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def conv(features: int, kernel: int, like: Array, *, name: str, dtype: Dtype, stride: int = 1, padding: Any = None, zero=False) -> nn.Conv:
+    """A square convolution initialised as PyTorch does, padded to keep the size; ``zero`` starts it at zero.
+
+    ``like`` is its input, whose channel count sets the bias range.
+    """
+    fan_in = like.shape[-1] * kernel * kernel
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        padding=kernel // 2 if padding is None else padding,
+        dtype=dtype,
+        kernel_init=nn.initializers.zeros if zero else torch_kernel_init,
+        bias_init=nn.initializers.zeros if zero else torch_bias_init(fan_in),
+        name=name,
+    )
+
+
+def dense(features: int, like: Array, *, name: str, dtype: Dtype, use_bias: bool = True, zero: bool = False) -> nn.Dense:
+    """A linear layer (also every 1x1 convolution) initialised as PyTorch does; ``zero`` starts it at zero."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.zeros if zero else torch_kernel_init,
+        bias_init=nn.initializers.zeros if zero else torch_bias_init(like.shape[-1]),
+        name=name,
+    )
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over (height, width, channels of a group) (Wu & He 2018), optionally followed by SiLU.
+
+    ``eps`` differs inside the original: 1e-5 in the UNet, 1e-6 in SpatialTransformer and the autoencoders.
+    """
+
+    eps: float
+    groups: int = 32
+    silu: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, *space, c = x.shape
+        if c % self.groups:
+            raise ValueError(f"GroupNorm: {c} channels do not divide into {self.groups} groups; use a multiple of {self.groups}")
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        x32 = x.astype(jnp.float32)
+        over = tuple(range(1, x.ndim - 1))
+        stat = (b,) + (1,) * len(space) + (c,)
+
+        def group_mean(a: Array) -> Array:
+            # Channel by channel first: a reduction over (height, width, part of channels) at once is 3 to 4 times slower on CPU.
+            by_group = a.mean(over).reshape(b, self.groups, -1).mean(-1)
+            return jnp.repeat(by_group, c // self.groups, axis=-1).reshape(stat)
+
+        mean = group_mean(x32)
+        # Two passes: E[x^2] - E[x]^2 cancels when a group's mean is far from zero.
+        var = group_mean(jnp.square(x32 - mean))
+        # One multiply-add per element: normalisation and affine folded into a per-channel gain and offset.
+        gain = jax.lax.rsqrt(var + self.eps) * scale
+        y = x32 * gain + (bias - mean * gain)
+        return (nn.silu(y) if self.silu else y).astype(self.dtype)
+
+
+def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:
+    """LayerNorm with PyTorch's epsilon (Flax's default is 1e-6)."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU; ``jax.nn.gelu`` defaults to the tanh form."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def timestep_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Array:
+    """Sinusoidal embedding [cos, sin] of timesteps ``t`` [b] -> float32 [b, dim], as the UNet uses it.
+
+    Frequencies are max_period^(-i / half); an odd ``dim`` ends in a zero column.
+    """
+    half = dim // 2
+    freqs = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    args = t.astype(jnp.float32)[:, None] * freqs
+    emb = jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
+    return jnp.pad(emb, ((0, 0), (0, dim % 2)))
+
+
+def ddpm_timestep_embedding(t: Array, dim: int) -> Array:
+    """The older form [sin, cos] with frequencies 10000^(-i / (half - 1)) (Ho et al. 2020) -> float32 [b, dim]."""
+    half = dim // 2
+    freqs = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
+    args = t.astype(jnp.float32)[:, None] * freqs
+    emb = jnp.concatenate([jnp.sin(args), jnp.cos(args)], axis=-1)
+    return jnp.pad(emb, ((0, 0), (0, dim % 2)))
+
+
+def upsample_nearest(x: Array) -> Array:
+    """[b, h, w, c] -> [b, 2h, 2w, c], each pixel repeated."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def avg_pool(x: Array) -> Array:
+    """[b, h, w, c] -> [b, h // 2, w // 2, c], the mean of each 2x2 square; an odd last row or column is dropped."""
+    return nn.avg_pool(x, (2, 2), (2, 2))

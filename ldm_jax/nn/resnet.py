@@ -1,0 +1,101 @@
+"""Residual blocks and resamplers of the UNet and of the autoencoders. Arrays are NHWC."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, avg_pool, conv, dense, upsample_nearest
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution unless ``use_conv`` is off."""
+
+    use_conv: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = upsample_nearest(x)
+        return conv(x.shape[-1], 3, x, name="conv", dtype=self.dtype)(x) if self.use_conv else x
+
+
+class Downsample(nn.Module):
+    """Halving by a strided 3x3 convolution, or by averaging when ``use_conv`` is off.
+
+    ``padding`` "same" pads one pixel all round (the UNet's), "right" only below and right (the autoencoders').
+    """
+
+    use_conv: bool = True
+    padding: Literal["same", "right"] = "same"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if not self.use_conv:
+            return avg_pool(x)
+        pad = ((1, 1), (1, 1)) if self.padding == "same" else ((0, 1), (0, 1))
+        return conv(x.shape[-1], 3, x, stride=2, padding=pad, name="conv", dtype=self.dtype)(x)
+
+
+class ResBlock(nn.Module):
+    """The UNet's residual block, told the timestep by addition or by scale and shift (Dhariwal & Nichol 2021).
+
+    x [b, h, w, c], emb [b, e] -> [b, h', w', features], where ``resample`` "up" doubles and "down" halves height and width: inside, between
+    activation and convolution, and on the skip. The last convolution starts at zero. ``conv_skip`` makes the skip 3x3 instead of 1x1.
+    """
+
+    features: int
+    dropout: float = 0.0
+    scale_shift: bool = False
+    resample: Literal["none", "up", "down"] = "none"
+    conv_skip: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array, train: bool = False) -> Array:
+        resample = {"none": lambda a: a, "up": upsample_nearest, "down": avg_pool}[self.resample]
+        h = resample(GroupNorm(1e-5, silu=True, dtype=self.dtype, name="in_norm")(x))
+        x = resample(x)
+        h = conv(self.features, 3, h, name="in_conv", dtype=self.dtype)(h)
+
+        emb = nn.silu(emb)
+        width = 2 * self.features if self.scale_shift else self.features
+        e = dense(width, emb, name="emb", dtype=self.dtype)(emb)[:, None, None]
+        if self.scale_shift:
+            scale, shift = jnp.split(e, 2, axis=-1)
+            h = nn.silu(GroupNorm(1e-5, dtype=self.dtype, name="out_norm")(h) * (1 + scale) + shift)
+        else:
+            h = GroupNorm(1e-5, silu=True, dtype=self.dtype, name="out_norm")(h + e)
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = conv(self.features, 3, h, zero=True, name="out_conv", dtype=self.dtype)(h)
+
+        if x.shape[-1] != self.features:
+            if self.conv_skip:
+                x = conv(self.features, 3, x, name="skip", dtype=self.dtype)(x)
+            else:
+                x = dense(self.features, x, name="skip", dtype=self.dtype)(x)
+        return x + h
+
+
+class ResnetBlock(nn.Module):
+    """The autoencoders' residual block. [b, h, w, c] -> [b, h, w, features]."""
+
+    features: int
+    dropout: float = 0.0
+    conv_skip: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        h = GroupNorm(1e-6, silu=True, dtype=self.dtype, name="norm1")(x)
+        h = conv(self.features, 3, h, name="conv1", dtype=self.dtype)(h)
+        h = GroupNorm(1e-6, silu=True, dtype=self.dtype, name="norm2")(h)
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = conv(self.features, 3, h, name="conv2", dtype=self.dtype)(h)
+        if x.shape[-1] != self.features:
+            if self.conv_skip:
+                x = conv(self.features, 3, x, name="skip", dtype=self.dtype)(x)
+            else:
+                x = dense(self.features, x, name="skip", dtype=self.dtype)(x)
+        return x + h
