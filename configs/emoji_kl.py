@@ -8,9 +8,9 @@ from configs.common import base
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     config = base("autoencoder")
-    config.steps = 1600
-    config.batch_size = 16
-    config.ema = 0.99
+    config.steps = 3000
+    config.batch_size = 8
+    config.ema = 0.995
     config.data.update(path="emoji64.zip", split_column="hexcode", holdout=0.05, flip=True)
     config.optim.update(lr=1e-3, warmup=100, decay="cosine", final=0.02, clip=0.0, b2=0.99)
     config.loss.update(kind="l1", kl_weight=3e-3)

@@ -19,6 +19,7 @@ import numpy as np
 
 from ldm_jax.models.text import TransformerEncoder
 
+LOG = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -78,7 +79,7 @@ class BertText:
         for i, row in enumerate(rows):
             if len(row) > room:
                 cut = tokenizer.decode(row[room:])
-                logging.warning("prompt is %d tokens long, %d are read; cut: %r", len(row), room, cut)
+                LOG.warning("prompt is %d tokens long, %d are read; cut: %r", len(row), room, cut)
             row = [tokenizer.cls_token_id, *row[:room], tokenizer.sep_token_id]
             tokens[i, : len(row)] = row
         return tokens

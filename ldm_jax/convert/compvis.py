@@ -1,7 +1,7 @@
 """Name tables of the original CompVis networks: latent-diffusion, stable-diffusion v1 and taming-transformers.
 
-The small walkers yield one block each: ``prefix`` is "" or ends in a dot, ``path`` is where the block's parameters live. The ``*_table`` functions
-put a whole network together from its module's fields; they are listed in FAMILIES.
+The small walkers yield one block each: ``prefix`` is "" or ends in a dot, ``path`` is where the block's parameters
+live. The ``*_table`` functions put a whole network together from its module's fields; they are listed in FAMILIES.
 """
 
 import re
@@ -13,7 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert.tables import CHANNELS, CONV1D, CONV1X1, COUNT, LEADING, Entry, Path, Table, Unused, conv, dense, embedding, norm, unused
+from ldm_jax.convert.tables import (
+    CHANNELS,
+    CONV1D,
+    CONV1X1,
+    COUNT,
+    LEADING,
+    Entry,
+    Path,
+    Table,
+    Unused,
+    conv,
+    dense,
+    embedding,
+    norm,
+    unused,
+)
 from ldm_jax.models.autoencoder import AutoencoderKL, Coder, Decoder, Encoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.gpt import GPT, causal_mask
@@ -22,7 +37,7 @@ from ldm_jax.models.unet import UNet, layout
 
 Walk = Iterator[Entry | Unused]
 
-# ---------------------------------------------------------------------------------------------------------------------- blocks
+# --------------------------------------------------------------------------------------------------------------- blocks
 
 
 def feed_forward(prefix: str, path: Path, *, glu: bool = True) -> Walk:
@@ -100,7 +115,7 @@ def resnet_block(prefix: str, path: Path, *, skip: bool, conv_skip: bool = False
         yield from dense(f"{prefix}nin_shortcut", (*path, "skip"), op=CONV1X1)
 
 
-# -------------------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------------------------------- networks
 
 
 def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
@@ -135,8 +150,15 @@ def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
     # With a codebook to predict, the original still makes and stores the head that it does not call.
     c = unet.model_channels
     table += [unused(f"{prefix}out.0.{name}", c) for name in ("weight", "bias")]
-    table += [unused(f"{prefix}out.2.weight", unet.out_channels, c, 3, 3), unused(f"{prefix}out.2.bias", unet.out_channels)]
-    return [*table, *norm(f"{prefix}id_predictor.0", ("id_norm",)), *dense(f"{prefix}id_predictor.1", ("id_predictor",), op=CONV1X1)]
+    table += [
+        unused(f"{prefix}out.2.weight", unet.out_channels, c, 3, 3),
+        unused(f"{prefix}out.2.bias", unet.out_channels),
+    ]
+    return [
+        *table,
+        *norm(f"{prefix}id_predictor.0", ("id_norm",)),
+        *dense(f"{prefix}id_predictor.1", ("id_predictor",), op=CONV1X1),
+    ]
 
 
 def _attention_of(kind: str, prefix: str, path: Path) -> Walk:
@@ -185,7 +207,11 @@ def decoder_table(decoder: Decoder, prefix: str = "decoder.", path: Path = ()) -
     if decoder.give_pre_end:  # the original stores the end that it then does not run
         c = decoder.ch * decoder.ch_mult[0]
         table += [unused(f"{prefix}norm_out.{name}", c) for name in ("weight", "bias")]
-        return [*table, unused(f"{prefix}conv_out.weight", decoder.out_ch, c, 3, 3), unused(f"{prefix}conv_out.bias", decoder.out_ch)]
+        return [
+            *table,
+            unused(f"{prefix}conv_out.weight", decoder.out_ch, c, 3, 3),
+            unused(f"{prefix}conv_out.bias", decoder.out_ch),
+        ]
     return [*table, *norm(f"{prefix}norm_out", (*path, "norm_out")), *conv(f"{prefix}conv_out", (*path, "conv_out"))]
 
 
@@ -213,7 +239,11 @@ def bert_table(model: TransformerEncoder, prefix: str = "cond_stage_model.transf
         table += [*norm(f"{ff}.0", (f"ff_norm_{i}",)), *feed_forward(f"{ff}.1.", (f"ff_{i}",), glu=model.ff_glu)]
     if model.with_logits:
         return [*table, *dense(f"{prefix}to_logits", ("to_logits",))]
-    return [*table, unused(f"{prefix}to_logits.weight", model.vocab_size, model.dim), unused(f"{prefix}to_logits.bias", model.vocab_size)]
+    return [
+        *table,
+        unused(f"{prefix}to_logits.weight", model.vocab_size, model.dim),
+        unused(f"{prefix}to_logits.bias", model.vocab_size),
+    ]
 
 
 def discriminator_table(model: PatchDiscriminator, prefix: str = "loss.discriminator.") -> Table:
@@ -301,7 +331,8 @@ def table_of(module: nn.Module, prefix: str | None = None) -> Table:
 
 
 def param_shapes(module: nn.Module, *example: Any) -> dict[str, Any]:
-    """The module's parameter tree as ShapeDtypeStructs, without computing anything; all collections where it has more than parameters.
+    """The module's parameter tree as ShapeDtypeStructs, without computing anything; all collections where it has more
+    than parameters.
 
     ``example``: arguments to initialise it with, for modules that are not in FAMILIES.
     """

@@ -1,7 +1,9 @@
-"""Name tables: which array of a PyTorch checkpoint is which of our parameters, and how its axes turn. One table runs both ways.
+"""Name tables: which array of a PyTorch checkpoint is which of our parameters, and how its axes turn. One table runs
+both ways.
 
-A table is a list of entries that a walker over a model's configuration yields (`ldm_jax.convert.compvis` has the walkers). It is total: reading or
-writing with it either accounts for every array on both sides or raises a ConversionError that lists all that does not fit.
+A table is a list of entries that a walker over a model's configuration yields (`ldm_jax.convert.compvis` has the
+walkers). It is total: reading or writing with it either accounts for every array on both sides or raises a
+ConversionError that lists all that does not fit.
 """
 
 from collections import Counter
@@ -14,7 +16,8 @@ Path = tuple[str, ...]
 
 
 class Op(NamedTuple):
-    """How one array turns between PyTorch's layout and ours. Axes move and values stay, so a round trip is exact to the bit."""
+    """How one array turns between PyTorch's layout and ours. Axes move and values stay, so a round trip is exact to the
+    bit."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
@@ -52,7 +55,8 @@ Table = list[Entry | Unused]
 
 
 class ConversionError(ValueError):
-    """Names that do not fit a table. Each attribute lists all of its kind; ``misshapen`` holds (name, shape found, shape expected)."""
+    """Names that do not fit a table. Each attribute lists all of its kind; ``misshapen`` holds (name, shape found,
+    shape expected)."""
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class ConversionError(ValueError):
             raise problem
 
 
-# ------------------------------------------------------------------------------------------------------------ pieces of tables
+# ----------------------------------------------------------------------------------------------------- pieces of tables
 
 
 def conv(source: str, path: Path, *, bias: bool = True, op: Op = CONV) -> Iterator[Entry]:
@@ -120,7 +124,7 @@ def under(path: Path, table: Iterable[Entry | Unused]) -> Table:
     return [entry._replace(path=(*path, *entry.path)) if isinstance(entry, Entry) else entry for entry in table]
 
 
-# ------------------------------------------------------------------------------------------------------------- running a table
+# ------------------------------------------------------------------------------------------------------ running a table
 
 
 def flatten(tree: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
@@ -148,8 +152,8 @@ def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
 def source_shapes(table: Table, shapes: Mapping[str, Any], where: str = "table") -> dict[str, tuple[int, ...]]:
     """{source name: shape in the original's layout} of everything a table names.
 
-    ``shapes`` is our parameter tree with leaves that have a ``shape`` (of `jax.eval_shape`, say). Raises ConversionError unless table and tree name
-    the same parameters, each once.
+    ``shapes`` is our parameter tree with leaves that have a ``shape`` (of `jax.eval_shape`, say). Raises
+    ConversionError unless table and tree name the same parameters, each once.
     """
     leaves = flatten(shapes)
     entries = [entry for entry in table if isinstance(entry, Entry)]
@@ -158,7 +162,10 @@ def source_shapes(table: Table, shapes: Mapping[str, Any], where: str = "table")
         f"{where}, table against parameters",
         missing=("/".join(path) for path in leaves.keys() - paths.keys()),
         unexpected=("/".join(path) for path in paths.keys() - leaves.keys()),
-        duplicate=[*("/".join(path) for path, n in paths.items() if n > 1), *(name for name, n in names.items() if n > 1)],
+        duplicate=[
+            *("/".join(path) for path, n in paths.items() if n > 1),
+            *(name for name, n in names.items() if n > 1),
+        ],
     )
     # Only axes move, so a zero-stride stand-in of the right shape tells the other layout's shape without memory.
     expected = {e.source: e.op.to_theirs(np.broadcast_to(np.float32(0), leaves[e.path].shape)).shape for e in entries}
@@ -174,8 +181,9 @@ def to_ours(
 ) -> dict[str, Any]:
     """The checkpoint's arrays as our nested parameter tree, dtypes unchanged.
 
-    ``state_dict`` maps original names to arrays (or yields such pairs: the shards of one checkpoint, say); ``shapes`` is our parameter tree, as for
-    `source_shapes`; ``where`` opens the error message. Raises ConversionError with every missing, unexpected, duplicate and misshapen name.
+    ``state_dict`` maps original names to arrays (or yields such pairs: the shards of one checkpoint, say); ``shapes``
+    is our parameter tree, as for `source_shapes`; ``where`` opens the error message. Raises ConversionError with every
+    missing, unexpected, duplicate and misshapen name.
     """
     pairs = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
     found = dict(pairs)
@@ -186,13 +194,20 @@ def to_ours(
         missing=(entry.source for entry in entries if entry.source not in found),
         unexpected=found.keys() - expected.keys(),
         duplicate=(name for name, n in Counter(name for name, _ in pairs).items() if n > 1),
-        misshapen=((n, np.shape(found[n]), shape) for n, shape in expected.items() if n in found and np.shape(found[n]) != shape),
+        misshapen=(
+            (n, np.shape(found[n]), shape)
+            for n, shape in expected.items()
+            if n in found and np.shape(found[n]) != shape
+        ),
     )
-    return nest({entry.path: np.asarray(entry.op.to_ours(np.asarray(found[entry.source])), order="C") for entry in entries})
+    return nest(
+        {entry.path: np.asarray(entry.op.to_ours(np.asarray(found[entry.source])), order="C") for entry in entries}
+    )
 
 
 def to_theirs(table: Table, params: Mapping[str, Any], *, where: str = "parameters") -> dict[str, np.ndarray]:
-    """Our nested parameter tree as {original name: array in PyTorch's layout}, dtypes unchanged: the inverse of `to_ours`.
+    """Our nested parameter tree as {original name: array in PyTorch's layout}, dtypes unchanged: the inverse of
+    `to_ours`.
 
     Raises ConversionError unless table and tree name the same parameters.
     """

@@ -12,9 +12,9 @@ from ldm_jax.nn.layers import Array, Dtype
 class BatchNorm(nn.Module):
     """Batch normalisation over all but the last axis, as PyTorch keeps it: x [b, h, w, c] -> same.
 
-    Training normalises by the batch's biased variance, and moves the running variance towards the unbiased one; the collection "batch_stats"
-    (mean, var [c], and count, the number of training passes) must then be mutable. ``axis_name`` takes the statistics over all devices of a
-    pmap; under jit the batch is whole anyway.
+    Training normalises by the batch's biased variance, and moves the running variance towards the unbiased one; the
+    collection "batch_stats" (mean, var [c], and count, the number of training passes) must then be mutable.
+    ``axis_name`` takes the statistics over all devices of a pmap; under jit the batch is whole anyway.
     """
 
     momentum: float = 0.1
@@ -53,8 +53,9 @@ class BatchNorm(nn.Module):
 class ActNorm(nn.Module):
     """scale * (x + loc) per channel (Kingma & Dhariwal 2018), fitted to the first batch: x [b, h, w, c] -> same.
 
-    In training, while the flag ``initialized`` of "batch_stats" is 0 and both collections are mutable, loc and scale are set to whiten this batch
-    (unbiased deviation, + 1e-6). `fit_actnorm` does this; a pass that may not write parameters uses them as they are.
+    In training, while the flag ``initialized`` of "batch_stats" is 0 and both collections are mutable, loc and scale
+    are set to whiten this batch (unbiased deviation, + 1e-6). `fit_actnorm` does this; a pass that may not write
+    parameters uses them as they are.
     """
 
     dtype: Dtype = jnp.float32
@@ -66,7 +67,12 @@ class ActNorm(nn.Module):
         self.param("scale", nn.initializers.ones, (c,))
         initialized = self.variable("batch_stats", "initialized", jnp.zeros, (), jnp.uint8)
         x = x.astype(jnp.float32)
-        if train and not self.is_initializing() and self.is_mutable_collection("params") and self.is_mutable_collection("batch_stats"):
+        if (
+            train
+            and not self.is_initializing()
+            and self.is_mutable_collection("params")
+            and self.is_mutable_collection("batch_stats")
+        ):
             axes = tuple(range(x.ndim - 1))
             fitted = {"loc": -x.mean(axes), "scale": 1 / (x.std(axes, ddof=1) + 1e-6)}
             for name, value in fitted.items():
@@ -78,7 +84,8 @@ class ActNorm(nn.Module):
 
 
 class Place(NamedTuple):
-    """One layer of the discriminator: its index in the original's Sequential, that of its normalisation, and what it is."""
+    """One layer of the discriminator: its index in the original's Sequential, that of its normalisation, and what it
+    is."""
 
     conv: int
     norm: int | None
@@ -88,10 +95,11 @@ class Place(NamedTuple):
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits of patches, real against generated: [b, h, w, input_nc] -> float32 [b, h', w', 1]; sides of 24 and more at n_layers 2.
+    """Logits of patches, real against generated: [b, h, w, input_nc] -> float32 [b, h', w', 1]; sides of 24 and more at
+    n_layers 2.
 
-    Fields carry the original's names (NLayerDiscriminator). Needs the collections "params" and "batch_stats"; in training, with BatchNorm, the
-    latter must be mutable, in the generator's pass as well.
+    Fields carry the original's names (NLayerDiscriminator). Needs the collections "params" and "batch_stats"; in
+    training, with BatchNorm, the latter must be mutable, in the generator's pass as well.
     """
 
     input_nc: int = 3
@@ -123,11 +131,17 @@ class PatchDiscriminator(nn.Module):
                 use_bias=place.bias,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(0.02),
-                bias_init=lambda key, shape, dtype=jnp.float32, bound=bound: jax.random.uniform(key, shape, dtype, -bound, bound),
+                bias_init=lambda key, shape, dtype=jnp.float32, bound=bound: jax.random.uniform(
+                    key, shape, dtype, -bound, bound
+                ),
                 name=f"conv_{i}",
             )(x)
             if place.norm is not None:
-                norm = ActNorm(self.dtype, name=f"norm_{i}") if self.use_actnorm else BatchNorm(axis_name=self.axis_name, name=f"norm_{i}")
+                norm = (
+                    ActNorm(self.dtype, name=f"norm_{i}")
+                    if self.use_actnorm
+                    else BatchNorm(axis_name=self.axis_name, name=f"norm_{i}")
+                )
                 x = norm(x, train)
             if i < len(places) - 1:
                 x = nn.leaky_relu(x, 0.2)
@@ -135,6 +149,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def fit_actnorm(model: PatchDiscriminator, variables: dict, x: Array) -> dict:
-    """Variables whose ActNorm layers are fitted to the batch x [b, h, w, c], the first of training; unchanged once they are."""
+    """Variables whose ActNorm layers are fitted to the batch x [b, h, w, c], the first of training; unchanged once they
+    are."""
     _, written = model.apply(variables, x, train=True, mutable=["params", "batch_stats"])
     return {**variables, **written}

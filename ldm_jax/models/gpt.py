@@ -11,7 +11,8 @@ from ldm_jax.nn.layers import Array, Dtype, gelu, layer_norm
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far: k, v [layers, b, block_size, heads, d], and how many positions that is."""
+    """Keys and values of the positions seen so far: k, v [layers, b, block_size, heads, d], and how many positions that
+    is."""
 
     k: Array
     v: Array
@@ -19,15 +20,18 @@ class Cache(NamedTuple):
 
 
 def causal_mask(size: int, n_unmasked: int = 0) -> Array:
-    """Boolean [size, size]: whether position i sees position j, which it does when j <= i or both are among the first ``n_unmasked``."""
+    """Boolean [size, size]: whether position i sees position j, which it does when j <= i or both are among the first
+    ``n_unmasked``."""
     i, j = jnp.arange(size)[:, None], jnp.arange(size)[None]
     return (j <= i) | ((i < n_unmasked) & (j < n_unmasked))
 
 
 class GPTBlock(nn.Module):
-    """Causal self-attention and an MLP, each pre-normalised and residual. x [b, n, c] -> same, with the keys and values it attended to.
+    """Causal self-attention and an MLP, each pre-normalised and residual. x [b, n, c] -> same, with the keys and values
+    it attended to.
 
-    ``past`` holds (k, v) [b, block_size, heads, d] into which this call's are written from position ``start``; ``mask`` is [n, keys].
+    ``past`` holds (k, v) [b, block_size, heads, d] into which this call's are written from position ``start``; ``mask``
+    is [n, keys].
     """
 
     heads: int
@@ -35,7 +39,9 @@ class GPTBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, past: tuple[Array, Array] | None, start: Array, train: bool) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(
+        self, x: Array, mask: Array, past: tuple[Array, Array] | None, start: Array, train: bool
+    ) -> tuple[Array, tuple[Array, Array]]:
         c = x.shape[-1]
 
         def linear(features: int, name: str) -> nn.Dense:
@@ -44,7 +50,10 @@ class GPTBlock(nn.Module):
         h = layer_norm("ln1", self.dtype)(x)
         q, k, v = (split_heads(linear(c, name)(h), self.heads) for name in ("query", "key", "value"))
         if past is not None:
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1) for old, new in zip(past, (k, v), strict=True))
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
+                for old, new in zip(past, (k, v), strict=True)
+            )
         h = linear(c, "proj")(merge_heads(attention(q, k, v, mask=mask)))
         x = x + nn.Dropout(self.resid_dropout, deterministic=not train)(h)
         h = linear(c, "mlp_out")(gelu(linear(4 * c, "mlp_in")(layer_norm("ln2", self.dtype)(x))))
@@ -52,10 +61,12 @@ class GPTBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """tokens int [b, n], after ``embeddings`` [b, m, n_embd] if given -> logits float32 [b, m + n, vocab_size]; at most ``block_size`` positions.
+    """tokens int [b, n], after ``embeddings`` [b, m, n_embd] if given -> logits float32 [b, m + n, vocab_size]; at most
+    ``block_size`` positions.
 
-    Fields carry the original's names. With a ``cache`` (`GPT.empty_cache`) the call continues the sequence in it, and returns (logits, cache).
-    The first ``n_unmasked`` positions see each other whole. ``embd_pdrop``, ``resid_pdrop`` need a "dropout" rng when ``train``.
+    Fields carry the original's names. With a ``cache`` (`GPT.empty_cache`) the call continues the sequence in it, and
+    returns (logits, cache). The first ``n_unmasked`` positions see each other whole. ``embd_pdrop``, ``resid_pdrop``
+    need a "dropout" rng when ``train``.
     """
 
     vocab_size: int
@@ -92,7 +103,9 @@ class GPT(nn.Module):
             x, kv = GPTBlock(self.n_head, self.resid_pdrop, self.dtype, name=f"blocks_{i}")(x, mask, past, start, train)
             seen.append(kv)
         x = layer_norm("ln_f", self.dtype)(x)
-        logits = nn.Dense(self.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        logits = nn.Dense(self.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype, name="head")(x).astype(
+            jnp.float32
+        )
         if cache is None:
             return logits
         k, v = (jnp.stack(part) for part in zip(*seen, strict=True))
@@ -119,7 +132,8 @@ def generate(
     temperature: float | Array = 1.0,
     top_k: int | None = None,
 ) -> Array:
-    """``tokens`` [b, n] continued by ``steps`` more, int32 [b, n + steps]: sampled with ``key``, the likeliest each time without.
+    """``tokens`` [b, n] continued by ``steps`` more, int32 [b, n + steps]: sampled with ``key``, the likeliest each
+    time without.
 
     n + steps may not exceed block_size. One `jax.lax.scan`, so that a step costs one position.
     """

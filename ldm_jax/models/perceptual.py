@@ -118,7 +118,9 @@ _PREPROCESS = {"torchvision": _torchvision, "caffe": _caffe}
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def load_vgg16(path: str | os.PathLike | None = None) -> tuple[VGG16Features, Params]:
+def load_vgg16(
+    path: str | os.PathLike | None = None, widths: Sequence[int] = VGG16_WIDTHS
+) -> tuple[VGG16Features, Params]:
     """Read VGG-16 from a safetensors file in torchvision's naming (`features.N.weight` OIHW, `features.N.bias`).
 
     path: the file; without one the environment variable LDM_JAX_VGG16 names it. Its metadata may hold "preprocess":
@@ -127,12 +129,14 @@ def load_vgg16(path: str | os.PathLike | None = None) -> tuple[VGG16Features, Pa
     Raises FileNotFoundError, or ValueError listing every missing, unexpected and misshapen name.
     """
     tensors, metadata = _read(path, VGG_VARIABLE, "VGG-16 weights")
-    params = vgg16_params({k: v for k, v in tensors.items() if not k.startswith("classifier.")})
-    return VGG16Features(preprocess=_preprocess_of(metadata)), params
+    params = vgg16_params({k: v for k, v in tensors.items() if not k.startswith("classifier.")}, widths)
+    return VGG16Features(tuple(widths), _preprocess_of(metadata)), params
 
 
 def load_lpips(
-    vgg_path: str | os.PathLike | None = None, heads_path: str | os.PathLike | None = None
+    vgg_path: str | os.PathLike | None = None,
+    heads_path: str | os.PathLike | None = None,
+    widths: Sequence[int] = VGG16_WIDTHS,
 ) -> tuple[LPIPS, Params]:
     """Read LPIPS from VGG-16 in torchvision's naming and the published heads (`linN.model.1.weight` [1, c, 1, 1]).
 
@@ -140,9 +144,9 @@ def load_lpips(
     follows the VGG file: with the Caffe weights the result only approximates LPIPS (see LPIPS).
     Returns (module, params): `module.apply({"params": params}, a, b)`. Raises as load_vgg16 does.
     """
-    module, vgg = load_vgg16(vgg_path)
+    module, vgg = load_vgg16(vgg_path, widths)
     heads, _ = _read(heads_path, HEADS_VARIABLE, "LPIPS heads")
-    return LPIPS(preprocess=module.preprocess), {"vgg": vgg, **_assemble(heads, _head_names(VGG16_WIDTHS))}
+    return LPIPS(module.widths, module.preprocess), {"vgg": vgg, **_assemble(heads, _head_names(widths))}
 
 
 def vgg16_params(tensors: Mapping[str, np.ndarray], widths: Sequence[int] = VGG16_WIDTHS) -> Params:

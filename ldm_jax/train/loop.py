@@ -22,6 +22,8 @@ from ldm_jax.train.optim import learning_rate, make_optimizer
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import TASKS, plain
 
+LOG = logging.getLogger(__name__)
+
 # Settings that a resumed run may change: they alter how long and how loud it runs, not what it computes.
 FREE = ("steps", "log_every", "save_every", "eval_every", "preview_every", "keep", "num_workers", "parallel")
 
@@ -42,7 +44,7 @@ def train(config: Any, workdir: str | Path) -> Path:
 
     # ------------------------------------------------------------------------------------------------ data
     train_loader, eval_loader = make_loader(config, "train"), make_loader(config, "validation")
-    logging.info("%d pictures to train on, %d held out, batches of %d", len(train_loader.source), len(eval_loader.source), config.batch_size)
+    LOG.info("%d pictures to train on, %d held out, batches of %d", len(train_loader.source), len(eval_loader.source), config.batch_size)
 
     # ------------------------------------------------------------------------------------------- the model
     task = TASKS[config.task](config)
@@ -65,11 +67,11 @@ def train(config: Any, workdir: str | Path) -> Path:
         shapes = jax.eval_shape(init, jax.random.key(config.seed))
         like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), shapes)
         state = checkpoints.restore(first, like)
-        logging.info("resuming from step %d", first)
+        LOG.info("resuming from step %d", first)
     task.use(prepared)
     frozen = jax.device_put(task.frozen, replicated)
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in state.params.items()}
-    logging.info("%.2f M parameters (%s)", sum(counts.values()) / 1e6, ", ".join(f"{k} {v / 1e6:.2f}" for k, v in counts.items()))
+    LOG.info("%.2f M parameters (%s)", sum(counts.values()) / 1e6, ", ".join(f"{k} {v / 1e6:.2f}" for k, v in counts.items()))
     step_fn = compile_step(
         task.make_step(tx, seed=config.seed, ema=config.ema, parts=config.optim.accumulate),
         mesh,
@@ -109,7 +111,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         params = state.params if state.ema is None else state.ema
         exported, arrays = task.export(params)
         save_model(model_dir, exported, arrays)
-    logging.info("finished: the model is in %s", model_dir)
+    LOG.info("finished: the model is in %s", model_dir)
     return model_dir
 
 
@@ -217,13 +219,13 @@ class Report:
         if self.terminal:
             self.bar.set_postfix_str(line)
         else:
-            logging.info("step %d/%d: %s", step, self.config.steps, line)
+            LOG.info("step %d/%d: %s", step, self.config.steps, line)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Takes a validation's means."""
         self._write(step, "validation", values)
         shown = {k: v for k, v in values.items() if k in ("loss", "loss_simple", "psnr")}
-        logging.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+        LOG.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
         self.since = time.perf_counter()
 
     def preview(self, step: int, image: np.ndarray) -> None:

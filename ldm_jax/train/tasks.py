@@ -18,6 +18,7 @@ from ldm_jax.latent import ConfigError, FirstStage, build, build_first_stage, ge
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.train import autoencoder_step, diffusion_step
 
+LOG = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -137,7 +138,7 @@ class DiffusionTask:
             return {"scale_factor": self.model_config["scale_factor"]}
         unscaled = dataclasses.replace(self.model.first_stage, scale=1.0)
         scale = diffusion_step.scale_factor(unscaled, list(images(self.config.scale_factor_batches)), self.config.seed)
-        logging.info("scale factor %.5f, from %d batches", scale, self.config.scale_factor_batches)
+        LOG.info("scale factor %.5f, from %d batches", scale, self.config.scale_factor_batches)
         return {"scale_factor": scale}
 
     def use(self, prepared: dict[str, Any]) -> None:

@@ -27,26 +27,37 @@ def original_shapes(widths=NARROW) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, (_, shape) in perceptual._vgg_names(widths, "features.{layer}").items()}
 
 
+def lpips_shapes(widths) -> dict[str, tuple[int, ...]]:
+    convs = perceptual._vgg_names(widths, "net.slice{block}.{layer}")
+    shapes = {name: shape for name, (_, shape) in (convs | perceptual._head_names(widths)).items()}
+    return {**shapes, "scaling_layer.shift": (1, 3, 1, 1), "scaling_layer.scale": (1, 3, 1, 1)}
+
+
 def random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {name: rng.normal(size=shape).astype(np.float16) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
-def lpips():
-    module = LPIPS(NARROW)
-    params = jax.jit(module.init)(jax.random.key(0), images(0), images(1))["params"]
-    params = jax.tree_util.tree_map_with_path(lambda p, x: jnp.abs(x) if "lin" in p[0].key else x, params)
-    return jax.jit(lambda a, b: module.apply({"params": params}, a, b))
+def params() -> dict:
+    """Random LPIPS params of the narrow network, drawn in NumPy: compiling Flax' initialisers takes far longer."""
+    shapes = {k: v for k, v in lpips_shapes(NARROW).items() if not k.startswith("scaling_layer.")}
+    fans = {k: np.prod(v[1:], initial=1) for k, v in shapes.items()}
+    tensors = {k: v * np.sqrt(2 / fans[k]) for k, v in random_tensors(shapes).items()}
+    return perceptual.lpips_params({k: np.abs(v) if k.startswith("lin") else v for k, v in tensors.items()}, NARROW)
+
+
+@pytest.fixture(scope="module")
+def lpips(params):
+    return jax.jit(lambda a, b: LPIPS(NARROW).apply({"params": params}, a, b))
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def test_features_have_five_scales():
+def test_features_have_five_scales(params):
     module = VGG16Features(NARROW)
-    variables = jax.jit(module.init)(jax.random.key(0), images(0, (1, 16, 16, 3)))
-    maps = jax.jit(module.apply)(variables, images(0, (2, 36, 48, 3)))
+    maps = jax.jit(module.apply)({"params": params["vgg"]}, images(0, (2, 36, 48, 3)))
     assert [m.shape for m in maps] == [(2, 36 >> i, 48 >> i, w) for i, w in enumerate(NARROW)]
     assert all((m >= 0).all() and (m > 0).any() for m in maps)
 
@@ -103,10 +114,9 @@ def test_distance_grows_with_the_noise(lpips):
     assert (np.diff(distances, axis=0) > 0).all()
 
 
-def test_bfloat16_is_close_and_the_distance_stays_float32(lpips):
-    module = LPIPS(NARROW, dtype=jnp.bfloat16)
-    variables = jax.jit(LPIPS(NARROW).init)(jax.random.key(0), images(0), images(1))
-    full, half = (jax.jit(m.apply)(variables, images(0), images(1)) for m in (LPIPS(NARROW), module))
+def test_bfloat16_is_close_and_the_distance_stays_float32(params):
+    a, b = images(0, (1, 16, 16, 3)), images(1, (1, 16, 16, 3))
+    full, half = (jax.jit(LPIPS(NARROW, dtype=d).apply)({"params": params}, a, b) for d in (jnp.float32, jnp.bfloat16))
     assert half.dtype == jnp.float32
     assert not np.array_equal(half, full)
     np.testing.assert_allclose(half, full, rtol=0.05, atol=0.01)
@@ -134,19 +144,13 @@ def test_misfitting_names_are_all_listed():
 
 
 def test_lpips_names_are_strict_and_constants_are_checked():
-    tensors = {k: np.zeros(s) for k, s in golden_shapes(NARROW).items()}
+    tensors = {k: np.zeros(s) for k, s in lpips_shapes(NARROW).items()}
     with pytest.raises(ValueError, match=r"scaling_layer\.shift"):
         perceptual.lpips_params(tensors, NARROW)
     tensors = {k: v for k, v in tensors.items() if not k.startswith("scaling_layer")}
     del tensors["lin3.model.1.weight"]
     with pytest.raises(ValueError, match=r"missing \['lin3"):
         perceptual.lpips_params(tensors, NARROW)
-
-
-def golden_shapes(widths) -> dict[str, tuple[int, ...]]:
-    convs = perceptual._vgg_names(widths, "net.slice{block}.{layer}")
-    shapes = {name: shape for name, (_, shape) in (convs | perceptual._head_names(widths)).items()}
-    return {**shapes, "scaling_layer.shift": (1, 3, 1, 1), "scaling_layer.scale": (1, 3, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -158,24 +162,20 @@ def golden_shapes(widths) -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_files_are_read_with_their_preprocessing(tmp_path, monkeypatch, metadata, expected):
-    monkeypatch.setattr(perceptual, "VGG16_WIDTHS", NARROW)
-    monkeypatch.setattr(perceptual.vgg16_params, "__defaults__", (NARROW,))
-    vgg, heads = random_tensors(original_shapes()), {n: np.ones((1, w, 1, 1)) for n, w in heads_of(NARROW)}
+    vgg = random_tensors(original_shapes())
+    heads = {f"lin{i}.model.1.weight": np.full((1, w, 1, 1), i, np.float32) for i, w in enumerate(NARROW)}
     save_file({**vgg, "classifier.0.bias": np.zeros(3)}, tmp_path / "vgg.safetensors", metadata)
     save_file(heads, tmp_path / "heads.safetensors")
     monkeypatch.setenv("LDM_JAX_LPIPS", str(tmp_path / "heads.safetensors"))
-    module, params = perceptual.load_lpips(tmp_path / "vgg.safetensors")
-    assert module.preprocess == expected
+    module, params = perceptual.load_lpips(tmp_path / "vgg.safetensors", widths=NARROW)
+    assert module == LPIPS(NARROW, expected)
     template = jax.eval_shape(LPIPS(NARROW).init, jax.random.key(0), images(0), images(0))["params"]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), template)
     np.testing.assert_array_equal(params["vgg"]["conv3_2"]["kernel"][0, 2, 5, 7], vgg["features.12.weight"][7, 5, 0, 2])
-    module, alone = perceptual.load_vgg16(tmp_path / "vgg.safetensors")
-    assert module.preprocess == expected
+    np.testing.assert_array_equal(params["lin3"]["kernel"], np.full((16, 1), 3))
+    module, alone = perceptual.load_vgg16(tmp_path / "vgg.safetensors", NARROW)
+    assert module == VGG16Features(NARROW, expected)
     jax.tree.map(np.testing.assert_array_equal, alone, params["vgg"])
-
-
-def heads_of(widths):
-    return [(f"lin{i}.model.1.weight", w) for i, w in enumerate(widths)]
 
 
 def test_absent_files_and_unknown_preprocessing_say_so(tmp_path, monkeypatch):

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
+from ldm_jax.convert.compvis import param_shapes
 from ldm_jax.convert.tables import Table, source_shapes, to_ours
 
 REPO = Path(__file__).parents[2]
@@ -34,6 +35,12 @@ def golden_folder() -> Path:
 @lru_cache(maxsize=8)
 def _arrays(file: Path) -> dict[str, np.ndarray]:
     return load_file(file)
+
+
+@cache
+def shapes_of(module: Any) -> dict[str, Any]:
+    """`param_shapes` of a network, traced once for all the cases that share it."""
+    return param_shapes(module)
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
@@ -97,11 +104,14 @@ class Case:
         atol = atol[name] if isinstance(atol, Mapping) else atol
         return (0.0, 0.0) if atol == "exact" else (float(atol), float(self.spec["rtol"]))
 
-    def state_dict(self, expected: Mapping[str, tuple[int, ...]], prefixes: Iterable[str] = ("model.diffusion_model.", "net.")) -> dict[str, np.ndarray]:
+    def state_dict(
+        self, expected: Mapping[str, tuple[int, ...]], prefixes: Iterable[str] = ("model.diffusion_model.", "net.")
+    ) -> dict[str, np.ndarray]:
         """The case's weights, float32: the base's first, then its own.
 
-        ``expected`` are the shapes that the model has by name. Where a bare key of the base is not among them, one of the ``prefixes`` may make it
-        so; what the model lacks, or has in another shape, is dropped from the base, and only from there.
+        ``expected`` are the shapes that the model has by name. Where a bare key of the base is not among them, one of
+        the ``prefixes`` may make it so; what the model lacks, or has in another shape, is dropped from the base, and
+        only from there.
         """
         weights: dict[str, np.ndarray] = {}
         if self.base is not None:
@@ -112,13 +122,19 @@ class Case:
         return weights | self.weights(own=True)
 
     def weights(self, own: bool = False) -> dict[str, np.ndarray]:
-        """Everything that is stored, float32 where it is stored as float16; with the bases' weights below unless only its ``own`` are asked for."""
+        """Everything that is stored, float32 where it is stored as float16; with the bases' weights below unless only
+        its ``own`` are asked for."""
         weights = {} if own or self.base is None else self.base.weights()
-        return weights | {n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in self.part("param").items()}
+        return weights | {
+            n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in self.part("param").items()
+        }
 
-    def params(self, table: Table, shapes: Mapping[str, Any]) -> dict[str, Any]:
-        """The case's weights as our parameter tree; raises ConversionError unless they fit the table in full."""
-        weights = self.state_dict(source_shapes(table, shapes, self.cls))
+    def params(self, table: Table, shapes: Mapping[str, Any], only: tuple[str, ...] = ("",)) -> dict[str, Any]:
+        """The case's weights, those whose names begin as in ``only``, as our parameter tree; ConversionError unless
+        they fit the table in full."""
+        weights = {
+            n: w for n, w in self.state_dict(source_shapes(table, shapes, self.cls)).items() if n.startswith(only)
+        }
         return to_ours(table, weights, shapes=shapes, where=f"{self.name} ({self.cls})")
 
 
@@ -129,7 +145,8 @@ def load_cases(folder: Path) -> list[Case]:
 
 
 def excess(ours: np.ndarray, theirs: np.ndarray, atol: float, rtol: float) -> np.ndarray:
-    """|a - b| / (atol + rtol |b|) at every place, 0 where equal (also where both are the same infinity or nan) and inf where only one is finite."""
+    """|a - b| / (atol + rtol |b|) at every place, 0 where equal (also where both are the same infinity or nan) and inf
+    where only one is finite."""
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
     equal = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -156,6 +173,7 @@ def compare(case: Case, ours: Mapping[str, Any]) -> tuple[dict[str, float], list
         if worst[name] > 1.0:
             with np.errstate(invalid="ignore"):
                 error = np.abs(a.astype(np.float64) - theirs.astype(np.float64)).max()
+            tolerance = f"tolerance {atol:g} + {rtol:g} |b|"
             places = f"{int((ratio > 1).sum())} of {ratio.size} places"
-            failures.append(f"{name}: max error {error:.3g}, tolerance {atol:g} + {rtol:g} |b| ({worst[name]:.3g} times it; {places})")
+            failures.append(f"{name}: max error {error:.3g}, {tolerance} ({worst[name]:.3g} times it; {places})")
     return worst, failures

@@ -15,11 +15,18 @@ from ldm_jax.convert.targets import TargetError, module_from_config, transformer
 from ldm_jax.models.autoencoder import DiagonalGaussian, normal_kl
 from ldm_jax.models.discriminator import PatchDiscriminator, fit_actnorm
 from ldm_jax.models.gpt import GPT, generate, keep_top_k
-from ldm_jax.nn.attention import AttentionBlock, AttnBlock, BasicTransformerBlock, FeedForward, LinearAttention, SpatialTransformer
+from ldm_jax.nn.attention import (
+    AttentionBlock,
+    AttnBlock,
+    BasicTransformerBlock,
+    FeedForward,
+    LinearAttention,
+    SpatialTransformer,
+)
 from ldm_jax.nn.layers import ddpm_timestep_embedding, timestep_embedding
 from ldm_jax.nn.resnet import ResBlock, ResnetBlock
 
-from .golden import Case, NotYet, nchw, nhwc
+from .golden import Case, NotYet, nchw, nhwc, shapes_of
 
 Results = dict[str, Any]
 
@@ -30,10 +37,10 @@ def build(case: Case, prefix: str = "") -> tuple[Any, Any]:
         module = module_from_config(case.cls, case.kwargs)
     except TargetError as error:
         raise NotYet(str(error)) from None
-    return module, case.params(table_of(module, prefix), param_shapes(module))
+    return module, case.params(table_of(module, prefix), shapes_of(module))
 
 
-# -------------------------------------------------------------------------------------------------------------------------- UNet
+# ----------------------------------------------------------------------------------------------------------------- UNet
 
 
 def unet(case: Case) -> Results:
@@ -44,7 +51,7 @@ def unet(case: Case) -> Results:
 
     @jax.jit
     def run(params: Any, x: jax.Array) -> Any:
-        captured = dict(capture_intermediates=lambda m, _: m.name in inside, mutable=["intermediates"])
+        captured = {"capture_intermediates": lambda m, _: m.name in inside, "mutable": ["intermediates"]}
         y, state = module.apply({"params": params}, x, t, **optional, **captured)
         return y, *(state["intermediates"][name]["__call__"][0] for name in inside)
 
@@ -54,7 +61,9 @@ def unet(case: Case) -> Results:
 
 def timestep_embeddings(case: Case) -> Results:
     t, alt = jnp.asarray(case.inputs["t"]), case.kwargs.get("max_period_alt")
-    results = {"repeat_only_dim4": np.repeat(case.inputs["t"][:, None], 4, axis=1)}  # no function of ours: a plain broadcast
+    results = {
+        "repeat_only_dim4": np.repeat(case.inputs["t"][:, None], 4, axis=1)
+    }  # no function of ours: a plain broadcast
     for dim in case.kwargs["dims"]:
         results[f"openai_dim{dim}"] = timestep_embedding(t, dim)
         results[f"openai_dim{dim}_maxperiod{alt}"] = timestep_embedding(t, dim, alt) if alt else None
@@ -62,7 +71,7 @@ def timestep_embeddings(case: Case) -> Results:
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------------ autoencoders
+# --------------------------------------------------------------------------------------------------------- autoencoders
 
 
 def autoencoder_kl(case: Case) -> Results:
@@ -72,7 +81,11 @@ def autoencoder_kl(case: Case) -> Results:
     def run(params: Any, x: jax.Array, z: jax.Array, noise: jax.Array) -> Any:
         variables = {"params": params}
         p, state = module.apply(
-            variables, x, method="encode", capture_intermediates=lambda m, _: m.name in ("encoder", "quant_conv"), mutable=["intermediates"]
+            variables,
+            x,
+            method="encode",
+            capture_intermediates=lambda m, _: m.name in ("encoder", "quant_conv"),
+            mutable=["intermediates"],
         )
         images = {
             "encoder_h": state["intermediates"]["encoder"]["__call__"][0],
@@ -100,7 +113,8 @@ def diagonal_gaussian(case: Case) -> Results:
     d, det = (DiagonalGaussian.from_moments(case.image("parameters"), deterministic) for deterministic in (False, True))
     other = DiagonalGaussian.from_moments(other_moments)
     second = DiagonalGaussian.from_moments(jnp.concatenate([x, 0.3 * x], axis=-1))
-    # The original can sum over other axes; ours always sums over all but the batch, so that one is made from the terms of single places.
+    # The original can sum over other axes; ours always sums over all but the batch, so that one is made from the terms
+    # of single places.
     nll_terms = 0.5 * (np.log(2 * np.pi) + other.logvar + jnp.square(x - other.mean) / other.var)
     images = {
         "mean": d.mean,
@@ -113,7 +127,9 @@ def diagonal_gaussian(case: Case) -> Results:
         "det_std": det.std,
         "normal_kl_std": normal_kl(other.mean, other.logvar, 0.0, 0.0),
         "normal_kl_pair": normal_kl(other.mean, other.logvar, x, 0.3 * x),
-        "grad:other_parameters": jax.grad(lambda moments: DiagonalGaussian.from_moments(moments).kl().sum())(other_moments),
+        "grad:other_parameters": jax.grad(lambda moments: DiagonalGaussian.from_moments(moments).kl().sum())(
+            other_moments
+        ),
     }
     return {name: nchw(a) for name, a in images.items()} | {
         "other_kl": other.kl(),
@@ -125,7 +141,7 @@ def diagonal_gaussian(case: Case) -> Results:
     }
 
 
-# -------------------------------------------------------------------------------------------------------------------------- text
+# ----------------------------------------------------------------------------------------------------------------- text
 
 
 def text_encoder(case: Case) -> Results:
@@ -142,14 +158,14 @@ def transformer_wrapper(case: Case) -> Results:
         module = transformer_wrapper_from_params(kwargs.get("wrapper", kwargs), encoder)
     except TargetError as error:
         raise NotYet(str(error)) from None
-    params = case.params(table_of(module, ""), param_shapes(module))
+    params = case.params(table_of(module, ""), shapes_of(module))
     mask = case.inputs["mask"].astype(bool) if "mask" in case.inputs else None
     tokens, variables = case.inputs["tokens"], {"params": params}
     logits = module.apply(variables, tokens, mask, logits=True)
     return {"embeddings": module.apply(variables, tokens, mask), "logits": logits, "y": logits}
 
 
-# ------------------------------------------------------------------------------------------------------------------------ blocks
+# --------------------------------------------------------------------------------------------------------------- blocks
 
 
 class Built(NamedTuple):
@@ -164,33 +180,56 @@ def _image(channels: int) -> jax.Array:
     return jnp.zeros((1, 8, 8, channels))
 
 
-def _res_block(*, channels: int, emb_channels: int, dropout: float = 0.0, out_channels: int | None = None, use_conv: bool = False,
-               use_scale_shift_norm: bool = False, up: bool = False, down: bool = False) -> Built:  # fmt: skip
+def _res_block(
+    *,
+    channels: int,
+    emb_channels: int,
+    dropout: float = 0.0,
+    out_channels: int | None = None,
+    use_conv: bool = False,
+    use_scale_shift_norm: bool = False,
+    up: bool = False,
+    down: bool = False,
+) -> Built:
     out = out_channels or channels
     module = ResBlock(out, dropout, use_scale_shift_norm, "up" if up else "down" if down else "none", use_conv)
     table = list(compvis.res_block("", (), skip=out != channels, conv_skip=use_conv))
     return Built(module, table, (_image(channels), jnp.zeros((1, emb_channels))))
 
 
-def _attention_block(*, channels: int, num_heads: int = 1, num_head_channels: int = -1, use_new_attention_order: bool = False) -> Built:
+def _attention_block(
+    *, channels: int, num_heads: int = 1, num_head_channels: int = -1, use_new_attention_order: bool = False
+) -> Built:
     heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-    return Built(AttentionBlock(heads, use_new_attention_order), list(compvis.attention_block("", ())), (_image(channels),))
+    return Built(
+        AttentionBlock(heads, use_new_attention_order), list(compvis.attention_block("", ())), (_image(channels),)
+    )
 
 
-def _spatial_transformer(*, in_channels: int, n_heads: int, d_head: int, depth: int = 1, dropout: float = 0.0, context_dim: int | None = None) -> Built:
+def _spatial_transformer(
+    *, in_channels: int, n_heads: int, d_head: int, depth: int = 1, dropout: float = 0.0, context_dim: int | None = None
+) -> Built:
     table = list(compvis.spatial_transformer("", (), depth=depth))
     context = () if context_dim is None else (jnp.zeros((1, 1, context_dim)),)
     return Built(SpatialTransformer(n_heads, d_head, depth, dropout), table, (_image(in_channels), *context))
 
 
-def _transformer_block(*, dim: int, n_heads: int, d_head: int, dropout: float = 0.0, context_dim: int | None = None, gated_ff: bool = True) -> Built:
+def _transformer_block(
+    *, dim: int, n_heads: int, d_head: int, dropout: float = 0.0, context_dim: int | None = None, gated_ff: bool = True
+) -> Built:
     context = () if context_dim is None else (jnp.zeros((1, 1, context_dim)),)
     table = list(compvis.transformer_block("", (), glu=gated_ff))
     return Built(BasicTransformerBlock(n_heads, d_head, dropout, gated_ff), table, (jnp.zeros((1, 1, dim)), *context))
 
 
-def _resnet_block(*, in_channels: int, out_channels: int | None = None, conv_shortcut: bool = False, dropout: float = 0.0,
-                  temb_channels: int = 512) -> Built:  # fmt: skip
+def _resnet_block(
+    *,
+    in_channels: int,
+    out_channels: int | None = None,
+    conv_shortcut: bool = False,
+    dropout: float = 0.0,
+    temb_channels: int = 512,
+) -> Built:
     out = out_channels or in_channels
     table: Table = list(compvis.resnet_block("", (), skip=out != in_channels, conv_skip=conv_shortcut))
     if temb_channels:  # the autoencoders give no timestep, so this is never called
@@ -207,7 +246,9 @@ def _linear_attention(*, dim: int, heads: int = 4, dim_head: int = 32) -> Built:
 
 
 def _feed_forward(*, dim: int, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> Built:
-    return Built(FeedForward(mult, glu, dropout), list(compvis.feed_forward("", (), glu=glu)), (jnp.zeros((1, 1, dim)),))
+    return Built(
+        FeedForward(mult, glu, dropout), list(compvis.feed_forward("", (), glu=glu)), (jnp.zeros((1, 1, dim)),)
+    )
 
 
 def block(make: Callable[..., Built]) -> Callable[[Case], Results]:
@@ -227,7 +268,7 @@ def block(make: Callable[..., Built]) -> Callable[[Case], Results]:
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------- discriminator, GPT
+# --------------------------------------------------------------------------------------------------- discriminator, GPT
 
 
 def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
@@ -247,9 +288,9 @@ def discriminator(case: Case) -> Results:
         y, _ = module.apply(variables, case.image("x"), train=True, mutable=["batch_stats"])
         return {"y": nchw(y)}
     real, fake = case.image("x_real"), case.image("x_fake")
-    results = {"eval_logits": nchw(module.apply(variables, real))}
+    results: Results = {"eval_logits": nchw(jax.jit(module.apply)(variables, real))}
     if module.use_actnorm:
-        variables = fit_actnorm(module, variables, real)
+        variables = jax.jit(lambda variables, x: fit_actnorm(module, variables, x))(variables, real)
 
     def loss(params: Any) -> Any:
         stats, logits = variables["batch_stats"], []
@@ -259,7 +300,7 @@ def discriminator(case: Case) -> Results:
             logits.append(y)
         return hinge_loss(*logits), (logits, stats)
 
-    (hinge, (logits, stats)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    (hinge, (logits, stats)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     table = table_of(module, "")
     after = to_theirs(table, {"params": variables["params"], "batch_stats": stats})
     grads = to_theirs(table, {"params": grads, "batch_stats": stats})
@@ -270,7 +311,9 @@ def discriminator(case: Case) -> Results:
         weights = case.inputs["weights"]
         sides = [nn.relu(1 - logits[0]).mean((1, 2, 3)), nn.relu(1 + logits[1]).mean((1, 2, 3))]
         results["hinge_d_loss_weighted"] = 0.5 * sum((weights * side).sum() / weights.sum() for side in sides)
-    return results | {f"after.{name}": a for name, a in after.items()} | {f"grad:{name}": a for name, a in grads.items()}
+    return (
+        results | {f"after.{name}": a for name, a in after.items()} | {f"grad:{name}": a for name, a in grads.items()}
+    )
 
 
 def gpt(case: Case) -> Results:
@@ -278,7 +321,7 @@ def gpt(case: Case) -> Results:
     assert isinstance(module, GPT)
     idx = jnp.asarray(case.inputs["idx"], jnp.int32)
     embeddings, targets = case.inputs.get("embeddings"), case.inputs.get("targets")
-    logits = module.apply({"params": params}, idx, embeddings)
+    logits = jax.jit(module.apply)({"params": params}, idx, embeddings)
     results = {"y": logits, "logits": logits}
     if targets is not None:
 
@@ -286,16 +329,17 @@ def gpt(case: Case) -> Results:
             logp = jax.nn.log_softmax(module.apply({"params": params}, idx, embeddings))
             return -jnp.take_along_axis(logp, jnp.asarray(targets)[..., None], axis=-1).mean()
 
-        results["loss"], grads = jax.value_and_grad(loss)(params)
+        results["loss"], grads = jax.jit(jax.value_and_grad(loss))(params)
         results |= {f"grad:{name}": a for name, a in to_theirs(table_of(module, ""), grads).items()}
     if "with_past_logits" in case.expected:
-        steps, cache = [], module.empty_cache(len(idx))
+        steps, cache, continued = [], module.empty_cache(len(idx)), jax.jit(module.apply)
         for piece in (idx[:, :2], *(idx[:, i : i + 1] for i in range(2, 1 + len(case.expected["with_past_logits"])))):
-            out, cache = module.apply({"params": params}, piece, cache=cache)
+            out, cache = continued({"params": params}, piece, cache=cache)
             steps.append(out[:, -1])
         results["with_past_logits"] = jnp.stack(steps)
     if "greedy" in case.expected:
-        results["greedy"] = generate(module, params, idx[:, :2], case.expected["greedy"].shape[1] - 2)
+        length = case.expected["greedy"].shape[1]
+        results["greedy"] = jax.jit(lambda params, idx: generate(module, params, idx, length - 2))(params, idx[:, :2])
     results["top3_mask"] = jnp.isfinite(keep_top_k(logits[:, -1], 3)).astype(jnp.uint8)
     return results
 

@@ -1,0 +1,56 @@
+"""The demo: text to 64x64 emoji. A UNet on 16x16x4 latents with a small BERT-style text encoder trained from scratch."""
+
+import ml_collections
+
+from configs.common import base
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    config = base("diffusion")
+    config.steps = 5000
+    config.batch_size = 32
+    config.ema = 0.998
+    config.data.update(path="emoji64.zip", caption="{text}, {style} style")
+    config.data.update(split_column="hexcode", holdout=0.05, pair_columns=("hexcode", "style"), pair_holdout=0.05)
+    config.optim.update(lr=1e-3, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.01)
+    config.loss.update(min_snr_gamma=5.0, caption_dropout=0.1)
+
+    model = config.model
+    model.objective = "v"
+    model.schedule = ml_collections.ConfigDict(dict(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000))
+    model.first_stage = ml_collections.ConfigDict(dict(path="runs/emoji_kl/model"))
+    model.conditioner = ml_collections.ConfigDict(dict(kind="bert", dim=192, depth=2, max_seq_len=24, heads=4, head_dim=48))
+    model.unet = ml_collections.ConfigDict(
+        dict(
+            in_channels=4,
+            out_channels=4,
+            model_channels=64,
+            channel_mult=(1, 2, 4),
+            num_res_blocks=2,
+            attention_resolutions=(2, 4),
+            num_head_channels=32,
+            use_spatial_transformer=True,
+            transformer_depth=1,
+            context_dim=192,
+            legacy=False,
+        )
+    )
+    model.sampling = ml_collections.ConfigDict(dict(size=(64, 64), steps=50, guidance=4.0))
+    model.data = ml_collections.ConfigDict(
+        dict(
+            caption="{text}, {style} style",
+            split=dict(column="hexcode", holdout=0.05, seed=0),
+            pairs=dict(columns=("hexcode", "style"), holdout=0.05, seed=0),
+        )
+    )
+    if variant == "smoke":
+        config.steps, config.batch_size = 30, 8
+        config.log_every = config.save_every = config.eval_every = config.preview_every = 10
+        config.eval_batches, config.scale_factor_batches = 1, 4
+        config.data.path = "pkg:assets/emoji_subset.zip"
+        model.first_stage.path = "pkg:assets/emoji"
+        model.unet.update(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
+    elif variant:
+        raise ValueError(f"emoji has no variant {variant!r}; there is smoke")
+    return config

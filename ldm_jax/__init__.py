@@ -1,0 +1,21 @@
+"""Latent diffusion in JAX/Flax.
+
+>>> import ldm_jax
+>>> pipe = ldm_jax.load("emoji")
+>>> images = pipe(["red apple, noto style"], seeds=[0, 1])  # uint8 [2, 64, 64, 3]
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm_jax.pipeline import Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(model: str = "emoji", **options: Any) -> "Pipeline":
+    """A pipeline of a model directory, or of a model that ships with the package; see `ldm_jax.pipeline.load` for the options."""
+    from ldm_jax.pipeline import load  # jax is imported only when it is needed
+
+    return load(model, **options)
