@@ -20,19 +20,19 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     model.objective = "v"
     model.schedule = ml_collections.ConfigDict(dict(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000))
     model.first_stage = ml_collections.ConfigDict(dict(path="runs/emoji_kl/model"))
-    model.conditioner = ml_collections.ConfigDict(dict(kind="bert", dim=192, depth=2, max_seq_len=24, heads=4, head_dim=48))
+    model.conditioner = ml_collections.ConfigDict(dict(kind="bert", dim=128, depth=2, max_seq_len=24, heads=4, head_dim=32))
     model.unet = ml_collections.ConfigDict(
         dict(
             in_channels=4,
             out_channels=4,
             model_channels=64,
-            channel_mult=(1, 2, 4),
-            num_res_blocks=2,
+            channel_mult=(1, 2, 2),
+            num_res_blocks=1,
             attention_resolutions=(2, 4),
             num_head_channels=32,
             use_spatial_transformer=True,
             transformer_depth=1,
-            context_dim=192,
+            context_dim=128,
             legacy=False,
         )
     )

@@ -94,7 +94,7 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         batch: int | None = None,
     ) -> Iterator[Batch]:
-        """Checks the request, then yields finished batches.
+        """Checks the request at once, and returns an iterator over finished batches.
 
         One picture per (prompt, seed): equally many of both, or one of either. ``seeds`` default to 0, 1, ...; ``guidance`` is one scale or one
         per picture, 1 for none; ``size`` is (height, width) in pixels; ``batch`` pictures are made at a time (at most 8 by default). What is None
@@ -119,13 +119,17 @@ class Pipeline:
         conditioner = self.model.conditioner
         encoded, null = conditioner.encode(prompts), conditioner.encode_null(batch)
         program = self.program(sampler, size)
-        for start in range(0, n, batch):
-            # The last batch is filled up with its last picture: every batch has one shape.
-            places = np.minimum(np.arange(start, start + batch), n - 1)
-            part = jax.tree.map(lambda a, places=places: a[places], encoded)
-            images = program(self.model, nodes, part, null, np.asarray(seeds, np.uint32)[places], scales[places])
-            done = range(start, min(start + batch, n))
-            yield Batch(done, np.asarray(images)[: len(done)])
+
+        def batches() -> Iterator[Batch]:
+            for start in range(0, n, batch):
+                # The last batch is filled up with its last picture: every batch has one shape.
+                places = np.minimum(np.arange(start, start + batch), n - 1)
+                part = jax.tree.map(lambda a: a[places], encoded)
+                images = program(self.model, nodes, part, null, np.asarray(seeds, np.uint32)[places], scales[places])
+                done = range(start, min(start + batch, n))
+                yield Batch(done, np.asarray(images)[: len(done)])
+
+        return batches()
 
     def pick(self, setting: str, given: Any) -> Any:
         """What was given, or the model's own default."""

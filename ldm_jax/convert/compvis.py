@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -313,7 +312,7 @@ def _pixels(coder: Encoder | AutoencoderKL) -> tuple:
     return (_floats(1, side, side, coder.in_channels),)
 
 
-FAMILIES: dict[type[nn.Module], Family] = {
+FAMILIES: dict[type, Family] = {
     UNet: Family(unet_table, _unet_example),
     Encoder: Family(encoder_table, _pixels),
     Decoder: Family(decoder_table, lambda m: (_floats(1, 2, 2, m.z_channels),)),
@@ -324,13 +323,13 @@ FAMILIES: dict[type[nn.Module], Family] = {
 }
 
 
-def table_of(module: nn.Module, prefix: str | None = None) -> Table:
+def table_of(module: Any, prefix: str | None = None) -> Table:
     """The module's table; ``prefix`` None is the one that its family's checkpoints have."""
     table = FAMILIES[type(module)].table
     return table(module) if prefix is None else table(module, prefix)
 
 
-def param_shapes(module: nn.Module, *example: Any) -> dict[str, Any]:
+def param_shapes(module: Any, *example: Any) -> dict[str, Any]:
     """The module's parameter tree as ShapeDtypeStructs, without computing anything; all collections where it has more
     than parameters.
 

@@ -7,8 +7,6 @@ understood.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
-
 from ldm_jax.models.autoencoder import AutoencoderKL, Decoder, Encoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.gpt import GPT
@@ -137,7 +135,7 @@ def gpt_from_params(params: Mapping[str, Any]) -> GPT:
     return GPT(**_params("GPT", params, same=same, fixed={"attn_pdrop": 0.0}))
 
 
-TARGETS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": unet_from_params,
     "ldm.modules.diffusionmodules.model.Encoder": encoder_from_params,
     "ldm.modules.diffusionmodules.model.Decoder": decoder_from_params,
@@ -149,8 +147,8 @@ TARGETS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
 }
 
 
-def module_from_config(target: str, params: Mapping[str, Any] | None = None) -> nn.Module:
-    """The module that a ``target`` and its ``params`` describe; TargetError where either is not supported."""
+def module_from_config(target: str, params: Mapping[str, Any] | None = None) -> Any:
+    """The Linen module that a ``target`` and its ``params`` describe; TargetError where either is not supported."""
     if target not in TARGETS:
         raise TargetError(f"{target} is not supported (have {', '.join(TARGETS)})")
     return TARGETS[target](params or {})

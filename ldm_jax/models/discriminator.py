@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dtype
+from ldm_jax.nn.layers import Array, Dtype, torch_bias_init
 
 
 class BatchNorm(nn.Module):
@@ -121,8 +121,6 @@ class PatchDiscriminator(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         places = self.places()
         for i, place in enumerate(places):
-            fan_in = 16 * x.shape[-1]
-            bound = fan_in**-0.5
             x = nn.Conv(
                 place.features,
                 (4, 4),
@@ -131,9 +129,7 @@ class PatchDiscriminator(nn.Module):
                 use_bias=place.bias,
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(0.02),
-                bias_init=lambda key, shape, dtype=jnp.float32, bound=bound: jax.random.uniform(
-                    key, shape, dtype, -bound, bound
-                ),
+                bias_init=torch_bias_init(16 * x.shape[-1]),
                 name=f"conv_{i}",
             )(x)
             if place.norm is not None:

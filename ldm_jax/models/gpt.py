@@ -1,6 +1,6 @@
 """minGPT as taming-transformers uses it over codebook indices (Esser et al. 2021), with a cache to sample from."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -148,13 +148,16 @@ def generate(
             return logits.argmax(-1).astype(jnp.int32)
         return jax.random.categorical(jax.random.fold_in(key, index), logits).astype(jnp.int32)
 
+    def advance(tokens: Array, cache: Cache) -> tuple[Array, Cache]:
+        return cast(tuple[Array, Cache], model.apply({"params": params}, tokens, cache=cache))
+
     def body(state: tuple[Array, Cache], index: Array) -> tuple[tuple[Array, Cache], Array]:
         token, cache = state
-        logits, cache = model.apply({"params": params}, token[:, None], cache=cache)
+        logits, cache = advance(token[:, None], cache)
         token = choose(logits, index)
         return (token, cache), token
 
-    logits, cache = model.apply({"params": params}, tokens, cache=model.empty_cache(b))
+    logits, cache = advance(tokens, model.empty_cache(b))
     first = choose(logits, jnp.int32(0))
     _, rest = jax.lax.scan(body, (first, cache), jnp.arange(1, steps))
     return jnp.concatenate([tokens.astype(jnp.int32), first[:, None], rest.T.astype(jnp.int32)], axis=1)

@@ -151,7 +151,8 @@ def layout(unet: UNet) -> Layout:
         heads = unet.num_heads if unet.num_head_channels == -1 else ch // unet.num_head_channels
         if not unet.use_spatial_transformer and unet.num_head_channels == -1 and unet.legacy and upward:
             heads = heads_up  # only the plain attention of the decoder listens to num_heads_upsample
-        return Block("attn", ch, ch, heads, ch // heads)
+        fixed = unet.num_head_channels != -1 and not unet.legacy  # legacy spreads what does not divide over the heads
+        return Block("attn", ch, ch, heads, unet.num_head_channels if fixed else ch // heads)
 
     def resample(kind: Literal["up", "down"], ch: int) -> Block:
         return Block(f"res_{kind}" if unet.resblock_updown else kind, ch, ch)  # type: ignore[arg-type]

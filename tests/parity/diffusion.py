@@ -196,13 +196,16 @@ def p_losses(case: Case) -> Results:
 
 
 def denoiser_of(case: Case, model: LatentDiffusion, scale: float) -> Denoiser:
-    """The model under the case's condition, guided by ``scale`` unless that is 1."""
+    """The model under the case's condition, guided by ``scale`` unless that is 1 or there is nothing to guide away
+    from."""
 
     def apply(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         return model.apply(model.params, x, t, cond)
 
-    cond = condition_of(case)
-    return unguided(apply, cond) if scale == 1.0 else classifier_free(apply, cond, condition_of(case, "uc"), scale)
+    cond, null = condition_of(case), condition_of(case, "uc")
+    if scale == 1.0 or not jax.tree.leaves(null):
+        return unguided(apply, cond)
+    return classifier_free(apply, cond, null, scale)
 
 
 def corrector(text: str | None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None:
@@ -229,13 +232,14 @@ def run_sampler(
     sampler: Any,
     grid: np.ndarray,
     x: np.ndarray,
-    noise: np.ndarray,
+    noise: np.ndarray | None,
     *,
     options: Mapping[str, Any],
     clip: bool = False,
     scale: float = 1.0,
 ) -> tuple[jax.Array, Trace]:
-    """The whole run from ``x`` with step noise [S, b, c, h, w]; ``options`` are the sampler's eta, temperature."""
+    """The whole run from ``x`` with step noise [S, b, c, h, w], zeros where a case records none; ``options`` are the
+    sampler's eta and temperature."""
     if case.kwargs.get("quantize_x0") or case.kwargs.get("quantize_denoised"):
         raise NotYet("a quantising first stage")
     nodes = sampler.nodes(model.schedule, grid, **options)
@@ -250,7 +254,8 @@ def run_sampler(
             sampler, predict, x, nodes, schedule=model.schedule, noise=noise[:, None], known=known, trace=True
         )
 
-    last, trace = run(model, x, nhwc(noise), known_of(case))
+    steps = np.zeros((len(grid), *x.shape), np.float32) if noise is None else nhwc(noise)
+    last, trace = run(model, x, steps, known_of(case))
     assert trace is not None
     return last, trace
 
@@ -267,7 +272,7 @@ def ddim_sampler(case: Case) -> Results:
         DDIM(),
         grid,
         x,
-        case.inputs["noise"],
+        case.inputs.get("noise"),
         options=options,
         scale=kwargs.get("unconditional_guidance_scale", 1.0),
     )
@@ -283,7 +288,14 @@ def img2img(case: Case, model: LatentDiffusion) -> Results:
     encoded = np.asarray(q_sample(model.schedule, x0, grid[kwargs["t_start"]], noise))
     grid, options = grid[: kwargs["t_start"]], pick(kwargs, "eta temperature")
     decoded, _ = run_sampler(
-        case, model, DDIM(), grid, encoded, case.inputs["step_noise"], options=options, scale=kwargs.get("scale", 1.0)
+        case,
+        model,
+        DDIM(),
+        grid,
+        encoded,
+        case.inputs.get("step_noise"),
+        options=options,
+        scale=kwargs.get("scale", 1.0),
     )
     results = {"encoded": encoded, "decoded": decoded}
     for name in case.expected:  # the same at a timestep of the whole schedule
@@ -299,7 +311,7 @@ def p_sample_loop(case: Case) -> Results:
     clip = pixels and kwargs.get("clip_denoised", True)
     grid, x = np.arange(kwargs.get("timesteps", model.schedule.timesteps)), case.image("x_T")
     last, trace = run_sampler(
-        case, model, DDPM(), grid, x, case.inputs["noise"], clip=clip, options=pick(kwargs, "temperature")
+        case, model, DDPM(), grid, x, case.inputs.get("noise"), clip=clip, options=pick(kwargs, "temperature")
     )
     if case.cls.endswith("progressive_denoising"):
         steps = trace.x0
