@@ -8,7 +8,9 @@ from ml_collections import config_flags
 
 from ldm_jax import cli
 
-config_flags.DEFINE_config_file("config", None, "The config file; configs/NAME.py:smoke is a short run.", lock_config=True)
+config_flags.DEFINE_config_file(
+    "config", None, "The config file; configs/NAME.py:smoke is a short run.", lock_config=True
+)
 flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, previews, metrics and the model.")
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -1,6 +1,13 @@
 """What every config has, with its default. A config file changes what is its own."""
 
+from typing import Any
+
 import ml_collections
+
+
+def section(**fields: Any) -> ml_collections.ConfigDict:
+    """A part of a config."""
+    return ml_collections.ConfigDict(fields)
 
 
 def base(task: str) -> ml_collections.ConfigDict:
@@ -20,7 +27,7 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.preview_every = 1000
     config.keep = 3  # newest checkpoints
 
-    config.data = ml_collections.ConfigDict()
+    config.data = section()
     config.data.path = ""
     config.data.size = (64, 64)
     config.data.crop = "center"  # or random, none
@@ -28,7 +35,7 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.caption = "{text}"  # a template over the columns of metadata.jsonl
     config.data.num_workers = 0  # processes that decode; 0 decodes in threads
 
-    config.optim = ml_collections.ConfigDict()
+    config.optim = section()
     config.optim.lr = 1e-4
     config.optim.warmup = 0
     config.optim.decay = "constant"  # or cosine, linear
@@ -39,8 +46,8 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.optim.clip = 0.0  # largest gradient norm; 0 does not clip
     config.optim.accumulate = 1  # parts that a batch is cut into, to save memory
 
-    config.loss = ml_collections.ConfigDict()
-    config.model = ml_collections.ConfigDict()
+    config.loss = section()
+    config.model = section()
     if task == "autoencoder":
         config.loss.kind = "l1"  # or l2
         config.loss.kl_weight = 1e-6

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs.common import base
+from configs.common import base, section
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -18,31 +18,28 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     model = config.model
     model.objective = "v"
-    model.schedule = ml_collections.ConfigDict(dict(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000))
-    model.first_stage = ml_collections.ConfigDict(dict(path="runs/emoji_kl/model"))
-    model.conditioner = ml_collections.ConfigDict(dict(kind="bert", dim=128, depth=2, max_seq_len=24, heads=4, head_dim=32))
-    model.unet = ml_collections.ConfigDict(
-        dict(
-            in_channels=4,
-            out_channels=4,
-            model_channels=64,
-            channel_mult=(1, 2, 2),
-            num_res_blocks=1,
-            attention_resolutions=(2, 4),
-            num_head_channels=32,
-            use_spatial_transformer=True,
-            transformer_depth=1,
-            context_dim=128,
-            legacy=False,
-        )
+    model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000)
+    model.first_stage = section(path="runs/emoji_kl/model")
+    model.conditioner = section(kind="bert", dim=128, depth=2, max_seq_len=24, heads=4, head_dim=32)
+    model.unet = section(
+        in_channels=8,
+        out_channels=8,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2, 4),
+        num_head_channels=32,
+        use_spatial_transformer=True,
+        transformer_depth=1,
+        context_dim=128,
+        legacy=False,
+        norm_groups=16,
     )
-    model.sampling = ml_collections.ConfigDict(dict(size=(64, 64), steps=50, guidance=4.0))
-    model.data = ml_collections.ConfigDict(
-        dict(
-            caption="{text}, {style} style",
-            split=dict(column="hexcode", holdout=0.05, seed=0),
-            pairs=dict(columns=("hexcode", "style"), holdout=0.05, seed=0),
-        )
+    model.sampling = section(size=(64, 64), steps=50, guidance=4.0)
+    model.data = section(
+        caption="{text}, {style} style",
+        split=section(column="hexcode", holdout=0.05, seed=0),
+        pairs=section(columns=("hexcode", "style"), holdout=0.05, seed=0),
     )
     if variant == "smoke":
         config.steps, config.batch_size = 30, 8

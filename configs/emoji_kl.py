@@ -2,32 +2,31 @@
 
 import ml_collections
 
-from configs.common import base
+from configs.common import base, section
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     config = base("autoencoder")
-    config.steps = 3000
+    config.steps = 1800
     config.batch_size = 8
     config.ema = 0.995
     config.data.update(path="emoji64.zip", split_column="hexcode", holdout=0.05, flip=True)
     config.optim.update(lr=1e-3, warmup=100, decay="cosine", final=0.02, clip=0.0, b2=0.99)
     config.loss.update(kind="l1", kl_weight=3e-3)
-    config.model.first_stage = ml_collections.ConfigDict(
-        dict(
-            kind="kl",
-            embed_dim=4,
-            z_channels=4,
-            ch=32,
-            ch_mult=(1, 2, 2),
-            num_res_blocks=1,
-            attn_resolutions=(),
-            attn_type="none",
-            resolution=64,
-            in_channels=3,
-            out_ch=3,
-        )
+    config.model.first_stage = section(
+        kind="kl",
+        embed_dim=8,
+        z_channels=8,
+        ch=32,
+        ch_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        attn_type="none",
+        norm_groups=8,
+        resolution=64,
+        in_channels=3,
+        out_ch=3,
     )
     if variant == "smoke":
         config.steps, config.batch_size = 30, 8

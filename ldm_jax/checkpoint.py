@@ -4,6 +4,8 @@ A model directory describes itself: ``config.json`` says what the model is, ``pa
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,21 @@ class CheckpointError(ValueError):
 
 
 def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str = "float32") -> None:
-    """Writes a model directory; floating-point arrays are stored as ``dtype``. CheckpointError if something else is already there."""
+    """Writes a model directory, whole or not at all; floating-point arrays are stored as ``dtype``. CheckpointError if something is already there."""
     import orbax.checkpoint as ocp
 
     path = Path(path).absolute()
     if path.exists() and any(path.iterdir()):
         raise CheckpointError(f"{path} is not empty; give a new folder or remove it first")
-    path.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and renamed, so that a killed run leaves no half of a model.
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     cast = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "params", cast)
-    (path / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1) + "\n")
+        checkpointer.save(partial / "params", cast)
+    (partial / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
@@ -60,7 +66,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: format {config.get('format') if isinstance(config, dict) else None!r} is not {FORMAT}; use a newer ldm_jax")
+        raise CheckpointError(
+            f"{file}: format {config.get('format') if isinstance(config, dict) else None!r} is not {FORMAT}; use a newer ldm_jax"
+        )
     return config
 
 
@@ -85,7 +93,9 @@ class TrainingCheckpoints:
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Saves in the background; a step that is already there is left as it is."""
         if step not in self._manager.all_steps():
-            args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(state), info=self._ocp.args.JsonSave(info))
+            args = self._ocp.args.Composite(
+                state=self._ocp.args.StandardSave(state), info=self._ocp.args.JsonSave(info)
+            )
             self._manager.save(step, args=args, force=True)
 
     def info(self, step: int) -> dict[str, Any]:

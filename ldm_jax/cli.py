@@ -90,17 +90,28 @@ def sample(args: Any) -> None:
     from ldm_jax.pipeline import load
 
     pipe = load(request["model"], dtype=request["dtype"], parallel=args.parallel)
-    settings = {name: pipe.pick(name, request[name]) for name in ("steps", "guidance", "eta", "sampler", "size")}
+    names = ("steps", "guidance", "eta", "sampler", "size")
+    chosen = pipe.settings(**{name: request[name] for name in names})
+    settings = {name: getattr(chosen, name) for name in names}
     prompts, seeds = request["prompts"], request["seeds"]
     batch = request["batch"] or min(len(prompts), 8)
     stream = pipe.stream(prompts, seeds=seeds, batch=batch, **settings)
 
-    say(f"making {len(prompts)} pictures, {settings['steps']} steps of {settings['sampler']}; the first batch compiles unless it was cached")
+    say(
+        f"making {len(prompts)} pictures, {settings['steps']} steps of {settings['sampler']}; the first batch compiles unless it was cached"
+    )
     number, paths, images = next_number(out), [], []
     with tqdm(total=len(prompts), unit="picture", dynamic_ncols=True, disable=None) as bar:
         for done in stream:
             for place, image in zip(done.places, done.images, strict=True):
-                kept = {"model": request["model"], "prompt": prompts[place], "seed": seeds[place], **settings, "dtype": pipe.dtype, "batch": batch}
+                kept = {
+                    "model": request["model"],
+                    "prompt": prompts[place],
+                    "seed": seeds[place],
+                    **settings,
+                    "dtype": pipe.dtype,
+                    "batch": batch,
+                }
                 paths.append(out / f"{number + place:05d}-{slug(prompts[place])}-{seeds[place]}.png")
                 pictures.save_png(paths[-1], image, kept)
             images.append(done.images)
@@ -109,8 +120,14 @@ def sample(args: Any) -> None:
         per_prompt = len(prompts) // len(dict.fromkeys(prompts))
         columns = per_prompt if 1 < per_prompt <= 16 else None
         paths.append(out / f"{number:05d}-grid.png")
-        pictures.save_png(paths[-1], pictures.grid(np.concatenate(images), columns), {"prompts": list(dict.fromkeys(prompts)), **settings})
-    say(f"{len(prompts)} pictures in {time.perf_counter() - began:.1f} s: {paths[-1] if len(paths) < 3 else f'{paths[0]} ... {paths[-1]}'}")
+        pictures.save_png(
+            paths[-1],
+            pictures.grid(np.concatenate(images), columns),
+            {"prompts": list(dict.fromkeys(prompts)), **settings},
+        )
+    say(
+        f"{len(prompts)} pictures in {time.perf_counter() - began:.1f} s: {paths[-1] if len(paths) < 3 else f'{paths[0]} ... {paths[-1]}'}"
+    )
 
 
 def asked(args: Any) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class Conditioner(Protocol):
 
 @lru_cache(maxsize=2)
 def _bert_tokenizer(vocab: Path) -> Any:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is missing, which is the point of this project
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it warns that PyTorch is missing, which is the point of this project
     from transformers import BertTokenizer
 
     return BertTokenizer(vocab=str(vocab), do_lower_case=True)

@@ -11,7 +11,7 @@ A first stage alone has {"kind": "first_stage", "first_stage": {...}}.
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -29,6 +29,11 @@ from ldm_jax.models.unet import UNet
 
 class ConfigError(ValueError):
     """A config that cannot be built; its message is one line that says what to change."""
+
+
+def apply(module: Any, params: Any, *args: Any, **options: Any) -> Any:
+    """``module.apply`` on bare parameters."""
+    return module.apply({"params": params}, *args, **options)
 
 
 @flax.struct.dataclass
@@ -55,14 +60,14 @@ class FirstStage:
         """Pixels [b, H, W, 3] in [-1, 1] -> scaled latents [b, h, w, c]: the posterior's mode, or its sample with standard normal ``noise``."""
         if self.module is None:
             return x
-        posterior = self.module.apply({"params": self.params}, x, method="encode")
+        posterior = apply(self.module, self.params, x, method="encode")
         return self.scale * (posterior.mode() if noise is None else posterior.sample(noise))
 
     def decode(self, z: jax.Array) -> jax.Array:
         """Scaled latents [b, h, w, c] -> pixels [b, H, W, 3], float32, about [-1, 1]."""
         if self.module is None:
             return z
-        return self.module.apply({"params": self.params}, z / self.scale, method="decode")
+        return apply(self.module, self.params, z / self.scale, method="decode")
 
 
 @flax.struct.dataclass
@@ -82,11 +87,13 @@ class LatentDiffusion:
         """The config that this was built from."""
         return json.loads(self.config_json)
 
-    def apply(self, params: Any, x: jax.Array, t: jax.Array, cond: Cond, *, train: bool = False, rngs: dict | None = None) -> jax.Array:
+    def apply(
+        self, params: Any, x: jax.Array, t: jax.Array, cond: Cond, *, train: bool = False, rngs: dict | None = None
+    ) -> jax.Array:
         """The UNet's output [b, h, w, c] at latents ``x`` and timesteps ``t`` [b]."""
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat], axis=-1)
-        return self.unet.apply({"params": params["unet"]}, x, t, cond.crossattn, cond.vector, train=train, rngs=rngs)
+        return apply(self.unet, params["unet"], x, t, cond.crossattn, cond.vector, train=train, rngs=rngs)
 
     def denoiser(self, encoded: Any, null: Any = None, guidance: Any = None) -> Denoiser:
         """The network under host-encoded conditions, guided away from ``null`` by ``guidance`` ([] or [b]) where that is given."""
@@ -106,14 +113,16 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def nearest(name: str, known: Any) -> str:
-    """", did you mean 'x'?" for the known name most like ``name``, or the list of what is known."""
+    """ ", did you mean 'x'?" for the known name most like ``name``, or the list of what is known."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
 
 
-def construct(factory: Callable[..., Any], what: str, fields: Mapping[str, Any], **extra: Any) -> Any:
-    """``factory(**fields, **extra)``, with lists as tuples; ConfigError names a field that does not exist or is missing."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def construct(
+    factory: Callable[..., Any], what: str, fields: Mapping[str, Any], ignore: Sequence[str] = (), **extra: Any
+) -> Any:
+    """``factory(**fields, **extra)`` less what is ignored, with lists as tuples; ConfigError names a field that does not exist or is missing."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k not in ignore}
     signature = inspect.signature(factory)
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         known = [p for p in signature.parameters if p not in ("parent", "name", *extra)]

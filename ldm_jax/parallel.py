@@ -18,7 +18,13 @@ def make_mesh(devices: int | None = None) -> jax.sharding.Mesh:
 
 
 def compile_step(
-    step: Callable[..., Any], mesh: jax.sharding.Mesh, mode: Mode, *, shared: tuple[bool, ...], donate: tuple[int, ...] = (), out_shared: Any = True
+    step: Callable[..., Any],
+    mesh: jax.sharding.Mesh,
+    mode: Mode,
+    *,
+    shared: tuple[bool, ...],
+    donate: tuple[int, ...] = (),
+    out_shared: Any = True,
 ) -> Callable[..., Any]:
     """``step(*args, axis_name=None)`` compiled over the mesh's "data" axis.
 
@@ -32,7 +38,12 @@ def compile_step(
         return whole if flag else rows
 
     if mode == "jit":
-        return jax.jit(step, in_shardings=tuple(map(place, shared)), out_shardings=jax.tree.map(place, out_shared), donate_argnums=donate)
+        return jax.jit(
+            step,
+            in_shardings=tuple(map(place, shared)),
+            out_shardings=jax.tree.map(place, out_shared),
+            donate_argnums=donate,
+        )
 
     n = mesh.devices.size
     mapped = jax.pmap(
@@ -49,7 +60,9 @@ def compile_step(
     def call(*args: Any) -> Any:
         args = [a if flag else jax.tree.map(split, a) for a, flag in zip(args, shared, strict=True)]
         out = mapped(*args)
-        merge = jax.tree.map(lambda flag, sub: sub if flag else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sub), out_shared, out)
+        merge = jax.tree.map(
+            lambda flag, sub: sub if flag else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sub), out_shared, out
+        )
         return merge
 
     return call

@@ -66,7 +66,9 @@ def grid(images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, 
     return sheet
 
 
-def labelled_grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str], zoom: int = 1, gap: int = 4) -> np.ndarray:
+def labelled_grid(
+    images: np.ndarray, rows: Sequence[str], columns: Sequence[str], zoom: int = 1, gap: int = 4
+) -> np.ndarray:
     """Pictures uint8 [len(rows) * len(columns), H, W, 3] with a label on every row and column -> one picture."""
     font = ImageFont.load_default(13)
     h, w = images.shape[1] * zoom, images.shape[2] * zoom

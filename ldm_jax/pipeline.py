@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ldm_jax.checkpoint import CheckpointError, load_model
 from ldm_jax.conditioning import ASSETS
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
-from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, generate, nearest
+from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, construct, generate, nearest
 from ldm_jax.parallel import Mode, compile_step, make_mesh
 
 
@@ -28,11 +28,15 @@ def find_model(name: str | Path) -> Path:
         return Path(name)
     shipped = sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
     if str(name) not in shipped:
-        raise RequestError(f"model {str(name)!r} is neither a folder nor one that ships with ldm_jax{nearest(str(name), shipped)}")
+        raise RequestError(
+            f"model {str(name)!r} is neither a folder nor one that ships with ldm_jax{nearest(str(name), shipped)}"
+        )
     return ASSETS / str(name)
 
 
-def load(name: str | Path = "emoji", *, dtype: str | None = None, parallel: Mode = "jit", devices: int | None = None) -> "Pipeline":
+def load(
+    name: str | Path = "emoji", *, dtype: str | None = None, parallel: Mode = "jit", devices: int | None = None
+) -> "Pipeline":
     """Loads a model directory or a shipped model.
 
     ``dtype`` is what it computes in: "float32" (the default on CPU), "bfloat16" (the default elsewhere) or "float16". ``parallel`` spreads
@@ -44,12 +48,16 @@ def load(name: str | Path = "emoji", *, dtype: str | None = None, parallel: Mode
         raise RequestError(f"dtype {dtype!r} does not exist{nearest(dtype, DTYPES)}")
     config, params = load_model(path)
     if config.get("kind") != "latent_diffusion":
-        raise RequestError(f"{path} is a {config.get('kind')}, which makes no pictures by itself: give the directory of a latent diffusion model")
+        raise RequestError(
+            f"{path} is a {config.get('kind')}, which makes no pictures by itself: give the directory of a latent diffusion model"
+        )
     try:
         params = jax.tree.map(lambda a: jnp.asarray(a, DTYPES[dtype]), params)
         first_stage = params.pop("first_stage", None)
         params.pop("logvar", None)  # of the training loss alone
-        return Pipeline(build(config, params, first_stage, dtype), dtype=dtype, name=str(name), parallel=parallel, devices=devices)
+        return Pipeline(
+            build(config, params, first_stage, dtype), dtype=dtype, name=str(name), parallel=parallel, devices=devices
+        )
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from None
 
@@ -62,20 +70,49 @@ class Batch:
     images: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample. A model's config.json may hold other defaults, under "sampling"."""
+
+    steps: int = 50
+    guidance: float | Sequence[float] = 5.0  # one scale, or one for each picture; 1 is none
+    eta: float = 0.0
+    sampler: str = "ddim"
+    grid: str = "uniform"  # of timesteps
+    size: Sequence[int] = (64, 64)  # height, width in pixels
+
+
 class Pipeline:
     """Text (or nothing) to pictures. Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are done.
 
     Only the number of steps, the batch, the size and the sampler are compiled in; prompts, seeds, guidance and eta are traced.
     """
 
-    def __init__(self, model: LatentDiffusion, *, dtype: str = "float32", name: str = "", parallel: Mode = "jit", devices: int | None = None):
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        *,
+        dtype: str = "float32",
+        name: str = "",
+        parallel: Mode = "jit",
+        devices: int | None = None,
+    ):
         if devices is not None and not 1 <= devices <= jax.device_count():
             raise RequestError(f"devices must be from 1 to {jax.device_count()}, not {devices}")
         self.mesh = make_mesh(devices)
         self.model = jax.device_put(model, NamedSharding(self.mesh, PartitionSpec()))
         self.dtype, self.name, self.parallel = dtype, name, parallel
-        self.sampling = {"steps": 50, "guidance": 5.0, "eta": 0.0, "sampler": "ddim", "grid": "uniform", **model.config.get("sampling", {})}
+        self.defaults: Settings = construct(Settings, "sampling", model.config.get("sampling", {}), ignore=("preview",))
+        self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def settings(self, **given: Any) -> Settings:
+        """The model's own settings but for what is given and not None."""
+        known = [field.name for field in dataclasses.fields(Settings)]
+        for name in given:
+            if name not in known:
+                raise RequestError(f"setting {name!r} does not exist{nearest(name, known)}")
+        return dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
 
     def __call__(self, prompts: str | Sequence[str], **request: Any) -> np.ndarray:
         """Pictures uint8 [n, H, W, 3]; see `stream` for the request."""
@@ -86,70 +123,53 @@ class Pipeline:
         prompts: str | Sequence[str],
         *,
         seeds: int | Sequence[int] | None = None,
-        steps: int | None = None,
-        guidance: float | Sequence[float] | None = None,
-        eta: float | None = None,
-        sampler: str | None = None,
-        grid: str | None = None,
-        size: tuple[int, int] | None = None,
         batch: int | None = None,
+        **settings: Any,
     ) -> Iterator[Batch]:
         """Checks the request at once, and returns an iterator over finished batches.
 
-        One picture per (prompt, seed): equally many of both, or one of either. ``seeds`` default to 0, 1, ...; ``guidance`` is one scale or one
-        per picture, 1 for none; ``size`` is (height, width) in pixels; ``batch`` pictures are made at a time (at most 8 by default). What is None
-        is the model's own default.
+        One picture per (prompt, seed): equally many of both, or one of either. ``seeds`` default to 0, 1, ...; ``batch`` pictures are made at a
+        time (at most 8 by default); the rest are `Settings`.
         """
         prompts, seeds = pair([prompts] if isinstance(prompts, str) else list(prompts), seeds)
-        n, devices = len(prompts), self.mesh.devices.size
-        steps, guidance = self.pick("steps", steps), self.pick("guidance", guidance)
-        sampler, eta = self.pick("sampler", sampler), self.pick("eta", eta)
-        size = self.check_size(tuple(self.pick("size", size)))
-        batch = batch or min(n, 8)
-        if batch < 1:
+        chosen, n, devices = self.settings(**settings), len(prompts), self.mesh.devices.size
+        if batch is not None and batch < 1:
             raise RequestError(f"batch must be at least 1, not {batch}")
-        batch = -(-batch // devices) * devices
-        scales = np.broadcast_to(np.asarray(guidance, np.float32), n) if np.ndim(guidance) == 0 or len(guidance) == n else None
-        if scales is None:
-            raise RequestError(f"{len(guidance)} guidance scales for {n} pictures: give one, or one for each")
-        if not np.isfinite(scales).all() or not np.isfinite(eta) or eta < 0:
-            raise RequestError("guidance must be a finite number, and eta a finite number of at least 0")
-        nodes = self.nodes(sampler, self.pick("grid", grid), steps, eta)
-
+        rows = -(-(batch or min(n, 8)) // devices) * devices
+        scales = np.asarray(chosen.guidance, np.float32)
+        if scales.shape not in ((), (n,)):
+            raise RequestError(f"{scales.size} guidance scales for {n} pictures: give one, or one for each")
+        if not np.isfinite(scales).all():
+            raise RequestError("guidance must be a finite number")
+        scales = np.broadcast_to(scales, n)
+        nodes, program = self.nodes(chosen), self.program(chosen.sampler, self.check_size(chosen.size))
         conditioner = self.model.conditioner
-        encoded, null = conditioner.encode(prompts), conditioner.encode_null(batch)
-        program = self.program(sampler, size)
+        encoded, null = conditioner.encode(prompts), conditioner.encode_null(rows)
 
         def batches() -> Iterator[Batch]:
-            for start in range(0, n, batch):
+            for start in range(0, n, rows):
                 # The last batch is filled up with its last picture: every batch has one shape.
-                places = np.minimum(np.arange(start, start + batch), n - 1)
-                part = jax.tree.map(lambda a: a[places], encoded)
+                places = np.minimum(np.arange(start, start + rows), n - 1)
+                part = jax.tree.map(lambda a, places=places: a[places], encoded)
                 images = program(self.model, nodes, part, null, np.asarray(seeds, np.uint32)[places], scales[places])
-                done = range(start, min(start + batch, n))
+                done = range(start, min(start + rows, n))
                 yield Batch(done, np.asarray(images)[: len(done)])
 
         return batches()
 
-    def pick(self, setting: str, given: Any) -> Any:
-        """What was given, or the model's own default."""
-        return self.sampling[setting] if given is None else given
-
-    def nodes(self, sampler: str, grid: str, steps: int, eta: float) -> Any:
+    def nodes(self, chosen: Settings) -> Any:
         """The sampler's tables, or a RequestError."""
-        if sampler not in SAMPLERS:
-            raise RequestError(f"sampler {sampler!r} does not exist{nearest(sampler, SAMPLERS)}")
-        schedule = self.model.schedule
+        if chosen.sampler not in SAMPLERS:
+            raise RequestError(f"sampler {chosen.sampler!r} does not exist{nearest(chosen.sampler, SAMPLERS)}")
+        if not np.isfinite(chosen.eta) or chosen.eta < 0:
+            raise RequestError(f"eta must be a number of at least 0, not {chosen.eta}")
         try:
-            timesteps = step_grid(grid, steps, schedule.timesteps)
-            return SAMPLERS[sampler].nodes(self._host_schedule(), timesteps, **({} if sampler == "ddpm" and not eta else {"eta": eta}))
+            timesteps = step_grid(chosen.grid, chosen.steps, self._schedule.timesteps)
+            return SAMPLERS[chosen.sampler].nodes(self._schedule, timesteps, eta=chosen.eta)
         except ValueError as error:
             raise RequestError(str(error)) from None
 
-    def _host_schedule(self) -> Any:
-        return jax.device_get(self.model.schedule)
-
-    def check_size(self, size: tuple[int, ...]) -> tuple[int, int]:
+    def check_size(self, size: Sequence[int]) -> tuple[int, int]:
         """(height, width) if the model can make it."""
         factor = self.model.first_stage.downsampling * 2 ** (len(self.model.unet.channel_mult) - 1)
         if len(size) != 2 or min(size) < factor or size[0] % factor or size[1] % factor:
@@ -184,5 +204,7 @@ def pair(prompts: list[str], seeds: int | Sequence[int] | None) -> tuple[list[st
         raise RequestError("seeds must be from 0 to 4294967295")
     n = max(len(prompts), len(seeds))
     if len(prompts) not in (1, n) or len(seeds) not in (1, n):
-        raise RequestError(f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up: give equally many, or one of either")
+        raise RequestError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up: give equally many, or one of either"
+        )
     return prompts * (n // len(prompts)), seeds * (n // len(seeds))

@@ -32,7 +32,9 @@ OBJECTIVES = {
     "eps": Objective(lambda x0, eps, a, s: eps, lambda out, xt, a, s: Prediction(out, (xt - s * out) / a)),
     "x0": Objective(lambda x0, eps, a, s: x0, lambda out, xt, a, s: Prediction((xt - a * out) / s, out)),
     # Salimans & Ho 2022, arXiv:2202.00512: v = a eps - s x0. Needs no division, so it holds where abar_t = 0.
-    "v": Objective(lambda x0, eps, a, s: a * eps - s * x0, lambda out, xt, a, s: Prediction(a * out + s * xt, a * xt - s * out)),
+    "v": Objective(
+        lambda x0, eps, a, s: a * eps - s * x0, lambda out, xt, a, s: Prediction(a * out + s * xt, a * xt - s * out)
+    ),
 }
 
 

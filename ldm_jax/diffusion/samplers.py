@@ -30,7 +30,9 @@ def _uniform(steps: int, total: int) -> np.ndarray:
 GRIDS: dict[str, Callable[[int, int], np.ndarray]] = {
     "uniform": _uniform,
     "quad": lambda steps, total: (np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(int) + 1,
-    "trailing": lambda steps, total: np.round(np.arange(1, steps + 1) * total / steps).astype(int) - 1,  # Lin et al. 2023, arXiv:2305.08891
+    "trailing": lambda steps, total: (
+        np.round(np.arange(1, steps + 1) * total / steps).astype(int) - 1
+    ),  # Lin et al. 2023, arXiv:2305.08891
 }
 
 
@@ -44,13 +46,13 @@ def step_grid(kind: str, steps: int, total: int, *, compat: bool = False) -> np.
         raise ValueError(f"step grid {kind!r} does not exist (have {', '.join(GRIDS)})")
     if not 1 <= steps <= total:
         raise ValueError(f"steps must be from 1 to {total}, not {steps}")
-    if compat and kind == "uniform":
-        grid = np.arange(0, total, total // steps) + 1
-    else:
-        grid = GRIDS[kind](steps, total)
+    original = compat and kind == "uniform"
+    grid = np.arange(0, total, total // steps) + 1 if original else GRIDS[kind](steps, total)
     if compat:
         if grid[-1] >= total:
-            raise ValueError(f"the original's {kind} grid of {steps} steps reaches timestep {grid[-1]} of {total}; leave out compat or take other steps")
+            raise ValueError(
+                f"the original's {kind} grid of {steps} steps reaches timestep {grid[-1]} of {total}; leave out compat or take other steps"
+            )
         return grid
     ramp = np.arange(len(grid))
     grid = np.maximum.accumulate(grid - ramp) + ramp  # distinct: at least one apart ...
@@ -74,7 +76,9 @@ class Sampler(Protocol):
         """What the sampler remembers between steps, before the first."""
         ...
 
-    def step(self, carry: Carry, node: Any, x: jax.Array, predict: Predict, noise: jax.Array | None) -> tuple[Carry, jax.Array, jax.Array]:
+    def step(
+        self, carry: Carry, node: Any, x: jax.Array, predict: Predict, noise: jax.Array | None
+    ) -> tuple[Carry, jax.Array, jax.Array]:
         """(carry, next x, predicted x0) from x [b, ...] and ``noise`` [draws, b, ...]."""
         ...
 
@@ -93,7 +97,9 @@ class DDIM:
     draws = 1
     blend_after = False
 
-    def nodes(self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 0.0, temperature: float = 1.0) -> DDIMNode:
+    def nodes(
+        self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 0.0, temperature: float = 1.0
+    ) -> DDIMNode:
         abar, prev = _abar_pairs(schedule, timesteps)
         sigma = eta * np.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev))
         # An eta above 1 can ask for more noise than x_{t-1} has: then nothing is left for the direction.
@@ -103,7 +109,9 @@ class DDIM:
     def init(self, x: jax.Array) -> Carry:
         return None
 
-    def step(self, carry: Carry, node: DDIMNode, x: jax.Array, predict: Predict, noise: jax.Array | None) -> tuple[Carry, jax.Array, jax.Array]:
+    def step(
+        self, carry: Carry, node: DDIMNode, x: jax.Array, predict: Predict, noise: jax.Array | None
+    ) -> tuple[Carry, jax.Array, jax.Array]:
         assert noise is not None
         eps, x0 = predict(x, node.t)
         return carry, node.sqrt_abar_prev * x0 + node.direction * eps + node.sigma * noise[0], x0
@@ -123,7 +131,9 @@ class DDPM:
     draws = 1
     blend_after = True
 
-    def nodes(self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 1.0, temperature: float = 1.0) -> DDPMNode:
+    def nodes(
+        self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 1.0, temperature: float = 1.0
+    ) -> DDPMNode:
         if eta != 1.0:
             raise ValueError("the ddpm sampler has no eta; use ddim, whose eta 1 has the same variance")
         abar, prev = _abar_pairs(schedule, timesteps, first=1.0)
@@ -131,12 +141,16 @@ class DDPM:
         variance = (1 - schedule.v_posterior) * beta * (1 - prev) / (1 - abar) + schedule.v_posterior * beta
         std = np.sqrt(np.maximum(variance, 1e-20)) * temperature
         std[0] = 0.0  # the last step of sampling returns the mean
-        return _descending(DDPMNode(timesteps, beta * np.sqrt(prev) / (1 - abar), (1 - prev) * np.sqrt(1 - beta) / (1 - abar), std))
+        return _descending(
+            DDPMNode(timesteps, beta * np.sqrt(prev) / (1 - abar), (1 - prev) * np.sqrt(1 - beta) / (1 - abar), std)
+        )
 
     def init(self, x: jax.Array) -> Carry:
         return None
 
-    def step(self, carry: Carry, node: DDPMNode, x: jax.Array, predict: Predict, noise: jax.Array | None) -> tuple[Carry, jax.Array, jax.Array]:
+    def step(
+        self, carry: Carry, node: DDPMNode, x: jax.Array, predict: Predict, noise: jax.Array | None
+    ) -> tuple[Carry, jax.Array, jax.Array]:
         assert noise is not None
         x0 = predict(x, node.t).x0
         return carry, node.coef_x0 * x0 + node.coef_xt * x + node.std * noise[0], x0
@@ -151,7 +165,9 @@ def _abar_pairs(schedule: Schedule, timesteps: np.ndarray, first: float | None =
 
 def _descending(nodes: Any) -> Any:
     """Ascending tables -> the order of sampling, in 32 bits."""
-    return jax.tree.map(lambda a: np.asarray(a[::-1], np.int32 if np.issubdtype(a.dtype, np.integer) else np.float32), nodes)
+    return jax.tree.map(
+        lambda a: np.asarray(a[::-1], np.int32 if np.issubdtype(a.dtype, np.integer) else np.float32), nodes
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the loop

@@ -54,11 +54,15 @@ BETA_SCHEDULES = {
 }
 
 
-def make_betas(kind: str, timesteps: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3) -> np.ndarray:
+def make_betas(
+    kind: str, timesteps: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
+) -> np.ndarray:
     """Betas, float64 [timesteps], of the schedule ``kind``, a key of BETA_SCHEDULES."""
     if kind not in BETA_SCHEDULES:
         near = difflib.get_close_matches(kind, BETA_SCHEDULES, 1)
-        raise ValueError(f"beta schedule {kind!r} does not exist{f'; did you mean {near[0]!r}?' if near else ''} (have {', '.join(BETA_SCHEDULES)})")
+        raise ValueError(
+            f"beta schedule {kind!r} does not exist{f'; did you mean {near[0]!r}?' if near else ''} (have {', '.join(BETA_SCHEDULES)})"
+        )
     return BETA_SCHEDULES[kind](timesteps, linear_start, linear_end, cosine_s)
 
 

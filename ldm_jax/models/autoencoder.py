@@ -51,7 +51,9 @@ class DiagonalGaussian:
         if other is None:
             terms = jnp.square(self.mean) + self.var - 1.0 - self.logvar
         else:
-            terms = jnp.square(self.mean - other.mean) / other.var + self.var / other.var - 1.0 - self.logvar + other.logvar
+            terms = (
+                jnp.square(self.mean - other.mean) / other.var + self.var / other.var - 1.0 - self.logvar + other.logvar
+            )
         return 0.5 * terms.sum((1, 2, 3))
 
     def nll(self, x: Array) -> Array:
@@ -70,7 +72,8 @@ class Coder(nn.Module):
     """The fields that encoder and decoder share; names and defaults are the original's ``ddconfig``.
 
     ``attn_resolutions`` are sizes in pixels, counted down from ``resolution`` whatever size the input really has. The middle block always has
-    attention of the kind ``attn_type``.
+    attention of the kind ``attn_type``. ``norm_groups`` is not the original's, which always has 32: on 32 channels that is instance normalisation,
+    which takes every picture's overall colour away, so a network as narrow as that needs fewer groups.
     """
 
     ch: int
@@ -84,17 +87,20 @@ class Coder(nn.Module):
     dropout: float = 0.0
     resamp_with_conv: bool = True
     attn_type: Literal["vanilla", "linear", "none"] = "vanilla"
+    norm_groups: int = 32
     dtype: Dtype = jnp.float32
 
     def res(self, features: int, name: str) -> ResnetBlock:
-        return ResnetBlock(features, self.dropout, dtype=self.dtype, name=name)
+        return ResnetBlock(features, self.dropout, norm_groups=self.norm_groups, dtype=self.dtype, name=name)
 
     def attends(self, level: int) -> bool:
         """Whether the blocks of a level have attention: the size is counted down (in the decoder back up) by whole halvings."""
         return self.resolution // 2**level in self.attn_resolutions
 
     def attn(self, channels: int, name: str) -> nn.Module | None:
-        return autoencoder_attention(self.attn_type, channels, name=name, dtype=self.dtype)
+        return autoencoder_attention(
+            self.attn_type, channels, norm_groups=self.norm_groups, name=name, dtype=self.dtype
+        )
 
     def middle(self, h: Array, train: bool) -> Array:
         c = h.shape[-1]
@@ -120,7 +126,7 @@ class Encoder(Coder):
             if level != len(self.ch_mult) - 1:
                 h = Downsample(self.resamp_with_conv, "right", self.dtype, name=f"down_{level}_downsample")(h)
         h = self.middle(h, train)
-        h = GroupNorm(1e-6, silu=True, dtype=self.dtype, name="norm_out")(h)
+        h = GroupNorm(1e-6, self.norm_groups, silu=True, dtype=self.dtype, name="norm_out")(h)
         return conv(self.z_channels * (2 if self.double_z else 1), 3, h, name="conv_out", dtype=self.dtype)(h)
 
 
@@ -152,7 +158,7 @@ class Decoder(Coder):
                 h = Upsample(self.resamp_with_conv, self.dtype, name=f"up_{level}_upsample")(h)
         if self.give_pre_end:
             return h
-        h = GroupNorm(1e-6, silu=True, dtype=self.dtype, name="norm_out")(h)
+        h = GroupNorm(1e-6, self.norm_groups, silu=True, dtype=self.dtype, name="norm_out")(h)
         h = conv(self.out_ch, 3, h, name="conv_out", dtype=self.dtype)(h)
         return jnp.tanh(h) if self.tanh_out else h
 
@@ -175,6 +181,7 @@ class AutoencoderKL(nn.Module):
     dropout: float = 0.0
     resamp_with_conv: bool = True
     attn_type: Literal["vanilla", "linear", "none"] = "vanilla"
+    norm_groups: int = 32
     tanh_out: bool = False
     dtype: Dtype = jnp.float32
 

@@ -29,7 +29,7 @@ class TransformerEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, mask: Array | None = None, logits: bool = False, train: bool = False) -> Array:
-        b, n = tokens.shape
+        n = tokens.shape[1]
         if n > self.max_seq_len:
             raise ValueError(f"TransformerEncoder: {n} tokens exceed max_seq_len {self.max_seq_len}")
         normal = nn.initializers.normal(0.02)

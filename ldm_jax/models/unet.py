@@ -6,7 +6,7 @@ disagree about what is where.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -69,11 +69,14 @@ class UNet(nn.Module):
     context_dim: int | None = None
     n_embed: int | None = None
     legacy: bool = True
+    norm_groups: int = 32
     remat: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, context: Array | None = None, y: Array | None = None, train: bool = False) -> Array:
+    def __call__(
+        self, x: Array, t: Array, context: Array | None = None, y: Array | None = None, train: bool = False
+    ) -> Array:
         """``context`` [b, m, context_dim] feeds cross-attention; ``y`` [b] holds class indices where ``num_classes`` is set."""
         if (y is None) != (self.num_classes is None):
             raise ValueError("UNet: y must be given if and only if num_classes is set")
@@ -83,7 +86,9 @@ class UNet(nn.Module):
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(f"UNet: height and width {x.shape[1:3]} must be multiples of {factor}")
         plan = layout(self)
-        emb = TimeEmbedding(4 * self.model_channels, self.dtype, name="time_embed")(timestep_embedding(t, self.model_channels))
+        emb = TimeEmbedding(4 * self.model_channels, self.dtype, name="time_embed")(
+            timestep_embedding(t, self.model_channels)
+        )
         if self.num_classes is not None:
             emb = emb + nn.Embed(self.num_classes, 4 * self.model_channels, dtype=self.dtype, name="label_emb")(y)
 
@@ -96,16 +101,17 @@ class UNet(nn.Module):
             h = self.run(row, f"output_blocks_{i}", jnp.concatenate([h, skips.pop()], axis=-1), emb, context, train)
 
         if self.n_embed is not None:
-            h = GroupNorm(1e-5, dtype=self.dtype, name="id_norm")(h)
+            h = GroupNorm(1e-5, self.norm_groups, dtype=self.dtype, name="id_norm")(h)
             return dense(self.n_embed, h, name="id_predictor", dtype=jnp.float32)(h)
-        h = GroupNorm(1e-5, silu=True, dtype=self.dtype, name="out_norm")(h)
+        h = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")(h)
         return conv(self.out_channels, 3, h, zero=True, name="out_conv", dtype=self.dtype)(h).astype(jnp.float32)
 
     def run(self, row: list[Block], name: str, h: Array, emb: Array, context: Array | None, train: bool) -> Array:
         """Runs one row of blocks; called inside ``__call__``, whose submodules these become."""
 
-        def wrap(cls: type[nn.Module], static_argnums: tuple[int, ...]) -> type[nn.Module]:
-            return nn.remat(cls, static_argnums=static_argnums) if self.remat else cls
+        def make(cls: Any, *args: Any, remat_static: tuple[int, ...] = (), **fields: Any) -> Any:
+            cls = nn.remat(cls, static_argnums=remat_static) if self.remat else cls
+            return cls(*args, norm_groups=self.norm_groups, dtype=self.dtype, **fields)
 
         for j, block in enumerate(row):
             at = f"{name}_{j}"
@@ -114,13 +120,13 @@ class UNet(nn.Module):
                     h = conv(block.channels_out, 3, h, name=at, dtype=self.dtype)(h)
                 case "res" | "res_up" | "res_down":
                     resample = {"res": "none", "res_up": "up", "res_down": "down"}[block.kind]
-                    cls = wrap(ResBlock, (3,))
-                    h = cls(block.channels_out, self.dropout, self.use_scale_shift_norm, resample, dtype=self.dtype, name=at)(h, emb, train)
+                    fields = (block.channels_out, self.dropout, self.use_scale_shift_norm, resample)
+                    h = make(ResBlock, *fields, remat_static=(3,), name=at)(h, emb, train)
                 case "attn" if self.use_spatial_transformer:
-                    cls = wrap(SpatialTransformer, (3,))
-                    h = cls(block.heads, block.head_dim, self.transformer_depth, dtype=self.dtype, name=at)(h, context, train)
+                    fields = (block.heads, block.head_dim, self.transformer_depth)
+                    h = make(SpatialTransformer, *fields, remat_static=(3,), name=at)(h, context, train)
                 case "attn":
-                    h = wrap(AttentionBlock, ())(block.heads, self.use_new_attention_order, dtype=self.dtype, name=at)(h)
+                    h = make(AttentionBlock, block.heads, self.use_new_attention_order, name=at)(h)
                 case "down":
                     h = Downsample(self.conv_resample, "same", self.dtype, name=at)(h)
                 case "up":

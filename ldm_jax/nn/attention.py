@@ -104,12 +104,13 @@ class SpatialTransformer(nn.Module):
     head_dim: int
     depth: int = 1
     dropout: float = 0.0
+    norm_groups: int = 32
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, train: bool = False) -> Array:
         b, h, w, c = x.shape
-        y = GroupNorm(1e-6, dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
+        y = GroupNorm(1e-6, self.norm_groups, dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
         y = dense(self.heads * self.head_dim, y, name="proj_in", dtype=self.dtype)(y)
         for i in range(self.depth):
             block = BasicTransformerBlock(self.heads, self.head_dim, self.dropout, dtype=self.dtype, name=f"blocks_{i}")
@@ -127,12 +128,13 @@ class AttentionBlock(nn.Module):
 
     heads: int
     new_order: bool = False
+    norm_groups: int = 32
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
-        y = GroupNorm(1e-5, dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
+        y = GroupNorm(1e-5, self.norm_groups, dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
         qkv = dense(3 * c, y, name="qkv", dtype=self.dtype)(y)
         if self.new_order:
             q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, -1), 2, 0)
@@ -146,12 +148,13 @@ class AttentionBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over pixels, as the autoencoders use it. [b, h, w, c] -> same."""
 
+    norm_groups: int = 32
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
-        y = GroupNorm(1e-6, dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
+        y = GroupNorm(1e-6, self.norm_groups, dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
         q, k, v = (split_heads(dense(c, y, name=n, dtype=self.dtype)(y), 1) for n in ("q", "k", "v"))
         y = merge_heads(attention(q, k, v))
         return x + dense(c, y, name="proj_out", dtype=self.dtype)(y).reshape(b, h, w, c)
@@ -176,10 +179,10 @@ class LinearAttention(nn.Module):
         return dense(c, y, name="to_out", dtype=self.dtype)(y).reshape(b, h, w, c)
 
 
-def autoencoder_attention(kind: str, channels: int, *, name: str, dtype: Dtype) -> nn.Module | None:
+def autoencoder_attention(kind: str, channels: int, *, norm_groups: int, name: str, dtype: Dtype) -> nn.Module | None:
     """The attention of one place in an autoencoder; None is the identity. ``kind`` is "vanilla", "linear" or "none"."""
     if kind == "vanilla":
-        return AttnBlock(dtype=dtype, name=name)
+        return AttnBlock(norm_groups, dtype=dtype, name=name)
     if kind == "linear":
         return LinearAttention(heads=1, head_dim=channels, dtype=dtype, name=name)
     if kind == "none":

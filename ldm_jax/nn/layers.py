@@ -1,6 +1,6 @@
 """Linen layers that every network shares. Arrays are NHWC (or [batch, length, channels]).
 
-Parameters are float32; ``dtype`` is the dtype that products are computed in. Normalisation statistics, softmax and timestep embeddings stay in float32.
+Parameters are float32; ``dtype`` is what products are computed in. Normalisation statistics, softmax and timestep embeddings stay in float32.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,17 @@ def torch_bias_init(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def conv(features: int, kernel: int, like: Array, *, name: str, dtype: Dtype, stride: int = 1, padding: Any = None, zero=False) -> nn.Conv:
+def conv(
+    features: int,
+    kernel: int,
+    like: Array,
+    *,
+    name: str,
+    dtype: Dtype,
+    stride: int = 1,
+    padding: Any = None,
+    zero=False,
+) -> nn.Conv:
     """A square convolution initialised as PyTorch does, padded to keep the size; ``zero`` starts it at zero.
 
     ``like`` is its input, whose channel count sets the bias range.
@@ -43,7 +53,9 @@ def conv(features: int, kernel: int, like: Array, *, name: str, dtype: Dtype, st
     )
 
 
-def dense(features: int, like: Array, *, name: str, dtype: Dtype, use_bias: bool = True, zero: bool = False) -> nn.Dense:
+def dense(
+    features: int, like: Array, *, name: str, dtype: Dtype, use_bias: bool = True, zero: bool = False
+) -> nn.Dense:
     """A linear layer (also every 1x1 convolution) initialised as PyTorch does; ``zero`` starts it at zero."""
     return nn.Dense(
         features,
@@ -70,7 +82,9 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         b, *space, c = x.shape
         if c % self.groups:
-            raise ValueError(f"GroupNorm: {c} channels do not divide into {self.groups} groups; use a multiple of {self.groups}")
+            raise ValueError(
+                f"GroupNorm: {c} channels do not divide into {self.groups} groups; use a multiple of {self.groups}"
+            )
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         x32 = x.astype(jnp.float32)

@@ -50,12 +50,13 @@ class ResBlock(nn.Module):
     scale_shift: bool = False
     resample: Literal["none", "up", "down"] = "none"
     conv_skip: bool = False
+    norm_groups: int = 32
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, emb: Array, train: bool = False) -> Array:
         resample = {"none": lambda a: a, "up": upsample_nearest, "down": avg_pool}[self.resample]
-        h = resample(GroupNorm(1e-5, silu=True, dtype=self.dtype, name="in_norm")(x))
+        h = resample(GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="in_norm")(x))
         x = resample(x)
         h = conv(self.features, 3, h, name="in_conv", dtype=self.dtype)(h)
 
@@ -64,9 +65,9 @@ class ResBlock(nn.Module):
         e = dense(width, emb, name="emb", dtype=self.dtype)(emb)[:, None, None]
         if self.scale_shift:
             scale, shift = jnp.split(e, 2, axis=-1)
-            h = nn.silu(GroupNorm(1e-5, dtype=self.dtype, name="out_norm")(h) * (1 + scale) + shift)
+            h = nn.silu(GroupNorm(1e-5, self.norm_groups, dtype=self.dtype, name="out_norm")(h) * (1 + scale) + shift)
         else:
-            h = GroupNorm(1e-5, silu=True, dtype=self.dtype, name="out_norm")(h + e)
+            h = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")(h + e)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.features, 3, h, zero=True, name="out_conv", dtype=self.dtype)(h)
 
@@ -84,13 +85,14 @@ class ResnetBlock(nn.Module):
     features: int
     dropout: float = 0.0
     conv_skip: bool = False
+    norm_groups: int = 32
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        h = GroupNorm(1e-6, silu=True, dtype=self.dtype, name="norm1")(x)
+        h = GroupNorm(1e-6, self.norm_groups, silu=True, dtype=self.dtype, name="norm1")(x)
         h = conv(self.features, 3, h, name="conv1", dtype=self.dtype)(h)
-        h = GroupNorm(1e-6, silu=True, dtype=self.dtype, name="norm2")(h)
+        h = GroupNorm(1e-6, self.norm_groups, silu=True, dtype=self.dtype, name="norm2")(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.features, 3, h, name="conv2", dtype=self.dtype)(h)
         if x.shape[-1] != self.features:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldm_jax.latent import to_float
+from ldm_jax.latent import apply, to_float
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.train.state import TrainState, accumulate, apply_gradients, normal_rows, row_keys
 
@@ -34,16 +34,20 @@ def reconstruction_loss(
     return loss, parts | {"loss": loss}
 
 
-def make_loss(module: AutoencoderKL, config: Any, seed: int, perceptual: Perceptual | None) -> Callable[..., tuple[jax.Array, dict]]:
+def make_loss(
+    module: AutoencoderKL, config: Any, seed: int, perceptual: Perceptual | None
+) -> Callable[..., tuple[jax.Array, dict]]:
     """``loss(params, frozen, batch, step, train) -> (loss, metrics)``; see `make_step`."""
 
     def loss(params: Any, frozen: Any, batch: Any, step: jax.Array, train: bool = True) -> tuple[jax.Array, dict]:
         x = to_float(batch["image"])
-        b, h, w, _ = x.shape
+        _, h, w, _ = x.shape
         f = module.downsampling
-        noise = normal_rows(row_keys(seed, step, batch["row"]), 0, (h // f, w // f, module.embed_dim)) if train else None
+        noise = (
+            normal_rows(row_keys(seed, step, batch["row"]), 0, (h // f, w // f, module.embed_dim)) if train else None
+        )
         rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)} if train else None
-        y, posterior = module.apply({"params": params}, x, noise, train, rngs=rngs)
+        y, posterior = apply(module, params, x, noise, train, rngs=rngs)
         distance = None if perceptual is None else perceptual(frozen["perceptual"], x, y)
         return reconstruction_loss(x, y, posterior.kl(), distance, config)
 

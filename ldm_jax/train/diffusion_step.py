@@ -39,14 +39,22 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
         encoded = batch["encoded"]
         if train and config.caption_dropout:
             drop = uniform(CAPTION) < config.caption_dropout
-            encoded = jax.tree.map(lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e), frozen["null"], encoded)
+            encoded = jax.tree.map(
+                lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e), frozen["null"], encoded
+            )
         rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)} if train else None
         cond = model.conditioner(params["conditioner"], encoded, train=train, rngs=rngs)
         out = model.apply(params, q_sample(schedule, z, t, noise), t, cond, train=train, rngs=rngs)
         per_sample = obj.pointwise(config.kind, out, obj.target(model.objective, schedule, z, noise, t))
         logvar = params["logvar"] if "logvar" in params else jnp.full(schedule.timesteps, config.logvar_init)
         return obj.diffusion_loss(
-            per_sample, t, elbo=elbo, simple_weight=config.simple_weight, elbo_weight=config.elbo_weight, weights=weights, logvar=logvar
+            per_sample,
+            t,
+            elbo=elbo,
+            simple_weight=config.simple_weight,
+            elbo_weight=config.elbo_weight,
+            weights=weights,
+            logvar=logvar,
         )
 
     return loss

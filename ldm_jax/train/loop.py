@@ -4,8 +4,10 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax import pictures
-from ldm_jax.checkpoint import CheckpointError, TrainingCheckpoints, save_model
+from ldm_jax.checkpoint import CheckpointError, TrainingCheckpoints, read_config, save_model
 from ldm_jax.data import ImageTransform, Loader, make_source
-from ldm_jax.latent import ConfigError, nearest
+from ldm_jax.latent import DTYPES, ConfigError, nearest
 from ldm_jax.parallel import compile_step, make_mesh
 from ldm_jax.train.optim import learning_rate, make_optimizer
 from ldm_jax.train.state import TrainState, create_state
@@ -24,8 +26,19 @@ from ldm_jax.train.tasks import TASKS, plain
 
 LOG = logging.getLogger(__name__)
 
-# Settings that a resumed run may change: they alter how long and how loud it runs, not what it computes.
-FREE = ("steps", "log_every", "save_every", "eval_every", "preview_every", "keep", "num_workers", "parallel")
+# Settings that a resumed run may change: they alter how long and how loud it runs, not what a step computes. (Where the learning rate decays,
+# `steps` is also the end of the decay.)
+FREE = (
+    "steps",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "eval_batches",
+    "preview_every",
+    "keep",
+    "data.num_workers",
+    "parallel",
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -40,11 +53,16 @@ def train(config: Any, workdir: str | Path) -> Path:
     workdir = Path(workdir).absolute()
     check_config(config)
     model_dir = workdir / "model"
-    claim_workdir(workdir, plain(config))
+    check_workdir(workdir, plain(config))
 
     # ------------------------------------------------------------------------------------------------ data
     train_loader, eval_loader = make_loader(config, "train"), make_loader(config, "validation")
-    LOG.info("%d pictures to train on, %d held out, batches of %d", len(train_loader.source), len(eval_loader.source), config.batch_size)
+    LOG.info(
+        "%d pictures to train on, %d held out, batches of %d",
+        len(train_loader.source),
+        len(eval_loader.source),
+        config.batch_size,
+    )
 
     # ------------------------------------------------------------------------------------------- the model
     task = TASKS[config.task](config)
@@ -56,6 +74,9 @@ def train(config: Any, workdir: str | Path) -> Path:
         return create_state(task.init(key), tx, ema=config.ema > 0)
 
     # ------------------------------------------------------------------------------------ begin, or resume
+    claim_workdir(
+        workdir, plain(config)
+    )  # only now: a mistake in the settings above leaves nothing behind that holds on to them
     checkpoints = TrainingCheckpoints(workdir, config.keep)
     first = checkpoints.latest()
     if first is None:
@@ -71,7 +92,9 @@ def train(config: Any, workdir: str | Path) -> Path:
     task.use(prepared)
     frozen = jax.device_put(task.frozen, replicated)
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in state.params.items()}
-    LOG.info("%.2f M parameters (%s)", sum(counts.values()) / 1e6, ", ".join(f"{k} {v / 1e6:.2f}" for k, v in counts.items()))
+    LOG.info(
+        "%.2f M parameters (%s)", sum(counts.values()) / 1e6, ", ".join(f"{k} {v / 1e6:.2f}" for k, v in counts.items())
+    )
     step_fn = compile_step(
         task.make_step(tx, seed=config.seed, ema=config.ema, parts=config.optim.accumulate),
         mesh,
@@ -99,7 +122,9 @@ def train(config: Any, workdir: str | Path) -> Path:
                 unread = None
             params = state.params if state.ema is None else state.ema
             if step % config.eval_every == 0 or step == config.steps:
-                report.evaluation(step, run_evaluation(evaluate, params, frozen, task, eval_loader, config.eval_batches))
+                report.evaluation(
+                    step, run_evaluation(evaluate, params, frozen, task, eval_loader, config.eval_batches)
+                )
             if step % config.preview_every == 0 or step == config.steps:
                 report.preview(step, task.preview(params, frozen, next(iter(first_batches(eval_loader, 1, raw=True)))))
             if saving:
@@ -138,7 +163,9 @@ def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
         if differing:
             k = differing[0]
             more = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
-            raise ConfigError(f"{workdir} holds a run with {k}={there.get(k)!r}, not {here.get(k)!r}{more}: give another --workdir, or its own settings")
+            raise ConfigError(
+                f"{workdir} holds a run with {k}={there.get(k)!r}, not {here.get(k)!r}{more}: give another --workdir, or its own settings"
+            )
     elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and holds no run of ours: give another --workdir")
     try:
@@ -164,7 +191,14 @@ def make_loader(config: Any, part: str) -> Loader:
     if part == "validation" and not data.get("holdout"):
         part = "train"
     source = make_source({**data, "part": part})
-    return Loader(source, transform, batch_size=config.batch_size, seed=config.seed, caption=caption, num_workers=workers if part == "train" else 0)
+    return Loader(
+        source,
+        transform,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        caption=caption,
+        num_workers=workers if part == "train" else 0,
+    )
 
 
 def first_batches(loader: Loader, n: int, raw: bool = False) -> list[Any]:
@@ -213,7 +247,10 @@ class Report:
         per_second = (step - self.last) * self.config.batch_size / (now - self.since)
         left = (self.config.steps - step) * self.config.batch_size / per_second
         self.since, self.last = now, step
-        values = {k: float(v) for k, v in metrics.items()} | {"learning_rate": float(rate(step - 1)), "images_per_second": per_second}
+        values = {k: float(v) for k, v in metrics.items()} | {
+            "learning_rate": float(rate(step - 1)),
+            "images_per_second": per_second,
+        }
         self._write(step, "train", values)
         line = f"loss {loss:.4f}, {per_second:.1f} images/s, {clock(left)} left"
         if self.terminal:
@@ -237,7 +274,9 @@ class Report:
     def _write(self, step: int, part: str, values: dict[str, float]) -> None:
         for key, value in values.items():
             self.board.add_scalar(f"{part}/{key}", value, step)
-        self.jsonl.write(json.dumps({"step": step, "part": part, **{k: round(v, 6) for k, v in values.items()}}) + os.linesep)
+        self.jsonl.write(
+            json.dumps({"step": step, "part": part, **{k: round(v, 6) for k, v in values.items()}}) + os.linesep
+        )
         self.jsonl.flush()
 
     def close(self) -> None:

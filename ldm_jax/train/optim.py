@@ -6,7 +6,7 @@ import optax
 
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
-    """Linear warm-up over ``config.warmup`` steps to ``config.lr``, then "constant", or "cosine" or "linear" to ``config.final`` * lr at ``steps``."""
+    """Warm-up over ``config.warmup`` steps to ``config.lr``, then "constant", or "cosine" or "linear" to ``config.final`` * lr at ``steps``."""
     rest = max(steps - config.warmup, 1)
     decays = {
         "constant": optax.constant_schedule(config.lr),

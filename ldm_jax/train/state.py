@@ -21,7 +21,9 @@ class TrainState:
 
 def create_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainState:
     """Step 0, with the average starting at the parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params) if ema else None, tx.init(params))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params) if ema else None, tx.init(params)
+    )
 
 
 def ema_decay(updates: jax.Array, decay: float) -> jax.Array:
@@ -45,7 +47,9 @@ def apply_gradients(state: TrainState, grads: Any, tx: optax.GradientTransformat
     return TrainState(step, params, ema, opt_state)
 
 
-def accumulate(loss_fn: Callable[[Any, Any], tuple[jax.Array, dict]], params: Any, batch: Any, parts: int) -> tuple[Any, dict]:
+def accumulate(
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, dict]], params: Any, batch: Any, parts: int
+) -> tuple[Any, dict]:
     """Mean gradients and metrics of ``loss_fn(params, batch) -> (loss, metrics)``, the batch cut into ``parts`` that are run one after another.
 
     Part i takes rows i, i + parts, ..., so that a batch split over devices stays split.
@@ -58,7 +62,9 @@ def accumulate(loss_fn: Callable[[Any, Any], tuple[jax.Array, dict]], params: An
     def body(total: Any, piece: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, piece)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], pieces)))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], pieces))
+    )
     total, _ = jax.lax.scan(body, zeros, pieces)
     return jax.tree.map(lambda a: a / parts, total)
 

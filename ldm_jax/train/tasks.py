@@ -14,7 +14,7 @@ import numpy as np
 from ldm_jax import pictures
 from ldm_jax.checkpoint import load_model
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
-from ldm_jax.latent import ConfigError, FirstStage, build, build_first_stage, generate, init_params, to_uint8
+from ldm_jax.latent import ConfigError, apply, build, build_first_stage, generate, init_params, to_uint8
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.train import autoencoder_step, diffusion_step
 
@@ -65,17 +65,19 @@ class AutoencoderTask:
 
     def __init__(self, config: Any):
         self.config = config
-        self.module = build_first_stage({"first_stage": config.model["first_stage"]}, config.dtype)
-        if self.module is None:
+        module = build_first_stage({"first_stage": config.model["first_stage"]}, config.dtype)
+        if module is None:
             raise ConfigError("model.first_stage: the identity has nothing to train")
-        self.perceptual, self.frozen = None, {}
+        self.module = module
+        self.perceptual: autoencoder_step.Perceptual | None = None
+        self.frozen: dict[str, Any] = {}
         if config.loss.perceptual_weight and config.loss.vgg16:
             from ldm_jax.models.perceptual import load_lpips
 
             lpips, params = load_lpips(config.loss.vgg16, config.loss.lpips_heads)
-            self.perceptual = lambda p, a, b: lpips.apply({"params": p}, a, b)
+            self.perceptual = lambda p, a, b: apply(lpips, p, a, b)
             self.frozen = {"perceptual": params}
-        self._reconstruct = jax.jit(lambda p, x: to_uint8(self.module.apply({"params": p}, x)[0]))
+        self._reconstruct = jax.jit(lambda p, x: to_uint8(apply(self.module, p, x)[0]))
 
     def prepare(self, images: Callable[[int], Iterable[np.ndarray]]) -> dict[str, Any]:
         return {}
@@ -87,7 +89,9 @@ class AutoencoderTask:
         return init_autoencoder(self.module, key)
 
     def make_step(self, tx: Any, *, seed: int, ema: float, parts: int) -> Callable[..., Any]:
-        return autoencoder_step.make_step(self.module, tx, self.config.loss, seed=seed, ema=ema, parts=parts, perceptual=self.perceptual)
+        return autoencoder_step.make_step(
+            self.module, tx, self.config.loss, seed=seed, ema=ema, parts=parts, perceptual=self.perceptual
+        )
 
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
         return {"image": raw["image"], "row": first_row + np.arange(len(raw["image"]), dtype=np.int32)}
@@ -96,7 +100,7 @@ class AutoencoderTask:
         loss = autoencoder_step.make_loss(self.module, self.config.loss, self.config.seed, self.perceptual)
         _, metrics = loss(params, frozen, batch, jnp.int32(0), train=False)
         x = batch["image"].astype(jnp.float32) / 127.5 - 1
-        y = jnp.clip(self.module.apply({"params": params}, x)[0], -1, 1)
+        y = jnp.clip(apply(self.module, params, x)[0], -1, 1)
         # Of pixels in [0, 1]: a range of 2 has 4 times the squared error.
         metrics["psnr"] = -10 * jnp.log10(jnp.square(x - y).mean((1, 2, 3)) / 4 + 1e-10).mean()
         return metrics
@@ -167,7 +171,10 @@ class DiffusionTask:
         sampling = self.model_config["sampling"]
         captions = list(sampling.get("preview") or raw["caption"][:16])
         sampler = SAMPLERS["ddim"]
-        nodes = sampler.nodes(self.model.schedule, step_grid("uniform", min(25, self.model.schedule.timesteps), self.model.schedule.timesteps))
+        nodes = sampler.nodes(
+            self.model.schedule,
+            step_grid("uniform", min(25, self.model.schedule.timesteps), self.model.schedule.timesteps),
+        )
         conditioner = self.model.conditioner
         images = _preview(
             dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"]),
@@ -185,7 +192,9 @@ class DiffusionTask:
 
 
 @jax.jit(static_argnums=6)
-def _preview(model: Any, nodes: Any, encoded: Any, null: Any, seeds: Any, guidance: Any, size: tuple[int, int]) -> jax.Array:
+def _preview(
+    model: Any, nodes: Any, encoded: Any, null: Any, seeds: Any, guidance: Any, size: tuple[int, int]
+) -> jax.Array:
     return generate(model, SAMPLERS["ddim"], nodes, encoded, null, seeds, guidance, size)
 
 

@@ -12,6 +12,11 @@ def pytest_report_header() -> str:
     return f"reference data: {golden_folder()}"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The header again, which -q leaves out."""
+    terminalreporter.write_line(pytest_report_header())
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compiling() -> Iterator[None]:
     """On a CPU nearly all the time goes into compiling programs that run once, and unoptimised ones are no less

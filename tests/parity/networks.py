@@ -1,5 +1,6 @@
 """Networks and blocks: what to build from a case's class and arguments, what to feed it and what comes out."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -61,12 +62,14 @@ def unet(case: Case) -> Results:
 
 def timestep_embeddings(case: Case) -> Results:
     t, alt = jnp.asarray(case.inputs["t"]), case.kwargs.get("max_period_alt")
-    results = {
-        "repeat_only_dim4": np.repeat(case.inputs["t"][:, None], 4, axis=1)
-    }  # no function of ours: a plain broadcast
+    results: Results = {}
+    for name in case.expected:  # no function of ours: a plain broadcast
+        if repeat := re.fullmatch(r"repeat_only_dim(\d+)", name):
+            results[name] = np.repeat(case.inputs["t"][:, None], int(repeat[1]), axis=1)
     for dim in case.kwargs["dims"]:
         results[f"openai_dim{dim}"] = timestep_embedding(t, dim)
-        results[f"openai_dim{dim}_maxperiod{alt}"] = timestep_embedding(t, dim, alt) if alt else None
+        if alt:
+            results[f"openai_dim{dim}_maxperiod{alt}"] = timestep_embedding(t, dim, alt)
         results[f"ddpm_dim{dim}"] = ddpm_timestep_embedding(t, dim)
     return results
 
