@@ -87,7 +87,8 @@ class TrainingCheckpoints:
         self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """The newest complete step, or None; waits for one that is being written."""
+        self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:

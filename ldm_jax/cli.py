@@ -1,5 +1,6 @@
 """What train.py and sample.py share with a person: one-line errors, quiet libraries, the compilation cache, pictures on disk."""
 
+import difflib
 import logging
 import os
 import re
@@ -19,10 +20,13 @@ def run(main: Callable[[Any], None]) -> None:
     """Parses the flags and calls ``main(flags)``. A mistake of the person's ends in one line on stderr and exit status 2."""
 
     def parse(argv: list[str]) -> list[str]:
+        config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+        if config is not None and not (file := Path(re.sub(r"\.py:.*", ".py", config))).is_file():
+            sys.exit(_fail(f"--config {file} does not exist"))
         try:
             return app.parse_flags_with_usage(argv) if "--help" in argv else flags.FLAGS(argv)
         except Exception as error:  # absl's own, and whatever a config file raises while it is read
-            sys.exit(_fail(error))
+            sys.exit(_fail(_flag_mistake(error, argv)))
 
     def body(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -38,6 +42,24 @@ def run(main: Callable[[Any], None]) -> None:
             sys.exit(_fail(error))
 
     app.run(body, flags_parser=parse)
+
+
+def _flag_mistake(error: Exception, argv: list[str]) -> str:
+    """What is wrong with the command line, in our words where those of absl and ml_collections read poorly."""
+    text = str(error.args[0]) if error.args else type(error).__name__  # str() of a KeyError is a repr
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
+        return f"unknown flag --{error.flagname}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them")
+    if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
+        return f"missing {' and '.join(f'--{name}=...' for name in missing)}; --help explains every flag"
+    if isinstance(error, KeyError | AttributeError) and (named := re.search(r"(\w+)", text.replace("\\", ""))):
+        asked_for = [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
+        field = next((field for field in asked_for if named[1] in field.split(".")), named[1])
+        near = re.search(r'Did you mean "(\w+)"', text)
+        return f"config has no field {field!r}" + (f"; did you mean {near[1]!r}?" if near else "")
+    if "Traceback" in text:  # the config file's own error, with where it was raised
+        return f"--config: {text.strip().splitlines()[-1].split(': ', 1)[-1]}"
+    return text
 
 
 def _fail(error: object, status: int = 2) -> int:
@@ -74,12 +96,11 @@ def sample(args: Any) -> None:
     """Makes the pictures that the flags ask for, and writes them."""
     request = replayed(args.replay) if args.replay else asked(args)
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: no permission")
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"--out {out} cannot be written: {there} is {'read-only' if there.is_dir() else 'not a folder'}"
+        )
 
     began = time.perf_counter()
     say(f"loading {request['model']} ...")
@@ -100,6 +121,7 @@ def sample(args: Any) -> None:
     say(
         f"making {len(prompts)} pictures, {settings['steps']} steps of {settings['sampler']}; the first batch compiles unless it was cached"
     )
+    out.mkdir(parents=True, exist_ok=True)
     number, paths, images = next_number(out), [], []
     with tqdm(total=len(prompts), unit="picture", dynamic_ncols=True, disable=None) as bar:
         for done in stream:

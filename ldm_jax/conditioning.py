@@ -91,10 +91,12 @@ class BertText:
         return np.repeat(self.encode([""]), n, axis=0)
 
     def init(self, key: jax.Array) -> dict:
-        return self.module.init(key, jnp.zeros((1, self.max_length), jnp.int32))["params"]
+        variables: Any = self.module.init(key, jnp.zeros((1, self.max_length), jnp.int32))
+        return variables["params"]
 
     def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
-        return Cond(crossattn=self.module.apply({"params": params}, encoded, train=train, rngs=rngs))
+        states: Any = self.module.apply({"params": params}, encoded, train=train, rngs=rngs)
+        return Cond(crossattn=states)
 
 
 @dataclasses.dataclass(frozen=True)

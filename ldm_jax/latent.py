@@ -23,7 +23,7 @@ from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, ung
 from ldm_jax.diffusion.objective import get_objective
 from ldm_jax.diffusion.samplers import Sampler, initial_noise, sample
 from ldm_jax.diffusion.schedule import Schedule, make_schedule
-from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
 from ldm_jax.models.unet import UNet
 
 
@@ -131,7 +131,7 @@ def construct(
                 raise ConfigError(f"{what}: field {field!r} does not exist{nearest(field, known)}")
     try:
         return factory(**fields, **extra)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{what}: {error}") from None
 
 
@@ -182,6 +182,25 @@ def init_params(model: LatentDiffusion, key: jax.Array) -> dict:
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), cond)
     unet = model.unet.init(key_unet, x, jnp.zeros(1), zeros.crossattn, zeros.vector)["params"]
     return {"unet": unet, "conditioner": conditioner}
+
+
+def check_params(model: LatentDiffusion) -> None:
+    """ConfigError where the parameters are not those of the config: one is missing, or has another shape."""
+    key, module = jax.random.key(0), model.first_stage.module
+    expected = jax.eval_shape(lambda: init_params(model, key))
+    there = dict(model.params)
+    if module is not None:
+        expected["first_stage"] = jax.eval_shape(lambda: init_autoencoder(module, key))
+        there["first_stage"] = model.first_stage.params
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(there)
+    }
+    for path, leaf in jax.tree.leaves_with_path(expected):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if shapes.get(name) != leaf.shape:
+            found = f"has the shape {shapes[name]}, not {leaf.shape}" if name in shapes else "is missing"
+            raise ConfigError(f"the parameters do not fit this config: {name} {found}")
 
 
 def generate(

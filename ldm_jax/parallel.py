@@ -57,12 +57,11 @@ def compile_step(
     def split(a: Any) -> Any:
         return jnp.reshape(a, (n, a.shape[0] // n, *a.shape[1:]))
 
+    def join(a: Any) -> Any:
+        return a.reshape(-1, *a.shape[2:])
+
     def call(*args: Any) -> Any:
-        args = [a if flag else jax.tree.map(split, a) for a, flag in zip(args, shared, strict=True)]
-        out = mapped(*args)
-        merge = jax.tree.map(
-            lambda flag, sub: sub if flag else jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), sub), out_shared, out
-        )
-        return merge
+        out = mapped(*(a if flag else jax.tree.map(split, a) for a, flag in zip(args, shared, strict=True)))
+        return jax.tree.map(lambda flag, part: part if flag else jax.tree.map(join, part), out_shared, out)
 
     return call

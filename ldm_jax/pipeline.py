@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ldm_jax.checkpoint import CheckpointError, load_model
 from ldm_jax.conditioning import ASSETS
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
-from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, construct, generate, nearest
+from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, generate, nearest
 from ldm_jax.parallel import Mode, compile_step, make_mesh
 
 
@@ -55,9 +55,9 @@ def load(
         params = jax.tree.map(lambda a: jnp.asarray(a, DTYPES[dtype]), params)
         first_stage = params.pop("first_stage", None)
         params.pop("logvar", None)  # of the training loss alone
-        return Pipeline(
-            build(config, params, first_stage, dtype), dtype=dtype, name=str(name), parallel=parallel, devices=devices
-        )
+        model = build(config, params, first_stage, dtype)
+        check_params(model)
+        return Pipeline(model, dtype=dtype, name=str(name), parallel=parallel, devices=devices)
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'}: {error}") from None
 
@@ -99,9 +99,12 @@ class Pipeline:
     ):
         if devices is not None and not 1 <= devices <= jax.device_count():
             raise RequestError(f"devices must be from 1 to {jax.device_count()}, not {devices}")
+        if parallel not in get_args(Mode):
+            raise RequestError(f"parallel {parallel!r} does not exist{nearest(parallel, get_args(Mode))}")
         self.mesh = make_mesh(devices)
         self.model = jax.device_put(model, NamedSharding(self.mesh, PartitionSpec()))
-        self.dtype, self.name, self.parallel = dtype, name, parallel
+        self.dtype, self.name = dtype, name
+        self.parallel: Mode = parallel
         self.defaults: Settings = construct(Settings, "sampling", model.config.get("sampling", {}), ignore=("preview",))
         self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}
@@ -165,7 +168,8 @@ class Pipeline:
             raise RequestError(f"eta must be a number of at least 0, not {chosen.eta}")
         try:
             timesteps = step_grid(chosen.grid, chosen.steps, self._schedule.timesteps)
-            return SAMPLERS[chosen.sampler].nodes(self._schedule, timesteps, eta=chosen.eta)
+            eta = {} if chosen.sampler == "ddpm" and not chosen.eta else {"eta": chosen.eta}  # ddpm has its own
+            return SAMPLERS[chosen.sampler].nodes(self._schedule, timesteps, **eta)
         except ValueError as error:
             raise RequestError(str(error)) from None
 
@@ -199,7 +203,9 @@ def pair(prompts: list[str], seeds: int | Sequence[int] | None) -> tuple[list[st
     """Equally many prompts and seeds, or a RequestError."""
     if not prompts:
         raise RequestError("there is no prompt; give at least one")
-    seeds = [seeds] if isinstance(seeds, int) else list(range(len(prompts)) if seeds is None else seeds)
+    seeds = (
+        [int(seeds)] if isinstance(seeds, int | np.integer) else list(range(len(prompts)) if seeds is None else seeds)
+    )
     if any(not 0 <= int(seed) < 2**32 for seed in seeds):
         raise RequestError("seeds must be from 0 to 4294967295")
     n = max(len(prompts), len(seeds))

@@ -1,12 +1,15 @@
 """Eight simulated devices on a CPU, programs compiled once per session, and a tiny model that answers to all of its inputs."""
 
+import contextlib
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +19,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 
-from ldm_jax import cli
-from ldm_jax.checkpoint import load_model, save_model
+from ldm_jax.checkpoint import save_model
 from ldm_jax.latent import build, init_params
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.pipeline import Pipeline, load
@@ -65,10 +67,15 @@ TINY = {
 
 def pytest_configure() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many tests, and their child processes, build the same programs
         cache = tempfile.mkdtemp(prefix="ldm_jax_xla_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         jax.config.update("jax_compilation_cache_dir", cache)
+
+
+    with contextlib.suppress(SystemExit):  # absl defines its own flags at the first program; those stay
+        app.run(lambda argv: None, argv=["pytest"])
 
 
 def pytest_unconfigure() -> None:
@@ -80,33 +87,99 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def quick_compiling() -> Iterator[None]:
     """On a CPU nearly all the time goes into compiling programs that run for an instant; unoptimised ones are no less exact."""
-    old = {
-        name: getattr(jax.config, name)
-        for name in ("jax_disable_most_optimizations", "jax_persistent_cache_min_compile_time_secs")
-    }
     jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     yield
-    for name, value in old.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
-def noisy(params: Any, seed: int, scale: float = 0.1) -> Any:
-    """Parameters moved by noise, so that layers which start at zero do something."""
-    leaves, tree = jax.tree.flatten(params)
+def random_params(shapes: Any, seed: int) -> Any:
+    """Parameters of these shapes, none of them zero, so that layers which start at zero do something too."""
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        tree, [np.asarray(a) + scale * rng.standard_normal(a.shape).astype(np.float32) for a in leaves]
-    )
+
+    def draw(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        name, noise = path[-1].key, rng.standard_normal(shape.shape)
+        if name == "scale":
+            noise = 1 + 0.1 * noise
+        elif name == "bias":
+            noise = 0.1 * noise
+        elif name == "kernel":
+            noise = noise / np.sqrt(np.prod(shape.shape[:-1]))
+        return noise.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of a few thousand parameters; tests that change it take a copy."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    model = build(TINY, None, None)
-    params = noisy(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)), 0)
+    model, key = build(TINY, None, None), jax.random.key(0)
+    params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
     module = model.first_stage.module
-    first_stage = noisy(jax.jit(lambda key: init_autoencoder(module, key))(jax.random.key(1)), 1)
-    save_model(path, TINY, {**params, "first_stage": first_stage})
+    save_model(
+        path, TINY, {**params, "first_stage": random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)}
+    )
     return path
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny_dir: Path, quick_compiling: None) -> Pipeline:
+    """The tiny model on one device."""
+    return load(tiny_dir, devices=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- the two programs
+
+
+class Ran(NamedTuple):
+    """What a program left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def lines(self) -> list[str]:
+        """What it said on stderr, but for the line that tells what is being loaded."""
+        return [line for line in self.stderr.splitlines() if not line.startswith("loading ")]
+
+
+def run_here(script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ran:
+    """Runs train.py or sample.py in this process through its own flags: far quicker than a new process, and as true."""
+    ours, before = logging.getLogger("ldm_jax"), set(flags.FLAGS)
+    kept = ours.handlers, ours.propagate, ours.level
+    monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+    capfd.readouterr()
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        status = 0
+    except SystemExit as error:
+        status = error.code or 0
+    finally:
+        ours.handlers, ours.propagate, ours.level = kept
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+    return Ran(status, *capfd.readouterr())
+
+
+def child(script: str, *argv: Any, **popen: Any) -> subprocess.Popen[str]:
+    """train.py or sample.py in a new process, on one simulated device."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+    command = [sys.executable, str(ROOT / script), *map(str, argv)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+@pytest.fixture
+def script(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick_compiling: None
+) -> Callable[..., Ran]:
+    """``script("sample.py", "--prompt=x", ...)`` -> what it left behind."""
+    return partial(run_here, capfd=capfd, monkeypatch=monkeypatch)

@@ -223,6 +223,7 @@ def sample(
             key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), index), purpose)
             return jax.random.normal(key, (count, *x.shape[1:]), x.dtype)
 
+        assert keys is not None
         return jax.vmap(one, out_axes=1)(keys)
 
     def blend(x: jax.Array, t: jax.Array, index: jax.Array, given: jax.Array | None) -> jax.Array:

@@ -225,4 +225,5 @@ def latent_shape(model: AutoencoderKL, height: int, width: int) -> tuple[int, in
 def init_autoencoder(model: AutoencoderKL, key: jax.Array) -> dict:
     """Fresh float32 parameters."""
     side = 2 * model.downsampling
-    return model.init(key, jnp.zeros((1, side, side, model.in_channels)))["params"]
+    variables: Any = model.init(key, jnp.zeros((1, side, side, model.in_channels)))
+    return variables["params"]

@@ -15,8 +15,8 @@ def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask:
     ``scale`` defaults to 1/sqrt(d). ``mask`` is boolean, broadcastable to [b, h, n, m]; a row masked whole attends uniformly.
     The softmax is float32 whatever the inputs are.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * scale
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -103,15 +103,17 @@ def train(config: Any, workdir: str | Path) -> Path:
         donate=(0,),
         out_shared=(True, True),
     )
-    evaluate = jax.jit(task.evaluate)
+    evaluate = compile_step(task.evaluate, mesh, "jit", shared=(True, True, False))
     rate = learning_rate(config.optim, config.steps)
 
     # ------------------------------------------------------------------------------------------------ loop
     report = Report(workdir, config, first)
     unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
-    with contextlib.closing(train_loader.iterate(first)) as batches, contextlib.closing(report):
+    batches = train_loader.iterate(first)
+    with contextlib.closing(checkpoints), contextlib.closing(batches), contextlib.closing(report):
         for step, raw in zip(range(first + 1, config.steps + 1), batches, strict=False):
-            state, metrics = step_fn(state, frozen, task.host_batch(raw))
+            with report.pause() if step == first + 1 else contextlib.nullcontext():  # the first call compiles
+                state, metrics = step_fn(state, frozen, task.host_batch(raw))
             if unread is not None:
                 report.step(*unread, rate, checkpoints)
             unread = (step, metrics)
@@ -121,21 +123,21 @@ def train(config: Any, workdir: str | Path) -> Path:
                 report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
                 unread = None
             params = state.params if state.ema is None else state.ema
-            if step % config.eval_every == 0 or step == config.steps:
-                report.evaluation(
-                    step, run_evaluation(evaluate, params, frozen, task, eval_loader, config.eval_batches)
-                )
-            if step % config.preview_every == 0 or step == config.steps:
-                report.preview(step, task.preview(params, frozen, next(iter(first_batches(eval_loader, 1, raw=True)))))
-            if saving:
-                checkpoints.save(step, state, prepared)
-    checkpoints.close()
+            with report.pause():
+                if saving:
+                    checkpoints.save(step, state, prepared)
+                if step % config.eval_every == 0 or step == config.steps:
+                    means = run_evaluation(evaluate, params, frozen, task, eval_loader, config.eval_batches)
+                    report.evaluation(step, means)
+                if step % config.preview_every == 0 or step == config.steps:
+                    report.preview(step, task.preview(params, frozen, first_batches(eval_loader, 1, raw=True)[0]))
 
     # ----------------------------------------------------------------------------------------------- export
-    if not (model_dir / "config.json").exists():
-        params = state.params if state.ema is None else state.ema
-        exported, arrays = task.export(params)
-        save_model(model_dir, exported, arrays)
+    trained = int(state.step)
+    if exported_steps(model_dir) != trained:  # there is none yet, or that of a shorter run
+        shutil.rmtree(model_dir, ignore_errors=True)
+        exported, arrays = task.export(state.params if state.ema is None else state.ema)
+        save_model(model_dir, {**exported, "trained_steps": trained}, arrays)
     LOG.info("finished: the model is in %s", model_dir)
     return model_dir
 
@@ -144,9 +146,23 @@ def check_config(config: Any) -> None:
     """ConfigError for what would fail only later."""
     if config.task not in TASKS:
         raise ConfigError(f"task {config.task!r} does not exist{nearest(config.task, TASKS)}")
-    for name in ("steps", "batch_size", "save_every", "eval_every", "preview_every", "log_every"):
-        if config[name] < 1:
-            raise ConfigError(f"{name} must be at least 1, not {config[name]}")
+    least_one = (
+        "steps",
+        "batch_size",
+        "save_every",
+        "eval_every",
+        "eval_batches",
+        "preview_every",
+        "log_every",
+        "keep",
+    )
+    for name, value in [(name, config[name]) for name in least_one] + [("optim.accumulate", config.optim.accumulate)]:
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
+    choices = {"dtype": (config.dtype, DTYPES), "parallel": (config.parallel, ("jit", "pmap"))}
+    for name, (value, known) in (choices | {"loss.kind": (config.loss.kind, ("l1", "l2"))}).items():
+        if value not in known:
+            raise ConfigError(f"{name} {value!r} does not exist{nearest(value, known)}")
     devices = jax.device_count()
     if config.batch_size % (devices * config.optim.accumulate):
         raise ConfigError(
@@ -154,12 +170,15 @@ def check_config(config: Any) -> None:
         )
 
 
-def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Makes ``workdir`` this config's; refuses one that holds another run."""
+def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
+    """ConfigError where ``workdir`` holds another run, or something else."""
     file = workdir / "config.json"
     if file.exists():
-        there, here = flatten(json.loads(file.read_text())), flatten(config)
-        differing = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k) and k.split(".")[-1] not in FREE]
+        try:
+            there, here = flatten(json.loads(file.read_text())), flatten(config)
+        except (ValueError, AttributeError):
+            raise ConfigError(f"{file} is damaged: give another --workdir") from None
+        differing = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k) and k not in FREE]
         if differing:
             k = differing[0]
             more = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
@@ -168,11 +187,25 @@ def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
             )
     elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and holds no run of ours: give another --workdir")
+
+
+def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:
+    """Makes ``workdir`` this config's."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(config, indent=1))
+        partial = workdir / ".config.json"  # renamed when whole: a run may be killed at any moment
+        partial.write_text(json.dumps(config, indent=1) + "\n")
+        partial.replace(workdir / "config.json")
     except OSError as error:
         raise ConfigError(f"--workdir {workdir} cannot be written: {error.strerror}") from None
+
+
+def exported_steps(model_dir: Path) -> int | None:
+    """How many steps the exported model was trained for; None where there is none."""
+    try:
+        return read_config(model_dir).get("trained_steps")
+    except CheckpointError:
+        return None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -225,26 +258,26 @@ class Report:
         self.workdir, self.config, self.previews = workdir, config, workdir / "previews"
         self.previews.mkdir(exist_ok=True)
         self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=first + 1 if first else None, flush_secs=30)
-        self.jsonl = (workdir / "metrics.jsonl").open("a")
+        self.jsonl = reopen_metrics(workdir / "metrics.jsonl", first)
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not self.terminal, dynamic_ncols=True)
         self.since, self.last = time.perf_counter(), first
 
     def step(self, step: int, metrics: dict[str, jax.Array], rate: Any, checkpoints: TrainingCheckpoints) -> None:
-        """Takes one step's metrics; raises TrainingDiverged on a loss that is not finite."""
+        """Takes one step's metrics; raises TrainingDiverged on a loss or a gradient that is not finite."""
         if step <= self.last:
             return
-        loss = float(metrics["loss"])
-        if not np.isfinite(loss):
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not (np.isfinite(loss) and np.isfinite(norm)):
             raise TrainingDiverged(
-                f"the loss is {loss} at step {step}; the last good step is {checkpoints.latest()}, in {checkpoints.path}: "
-                "lower optim.lr, or clip with optim.clip, and run the same command to go on from there"
+                f"the loss is {loss} and its gradient's norm {norm} at step {step}; the last good checkpoint is that of "
+                f"step {checkpoints.latest()}, in {checkpoints.path}: lower optim.lr or set optim.clip, with another --workdir"
             )
         self.bar.update(step - self.bar.n)
         if step % self.config.log_every and step != self.config.steps:
             return
         now = time.perf_counter()
-        per_second = (step - self.last) * self.config.batch_size / (now - self.since)
+        per_second = (step - self.last) * self.config.batch_size / max(now - self.since, 1e-9)
         left = (self.config.steps - step) * self.config.batch_size / per_second
         self.since, self.last = now, step
         values = {k: float(v) for k, v in metrics.items()} | {
@@ -263,26 +296,41 @@ class Report:
         self._write(step, "validation", values)
         shown = {k: v for k, v in values.items() if k in ("loss", "loss_simple", "psnr")}
         LOG.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
-        self.since = time.perf_counter()
 
     def preview(self, step: int, image: np.ndarray) -> None:
         """Takes a picture."""
         pictures.save_png(self.previews / f"{step:07d}.png", image)
         self.board.add_image("preview", image, step, dataformats="HWC")
-        self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside does not count as training."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def _write(self, step: int, part: str, values: dict[str, float]) -> None:
         for key, value in values.items():
             self.board.add_scalar(f"{part}/{key}", value, step)
-        self.jsonl.write(
-            json.dumps({"step": step, "part": part, **{k: round(v, 6) for k, v in values.items()}}) + os.linesep
-        )
+        rounded = {k: float(f"{v:.6g}") for k, v in values.items()}
+        self.jsonl.write(json.dumps({"step": step, "part": part, **rounded}) + "\n")
         self.jsonl.flush()
 
     def close(self) -> None:
         self.bar.close()
         self.board.close()
         self.jsonl.close()
+
+
+def reopen_metrics(file: Path, first: int) -> TextIO:
+    """``file`` to append to, without the lines of steps after ``first``, which a killed run wrote and this one takes again."""
+    lines = file.read_text().splitlines() if first and file.exists() else []
+    opened = file.open("w")
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the last line may be a half
+            if json.loads(line)["step"] <= first:
+                opened.write(line + "\n")
+    return opened
 
 
 def clock(seconds: float) -> str:

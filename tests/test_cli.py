@@ -1,0 +1,261 @@
+"""train.py and sample.py as a person meets them: pictures on disk, and one line for each mistake."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, child
+from PIL import Image
+
+from ldm_jax.pictures import read_settings, save_png
+
+CONFIG = f"--config={ROOT / 'configs' / 'emoji_kl.py'}:smoke"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- sample.py
+
+
+@pytest.fixture
+def sample(script, tiny_dir, tmp_path):
+    """Runs sample.py with the tiny model into tmp_path/"out"."""
+
+    def run(*argv, model=tiny_dir, out=tmp_path / "out"):
+        return script("sample.py", f"--model={model}", f"--out={out}", *argv)
+
+    return run
+
+
+def test_pictures_are_written_with_their_settings_numbered_on_and_made_again(sample, tiny_dir, tmp_path):
+    out = tmp_path / "out"
+    ran = sample("--prompt=red apple", "--num=2", "--seed=5", "--guidance=2", "--steps=3")
+    assert ran.status == 0
+    first = ["00000-grid.png", "00000-red-apple-5.png", "00001-red-apple-6.png"]
+    assert sorted(path.name for path in out.iterdir()) == first
+    settings = read_settings(out / first[2])
+    expected = {"prompt": "red apple", "seed": 6, "steps": 3, "guidance": 2.0, "eta": 0.0, "sampler": "ddim"}
+    assert {k: settings[k] for k in expected} == expected
+    assert settings["model"] == str(tiny_dir)
+    assert Image.open(out / first[2]).text["prompt"] == "red apple"
+    assert read_settings(out / first[0])["prompts"] == ["red apple"]
+    sheet = pixels(out / first[0])
+    assert (sheet[2:18, 2:18] == pixels(out / first[1])).all()
+    assert (sheet[2:18, 20:36] == pixels(out / first[2])).all()
+
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sample(f"--replay={out / first[2]}").status == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name in before} == before
+    (again,) = {path.name for path in out.iterdir()} - set(before)
+    assert again == "00002-red-apple-6.png"
+    assert (pixels(out / again) == pixels(out / first[2])).all()
+    assert read_settings(out / again) == settings
+
+
+def test_a_file_of_prompts_makes_a_picture_of_each(sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red apple\n\n  blue boat \n", encoding="utf-8")
+    ran = sample(f"--prompts_file={tmp_path / 'prompts.txt'}", "--num=1", "--steps=3", "--nogrid", "--sampler=ddpm")
+    assert ran.status == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00000-red-apple-0.png",
+        "00001-blue-boat-0.png",
+    ]
+
+
+def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
+    good, bad = sample("--prompt=red apple", "--num=1", "--steps=3"), sample("--prompt=red apple", "--steps=0")
+    assert good.lines[0].startswith("making 1 pictures, 3 steps of ddim")
+    assert len(good.lines) == 2
+    assert "00000-red-apple-0.png" in good.lines[1]
+    assert "making" not in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt=x", "--size=16x18"], "size 16x18: height and width must be multiples of 4"),
+        (["--prompt=x", "--size=16"], "--size '16': write HEIGHTxWIDTH, for example 64x96"),
+        (["--prompt=x", "--steps=0"], "steps must be from 1 to 100, not 0"),
+        (["--prompt=x", "--steps=101"], "steps must be from 1 to 100, not 101"),
+        (["--prompt=x", "--steps=many"], "--steps=many: invalid literal"),
+        (["--prompt=x", "--num=0"], "--num=0"),
+        (["--prompt=x", "--sampler=dimm"], "sampler 'dimm' does not exist; did you mean 'ddim'?"),
+        (["--prompt=x", "--sampler=ddpm", "--eta=0.5"], "the ddpm sampler has no eta"),
+        (["--prompt=x", "--dtype=float23"], "dtype 'float23' does not exist; did you mean 'float32'?"),
+        (["--prompt=x", "--seed=4294967295", "--num=2"], "seeds must be from 0 to 4294967295"),
+        (["--prompt=x", "--promt=y"], "unknown flag --promt; did you mean --prompt?"),
+        (["--prompt=x", "y"], "unexpected argument 'y'; every setting is a --flag"),
+        (["--prompt=x", "--model=nowhere"], "model 'nowhere' is neither a folder nor one that ships with ldm_jax"),
+        ([], 'give --prompt "..." or --prompts_file FILE'),
+        (["--prompts_file={tmp}/none.txt"], "none.txt cannot be read: No such file or directory"),
+        (["--prompts_file={tmp}/empty.txt"], "empty.txt has no prompt in it"),
+        (["--replay={tmp}/empty.txt"], "empty.txt is no readable picture"),
+        (["--replay={tmp}/none.png"], "none.png is no readable picture"),
+        (["--replay={tmp}/foreign.png"], "foreign.png was not made by ldm_jax"),
+        (["--replay={tmp}/grid.png"], "grid.png: its settings lack 'model'"),
+        (["--prompt=x", "--out={tmp}/empty.txt/below"], "empty.txt is not a folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_each_mistake_is_one_line_and_writes_nothing(sample, tmp_path, argv, message):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    Image.new("RGB", (4, 4)).save(tmp_path / "foreign.png")
+    save_png(tmp_path / "grid.png", np.zeros((4, 4, 3), np.uint8), {"prompts": ["x"]})
+    before = sorted(tmp_path.rglob("*"))
+    ran = sample(*(arg.format(tmp=tmp_path) for arg in argv))
+    assert ran.status == 2
+    assert len(ran.lines) == 1, ran.stderr
+    assert ran.lines[0].startswith("sample.py: ")
+    assert message in ran.lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def kinds_of_files(tiny_dir):
+    """One file of every kind in a model's params folder: (the kind, its path in the model directory)."""
+    params = tiny_dir / "params"
+    kinds = {}
+    for path in sorted(path for path in params.rglob("*") if path.is_file() and path.stat().st_size):
+        part = path.relative_to(params)
+        kinds.setdefault("/".join([*part.parts[:-1], part.name if part.parent.name != "d" else "*"]), part)
+    return kinds
+
+
+def test_a_damaged_model_is_one_line(sample, tiny_dir, tmp_path):
+    kinds = kinds_of_files(tiny_dir)
+    assert len(kinds) >= 4
+    harmless = []
+    for kind, part in kinds.items():
+        model = tmp_path / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(tiny_dir, model)
+        file = model / "params" / part
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        ran = sample("--prompt=x", "--steps=3", "--num=1", "--nogrid", model=model)
+        if ran.status == 0:  # Orbax does not need it to read the arrays
+            harmless.append(kind)
+            continue
+        assert ran.status == 2, kind
+        assert len(ran.lines) == 1, (kind, ran.stderr)
+        assert "cannot be read (damaged or incomplete?)" in ran.lines[0], (kind, ran.stderr)
+    assert not [kind for kind in harmless if "manifest" in kind or kind.endswith("*") or kind == "_METADATA"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"format": 1, "kind"', "config.json is damaged"),
+        ("\x00\xff", "config.json is damaged"),
+        ("[]", "format None is not 1"),
+        (json.dumps({"format": 2}), "format 2 is not 1; use a newer ldm_jax"),
+        (json.dumps({"format": 1, "kind": "latent_diffusion"}), "the section 'conditioner' is missing"),
+        (json.dumps({"format": 1, **TINY, "unet": {**TINY["unet"], "model_channels": 64}}), "do not fit this config"),
+        (json.dumps({"format": 1, **{k: v for k, v in TINY.items() if k != "objective"}}), "'objective' is missing"),
+        (json.dumps({"format": 1, **TINY, "objective": "noise"}), "objective 'noise' does not exist"),
+        (None, "has no config.json"),
+    ],
+)
+def test_a_garbled_model_config_is_one_line(sample, tiny_dir, tmp_path, config, message):
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    if config is None:
+        (tmp_path / "model" / "config.json").unlink()
+    else:
+        (tmp_path / "model" / "config.json").write_text(config, encoding="latin-1")
+    ran = sample("--prompt=x", model=tmp_path / "model")
+    assert ran.status == 2
+    assert len(ran.lines) == 1, ran.stderr
+    assert message in ran.lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_py_runs_as_a_program(tiny_dir, tmp_path):
+    process = child(
+        "sample.py", f"--model={tiny_dir}", f"--out={tmp_path / 'out'}", "--prompt=red apple", "--num=1", "--steps=3"
+    )
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert stdout == ""
+    assert [line.split()[0] for line in stderr.splitlines()] == ["loading", "making", "1"], stderr
+    assert (tmp_path / "out" / "00000-red-apple-0.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------- train.py
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Things that are not what they should be."""
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("precious")
+    (tmp_path / "other_run").mkdir()
+    (tmp_path / "other_run" / "config.json").write_text('{"task": "diffusion"}')
+    (tmp_path / "garbled_run").mkdir()
+    (tmp_path / "garbled_run" / "config.json").write_text('{"task"')
+    (tmp_path / "corrupt.zip").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "broken").mkdir()
+    for i in range(8):
+        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([CONFIG, "--config.optim.lrr=1"], "config has no field 'optim.lrr'; did you mean 'lr'?"),
+        ([CONFIG, "--config.optin.lr=1"], "config has no field 'optin.lr'; did you mean 'optim'?"),
+        ([CONFIG, "--config.optim.lr=low"], "--config.optim.lr=low: could not convert string to float"),
+        ([CONFIG.replace("smoke", "smok")], "emoji_kl has no variant 'smok'; there is smoke"),
+        (["--config={tmp}/none.py"], "none.py does not exist"),
+        ([], "missing --config=..."),
+        ([CONFIG, "--workdir="], "missing --workdir=..."),
+        ([CONFIG, "--wokdir=x"], "unknown flag --wokdir; did you mean --workdir?"),
+        ([CONFIG, "--config.task=autoencode"], "task 'autoencode' does not exist; did you mean 'autoencoder'?"),
+        ([CONFIG, "--config.dtype=float23"], "dtype 'float23' does not exist; did you mean 'float32'?"),
+        ([CONFIG, "--config.parallel=pamp"], "parallel 'pamp' does not exist; did you mean 'pmap'?"),
+        ([CONFIG, "--config.loss.kind=l3"], "loss.kind 'l3' does not exist"),
+        ([CONFIG, "--config.optim.decay=cosin"], "optim.decay 'cosin' does not exist"),
+        ([CONFIG, "--config.steps=0"], "steps must be at least 1, not 0"),
+        ([CONFIG, "--config.optim.accumulate=0"], "optim.accumulate must be at least 1, not 0"),
+        ([CONFIG, "--config.batch_size=12"], "batch_size 12 must be a multiple of 8 devices x 1 accumulated parts"),
+        ([CONFIG, "--config.data.path={tmp}/none.zip"], "none.zip does not exist: give the path of a folder or .zip"),
+        ([CONFIG, "--config.data.path={tmp}/corrupt.zip"], "corrupt.zip is not a zip archive"),
+        ([CONFIG, "--config.data.split_column=colour"], "there is no column 'colour'"),
+        ([CONFIG, "--workdir={tmp}/used"], "used is not empty and holds no run of ours: give another --workdir"),
+        ([CONFIG, "--workdir={tmp}/other_run"], "other_run holds a run with batch_size=None, not 8 (and "),
+        ([CONFIG, "--workdir={tmp}/garbled_run"], "config.json is damaged: give another --workdir"),
+        ([CONFIG, "--workdir={tmp}/corrupt.zip/run"], "cannot be written: Not a directory"),
+    ],
+    ids=lambda value: " ".join(value).replace(CONFIG, "") if isinstance(value, list) else "",
+)
+def test_each_mistake_in_training_is_one_line_and_writes_nothing(script, folders, argv, message):
+    before = {path: path.read_bytes() for path in sorted(folders.rglob("*")) if path.is_file()}
+    argv = [arg.format(tmp=folders) for arg in argv]
+    workdir = [] if any(arg.startswith("--workdir") for arg in argv) else [f"--workdir={folders / 'run'}"]
+    ran = script("train.py", *argv, *workdir)
+    assert ran.status == 2
+    lines = [line for line in ran.lines if "pictures to train on" not in line]
+    assert len(lines) == 1, ran.stderr
+    assert lines[0].startswith("train.py: ")
+    assert message in lines[0]
+    assert {path: path.read_bytes() for path in sorted(folders.rglob("*")) if path.is_file()} == before
+
+
+def test_data_without_one_readable_picture_is_one_line(script, folders):
+    plain = ["--config.data.split_column=", "--config.data.holdout=0.0"]
+    ran = script("train.py", CONFIG, f"--workdir={folders / 'run'}", f"--config.data.path={folders / 'broken'}", *plain)
+    assert ran.status == 2
+    ours = [line for line in ran.lines if line.startswith("train.py: ")]
+    assert len(ours) == 1, ran.stderr
+    assert "no readable picture in" in ours[0]
+    assert "Traceback" not in ran.stderr
+
+
+def test_train_py_says_a_mistake_as_a_program_too(tmp_path):
+    process = child("train.py", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.data.path=nowhere.zip")
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert stdout == ""
+    assert stderr == "train.py: nowhere.zip does not exist: give the path of a folder or .zip archive of pictures\n"
+    assert not (tmp_path / "run").exists()
