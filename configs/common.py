@@ -57,6 +57,7 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.loss.lpips_heads = ""  # safetensors of LPIPS' linear heads
     else:
         config.scale_factor_batches = 64
+        config.preview_captions = ()  # of the preview pictures; () takes them from the held-out pictures
         config.loss.kind = "l2"  # or l1
         config.loss.simple_weight = 1.0
         config.loss.elbo_weight = 0.0

@@ -159,7 +159,9 @@ def asked(args: Any) -> dict[str, Any]:
         try:
             lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts_file {args.prompts_file} cannot be read: {error}") from None
+            raise ValueError(
+                f"--prompts_file {args.prompts_file} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
         prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts_file {args.prompts_file} has no prompt in it")
@@ -206,6 +208,8 @@ def slug(text: str) -> str:
 
 def train(args: Any) -> None:
     """Trains what the flags ask for."""
+    if not args.workdir:
+        raise ValueError("missing --workdir=...; --help explains every flag")
     from ldm_jax.train.loop import TrainingDiverged, train
 
     try:

@@ -11,7 +11,7 @@ A first stage alone has {"kind": "first_stage", "first_stage": {...}}.
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -118,11 +118,9 @@ def nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(known)})"
 
 
-def construct(
-    factory: Callable[..., Any], what: str, fields: Mapping[str, Any], ignore: Sequence[str] = (), **extra: Any
-) -> Any:
-    """``factory(**fields, **extra)`` less what is ignored, with lists as tuples; ConfigError names a field that does not exist or is missing."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k not in ignore}
+def construct(factory: Callable[..., Any], what: str, fields: Mapping[str, Any], **extra: Any) -> Any:
+    """``factory(**fields, **extra)``, with lists as tuples; ConfigError names a field that does not exist or is missing."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     signature = inspect.signature(factory)
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         known = [p for p in signature.parameters if p not in ("parent", "name", *extra)]
@@ -160,6 +158,8 @@ def build_first_stage(config: Mapping[str, Any], dtype: str = "float32") -> Auto
 def build(config: Mapping[str, Any], params: Any, first_stage_params: Any, dtype: str = "float32") -> LatentDiffusion:
     """A LatentDiffusion from a config and its parameters (or their shapes, or None to fill in later)."""
     factory, fields = _by_kind(CONDITIONERS, "conditioner", _section(config, "conditioner"))
+    if "objective" not in config:
+        raise ConfigError("model config: 'objective' is missing")
     get_objective(config["objective"])
     return LatentDiffusion(
         params=params,

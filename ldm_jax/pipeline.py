@@ -105,7 +105,7 @@ class Pipeline:
         self.model = jax.device_put(model, NamedSharding(self.mesh, PartitionSpec()))
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
-        self.defaults: Settings = construct(Settings, "sampling", model.config.get("sampling", {}), ignore=("preview",))
+        self.defaults: Settings = construct(Settings, "sampling", model.config.get("sampling", {}))
         self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}
 

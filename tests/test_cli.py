@@ -125,7 +125,7 @@ def kinds_of_files(tiny_dir):
 
 def test_a_damaged_model_is_one_line(sample, tiny_dir, tmp_path):
     kinds = kinds_of_files(tiny_dir)
-    assert len(kinds) >= 4
+    assert {"_METADATA", "manifest.ocdbt", "d/*"} <= set(kinds)
     harmless = []
     for kind, part in kinds.items():
         model = tmp_path / "model"
@@ -140,7 +140,7 @@ def test_a_damaged_model_is_one_line(sample, tiny_dir, tmp_path):
         assert ran.status == 2, kind
         assert len(ran.lines) == 1, (kind, ran.stderr)
         assert "cannot be read (damaged or incomplete?)" in ran.lines[0], (kind, ran.stderr)
-    assert not [kind for kind in harmless if "manifest" in kind or kind.endswith("*") or kind == "_METADATA"]
+    assert not {"_METADATA", "manifest.ocdbt", "d/*"} & set(harmless)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ class DiffusionTask:
 
     def preview(self, params: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         sampling = self.model_config["sampling"]
-        captions = list(sampling.get("preview") or raw["caption"][:16])
+        captions = list(self.config.preview_captions or raw["caption"][:16])
         sampler = SAMPLERS["ddim"]
         nodes = sampler.nodes(
             self.model.schedule,

@@ -1,0 +1,241 @@
+"""Whole runs of the loop: what they leave behind, and that stopping costs nothing."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import KL, TINY, child, random_params
+from ml_collections import ConfigDict
+from PIL import Image
+
+import ldm_jax
+from configs.common import base
+from ldm_jax.checkpoint import TrainingCheckpoints, load_model, save_model
+from ldm_jax.latent import ConfigError, build_first_stage
+from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.train import loop, tasks
+from ldm_jax.train.loop import TrainingDiverged, train
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Twenty pictures of noise on a colour, with captions."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    rows = []
+    for i in range(20):
+        image = rng.integers(0, 80, (16, 16, 3)) + rng.integers(0, 176, 3)
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{i:02d}.png")
+        rows.append({"file_name": f"{i:02d}.png", "text": f"picture {i}"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory) -> Path:
+    """The model directory of a first stage."""
+    path = tmp_path_factory.mktemp("first_stage") / "model"
+    module, key = build_first_stage({"first_stage": KL}), jax.random.key(0)
+    params = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
+    save_model(path, {"kind": "first_stage", "first_stage": KL}, {"first_stage": params})
+    return path
+
+
+@pytest.fixture(params=["autoencoder", "diffusion"])
+def config(request, pictures, first_stage) -> ConfigDict:
+    """A run of six steps, a checkpoint each three."""
+    return make_config(request.param, pictures, first_stage)
+
+
+def make_config(task: str, pictures: Path, first_stage: Path) -> ConfigDict:
+    config = base(task)
+    config.update(
+        steps=6, batch_size=8, ema=0.9, log_every=1, save_every=3, eval_every=3, eval_batches=1, preview_every=3
+    )
+    config.data.update(path=str(pictures), size=(8, 8), flip=True)
+    config.optim.update(lr=1e-3, warmup=2, clip=1.0)
+    if task == "autoencoder":
+        config.model.first_stage = ConfigDict(KL)
+    else:
+        config.scale_factor_batches = 2
+        for section in ("objective", "schedule", "conditioner", "unet"):
+            config.model[section] = ConfigDict(TINY[section]) if isinstance(TINY[section], dict) else TINY[section]
+        config.model.first_stage = ConfigDict({"path": str(first_stage)})
+        config.model.sampling = ConfigDict({"size": (8, 8), "steps": 2, "guidance": 2.0})
+    return config
+
+
+def final(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of the state at ``step``: parameters, average, optimiser, step."""
+    import orbax.checkpoint as ocp
+
+    folder = workdir / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = checkpointer.restore(folder, restore_args=as_numpy)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def assert_identical(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert {key.split("'")[1] for key in expected} >= {"step", "params", "ema", "opt_state"}
+    assert found.keys() == expected.keys()
+    differing = [name for name in expected if not np.array_equal(found[name], expected[name])]
+    assert not differing
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path, monkeypatch):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(config, straight)
+
+    shorter = config.copy_and_resolve_references()
+    shorter.steps = 3
+    train(shorter, stopped)
+    assert sorted(int(path.name) for path in (stopped / "checkpoints").iterdir()) == [0, 3]
+    with (stopped / "metrics.jsonl").open("a") as file:  # as a killed run leaves it: a step too many, and half a line
+        file.write('{"step": 4, "part": "train", "loss": 0}\n{"step": 5, "pa')
+    model = train(config, stopped)
+
+    assert_identical(final(stopped, 6), final(straight, 6))
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [m.get(key) for m in metrics(stopped)] == [m.get(key) for m in metrics(straight)]
+    # The model of the shorter run has given way to that of the whole.
+    (found, params), (expected, expected_params) = load_model(model), load_model(straight / "model")
+    assert found == expected
+    assert found["trained_steps"] == 6
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    # And all that a run shows is there.
+    assert [m["step"] for m in metrics(straight) if m["part"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics(straight) if m["part"] == "validation"] == [3, 6]
+    assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= metrics(straight)[0].keys()
+    assert sorted(path.name for path in (straight / "previews").iterdir()) == ["0000003.png", "0000006.png"]
+    assert list(straight.glob("events.out.tfevents*"))
+
+    # A finished run that is started again does nothing more.
+    before = {path: path.stat().st_mtime_ns for path in model.rglob("*")}
+    assert train(config, stopped) == model
+    assert {path: path.stat().st_mtime_ns for path in model.rglob("*")} == before
+
+    if config.task == "diffusion":
+        pipe = ldm_jax.load(model, devices=1)
+        assert pipe("picture 1", steps=2).shape == (1, 8, 8, 3)
+        std = float(pipe.model.first_stage.scale)
+        assert std == pytest.approx(TrainingCheckpoints(straight).info(6)["scale_factor"])
+        average = final(straight, 6)
+        np.testing.assert_array_equal(
+            params["unet"]["out_conv"]["kernel"], average["['ema']['unet']['out_conv']['kernel']"]
+        )
+    else:
+        module = build_first_stage(found)
+        shape = jax.eval_shape(lambda: init_autoencoder(module, jax.random.key(0)))
+        assert jax.tree.map(np.shape, params["first_stage"]) == jax.tree.map(lambda s: s.shape, shape)
+
+    # Another setting is another run.
+    for name, value, message in [("seed", 1, "seed=0, not 1"), ("optim.lr", 0.5, r"optim.lr=0.001, not 0.5")]:
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({name: value})
+        with pytest.raises(ConfigError, match=message):
+            train(other, stopped)
+
+
+@pytest.fixture
+def quick(pictures, first_stage, monkeypatch) -> ConfigDict:
+    """An autoencoder run without previews."""
+    config = make_config("autoencoder", pictures, first_stage)
+    config.preview_every = config.eval_every = 1000
+    return config
+
+
+@pytest.mark.parametrize(("poisoned_step", "last_good"), [(3, 0), (5, 3)])
+def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(
+    quick, tmp_path, monkeypatch, poisoned_step, last_good
+):
+    host_batch, calls = tasks.AutoencoderTask.host_batch, []
+
+    def poisoned(self, raw, first_row=0):
+        calls.append(1)
+        batch = host_batch(self, raw, first_row)
+        image = batch["image"].astype(np.float32)
+        return batch | {"image": image * np.float32(np.nan) if len(calls) == poisoned_step else image}
+
+    monkeypatch.setattr(tasks.AutoencoderTask, "host_batch", poisoned)
+    with pytest.raises(TrainingDiverged, match=rf"loss is nan.* at step {poisoned_step}; .* step {last_good}, in "):
+        train(quick, tmp_path / "run")
+    saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == sorted({0, last_good})
+    assert all(np.isfinite(a).all() for a in final(tmp_path / "run", last_good).values())
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
+    report = loop.Report.__new__(loop.Report)
+    report.last = 0
+    checkpoints = TrainingCheckpoints(tmp_path)
+    with pytest.raises(TrainingDiverged, match="its gradient's norm inf at step 1; .* step None"):
+        report.step(1, {"loss": np.float32(1), "grad_norm": np.float32(np.inf)}, None, checkpoints)
+    checkpoints.close()
+
+
+def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(quick, pictures, tmp_path):
+    """With train.py itself, and SIGKILL: nothing has time to tidy up. The learning rate decays, so that a wrong step would show."""
+    config = tmp_path / "tiny.py"
+    quick.update(steps=16, save_every=2)
+    quick.optim.update(decay="cosine")
+    config.write_text(
+        f"import json\n\nimport ml_collections\n\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict(json.loads({json.dumps(quick.to_json())!s}))\n"
+    )
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+
+    def start(workdir):
+        return child("train.py", f"--config={config}", f"--workdir={workdir}")
+
+    process = start(straight)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == f"finished: the model is in {straight / 'model'}"
+    noise = [
+        line
+        for line in stderr.splitlines()
+        if not line.startswith(("step ", "validation ", "finished", "20 pictures", "0."))
+    ]
+    assert not noise
+
+    process, step, wait = start(killed), random.randint(3, 12), random.uniform(0, 0.05)
+    lines = killed / "metrics.jsonl"
+    while process.poll() is None and not (lines.exists() and lines.read_text().count("\n") >= step):
+        time.sleep(0.002)
+    time.sleep(wait)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it was to be killed before it ended"
+
+    process = start(killed)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert "resuming from step" in stderr
+    assert_identical(final(killed, 16), final(straight, 16))
+    assert [m["step"] for m in metrics(killed) if m["part"] == "train"] == list(range(1, 17))
+
+
+def test_a_model_half_written_by_a_killed_run_is_written_again(tmp_path):
+    (tmp_path / ".model.partial" / "params").mkdir(parents=True)
+    (tmp_path / ".model.partial" / "params" / "junk").write_text("x")
+    save_model(tmp_path / "model", {"kind": "first_stage"}, {"x": np.ones(2, np.float32)})
+    config, params = load_model(tmp_path / "model")
+    assert config["kind"] == "first_stage"
+    np.testing.assert_array_equal(params["x"], [1, 1])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

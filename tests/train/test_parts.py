@@ -1,0 +1,241 @@
+"""The pieces of training: learning rate, average, accumulation, losses, steps."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TINY, random_params
+from ml_collections import ConfigDict
+
+from configs.common import base
+from ldm_jax.latent import FirstStage, build, build_first_stage, init_params
+from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.parallel import compile_step, make_mesh
+from ldm_jax.train import autoencoder_step, diffusion_step
+from ldm_jax.train.optim import learning_rate, make_optimizer
+from ldm_jax.train.state import accumulate, apply_gradients, create_state
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+
+# ------------------------------------------------------------------------------------------------------------------ learning rate
+
+
+def rates(steps=100, **options):
+    config = SimpleNamespace(lr=0.8, warmup=0, decay="constant", final=0.1)
+    vars(config).update(options)
+    return np.array([learning_rate(config, steps)(i) for i in range(steps + 1)])
+
+
+def test_learning_rate_warms_up_from_the_first_step():
+    np.testing.assert_allclose(rates(warmup=4)[:6], [0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+def test_learning_rate_decays_to_its_final_value_at_the_last_step(decay, warmup):
+    found = rates(decay=decay, warmup=warmup)
+    at = np.linspace(0, 1, 101 - warmup)
+    expected = 0.8 * (0.1 + 0.9 * ((1 + np.cos(np.pi * at)) / 2 if decay == "cosine" else 1 - at))
+    np.testing.assert_allclose(found[warmup:], expected, rtol=1e-5)
+
+
+def test_gradients_are_clipped_where_that_is_asked_for():
+    config = SimpleNamespace(lr=1.0, warmup=0, decay="constant", final=0.0, b1=0.0, b2=0.0, weight_decay=0.0, clip=1.0)
+    params = {"x": jnp.zeros(2)}
+    tx = make_optimizer(config, 10)
+    _, state = tx.update({"x": jnp.array([30.0, 40.0])}, tx.init(params), params)
+    seen = [np.asarray(leaf) for leaf in jax.tree.leaves(state) if np.shape(leaf) == (2,)]
+    np.testing.assert_allclose(seen[0], [0.6, 0.8], rtol=1e-6)  # Adam's first moment, of the clipped gradient
+
+
+# -------------------------------------------------------------------------------------------------------------------- the average
+
+
+def test_average_follows_its_rule():
+    """d = min(decay, (1 + n) / (10 + n)) after n updates, by hand on three steps of plain gradient descent."""
+    tx = optax.sgd(1.0)
+    state = create_state({"x": jnp.array(0.0)}, tx, ema=True)
+    expected, x = 0.0, 0.0
+    for n, (gradient, decay) in enumerate([(-1.0, 2 / 11), (-2.0, 0.2), (5.0, 0.2)], start=1):
+        x -= gradient
+        expected = decay * expected + (1 - decay) * x
+        state = apply_gradients(state, {"x": jnp.array(gradient)}, tx, 0.2)
+        assert int(state.step) == n
+        np.testing.assert_allclose(state.ema["x"], expected, rtol=1e-6)
+        np.testing.assert_allclose(state.params["x"], x, rtol=1e-6)
+
+
+def test_no_average_is_kept_where_none_is_asked_for():
+    tx = optax.sgd(1.0)
+    state = apply_gradients(create_state({"x": jnp.array(0.0)}, tx, ema=False), {"x": jnp.array(1.0)}, tx, 0.5)
+    assert state.ema is None
+
+
+# ------------------------------------------------------------------------------------------------------------- whole training steps
+
+
+def loss_config(task: str, **changes) -> ConfigDict:
+    config = base(task).loss
+    config.update(changes)
+    return config
+
+
+class Setup(SimpleNamespace):
+    """A task at work on the tiny model: its ``loss``, ``step(parts)``, ``state``, ``frozen`` and ``batch``."""
+
+
+@pytest.fixture(scope="module")
+def setups(quick_compiling):
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+    images = rng.integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
+    rows = np.arange(16, dtype=np.int32)
+    tx = optax.adamw(1e-3)
+
+    module = build_first_stage(TINY)
+    first_stage = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
+    config = loss_config("autoencoder", kl_weight=1e-3)
+    autoencoder = Setup(
+        loss=autoencoder_step.make_loss(module, config, 0, None),
+        step=lambda parts: autoencoder_step.make_step(module, tx, config, seed=0, ema=0.9, parts=parts),
+        state=create_state(first_stage, tx, ema=True),
+        frozen={},
+        batch={"image": images, "row": rows},
+    )
+
+    model = build(TINY, None, first_stage)
+    params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
+    config = loss_config("diffusion", caption_dropout=0.3, min_snr_gamma=5.0)
+    diffusion = Setup(
+        model=model,
+        loss=diffusion_step.make_loss(model, config, 0),
+        step=lambda parts: diffusion_step.make_step(model, tx, config, seed=0, ema=0.9, parts=parts),
+        state=create_state(params, tx, ema=True),
+        frozen={"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)},
+        batch={"image": images, "row": rows, "encoded": model.conditioner.encode([f"picture {i}" for i in range(16)])},
+    )
+    return {"autoencoder": autoencoder, "diffusion": diffusion}
+
+
+@pytest.fixture(params=["autoencoder", "diffusion"])
+def setup(request, setups):
+    return setups[request.param]
+
+
+def worst(found, expected) -> float:
+    """The largest difference of any leaf, relative to the largest number of that leaf."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max() / (np.abs(np.asarray(b)).max() + 1e-30)) for a, b in pairs
+    )
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole():
+    """On a quadratic loss with a metric, where the mean over rows is exact to rounding."""
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.standard_normal((16, 5)).astype(np.float32), "y": rng.standard_normal(16).astype(np.float32)}
+
+    def loss(params, batch):
+        errors = jnp.square(jnp.tanh(batch["x"] @ params["w"]) - batch["y"])
+        return errors.mean(), {"loss": errors.mean(), "largest": jnp.abs(batch["y"]).mean()}
+
+    params = {"w": rng.standard_normal(5).astype(np.float32)}
+    whole, parts = accumulate(loss, params, batch, 1), accumulate(loss, params, batch, 4)
+    assert worst(parts, whole) < 1e-6
+    assert (
+        worst(accumulate(loss, params, jax.tree.map(lambda a: a[:8], batch), 1), whole) > 0.01
+    )  # a part alone differs
+
+
+def run_steps(setup, devices, mode, parts, n):
+    step = compile_step(
+        setup.step(parts), make_mesh(devices), mode, shared=(True, True, False), out_shared=(True, True)
+    )
+    state, losses = setup.state, []
+    for _ in range(n):
+        state, metrics = step(state, setup.frozen, setup.batch)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def on_one_device(setups):
+    return {name: run_steps(setup, 1, "jit", 1, 5) for name, setup in setups.items()}
+
+
+@pytest.mark.parametrize(("devices", "mode", "parts"), [(8, "jit", 1), (8, "pmap", 1), (1, "jit", 4)])
+@pytest.mark.parametrize("task", ["autoencoder", "diffusion"])
+def test_training_depends_neither_on_devices_nor_on_parts(setups, on_one_device, task, devices, mode, parts):
+    expected, expected_losses = on_one_device[task]
+    state, losses = run_steps(setups[task], devices, mode, parts, 5)
+    np.testing.assert_allclose(losses[0], expected_losses[0], rtol=1e-6)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert losses[0] != losses[-1]
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - b, expected.params, setups[task].state.params)
+    assert worst(expected.params, setups[task].state.params) > 1e-4, "five steps must move the parameters"
+    # Adam divides by the gradient's size: where that is nearly zero, its sign is rounding. So most parameters are compared, not all.
+    errors = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).ravel(), state.params, expected.params)
+    errors, sizes = (
+        np.concatenate(jax.tree.leaves(errors)),
+        np.concatenate([np.abs(m).ravel() for m in jax.tree.leaves(moved)]),
+    )
+    assert np.quantile(errors, 0.99) < 1e-5
+    assert errors.mean() < 1e-3 * sizes.mean()
+    assert int(state.step) == 5
+
+
+# ------------------------------------------------------------------------------------------------- what diffusion training is made of
+
+
+def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_step(setups, monkeypatch):
+    """Seen where the captions arrive: at the conditioner."""
+    model, frozen = setups["diffusion"].model, setups["diffusion"].frozen
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def arrive(self, params, encoded, **_):
+        seen.append(np.asarray(encoded))
+        raise Stop
+
+    monkeypatch.setattr(type(model.conditioner), "__call__", arrive)
+    b = 400
+    batch = {
+        "image": np.zeros((b, 4, 4, 3), np.uint8),
+        "row": np.arange(b, dtype=np.int32),
+        "encoded": np.repeat(model.conditioner.encode(["red apple"]), b, axis=0),
+    }
+    tiny = SimpleNamespace(encode=lambda x, noise: x[:, ::2, ::2, :1], downsampling=2, channels=1)
+    frozen = frozen | {"first_stage": tiny}
+
+    def dropped(share, step=0, seed=0, train=True):
+        loss = diffusion_step.make_loss(model, loss_config("diffusion", caption_dropout=share), seed)
+        with pytest.raises(Stop):
+            loss({"conditioner": None}, frozen, batch, jnp.int32(step), train)
+        null = (seen[-1] == frozen["null"]).all(axis=1)
+        assert ((seen[-1] == batch["encoded"]).all(axis=1) | null).all()
+        return null
+
+    first = dropped(0.3)
+    assert abs(first.mean() - 0.3) < 0.1  # four standard deviations
+    assert (dropped(0.3) == first).all()
+    assert (dropped(0.3, step=1) != first).any()
+    assert (dropped(0.3, seed=1) != first).any()
+    assert not dropped(0.0).any()
+    assert not dropped(0.3, train=False).any()
+
+
+def test_scale_factor_brings_latents_to_unit_spread(setups):
+    model = setups["diffusion"].model
+    unscaled = FirstStage(model.first_stage.params, 1.0, model.first_stage.module)
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8) for _ in range(3)]
+    scale = diffusion_step.scale_factor(unscaled, batches, 0)
+    assert abs(scale - 1) > 0.01
+    # Scaled by it, the same latents have a spread of 1: measured once more, nothing is left to scale.
+    scaled = FirstStage(unscaled.params, np.float32(scale), unscaled.module)
+    np.testing.assert_allclose(diffusion_step.scale_factor(scaled, batches, 0), 1.0, rtol=1e-4)
