@@ -9,14 +9,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     config = base("diffusion")
     config.steps = 5000
-    config.batch_size = 32
+    config.batch_size = 16
     config.ema = 0.998
     styles = ("noto", "twemoji", "fluent 3d", "fluent flat")
     concepts = ("red apple", "dog face", "grinning face", "rocket")
     config.preview_captions = tuple(f"{concept}, {style} style" for concept in concepts for style in styles)
     config.data.update(path="emoji64.zip", caption="{text}, {style} style")
     config.data.update(split_column="hexcode", holdout=0.05, pair_columns=("hexcode", "style"), pair_holdout=0.05)
-    config.optim.update(lr=1e-3, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.01)
+    config.optim.update(lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.01)
     config.loss.update(min_snr_gamma=5.0, caption_dropout=0.1)
 
     model = config.model

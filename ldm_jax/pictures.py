@@ -67,19 +67,22 @@ def grid(images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, 
 
 
 def labelled_grid(
-    images: np.ndarray, rows: Sequence[str], columns: Sequence[str], zoom: int = 1, gap: int = 4
+    images: np.ndarray, rows: Sequence[str], columns: Sequence[str], zoom: int = 1, gap: int = 6
 ) -> np.ndarray:
-    """Pictures uint8 [len(rows) * len(columns), H, W, 3] with a label on every row and column -> one picture."""
-    font = ImageFont.load_default(13)
+    """Pictures uint8 [len(rows) * len(columns), H, W, 3] with a label on every row and column (newlines allowed) -> one picture."""
+    font = ImageFont.load_default(11)
     h, w = images.shape[1] * zoom, images.shape[2] * zoom
-    left = 12 + max(int(font.getlength(label)) for label in rows)
-    sheet = Image.new("RGB", (left + len(columns) * (w + gap), 24 + len(rows) * (h + gap)), "white")
+    left = 14 + max(int(font.getlength(label)) for label in rows)
+    width = max(w, *(int(font.getlength(line)) + 2 for label in columns for line in label.split("\n")))
+    top = 8 + 14 * max(label.count("\n") + 1 for label in columns)
+    sheet = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (h + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for j, label in enumerate(columns):
-        draw.text((left + j * (w + gap) + w // 2, 12), label, fill="black", font=font, anchor="mm")
+        middle = left + j * (width + gap) + width // 2
+        draw.multiline_text((middle, top // 2), label, fill="black", font=font, anchor="mm", align="center")
     for i, label in enumerate(rows):
-        draw.text((left - 8, 24 + i * (h + gap) + h // 2), label, fill="black", font=font, anchor="rm")
+        draw.text((left - 8, top + i * (h + gap) + h // 2), label, fill="black", font=font, anchor="rm")
         for j in range(len(columns)):
             picture = Image.fromarray(images[i * len(columns) + j]).resize((w, h), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left + j * (w + gap), 24 + i * (h + gap)))
+            sheet.paste(picture, (left + j * (width + gap) + (width - w) // 2, top + i * (h + gap)))
     return np.asarray(sheet)
