@@ -91,31 +91,32 @@ class Setup(SimpleNamespace):
 @pytest.fixture(scope="module")
 def setups(quick_compiling):
     rng, key = np.random.default_rng(0), jax.random.key(0)
-    images = rng.integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
-    rows = np.arange(16, dtype=np.int32)
+    images = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
+    rows = np.arange(8, dtype=np.int32)
     tx = optax.adamw(1e-3)
 
     module = build_first_stage(TINY)
     first_stage = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
-    config = loss_config("autoencoder", kl_weight=1e-3)
+    of_autoencoder = loss_config("autoencoder", kl_weight=1e-3)
+    of_diffusion = loss_config("diffusion", caption_dropout=0.3, min_snr_gamma=5.0)
     autoencoder = Setup(
-        loss=autoencoder_step.make_loss(module, config, 0, None),
-        step=lambda parts: autoencoder_step.make_step(module, tx, config, seed=0, ema=0.9, parts=parts),
+        loss=autoencoder_step.make_loss(module, of_autoencoder, 0, None),
+        step=lambda parts: autoencoder_step.make_step(module, tx, of_autoencoder, seed=0, ema=0.9, parts=parts),
         state=create_state(first_stage, tx, ema=True),
         frozen={},
         batch={"image": images, "row": rows},
     )
 
-    model = build(TINY, None, first_stage)
+    small = {**TINY, "conditioner": {**TINY["conditioner"], "vocab_size": 1100}}  # up to the letters and digits
+    model = build(small, None, first_stage)
     params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
-    config = loss_config("diffusion", caption_dropout=0.3, min_snr_gamma=5.0)
     diffusion = Setup(
         model=model,
-        loss=diffusion_step.make_loss(model, config, 0),
-        step=lambda parts: diffusion_step.make_step(model, tx, config, seed=0, ema=0.9, parts=parts),
+        loss=diffusion_step.make_loss(model, of_diffusion, 0),
+        step=lambda parts: diffusion_step.make_step(model, tx, of_diffusion, seed=0, ema=0.9, parts=parts),
         state=create_state(params, tx, ema=True),
         frozen={"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)},
-        batch={"image": images, "row": rows, "encoded": model.conditioner.encode([f"picture {i}" for i in range(16)])},
+        batch={"image": images, "row": rows, "encoded": model.conditioner.encode([f"{i}" for i in range(8)])},
     )
     return {"autoencoder": autoencoder, "diffusion": diffusion}
 
@@ -171,7 +172,7 @@ def on_one_device(setups):
 def test_training_depends_neither_on_devices_nor_on_parts(setups, on_one_device, task, devices, mode, parts):
     expected, expected_losses = on_one_device[task]
     state, losses = run_steps(setups[task], devices, mode, parts, 5)
-    np.testing.assert_allclose(losses[0], expected_losses[0], rtol=1e-6)
+    np.testing.assert_allclose(losses[0], expected_losses[0], rtol=3e-6)  # two dozen roundings of float32
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert losses[0] != losses[-1]
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, expected.params, setups[task].state.params)
@@ -207,7 +208,7 @@ def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_ste
     batch = {
         "image": np.zeros((b, 4, 4, 3), np.uint8),
         "row": np.arange(b, dtype=np.int32),
-        "encoded": np.repeat(model.conditioner.encode(["red apple"]), b, axis=0),
+        "encoded": np.repeat(model.conditioner.encode(["7"]), b, axis=0),
     }
     tiny = SimpleNamespace(encode=lambda x, noise: x[:, ::2, ::2, :1], downsampling=2, channels=1)
     frozen = frozen | {"first_stage": tiny}
