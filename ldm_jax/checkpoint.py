@@ -3,6 +3,7 @@
 A model directory describes itself: ``config.json`` says what the model is, ``params/`` holds its arrays. Nothing else is needed to load it.
 """
 
+import difflib
 import json
 import os
 import shutil
@@ -14,10 +15,28 @@ import jax.numpy as jnp
 import numpy as np
 
 FORMAT = 1
+ASSETS = Path(__file__).parent / "assets"
 
 
 class CheckpointError(ValueError):
     """A checkpoint or model directory that cannot be read or written; its message is one line that says what to do."""
+
+
+def find_model(name: str | Path) -> Path:
+    """The model directory of a path, of a "pkg:..." path inside the package, or of the name of a model that ships with it.
+
+    A path that exists goes first.
+    """
+    if str(name).startswith("pkg:"):
+        name = ASSETS.parent / str(name)[4:]
+    if Path(name).exists():
+        return Path(name)
+    shipped = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+    if str(name) not in shipped:
+        near = difflib.get_close_matches(str(name), shipped, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(shipped)})"
+        raise CheckpointError(f"model {str(name)!r} is neither a folder nor one that ships with ldm_jax{hint}")
+    return ASSETS / str(name)
 
 
 def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str = "float32") -> None:

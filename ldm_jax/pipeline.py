@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldm_jax.checkpoint import CheckpointError, load_model
-from ldm_jax.conditioning import ASSETS
+from ldm_jax.checkpoint import CheckpointError, find_model, load_model
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, generate, nearest
 from ldm_jax.parallel import Mode, compile_step, make_mesh
@@ -20,18 +19,6 @@ from ldm_jax.parallel import Mode, compile_step, make_mesh
 
 class RequestError(ValueError):
     """A request that the model cannot fulfil; its message is one line that says what to change."""
-
-
-def find_model(name: str | Path) -> Path:
-    """The model directory of a path, or of the name of a model that ships with the package. A path that exists goes first."""
-    if Path(name).exists():
-        return Path(name)
-    shipped = sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
-    if str(name) not in shipped:
-        raise RequestError(
-            f"model {str(name)!r} is neither a folder nor one that ships with ldm_jax{nearest(str(name), shipped)}"
-        )
-    return ASSETS / str(name)
 
 
 def load(

@@ -4,22 +4,19 @@ import contextlib
 import json
 import logging
 import shutil
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldm_jax import pictures
 from ldm_jax.checkpoint import CheckpointError, TrainingCheckpoints, read_config, save_model
 from ldm_jax.data import ImageTransform, Loader, make_source
 from ldm_jax.latent import DTYPES, ConfigError, nearest
 from ldm_jax.parallel import compile_step, make_mesh
 from ldm_jax.train.optim import learning_rate, make_optimizer
+from ldm_jax.train.report import Report, TrainingDiverged
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import TASKS, plain
 
@@ -38,10 +35,6 @@ FREE = (
     "data.num_workers",
     "parallel",
 )
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number; the message names the last good checkpoint."""
 
 
 def train(config: Any, workdir: str | Path) -> Path:
@@ -73,9 +66,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         return create_state(task.init(key), tx, ema=config.ema > 0)
 
     # ------------------------------------------------------------------------------------ begin, or resume
-    claim_workdir(
-        workdir, plain(config)
-    )  # only now: a mistake in the settings above leaves nothing behind that holds on to them
+    claim_workdir(workdir, plain(config))  # only now: a mistake above leaves nothing behind that holds on to it
     checkpoints = TrainingCheckpoints(workdir, config.keep)
     first = checkpoints.latest()
     if first is None:
@@ -245,97 +236,6 @@ def run_evaluation(evaluate: Any, params: Any, frozen: Any, task: Any, loader: L
     for i, raw in enumerate(first_batches(loader, n, raw=True)):
         results.append(jax.device_get(evaluate(params, frozen, task.host_batch(raw, first_row=i * len(raw["image"])))))
     return {k: float(np.mean([r[k] for r in results])) for k in results[0]}
-
-
-class Report:
-    """Says how it goes: a progress line, TensorBoard, metrics.jsonl, preview pictures."""
-
-    def __init__(self, workdir: Path, config: Any, first: int):
-        import tensorboardX
-        from tqdm import tqdm
-
-        self.workdir, self.config, self.previews = workdir, config, workdir / "previews"
-        self.previews.mkdir(exist_ok=True)
-        self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=first + 1 if first else None, flush_secs=30)
-        self.jsonl = reopen_metrics(workdir / "metrics.jsonl", first)
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not self.terminal, dynamic_ncols=True)
-        self.since, self.last = time.perf_counter(), first
-
-    def step(self, step: int, metrics: dict[str, jax.Array], rate: Any, checkpoints: TrainingCheckpoints) -> None:
-        """Takes one step's metrics; raises TrainingDiverged on a loss or a gradient that is not finite."""
-        if step <= self.last:
-            return
-        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise TrainingDiverged(
-                f"the loss is {loss} and its gradient's norm {norm} at step {step}; the last good checkpoint is that of "
-                f"step {checkpoints.latest()}, in {checkpoints.path}: lower optim.lr or set optim.clip, with another --workdir"
-            )
-        self.bar.update(step - self.bar.n)
-        if step % self.config.log_every and step != self.config.steps:
-            return
-        now = time.perf_counter()
-        per_second = (step - self.last) * self.config.batch_size / max(now - self.since, 1e-9)
-        left = (self.config.steps - step) * self.config.batch_size / per_second
-        self.since, self.last = now, step
-        values = {k: float(v) for k, v in metrics.items()} | {
-            "learning_rate": float(rate(step - 1)),
-            "images_per_second": per_second,
-        }
-        self._write(step, "train", values)
-        line = f"loss {loss:.4f}, {per_second:.1f} images/s, {clock(left)} left"
-        if self.terminal:
-            self.bar.set_postfix_str(line)
-        else:
-            LOG.info("step %d/%d: %s", step, self.config.steps, line)
-
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Takes a validation's means."""
-        self._write(step, "validation", values)
-        shown = {k: v for k, v in values.items() if k in ("loss", "loss_simple", "psnr")}
-        LOG.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
-
-    def preview(self, step: int, image: np.ndarray) -> None:
-        """Takes a picture."""
-        pictures.save_png(self.previews / f"{step:07d}.png", image)
-        self.board.add_image("preview", image, step, dataformats="HWC")
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time spent inside does not count as training."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-    def _write(self, step: int, part: str, values: dict[str, float]) -> None:
-        for key, value in values.items():
-            self.board.add_scalar(f"{part}/{key}", value, step)
-        rounded = {k: float(f"{v:.6g}") for k, v in values.items()}
-        self.jsonl.write(json.dumps({"step": step, "part": part, **rounded}) + "\n")
-        self.jsonl.flush()
-
-    def close(self) -> None:
-        self.bar.close()
-        self.board.close()
-        self.jsonl.close()
-
-
-def reopen_metrics(file: Path, first: int) -> TextIO:
-    """``file`` to append to, without the lines of steps after ``first``, which a killed run wrote and this one takes again."""
-    lines = file.read_text().splitlines() if first and file.exists() else []
-    opened = file.open("w")
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last line may be a half
-            if json.loads(line)["step"] <= first:
-                opened.write(line + "\n")
-    return opened
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
 __all__ = ["CheckpointError", "TrainingDiverged", "train"]

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -12,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import pictures
-from ldm_jax.checkpoint import load_model
+from ldm_jax.checkpoint import find_model, load_model
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.latent import ConfigError, apply, build, build_first_stage, generate, init_params, to_uint8
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.train import autoencoder_step, diffusion_step
 
 LOG = logging.getLogger(__name__)
-ASSETS = Path(__file__).parent.parent / "assets"
 
 
 class Task(Protocol):
@@ -125,7 +123,7 @@ class DiffusionTask:
         path = model["first_stage"].pop("path", None)
         params = None
         if path:
-            saved, params = load_model(resolve_model(path))
+            saved, params = load_model(find_model(path))
             params = params["first_stage"]
             model["first_stage"] = {**saved["first_stage"], **model["first_stage"]}
         elif model["first_stage"].get("kind") != "identity":
@@ -201,14 +199,6 @@ def _preview(
 def plain(config: Any) -> dict[str, Any]:
     """A ConfigDict as the plain dict that JSON would give back."""
     return json.loads(config.to_json_best_effort())
-
-
-def resolve_model(name: str | Path) -> Path:
-    """The model directory of a path, of a "pkg:..." path inside the package, or of the bare name of a model that ships with it."""
-    if str(name).startswith("pkg:"):
-        return Path(__file__).parent.parent / str(name)[4:]
-    shipped = ASSETS / str(name)
-    return shipped if not Path(name).exists() and (shipped / "config.json").exists() else Path(name)
 
 
 TASKS = {"autoencoder": AutoencoderTask, "diffusion": DiffusionTask}
