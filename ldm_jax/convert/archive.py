@@ -5,6 +5,7 @@ and lets entries share bytes. The format: PKWARE's APPNOTE.TXT, 4.3 to 4.5.
 """
 
 import struct
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -70,10 +71,9 @@ def zip_entries(file: File) -> dict[str, Entry]:
         total += entry.size
     if at != len(directory):
         raise ReaderError("a zip archive with a damaged directory")
-    spans.sort()
-    for (_, this_end), (next_begin, _) in zip(spans, [*spans[1:], (start, 0)], strict=True):
-        if this_end > next_begin:
-            raise ReaderError("a zip archive whose entries overlap")
+    spans = [*sorted(spans), (start, end)]
+    if any(this[1] > following[0] for this, following in pairwise(spans)):
+        raise ReaderError("a zip archive whose entries overlap")
     if total > 2 * file.size + 512 * MIB:
         raise ReaderError(f"a zip archive that expands to {total // MIB} MiB, its file has {file.size // MIB}: refused")
     return entries

@@ -27,6 +27,8 @@ def shown(value: object, limit: int = 80) -> str:
     """A value out of a file as it may stand in a message: printable ASCII on one line, cut at ``limit`` characters."""
     if isinstance(value, int) and abs(value) >> 70:
         return f"a number of {value.bit_length()} bits"
+    if isinstance(value, str | bytes):
+        value = value[:limit]
     text = ascii(value if isinstance(value, str | bytes | int | float | type(None)) else type(value).__name__)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -80,7 +82,7 @@ class File:
         if not path.is_file():  # a named pipe would block for ever
             raise ReaderError("not a regular file")
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 - lives as long as the checkpoint
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the checkpoint
             self.size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise ReaderError(f"cannot be opened: {error.strerror}") from None

@@ -13,6 +13,7 @@ become stand-ins, which hold what was to be put into them and do nothing.
 
 import pickletools
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import IO, Any, Protocol, cast
@@ -22,7 +23,7 @@ from ldm_jax.convert.rebuild import KNOWN, Known, NumpyType, Standin, StorageCla
 
 MAX_PICKLE = 64 * MIB  # bytes of one pickle: a released checkpoint's, with optimizer and EMA, is about 1 MiB
 MAX_OPS = 2_000_000  # a state dict takes about 30 opcodes an entry
-MAX_COPIES = 256 * MIB  # bytes that opcodes may copy: a few bytes of pickle could otherwise copy a large value for ever
+MAX_COPIES = 256 * MIB  # bytes that calls may copy: a few opcodes could otherwise copy a large value for ever
 MAX_DEPTH = 200  # nesting of containers, so that whoever walks them may recurse
 
 
@@ -46,7 +47,7 @@ _ALSO_REFUSED = words("commands popen2 imp pipes distutils asyncore cPickle nt p
 # Of the standard library, modules whose classes and constants are data. Their functions still may not be called.
 _INERT_MODULES = words("""
     __future__ abc argparse collections copyreg dataclasses datetime decimal enum fractions functools math numbers
-    pathlib string time types typing uuid zoneinfo
+    pathlib string time typing uuid zoneinfo
     """)
 _BUILTIN_TYPES = words(
     "bool bytearray bytes complex dict float frozenset int list long object range set slice str tuple unicode"
@@ -70,10 +71,9 @@ def _refuse(name: str) -> ReaderError:
 
 def _check_mention(name: str) -> None:
     """ReaderError if the dotted name stands for code rather than for data."""
-    root, *rest = name.split(".")
-    if root == "builtins" and len(rest) == 1 and rest[0] in _BUILTIN_TYPES:
+    if name in _INERT_CALLS or name in _SILENT:
         return
-    parts = [root, *rest]
+    root, *_ = parts = name.split(".")
     if root in sys.stdlib_module_names | _ALSO_REFUSED and root not in _INERT_MODULES:
         raise _refuse(name)
     if any(p in _RUNS or (p.startswith("__") and p not in ("__main__", "__future__", "__torch__")) for p in parts):
@@ -94,7 +94,9 @@ def _check_call(name: str) -> None:
 class Interpreter:
     """Reads one pickle off a stream. ``persistent`` turns the tuples that stand for storages into them."""
 
-    def __init__(self, stream: Stream, persistent: Callable[[tuple], Any] | None, standins: Counter[str]):
+    def __init__(
+        self, stream: Stream, persistent: Callable[[tuple], Any] | None, standins: Counter[str], max_ops: int = MAX_OPS
+    ):
         self.stream, self.persistent, self.standins = stream, persistent, standins
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -102,21 +104,25 @@ class Interpreter:
         self.classes: dict[str, Any] = {}
         self.instances: Counter[str] = Counter()
         self.unfilled: dict[int, LazyTensor] = {}
-        self.copies = MAX_COPIES
+        self.copies, self.max_ops = MAX_COPIES, max_ops
 
     def load(self) -> Any:
         """The pickle's value. Raises ReaderError, and nothing else, on anything that is not plain data."""
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in the texts of protocol 0
+            return self._load()
+
+    def _load(self) -> Any:
         start = self.stream.tell()
         ops = pickletools.genops(cast(IO[bytes], self.stream))
-        for count in range(MAX_OPS + 1):
+        for count in range(self.max_ops + 1):
             try:
                 op, arg, position = next(ops)
             except ReaderError:
                 raise
             except Exception:  # ValueError, UnicodeDecodeError, struct.error ...: whatever malformed arguments raise
                 raise ReaderError(f"its pickle is damaged near byte {self.stream.tell()}") from None
-            if count == MAX_OPS or (position or 0) - start > MAX_PICKLE:
-                raise ReaderError(f"its pickle is too long (over {MAX_OPS} steps or {MAX_PICKLE // MIB} MiB)")
+            if count == self.max_ops or (position or 0) - start > MAX_PICKLE:
+                raise ReaderError(f"its pickle is too long (over {self.max_ops} steps or {MAX_PICKLE // MIB} MiB)")
             if op.name == "STOP":
                 break
             if op.name in _CONSTANTS:
@@ -211,10 +217,12 @@ class Interpreter:
         """What a dotted name becomes: a StorageClass, a Known or a stand-in, the same each time."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise ReaderError("its pickle is damaged: a name is no text")
+        if max(len(module), len(name)) > 300:
+            raise ReaderError(f"its pickle mentions {shown(module)} {shown(name)}, which is no name")
         full = f"{_RENAMED.get(module, module)}.{name}"
-        if len(full) > 300 or not all(part.isidentifier() for part in full.split(".")):
-            raise ReaderError(f"its pickle mentions {shown(full)}, which is no name")
         if full not in self.classes:
+            if not all(part.isidentifier() for part in full.split(".")):
+                raise ReaderError(f"its pickle mentions {shown(full)}, which is no name")
             root, last = full.split(".")[0], full.split(".")[-1]
             if root == "torch" and last in STORAGE_CLASSES:
                 self.classes[full] = StorageClass(STORAGE_CLASSES[last])

@@ -25,7 +25,7 @@ import numpy as np
 
 from ldm_jax.convert.archive import Entry, read_entry, zip_entries
 from ldm_jax.convert.lazy import MIB, TORCH_DTYPES, File, LazyTensor, ReaderError, Storage, decoded, shown, sizes
-from ldm_jax.convert.pickles import MAX_PICKLE, Interpreter
+from ldm_jax.convert.pickles import MAX_OPS, MAX_PICKLE, Interpreter
 from ldm_jax.convert.rebuild import Standin, StorageClass
 
 __all__ = ["Checkpoint", "LazyTensor", "ReaderError", "Standin", "open_checkpoint"]
@@ -87,8 +87,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open(_inside(path) if path.is_dir() else path)
     except ReaderError as error:
         raise ReaderError(f"{shown(str(path), 1000)[1:-1]}: {error}") from None
-    except (OSError, ValueError) as error:  # a path that the system does not take: too long, with a zero byte
-        raise ReaderError(f"{shown(str(path))[1:-1]}: cannot be opened: {shown(str(error))}") from None
+    except OSError as error:  # a path that the system does not take, a folder that may not be read
+        raise ReaderError(f"{shown(str(path))[1:-1]}: cannot be opened: {error.strerror}") from None
 
 
 def _inside(folder: Path) -> Path:
@@ -241,29 +241,35 @@ class _Bounded:
     def read(self, n: int, /) -> bytes:
         if n < 0 or self.at + n > self.limit:
             raise ReaderError("its pickle ends too soon: truncated or damaged")
+        if self.at - self._buffer_start + n > len(self._buffer):
+            self._look_ahead(max(n, MIB))
         begin = self.at - self._buffer_start
-        if begin + n > len(self._buffer) and isinstance(self.source, File):
-            ahead = min(max(n, MIB), self.size - self.at)
-            self._buffer, self._buffer_start, begin = self.source.read(self.at, ahead), self.at, 0
         self.at += n
         return self._buffer[begin : begin + n]
 
     def readline(self) -> bytes:
-        # Only protocol 0 has lines, and all that it writes as lines (names, numbers, short texts) fits here.
-        window = self.read(min(MIB, self.limit - self.at))
-        self.at -= len(window)
-        if (end := window.find(b"\n")) < 0:
+        # Only protocol 0 has lines, and all that it writes as lines (names, numbers, short texts) fits into 1 MiB.
+        end = self._buffer.find(b"\n", self.at - self._buffer_start)
+        if end < 0:
+            self._look_ahead(MIB)
+            end = self._buffer.find(b"\n", self.at - self._buffer_start)
+        length = self._buffer_start + end + 1 - self.at
+        if end < 0 or length > MIB:
             raise ReaderError("its pickle is damaged: a line has no end")
-        return self.read(end + 1)
+        return self.read(length)
+
+    def _look_ahead(self, n: int) -> None:
+        if isinstance(self.source, File):
+            self._buffer, self._buffer_start = self.source.read(self.at, min(n, self.size - self.at)), self.at
 
 
 def _open_legacy(path: Path, file: File) -> Checkpoint:
     stream, standins = _Bounded(file), Counter()
 
-    def pickled(persistent: Callable[[tuple], Any] | None = None) -> Any:
-        # Each pickle has the whole limit for itself.
+    def pickled(persistent: Callable[[tuple], Any] | None = None, max_ops: int = 1000) -> Any:
+        # Each pickle has the whole limit of bytes for itself.
         stream.limit = min(stream.size, stream.at + MAX_PICKLE + 1)
-        return Interpreter(stream, persistent, standins).load()
+        return Interpreter(stream, persistent, standins, max_ops).load()
 
     if (magic := pickled()) != MAGIC:
         raise ReaderError(f"a plain pickle ({shown(magic)}), not a checkpoint of torch.save")
@@ -294,7 +300,7 @@ def _open_legacy(path: Path, file: File) -> Checkpoint:
                 return storage.part(offset, size)
         raise ReaderError(f"the storage {shown(key)} is cut in an unknown way")
 
-    tree, keys = pickled(persistent), pickled()
+    tree, keys = pickled(persistent, MAX_OPS), pickled(max_ops=MAX_OPS // 4)
     if not isinstance(keys, list) or Counter(map(repr, keys)) != Counter(map(repr, storages)):
         raise ReaderError("a legacy checkpoint whose list of storages does not fit its tensors")
     at, order = stream.at, "<" if system.get("little_endian") is not False else ">"

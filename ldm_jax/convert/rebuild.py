@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Rebuild = Callable[["Interpreter", tuple], Any]
 
 
+ITEM = 512  # what handling one item counts as, in bytes copied: about 1 µs
+
+
 def words(text: str) -> frozenset[str]:
     """The words of a text."""
     return frozenset(text.split())
@@ -81,8 +84,10 @@ def checked(key: Any) -> Any:
     flat = key if isinstance(key, tuple | frozenset) and len(key) <= 16 else (key,)
     if not all(isinstance(part, str | float | bool | bytes | complex | None | Standin | int) for part in flat):
         raise ReaderError(f"its pickle uses a {type(key).__name__} as a key")
-    if any(isinstance(part, int) and part.bit_length() > 64 for part in flat):
+    if any(part.bit_length() > 64 for part in flat if isinstance(part, int)):
         raise ReaderError("its pickle uses a number of over 64 bits as a key")
+    if any(len(part) > 10_000 for part in flat if isinstance(part, str | bytes)):
+        raise ReaderError("its pickle uses a text of over 10,000 characters as a key")
     return key
 
 
@@ -92,13 +97,13 @@ def _ordered_dict(m: "Interpreter", args: tuple) -> Any:
         case () | (None,):
             pass
         case ([*pairs],):
-            m.spend(64 * len(pairs))
+            m.spend(ITEM * len(pairs))
             for pair in pairs:
                 if not isinstance(pair, list | tuple) or len(pair) != 2:
                     return NotImplemented
                 m.set_item(new, *pair)
         case (dict() as other,):
-            m.spend(64 * len(other))
+            m.spend(ITEM * len(other))
             new.update(other)
         case _:
             return NotImplemented
@@ -120,7 +125,7 @@ def _set(make: Callable[[Any], Any]) -> Rebuild:
     def rebuild(m: "Interpreter", args: tuple) -> Any:
         match args:
             case ([*items],):
-                m.spend(64 * len(items))
+                m.spend(ITEM * len(items))
                 return make(checked(item) for item in items)
         return make(()) if args == () else NotImplemented
 
@@ -175,10 +180,15 @@ def _size(m: "Interpreter", args: tuple) -> Any:
     return sizes(args[0], "shape") if len(args) == 1 else NotImplemented
 
 
+def _axes(*values: Any) -> int:
+    return sum(len(value) for value in values if isinstance(value, tuple | list))
+
+
 def _tensor(m: "Interpreter", args: tuple) -> Any:
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2: storage, offset, sizes, strides, and nothing that we need."""
     match args:
         case (Storage() as storage, offset, shape, strides, *rest) if len(rest) <= 3:
+            m.spend(ITEM + ITEM // 8 * _axes(shape, strides))
             return strided(storage, offset, shape, strides, storage.dtype)
     return NotImplemented
 
@@ -189,6 +199,7 @@ def _tensor_v3(m: "Interpreter", args: tuple) -> Any:
         case (Storage() as storage, offset, shape, strides, _, _, Standin(name=name), *rest) if len(rest) <= 1:
             if (dtype := TORCH_DTYPES.get(name.removeprefix("torch."))) is None:
                 raise ReaderError(f"tensors of {name} are not supported")
+            m.spend(ITEM + ITEM // 8 * _axes(shape, strides))
             return strided(storage, offset, shape, strides, dtype)
     return NotImplemented
 
@@ -222,7 +233,7 @@ def _numpy_array(m: "Interpreter", shape: Any, dtype: NumpyType, data: Any, orde
     shape, kind = sizes(shape, "shape"), dtype.dtype
     if not isinstance(data, bytes | bytearray | str):
         raise ReaderError("its pickle is damaged: a numpy array has no bytes")
-    m.spend(len(data))
+    m.spend(2 * ITEM + len(data))
     raw = _latin1(data)  # Python 2 wrote bytes as text
     if prod(shape) * kind.itemsize != len(raw):
         raise ReaderError(f"a numpy array of shape {list(shape)} has {len(raw)} bytes")
