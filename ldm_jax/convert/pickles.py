@@ -22,8 +22,8 @@ from ldm_jax.convert.lazy import MIB, STORAGE_CLASSES, TORCH_DTYPES, LazyTensor,
 from ldm_jax.convert.rebuild import KNOWN, Known, NumpyType, Standin, StorageClass, checked, fill_array, words
 
 MAX_PICKLE = 64 * MIB  # bytes of one pickle: a released checkpoint's, with optimizer and EMA, is about 1 MiB
-MAX_OPS = 2_000_000  # a state dict takes about 30 opcodes an entry
-MAX_COPIES = 256 * MIB  # bytes that calls may copy: a few opcodes could otherwise copy a large value for ever
+MAX_OPS = 1_000_000  # a state dict takes about 30 opcodes an entry, a whole training state about 100,000
+MAX_COPIES = 128 * MIB  # bytes that calls may copy: a few opcodes could otherwise copy a large value for ever
 MAX_DEPTH = 200  # nesting of containers, so that whoever walks them may recurse
 
 
@@ -283,8 +283,9 @@ def _check_nesting(value: Any) -> None:
     todo: list[tuple[Any, bool]] = [(value, False)]
     while todo:
         node, leaving = todo.pop()
-        inside = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple | set) else ()
-        nested = [child for child in inside if isinstance(child, dict | list | tuple | set)]
+        # Sets hold nothing that nests (see `checked`).
+        inside = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+        nested = [child for child in inside if isinstance(child, dict | list | tuple)]
         if leaving:
             depth[id(node)] = 1 + max((depth[id(child)] for child in nested), default=0)
             if depth[id(node)] > MAX_DEPTH:

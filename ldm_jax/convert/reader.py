@@ -360,7 +360,7 @@ def _json(data: bytes, what: str) -> dict[str, Any]:
         return new
 
     try:
-        value = json.loads(data, object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except ReaderError:
         raise
     except (ValueError, RecursionError):

@@ -205,7 +205,11 @@ def _tensor_v3(m: "Interpreter", args: tuple) -> Any:
 
 
 def _parameter(m: "Interpreter", args: tuple) -> Any:
-    return args[0] if args and isinstance(args[0], LazyTensor) and len(args) <= 4 else NotImplemented
+    """torch._utils._rebuild_parameter and _rebuild_parameter_with_state: the tensor, and nothing that we need."""
+    match args:
+        case (LazyTensor() as tensor, *rest) if len(rest) <= 3:
+            return tensor
+    return NotImplemented
 
 
 def _from_type(m: "Interpreter", args: tuple) -> Any:

@@ -215,7 +215,7 @@ def _pickles() -> Iterator[tuple[str, bytes, str]]:
     encode = name("_codecs", "encode") + b"q\x010" + text("x" * 1_000_000) + b"q\x020" + text("latin1") + b"q\x030"
     yield "copies of bytes", encode + b"](" + b"h\x01h\x02h\x03\x86R" * 1000 + b"e", "copies more"
     yield "copies of a dict", make + b"h\x01h\x02\x85R" * 3 + b"e" + b"N", "left over"
-    yield "endless", b"N0" * 1_000_001 + b"N", "too long"
+    yield "endless", b"N0" * 500_001 + b"N", "too long"
     yield "bytearray of a size", call(name("builtins", "bytearray"), number(1 << 45)), "does not fit"
     yield "bytes of a size", call(name("builtins", "bytes"), number(1 << 45)), "does not fit"
     yield "other codec", call(name("_codecs", "encode"), text("x"), text("zlib")), "does not fit"
