@@ -47,7 +47,7 @@ def main() -> None:
     before, slowest, outcomes, reasons = peak_mib(), 0.0, Counter(), Counter()
     for number, data in enumerate(hostile.mutants(args.mutations, args.seed, good)):
         path.write_bytes(data)
-        start, problem, reading = time.monotonic(), None, True
+        start, problem, reading = time.process_time(), None, True
         try:
             with open_checkpoint(path) as checkpoint:
                 for tensor in checkpoint.tensors.values():
@@ -55,13 +55,13 @@ def main() -> None:
             outcomes["read"] += 1
         except ReaderError as error:
             outcomes["refused"] += 1
-            reasons[" ".join(str(error).split(": ", 1)[1].split()[:5])] += 1
+            reasons[" ".join(str(error).split(": ")[-1].split()[:5])] += 1
             if not str(error).isprintable() or len(str(error)) > 600:
                 problem = "a message of more than a line"
         except BaseException as error:
             problem = f"crash: {type(error).__name__}: {error}"
         reading = False
-        slowest = max(slowest, took := time.monotonic() - start)
+        slowest = max(slowest, took := time.process_time() - start)
         if events or took > 10 or peak_mib() - before > 1024:
             problem = f"events {events}, {took:.1f} s, {peak_mib() - before} MiB"
         if problem:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ldm_jax.convert.__main__ import main as inspect_main
 from ldm_jax.convert.reader import Checkpoint, LazyTensor, ReaderError, Standin, open_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -278,12 +279,13 @@ def test_the_corpus_is_large_and_its_names_differ():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_hostile_files_end_in_one_clear_line(case, tmp_path):
     Path(hostile.CANARY).unlink(missing_ok=True)
-    path, modules, start = written(tmp_path, case.files), set(sys.modules), time.monotonic()
+    # Processor time: the reader never waits, and a busy machine is no fault of its own.
+    path, modules, start = written(tmp_path, case.files), set(sys.modules), time.process_time()
     with pytest.raises(ReaderError, match=case.message) as caught:
         opened_and_read(path)
     assert one_line(caught.value)
     assert caught.value.__cause__ is None
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert set(sys.modules) <= modules, "a name in a checkpoint was imported"
     assert not Path(hostile.CANARY).exists(), "code in a checkpoint was run"
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(case.files), "something was unpacked"
@@ -329,3 +331,27 @@ def test_a_slice_of_the_mutations(tmp_path):
 def test_a_lazy_tensor_says_what_it_is():
     tensor = LazyTensor((2, 3), np.dtype(np.float16), lambda: np.zeros((2, 3), np.float16))
     assert (tensor.nbytes, repr(tensor)) == (12, "LazyTensor([2, 3], float16)")
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect(tmp_path, capsys):
+    state = hostile.mapping(
+        **{"model.diffusion_model.time_embed.0.weight": hostile.tensor(), "model_ema.x": hostile.tensor()}
+    )
+    tree = hostile.mapping(state_dict=state, epoch=hostile.number(3), global_step=hostile.number(12))
+    path = written(tmp_path, {"x.ckpt": hostile.archive(tree)})
+    assert inspect_main(["inspect", str(path)]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told == {
+        "file": "x.ckpt (zip)",
+        "family": "latent diffusion (CompVis)",
+        "values": "4 in 1 tensors, EMA and optimizer aside",
+        "dtype": "float32 4",
+        "EMA": "1 tensors",
+        "step": "epoch 3, global_step 12",
+    }
+    assert inspect_main(["inspect", str(tmp_path / "missing")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'missing'}: there is no such file\n"
+    assert inspect_main([]) == 2
