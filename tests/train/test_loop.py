@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import KL, TINY, child, random_params
+from conftest import SMALL, SMALL_KL, child, random_params
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -20,7 +20,8 @@ from ldm_jax.latent import ConfigError, build_first_stage
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
 from ldm_jax.train import loop, tasks
-from ldm_jax.train.loop import TrainingDiverged, train
+from ldm_jax.train.loop import train
+from ldm_jax.train.report import Report, TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -42,9 +43,9 @@ def pictures(tmp_path_factory) -> Path:
 def first_stage(tmp_path_factory) -> Path:
     """The model directory of a first stage."""
     path = tmp_path_factory.mktemp("first_stage") / "model"
-    module, key = build_first_stage({"first_stage": KL}), jax.random.key(0)
+    module, key = build_first_stage({"first_stage": SMALL_KL}), jax.random.key(0)
     params = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
-    save_model(path, {"kind": "first_stage", "first_stage": KL}, {"first_stage": params})
+    save_model(path, {"kind": "first_stage", "first_stage": SMALL_KL}, {"first_stage": params})
     return path
 
 
@@ -62,15 +63,14 @@ def make_config(task: str, pictures: Path, first_stage: Path) -> ConfigDict:
     config.data.update(path=str(pictures), size=(8, 8), flip=True)
     config.optim.update(lr=1e-3, warmup=2, clip=1.0)
     if task == "autoencoder":
-        config.model.first_stage = ConfigDict(KL)
+        config.model.first_stage = ConfigDict(SMALL_KL)
     else:
         config.scale_factor_batches = 2
         for section in ("objective", "schedule", "conditioner", "unet"):
-            config.model[section] = ConfigDict(TINY[section]) if isinstance(TINY[section], dict) else TINY[section]
-        config.model.conditioner.vocab_size = 1100  # up to the letters and digits, which is all that the captions need
+            config.model[section] = ConfigDict(SMALL[section]) if isinstance(SMALL[section], dict) else SMALL[section]
         config.model.first_stage = ConfigDict({"path": str(first_stage)})
-        config.model.sampling = ConfigDict({"size": (8, 8), "steps": 2, "guidance": 2.0, "preview": ("1",)})
-        config.model.schedule.timesteps = 10
+        config.model.sampling = ConfigDict({"size": (8, 8), "steps": 2, "guidance": 2.0})
+        config.preview_captions = ("1",)
     return config
 
 
@@ -195,7 +195,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
-    report = loop.Report.__new__(loop.Report)
+    report = Report.__new__(Report)
     report.last = 0
     checkpoints = TrainingCheckpoints(tmp_path)
     with pytest.raises(TrainingDiverged, match=r"its gradient's norm inf at step 1; .* step None"):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, random_params
+from conftest import SMALL, random_params
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs.common import base
@@ -93,11 +94,12 @@ def setups(quick_compiling):
     rng, key = np.random.default_rng(0), jax.random.key(0)
     images = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
     rows = np.arange(8, dtype=np.int32)
-    tx = optax.adamw(1e-3)
+    # Not Adam: it divides by the gradient's size, so that where this is nearly zero rounding decides the sign of a whole step.
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.02))
 
-    module = build_first_stage(TINY)
+    module = build_first_stage(SMALL)
     first_stage = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
-    of_autoencoder = loss_config("autoencoder", kl_weight=1e-3)
+    of_autoencoder = loss_config("autoencoder", kind="l2", kl_weight=1e-3)
     of_diffusion = loss_config("diffusion", caption_dropout=0.3, min_snr_gamma=5.0)
     autoencoder = Setup(
         loss=autoencoder_step.make_loss(module, of_autoencoder, 0, None),
@@ -107,8 +109,7 @@ def setups(quick_compiling):
         batch={"image": images, "row": rows},
     )
 
-    small = {**TINY, "conditioner": {**TINY["conditioner"], "vocab_size": 1100}}  # up to the letters and digits
-    model = build(small, None, first_stage)
+    model = build(SMALL, None, first_stage)
     params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
     diffusion = Setup(
         model=model,
@@ -152,10 +153,9 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole():
 
 
 def run_steps(setup, devices, mode, parts, n):
-    step = compile_step(
-        setup.step(parts), make_mesh(devices), mode, shared=(True, True, False), out_shared=(True, True)
-    )
-    state, losses = setup.state, []
+    mesh = make_mesh(devices)
+    step = compile_step(setup.step(parts), mesh, mode, shared=(True, True, False), out_shared=(True, True))
+    state, losses = jax.device_put(setup.state, NamedSharding(mesh, PartitionSpec())), []
     for _ in range(n):
         state, metrics = step(state, setup.frozen, setup.batch)
         losses.append(float(metrics["loss"]))
@@ -167,24 +167,25 @@ def on_one_device(setups):
     return {name: run_steps(setup, 1, "jit", 1, 5) for name, setup in setups.items()}
 
 
-@pytest.mark.parametrize(("devices", "mode", "parts"), [(8, "jit", 1), (8, "pmap", 1), (1, "jit", 4)])
-@pytest.mark.parametrize("task", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize(
+    ("task", "devices", "mode", "parts"),
+    [
+        ("autoencoder", 8, "jit", 1),
+        ("autoencoder", 8, "pmap", 1),
+        ("autoencoder", 1, "jit", 4),
+        ("diffusion", 8, "jit", 1),
+        ("diffusion", 8, "pmap", 1),
+    ],
+)
 def test_training_depends_neither_on_devices_nor_on_parts(setups, on_one_device, task, devices, mode, parts):
     expected, expected_losses = on_one_device[task]
     state, losses = run_steps(setups[task], devices, mode, parts, 5)
     np.testing.assert_allclose(losses[0], expected_losses[0], rtol=3e-6)  # two dozen roundings of float32
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert losses[0] != losses[-1]
-    moved = jax.tree.map(lambda a, b: np.asarray(a) - b, expected.params, setups[task].state.params)
-    assert worst(expected.params, setups[task].state.params) > 1e-4, "five steps must move the parameters"
-    # Adam divides by the gradient's size: where that is nearly zero, its sign is rounding. So most parameters are compared, not all.
-    errors = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).ravel(), state.params, expected.params)
-    errors, sizes = (
-        np.concatenate(jax.tree.leaves(errors)),
-        np.concatenate([np.abs(m).ravel() for m in jax.tree.leaves(moved)]),
-    )
-    assert np.quantile(errors, 0.99) < 1e-5
-    assert errors.mean() < 1e-3 * sizes.mean()
+    assert worst(expected.params, setups[task].state.params) > 1e-3  # or there would be nothing to compare
+    assert worst(state.params, expected.params) < 1e-5
+    assert worst(state.ema, expected.ema) < 1e-5
     assert int(state.step) == 5
 
 
