@@ -73,7 +73,6 @@ def pytest_configure() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         jax.config.update("jax_compilation_cache_dir", cache)
 
-
     with contextlib.suppress(SystemExit):  # absl defines its own flags at the first program; those stay
         app.run(lambda argv: None, argv=["pytest"])
 

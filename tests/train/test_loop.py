@@ -183,7 +183,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
     report = loop.Report.__new__(loop.Report)
     report.last = 0
     checkpoints = TrainingCheckpoints(tmp_path)
-    with pytest.raises(TrainingDiverged, match="its gradient's norm inf at step 1; .* step None"):
+    with pytest.raises(TrainingDiverged, match=r"its gradient's norm inf at step 1; .* step None"):
         report.step(1, {"loss": np.float32(1), "grad_norm": np.float32(np.inf)}, None, checkpoints)
     checkpoints.close()
 
