@@ -219,7 +219,7 @@ FAMILIES: dict[type, Family] = {
     VQModel: Family(vqmodel_table, _pixels),
     VQModelInterface: Family(vqmodel_table, _pixels),
     VectorQuantizer: Family(vq_table, _latents),
-    GumbelQuantizer: Family(gumbel_table, _latents),
+    GumbelQuantizer: Family(gumbel_table, lambda m: (_floats(1, 2, 2, m.num_hiddens or m.embed_dim),)),
     EMAQuantizer: Family(ema_table, _latents),
     TransformerEncoder: Family(bert_table, lambda m: (_ints(1, 1),)),
     CLIPText: Family(clip_text_table, lambda m: (_ints(1, 1),)),

@@ -170,9 +170,9 @@ def vector_quantizer_from_params(params: Mapping[str, Any], second: bool = True)
 
 def gumbel_from_params(params: Mapping[str, Any]) -> GumbelQuantizer:
     """taming.modules.vqvae.quantize.GumbelQuantize."""
-    same = "n_embed straight_through kl_weight temp_init unknown_index"
-    # use_vqinterface only changes how the original packs its results; num_hiddens is the input's width.
-    ignored = "num_hiddens embedding_dim remap use_vqinterface train"
+    same = "n_embed num_hiddens straight_through kl_weight temp_init unknown_index"
+    # use_vqinterface only changes how the original packs its results, train whether it is called in training.
+    ignored = "embedding_dim remap use_vqinterface train"
     fields = pick_params("GumbelQuantize", params, same=same, ignored=ignored)
     return GumbelQuantizer(embed_dim=params["embedding_dim"], **fields, **_remap("GumbelQuantize", params))
 

@@ -59,8 +59,8 @@ class TextStates(NamedTuple):
 class CLIPText(nn.Module):
     """CLIP's text tower: tokens int [b, n] -> `TextStates`; n at most ``max_position_embeddings``.
 
-    A position sees those before it and itself; padding is not masked, as in Stable Diffusion. ``eos_token_id`` is the token whose (first) place is
-    pooled; with 2 it is that of the highest token, as the oldest configurations mean it. ``projection_dim`` projects the pooled state.
+    A position sees those before it and itself; padding is not masked, as in Stable Diffusion. The state at the first place of ``eos_token_id`` is
+    pooled, or where that is None, of the highest token, which the end token is. ``projection_dim`` projects the pooled state.
     """
 
     vocab_size: int = 49408
@@ -71,7 +71,7 @@ class CLIPText(nn.Module):
     max_position_embeddings: int = 77
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
+    eos_token_id: int | None = None
     projection_dim: int | None = None
     dtype: Dtype = jnp.float32
 
@@ -98,7 +98,7 @@ class CLIPText(nn.Module):
             x = layer(x, mask)
             hidden.append(x)
         last = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="final_norm")(x)
-        end = (tokens if self.eos_token_id == 2 else tokens == self.eos_token_id).argmax(1)
+        end = (tokens if self.eos_token_id is None else tokens == self.eos_token_id).argmax(1)
         pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
         if self.projection_dim is not None:
             pooled = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="projection")(pooled)

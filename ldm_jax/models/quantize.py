@@ -134,12 +134,14 @@ class GumbelQuantizer(Quantizer):
     """Codes drawn by the Gumbel softmax trick over logits of each code (Jang et al. 2017, arXiv:1611.01144; the original's GumbelQuantize).
 
     Training with ``straight_through`` off gives the soft mixture of codes; otherwise one code forward and the mixture's gradient backward. Noise is
-    added in evaluation as well, as in the original. The loss is ``kl_weight`` KL(softmax(logits) | uniform).
+    added in evaluation as well, as in the original. The loss is ``kl_weight`` KL(softmax(logits) | uniform). ``num_hiddens``: the channels of the
+    input, ``embed_dim`` where it is None.
     """
 
     kl_weight: float = 5e-4
     temp_init: float = 1.0
     straight_through: bool = True
+    num_hiddens: int | None = None
 
     @nn.compact
     def __call__(
@@ -149,7 +151,9 @@ class GumbelQuantizer(Quantizer):
 
         ``temperature``: ``temp_init`` unless given, so that training can lower it.
         """
-        b, height, width, _ = h.shape
+        b, height, width, c = h.shape
+        if c != (self.num_hiddens or self.embed_dim):
+            raise ValueError(f"GumbelQuantizer: {c} channels, expected {self.num_hiddens or self.embed_dim}")
         logits = dense(self.n_embed, h, name="proj", dtype=self.dtype)(h).astype(jnp.float32)
         embed = self.param("embed", nn.initializers.normal(1.0), (self.n_embed, self.embed_dim))
         used = np.arange(self.n_embed) if self.remap is None else np.asarray(self.remap)
