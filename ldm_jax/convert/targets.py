@@ -211,9 +211,10 @@ def clip_text_from_params(params: Mapping[str, Any]) -> CLIPText:
     """transformers.CLIPTextModel, from its configuration."""
     same = f"{_CLIP} vocab_size max_position_embeddings eos_token_id"
     ignored = f"projection_dim {_CLIP_OTHER}"
-    return CLIPText(
-        **pick_params("CLIPTextModel", params, same=same, ignored=ignored, fixed={"attention_dropout": 0.0})
-    )
+    fields = pick_params("CLIPTextModel", params, same=same, ignored=ignored, fixed={"attention_dropout": 0.0})
+    if fields.get("eos_token_id") == 2:  # the oldest configurations say this and mean the highest token
+        del fields["eos_token_id"]
+    return CLIPText(**fields)
 
 
 def frozen_clip_from_params(params: Mapping[str, Any]) -> CLIPText:

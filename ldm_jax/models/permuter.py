@@ -61,7 +61,7 @@ def spiral_in(h: int, w: int) -> Order:
 
 def random(h: int, w: int) -> Order:
     """One fixed shuffle for each size, numpy's legacy generator with seed 1."""
-    return _with_inverse(np.random.RandomState(1).permutation(h * w))  # noqa: NPY002
+    return _with_inverse(np.random.RandomState(1).permutation(h * w))
 
 
 def alternate(h: int, w: int) -> Order:

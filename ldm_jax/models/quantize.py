@@ -117,7 +117,7 @@ class VectorQuantizer(Quantizer):
         b, height, width, c = h.shape
         h = h.astype(jnp.float32)
         indices = nearest_codes(h.reshape(-1, c), self.embedding)
-        codes = self.embedding[indices].reshape(h.shape)
+        codes = jnp.take(self.embedding, indices, axis=0).reshape(h.shape)
         commitment = jnp.square(jax.lax.stop_gradient(codes) - h).mean()
         codebook = jnp.square(codes - jax.lax.stop_gradient(h)).mean()
         loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
@@ -127,7 +127,7 @@ class VectorQuantizer(Quantizer):
 
     def codes(self, indices: Array) -> Array:
         """Indices [...], as they are returned -> codes [..., embed_dim]."""
-        return self.embedding[self.unmap_to_all(indices)]
+        return jnp.take(self.embedding, self.unmap_to_all(indices), axis=0)
 
 
 class GumbelQuantizer(Quantizer):
@@ -166,7 +166,7 @@ class GumbelQuantizer(Quantizer):
         place = weights.argmax(-1)
         if self.straight_through or not train:
             weights = straight_through(weights, jax.nn.one_hot(place, len(used)))
-        z = jnp.einsum("bhwn,nd->bhwd", weights, embed[used], precision="highest").astype(self.dtype)
+        z = jnp.einsum("bhwn,nd->bhwd", weights, jnp.asarray(embed)[used], precision="highest").astype(self.dtype)
         q = jax.nn.softmax(logits, axis=-1)
         loss = self.kl_weight * jnp.sum(q * jnp.log(q * self.n_embed + 1e-10), axis=-1).mean()
         indices = self.remap_to_used(jnp.asarray(used, jnp.int32)[place]).reshape(b, height, width)
@@ -174,7 +174,7 @@ class GumbelQuantizer(Quantizer):
 
     def codes(self, indices: Array) -> Array:
         """Indices [...], as they are returned -> codes [..., embed_dim]."""
-        return self.get_variable("params", "embed")[self.unmap_to_all(indices)]
+        return jnp.take(self.get_variable("params", "embed"), self.unmap_to_all(indices), axis=0)
 
 
 class EMAQuantizer(Quantizer):
@@ -205,7 +205,7 @@ class EMAQuantizer(Quantizer):
         flat = jax.lax.stop_gradient(h).reshape(-1, c)
         axis_name = None if self.is_initializing() else self.axis_name
         indices = nearest_codes(flat, self.embedding.value)
-        codes = self.embedding.value[indices].reshape(h.shape)
+        codes = jnp.take(self.embedding.value, indices, axis=0).reshape(h.shape)
         if train and not self.is_initializing():
             self.update(flat, indices)
         loss = self.beta * jnp.square(codes - h).mean()
@@ -228,7 +228,7 @@ class EMAQuantizer(Quantizer):
 
     def codes(self, indices: Array) -> Array:
         """Indices [...], as they are returned -> codes [..., embed_dim]."""
-        return self.embedding.value[self.unmap_to_all(indices)]
+        return jnp.take(self.embedding.value, self.unmap_to_all(indices), axis=0)
 
 
 QUANTIZERS = {"vq": VectorQuantizer, "gumbel": GumbelQuantizer, "ema": EMAQuantizer}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.convert.compvis import table_of
-from ldm_jax.convert.tables import Table, to_ours, to_theirs, under
+from ldm_jax.convert.tables import Table, to_ours, to_theirs
 from ldm_jax.convert.targets import TargetError, module_from_config
 from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.permuter import PERMUTERS
@@ -228,7 +228,7 @@ def drawn(name: str, shape: list[int], seed: int) -> np.ndarray:
     if name.startswith("scaling_layer."):
         values = [-0.030, -0.088, -0.188] if name.endswith("shift") else [0.458, 0.448, 0.450]
         return np.asarray(values, np.float32).reshape(shape)
-    random = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0x7FFFFFFF)  # noqa: NPY002
+    random = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0x7FFFFFFF)
     std = 0.5 if name.startswith("lin") else np.sqrt(2 / (shape[1] * 9)) if len(shape) == 4 else 0.1
     a = (random.standard_normal(shape) * std).astype(np.float32)
     return np.abs(a) if name.startswith("lin") else a
