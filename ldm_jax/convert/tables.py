@@ -219,7 +219,7 @@ def to_ours(
     missing, unexpected, duplicate and misshapen name.
     """
     pairs = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
-    found = dict(pairs)
+    found: dict[str, Any] = dict(pairs)  # type: ignore[arg-type]
     expected = source_shapes(table, shapes, where)
     entries = [entry for entry in table if isinstance(entry, Entry)]
     ConversionError.check(

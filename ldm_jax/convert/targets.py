@@ -228,7 +228,12 @@ def clip_vision_from_params(params: Mapping[str, Any], projected: bool = True) -
     same = f"{_CLIP} image_size patch_size projection_dim"
     fixed = {"attention_dropout": 0.0, "num_channels": 3}
     # transformers' own defaults are those of another model than ours.
-    fields = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    fields: dict[str, Any] = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
     fields |= {"image_size": 224, "patch_size": 32, "projection_dim": 512}
     fields |= pick_params("CLIPVisionModel", params, same=same, ignored=_CLIP_OTHER, fixed=fixed)
     return CLIPVision(**(fields if projected else fields | {"projection_dim": None}))
