@@ -119,7 +119,7 @@ def test_clip_tokens() -> None:
     assert tokens.shape == (2, 77)
     assert tokens.dtype == np.int32
     assert tokens[0, :11].tolist() == [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407, 49407]
-    assert tokens[1, :6].tolist() == [49406, 320, 2368, 568, 272, 680]
+    assert tokens[1, :6].tolist() == [49406, 320, 2368, 568, 272, 545]
     assert tokens[1, -1] == 49407
     assert text.encode_null(2).tolist() == [[49406] + [49407] * 76] * 2
 
