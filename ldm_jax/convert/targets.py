@@ -236,7 +236,9 @@ def clip_vision_from_params(params: Mapping[str, Any], projected: bool = True) -
     }
     fields |= {"image_size": 224, "patch_size": 32, "projection_dim": 512}
     fields |= pick_params("CLIPVisionModel", params, same=same, ignored=_CLIP_OTHER, fixed=fixed)
-    return CLIPVision(**(fields if projected else fields | {"projection_dim": None}))
+    if not projected:
+        fields["projection_dim"] = None
+    return CLIPVision(**fields)
 
 
 _VIT_L = "openai/clip-vit-large-patch14"
