@@ -5,6 +5,7 @@ embedding. Unused ways are None, so that the original's conditioning keys (cross
 """
 
 import dataclasses
+import gzip
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
 from ldm_jax.models.text import TransformerEncoder
 
 LOG = logging.getLogger(__name__)
@@ -39,8 +42,8 @@ class Conditioner(Protocol):
         """Fresh parameters; {} when there are none."""
         ...
 
-    def encode(self, captions: Sequence[str]) -> Any:
-        """Host arrays [b, ...] from what the person gave, ready for ``__call__``."""
+    def encode(self, given: Sequence[Any]) -> Any:
+        """Host arrays [b, ...] from what the person gave (captions, labels, maps ...), ready for ``__call__``."""
         ...
 
     def encode_null(self, n: int) -> Any:
@@ -62,6 +65,42 @@ def _bert_tokenizer(vocab: Path) -> Any:
     return BertTokenizer(vocab=str(vocab), do_lower_case=True)
 
 
+def _byte_symbols() -> list[str]:
+    """One printable character for each byte, in the order in which byte-level BPE vocabularies (GPT-2's, CLIP's) list them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = len(set(range(256)) - set(printable))
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(others)]
+
+
+@lru_cache(maxsize=2)
+def clip_tokenizer(merges_file: Path = ASSETS / "tokenizers" / "clip-bpe_simple_vocab_16e6.txt.gz") -> Any:
+    """CLIP's byte-pair tokenizer (49408 entries), made from its published list of merges; nothing is downloaded."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import CLIPTokenizer
+
+    symbols = _byte_symbols()
+    # The list is longer than what CLIP uses of it, which fills the vocabulary up to 49408; its first line is a version.
+    lines = gzip.decompress(merges_file.read_bytes()).decode("utf-8").split("\n")[1 : 49408 - 2 * len(symbols) - 2 + 1]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    entries = [*symbols, *(s + "</w>" for s in symbols), *(left + right for left, right in merges)]
+    entries += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=merges)  # type: ignore[arg-type]
+
+
+def _tokens(tokenizer: Any, captions: Sequence[str], length: int, start: int, end: int) -> np.ndarray:
+    """Captions -> int32 [b, length]: start, words, end, padding. What does not fit is cut and warned of."""
+    rows = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    tokens = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    room = length - 2
+    for i, row in enumerate(rows):
+        if len(row) > room:
+            cut = tokenizer.decode(row[room:])
+            LOG.warning("prompt is %d tokens long, %d are read; cut: %r", len(row), room, cut)
+        row = [start, *row[:room], end]
+        tokens[i, : len(row)] = row
+    return tokens
+
+
 @dataclasses.dataclass(frozen=True)
 class BertText:
     """Text through bert-base-uncased WordPieces, padded to ``max_length``, and a transformer trained with the UNet (the original's BERTEmbedder)."""
@@ -72,19 +111,10 @@ class BertText:
     def max_length(self) -> int:
         return self.module.max_seq_len
 
-    def encode(self, captions: Sequence[str]) -> np.ndarray:
+    def encode(self, given: Sequence[str]) -> np.ndarray:
         """Captions -> tokens int32 [b, max_length]: [CLS] words [SEP] padding. A caption too long is cut, with a warning that says what was cut."""
         tokenizer = _bert_tokenizer(ASSETS / "tokenizers" / "bert-base-uncased-vocab.txt")
-        rows = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
-        tokens = np.full((len(rows), self.max_length), tokenizer.pad_token_id, np.int32)
-        room = self.max_length - 2
-        for i, row in enumerate(rows):
-            if len(row) > room:
-                cut = tokenizer.decode(row[room:])
-                LOG.warning("prompt is %d tokens long, %d are read; cut: %r", len(row), room, cut)
-            row = [tokenizer.cls_token_id, *row[:room], tokenizer.sep_token_id]
-            tokens[i, : len(row)] = row
-        return tokens
+        return _tokens(tokenizer, given, self.max_length, tokenizer.cls_token_id, tokenizer.sep_token_id)
 
     def encode_null(self, n: int) -> np.ndarray:
         """The empty caption, n times."""
@@ -100,10 +130,111 @@ class BertText:
 
 
 @dataclasses.dataclass(frozen=True)
+class BertTokens(BertText):
+    """Ready-made tokens through the same transformer: codes of boxes, say (the original's BERTEmbedder without tokenizer)."""
+
+    def encode(self, given: Sequence[Sequence[int]]) -> np.ndarray:  # type: ignore[override]
+        """Rows of ``max_length`` tokens each -> int32 [b, max_length]; ValueError where they are not that or not in the vocabulary."""
+        tokens = np.asarray(given, np.int32)
+        if tokens.ndim != 2 or tokens.shape[1] != self.max_length:
+            raise ValueError(f"tokens of shape {tokens.shape}, expected rows of {self.max_length}")
+        if tokens.min() < 0 or tokens.max() >= self.module.vocab_size:
+            raise ValueError(f"tokens must be from 0 to {self.module.vocab_size - 1}")
+        return tokens
+
+    def encode_null(self, n: int) -> np.ndarray:
+        """Zeros."""
+        return np.zeros((n, self.max_length), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipText:
+    """Text through CLIP's tokenizer and text tower, as in Stable Diffusion v1 (the original's FrozenCLIPEmbedder)."""
+
+    module: CLIPText
+
+    @property
+    def max_length(self) -> int:
+        return self.module.max_position_embeddings
+
+    def encode(self, given: Sequence[str]) -> np.ndarray:
+        """Captions -> tokens int32 [b, max_length]: 49406, words, 49407 to the end. What is too long is cut, with a warning that says what."""
+        tokenizer = clip_tokenizer()
+        return _tokens(tokenizer, given, self.max_length, tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+    def encode_null(self, n: int) -> np.ndarray:
+        """The empty caption, n times."""
+        return np.repeat(self.encode([""]), n, axis=0)
+
+    def init(self, key: jax.Array) -> dict:
+        variables: Any = self.module.init(key, jnp.zeros((1, self.max_length), jnp.int32))
+        return variables["params"]
+
+    def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
+        states: Any = self.module.apply({"params": params}, encoded)
+        return Cond(crossattn=states.last)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabel:
+    """A class as one context token. The last class is the null one where a model is trained for guidance (the original's cin256-v2: 1000 of 1001)."""
+
+    module: ClassEmbedder
+
+    def encode(self, given: Sequence[int | str]) -> np.ndarray:
+        """Labels -> int32 [b]; ValueError where one is not a class."""
+        labels = np.asarray([int(label) for label in given], np.int32)
+        if len(labels) and (labels.min() < 0 or labels.max() >= self.module.n_classes):
+            raise ValueError(f"labels must be from 0 to {self.module.n_classes - 1}")
+        return labels
+
+    def encode_null(self, n: int) -> np.ndarray:
+        return np.full(n, self.module.n_classes - 1, np.int32)
+
+    def init(self, key: jax.Array) -> dict:
+        variables: Any = self.module.init(key, jnp.zeros(1, jnp.int32))
+        return variables["params"]
+
+    def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
+        token: Any = self.module.apply({"params": params}, encoded)
+        return Cond(crossattn=token)
+
+
+@dataclasses.dataclass(frozen=True)
+class RescaledMap:
+    """A map (of labels, one-hot; a small picture) brought to the latent's size and joined to it (the original's SpatialRescaler).
+
+    ``size``: height and width of the maps in pixels, for `encode_null`.
+    """
+
+    module: SpatialRescaler
+    size: tuple[int, int] = (256, 256)
+
+    def encode(self, given: Sequence[Any]) -> np.ndarray:
+        """Maps [h, w, in_channels], all of one size -> float32 [b, h, w, in_channels]; ValueError for other channels."""
+        maps = np.asarray(given, np.float32)
+        if maps.ndim != 4 or maps.shape[-1] != self.module.in_channels:
+            raise ValueError(f"maps of shape {maps.shape}, expected [b, h, w, {self.module.in_channels}]")
+        return maps
+
+    def encode_null(self, n: int) -> np.ndarray:
+        """Zeros."""
+        return np.zeros((n, *self.size, self.module.in_channels), np.float32)
+
+    def init(self, key: jax.Array) -> dict:
+        variables: Any = self.module.init(key, self.encode_null(1))
+        return dict(variables.get("params", {}))
+
+    def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
+        small: Any = self.module.apply({"params": params}, encoded)
+        return Cond(concat=small)
+
+
+@dataclasses.dataclass(frozen=True)
 class Unconditional:
     """No condition at all."""
 
-    def encode(self, captions: Sequence[str]) -> None:
+    def encode(self, given: Sequence[Any]) -> None:
         return None
 
     def encode_null(self, n: int) -> None:
@@ -130,5 +261,22 @@ def bert(
     return BertText(TransformerEncoder(dim, depth, vocab_size, max_seq_len, heads, head_dim, dropout, dtype=dtype))
 
 
+def bert_tokens(**fields: Any) -> BertTokens:
+    """Like `bert`, fed with ready-made tokens (the original's layout-to-image model: dim 512, depth 16, 8192 tokens)."""
+    return BertTokens(bert(**fields).module)
+
+
+def rescaler(size: tuple[int, int] = (256, 256), **fields: Any) -> RescaledMap:
+    """Maps of ``size`` pixels, resized as the fields of `SpatialRescaler` say."""
+    return RescaledMap(SpatialRescaler(**fields), size)
+
+
 # kind -> from the other entries of a model config's "conditioner"
-CONDITIONERS = {"bert": bert, "none": lambda dtype: Unconditional()}
+CONDITIONERS = {
+    "bert": bert,
+    "tokens": bert_tokens,
+    "clip": lambda **fields: ClipText(CLIPText(**fields)),
+    "class": lambda **fields: ClassLabel(ClassEmbedder(**fields)),
+    "rescale": rescaler,
+    "none": lambda dtype: Unconditional(),
+}

@@ -25,6 +25,7 @@ from ldm_jax.diffusion.samplers import Sampler, initial_noise, sample
 from ldm_jax.diffusion.schedule import Schedule, make_schedule
 from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
 from ldm_jax.models.unet import UNet
+from ldm_jax.models.vqgan import VQModelInterface
 
 
 class ConfigError(ValueError):
@@ -45,7 +46,7 @@ class FirstStage:
 
     params: Any
     scale: jax.Array | float
-    module: AutoencoderKL | None = flax.struct.field(pytree_node=False)
+    module: AutoencoderKL | VQModelInterface | None = flax.struct.field(pytree_node=False)
 
     @property
     def downsampling(self) -> int:
@@ -57,17 +58,35 @@ class FirstStage:
         return 3 if self.module is None else self.module.embed_dim
 
     def encode(self, x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
-        """Pixels [b, H, W, 3] in [-1, 1] -> scaled latents [b, h, w, c]: the posterior's mode, or its sample with standard normal ``noise``."""
+        """Pixels [b, H, W, 3] in [-1, 1] -> scaled latents [b, h, w, c]: the posterior's mode, or its sample with standard normal ``noise``.
+
+        A VQ model's latents are those before quantisation, without any noise.
+        """
         if self.module is None:
             return x
-        posterior = apply(self.module, self.params, x, method="encode")
-        return self.scale * (posterior.mode() if noise is None else posterior.sample(noise))
+        code = apply(self.module, self.params, x, method="encode")
+        if isinstance(self.module, VQModelInterface):
+            return self.scale * code
+        return self.scale * (code.mode() if noise is None else code.sample(noise))
 
-    def decode(self, z: jax.Array) -> jax.Array:
-        """Scaled latents [b, h, w, c] -> pixels [b, H, W, 3], float32, about [-1, 1]."""
+    def decode(self, z: jax.Array, quantize: bool = True) -> jax.Array:
+        """Scaled latents [b, h, w, c] -> pixels [b, H, W, 3], float32, about [-1, 1].
+
+        A VQ model quantises them first, unless ``quantize`` is off.
+        """
         if self.module is None:
             return z
-        return apply(self.module, self.params, z / self.scale, method="decode")
+        options = {"quantize": quantize} if isinstance(self.module, VQModelInterface) else {}
+        return apply(self.module, self.params, z / self.scale, method="decode", **options)
+
+    def quantized(self, z: jax.Array) -> jax.Array:
+        """The codes nearest to latents [b, h, w, c], as a quantising sampler takes them; themselves where there is no codebook.
+
+        Like the original, which compares scaled latents with unscaled codes, this leaves the scale alone.
+        """
+        if not isinstance(self.module, VQModelInterface):
+            return z
+        return apply(self.module, self.params, z, method="quantized").z
 
 
 @flax.struct.dataclass
@@ -146,10 +165,14 @@ def _by_kind(registry: Mapping[str, Any], what: str, fields: dict[str, Any]) -> 
     return registry[kind], fields
 
 
-FIRST_STAGES: dict[str, Callable[..., AutoencoderKL | None]] = {"kl": AutoencoderKL, "identity": lambda dtype: None}
+FIRST_STAGES: dict[str, Callable[..., AutoencoderKL | VQModelInterface | None]] = {
+    "kl": AutoencoderKL,
+    "vq": VQModelInterface,
+    "identity": lambda dtype: None,
+}
 
 
-def build_first_stage(config: Mapping[str, Any], dtype: str = "float32") -> AutoencoderKL | None:
+def build_first_stage(config: Mapping[str, Any], dtype: str = "float32") -> AutoencoderKL | VQModelInterface | None:
     """The autoencoder of a config's "first_stage"; None is the identity."""
     factory, fields = _by_kind(FIRST_STAGES, "first_stage", _section(config, "first_stage"))
     return construct(factory, "first_stage", fields, dtype=DTYPES[dtype])

@@ -1,147 +1,94 @@
 """Name tables of the original CompVis networks: latent-diffusion, stable-diffusion v1 and taming-transformers.
 
-The small walkers yield one block each: ``prefix`` is "" or ends in a dot, ``path`` is where the block's parameters
-live. The ``*_table`` functions put a whole network together from its module's fields; they are listed in FAMILIES.
+Each ``*_table`` function walks one network from its module's fields; FAMILIES lists all of them. Blocks, autoencoders and conditioning networks
+have files of their own beside this one.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.convert.autoencoders import (
+    decoder_table,
+    ema_table,
+    encoder_table,
+    gumbel_table,
+    kl_table,
+    vq_table,
+    vqmodel_table,
+)
+from ldm_jax.convert.blocks import Walk, attention_block, res_block, spatial_transformer
+from ldm_jax.convert.encoders import (
+    bert_table,
+    class_embedder_table,
+    clip_text_table,
+    clip_vision_table,
+    rescaler_table,
+)
 from ldm_jax.convert.tables import (
     CHANNELS,
     CONV1D,
     CONV1X1,
     COUNT,
+    DENSE,
     LEADING,
     Entry,
-    Path,
     Table,
     Unused,
+    constant,
     conv,
     dense,
     embedding,
     norm,
     unused,
 )
-from ldm_jax.models.autoencoder import AutoencoderKL, Coder, Decoder, Encoder
+from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL, Decoder, Encoder
+from ldm_jax.models.clip import CLIPText, CLIPVision
 from ldm_jax.models.discriminator import PatchDiscriminator
+from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.models.encoder_unet import EncoderUNet, encoder_layout
 from ldm_jax.models.gpt import GPT, causal_mask
+from ldm_jax.models.perceptual import LPIPS, SCALE, SHIFT, VGG16_LAYERS
+from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantizer, VectorQuantizer
 from ldm_jax.models.text import TransformerEncoder
-from ldm_jax.models.unet import UNet, layout
-
-Walk = Iterator[Entry | Unused]
-
-# --------------------------------------------------------------------------------------------------------------- blocks
+from ldm_jax.models.unet import Layout, Trunk, UNet, layout
+from ldm_jax.models.vqgan import VQModel, VQModelInterface
 
 
-def feed_forward(prefix: str, path: Path, *, glu: bool = True) -> Walk:
-    """FeedForward of ldm.modules.attention and of x_transformer."""
-    yield from dense(f"{prefix}net.0.proj" if glu else f"{prefix}net.0.0", (*path, "proj_in"))
-    yield from dense(f"{prefix}net.2", (*path, "proj_out"))
-
-
-def cross_attention(prefix: str, path: Path, *, out: str = "to_out.0") -> Walk:
-    """CrossAttention; ``out`` is the name of its last layer."""
-    for name in ("to_q", "to_k", "to_v"):
-        yield from dense(f"{prefix}{name}", (*path, name), bias=False)
-    yield from dense(f"{prefix}{out}", (*path, "to_out"))
-
-
-def transformer_block(prefix: str, path: Path, *, glu: bool = True) -> Walk:
-    """BasicTransformerBlock."""
-    for name in ("norm1", "norm2", "norm3"):
-        yield from norm(f"{prefix}{name}", (*path, name))
-    for name in ("attn1", "attn2"):
-        yield from cross_attention(f"{prefix}{name}.", (*path, name))
-    yield from feed_forward(f"{prefix}ff.", (*path, "ff"), glu=glu)
-
-
-def spatial_transformer(prefix: str, path: Path, *, depth: int = 1) -> Walk:
-    """SpatialTransformer, whose projections are 1x1 convolutions."""
-    yield from norm(f"{prefix}norm", (*path, "norm"))
-    for name in ("proj_in", "proj_out"):
-        yield from dense(f"{prefix}{name}", (*path, name), op=CONV1X1)
-    for i in range(depth):
-        yield from transformer_block(f"{prefix}transformer_blocks.{i}.", (*path, f"blocks_{i}"))
-
-
-def attention_block(prefix: str, path: Path) -> Walk:
-    """The UNet's AttentionBlock; its fused projection keeps its order, which the module knows."""
-    yield from norm(f"{prefix}norm", (*path, "norm"))
-    for name in ("qkv", "proj_out"):
-        yield from dense(f"{prefix}{name}", (*path, name), op=CONV1D)
-
-
-def attn_block(prefix: str, path: Path) -> Walk:
-    """The autoencoders' AttnBlock (and SpatialSelfAttention, the same network)."""
-    yield from norm(f"{prefix}norm", (*path, "norm"))
-    for name in ("q", "k", "v", "proj_out"):
-        yield from dense(f"{prefix}{name}", (*path, name), op=CONV1X1)
-
-
-def linear_attention(prefix: str, path: Path) -> Walk:
-    """LinearAttention."""
-    yield from dense(f"{prefix}to_qkv", (*path, "to_qkv"), bias=False, op=CONV1X1)
-    yield from dense(f"{prefix}to_out", (*path, "to_out"), op=CONV1X1)
-
-
-def res_block(prefix: str, path: Path, *, skip: bool, conv_skip: bool = False) -> Walk:
-    """The UNet's ResBlock; ``skip`` where it changes the channel count."""
-    yield from norm(f"{prefix}in_layers.0", (*path, "in_norm"))
-    yield from conv(f"{prefix}in_layers.2", (*path, "in_conv"))
-    yield from dense(f"{prefix}emb_layers.1", (*path, "emb"))
-    yield from norm(f"{prefix}out_layers.0", (*path, "out_norm"))
-    yield from conv(f"{prefix}out_layers.3", (*path, "out_conv"))
-    if skip and conv_skip:
-        yield from conv(f"{prefix}skip_connection", (*path, "skip"))
-    elif skip:
-        yield from dense(f"{prefix}skip_connection", (*path, "skip"), op=CONV1X1)
-
-
-def resnet_block(prefix: str, path: Path, *, skip: bool, conv_skip: bool = False) -> Walk:
-    """The autoencoders' ResnetBlock; ``skip`` where it changes the channel count."""
-    for i in (1, 2):
-        yield from norm(f"{prefix}norm{i}", (*path, f"norm{i}"))
-        yield from conv(f"{prefix}conv{i}", (*path, f"conv{i}"))
-    if skip and conv_skip:
-        yield from conv(f"{prefix}conv_shortcut", (*path, "skip"))
-    elif skip:
-        yield from dense(f"{prefix}nin_shortcut", (*path, "skip"), op=CONV1X1)
-
-
-# ------------------------------------------------------------------------------------------------------------- networks
-
-
-def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
-    """UNetModel."""
+def _trunk(net: Trunk, plan: Layout, prefix: str) -> Table:
+    """The time embedding and the blocks, which UNet and classifier share."""
 
     def blocks() -> Walk:
-        for name, block in layout(unet).blocks():
+        for name, block in plan.blocks():
             source = prefix + re.sub(r"_(?=\d)", ".", name)  # input_blocks_3_0 -> input_blocks.3.0
             match block.kind:
                 case "conv":
                     yield from conv(source, (name,))
                 case "res" | "res_up" | "res_down":
                     yield from res_block(f"{source}.", (name,), skip=block.channels_in != block.channels_out)
-                case "attn" if unet.use_spatial_transformer:
-                    yield from spatial_transformer(f"{source}.", (name,), depth=unet.transformer_depth)
+                case "transformer":
+                    yield from spatial_transformer(f"{source}.", (name,), depth=block.depth)
                 case "attn":
                     yield from attention_block(f"{source}.", (name,))
-                case "down" if unet.conv_resample:
+                case "down" if net.conv_resample:
                     yield from conv(f"{source}.op", (name, "conv"))
-                case "up" if unet.conv_resample:
+                case "up" if net.conv_resample:
                     yield from conv(f"{source}.conv", (name, "conv"))
 
-    table: Table = [
+    return [
         *dense(f"{prefix}time_embed.0", ("time_embed", "dense_0")),
         *dense(f"{prefix}time_embed.2", ("time_embed", "dense_1")),
         *blocks(),
     ]
+
+
+def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
+    """UNetModel."""
+    table = _trunk(unet, layout(unet), prefix)
     if unet.num_classes is not None:
         table += embedding(f"{prefix}label_emb", ("label_emb",))
     if unet.n_embed is None:
@@ -160,89 +107,20 @@ def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
     ]
 
 
-def _attention_of(kind: str, prefix: str, path: Path) -> Walk:
-    if kind == "vanilla":
-        yield from attn_block(prefix, path)
-    elif kind == "linear":
-        yield from linear_attention(prefix, path)
-
-
-def _level(coder: Coder, side: str, level: int, blocks: int, channels_in: int, path: Path, prefix: str) -> Walk:
-    """The residual blocks and attentions of one level of an encoder (``side`` "down") or decoder ("up")."""
-    channels = coder.ch_mult[level] * coder.ch
-    for i in range(blocks):
-        source, ours = f"{prefix}{side}.{level}", f"{side}_{level}"
-        skip = (channels_in if i == 0 else channels) != channels
-        yield from resnet_block(f"{source}.block.{i}.", (*path, f"{ours}_block_{i}"), skip=skip)
-        if coder.attends(level):
-            yield from _attention_of(coder.attn_type, f"{source}.attn.{i}.", (*path, f"{ours}_attn_{i}"))
-
-
-def _middle(coder: Coder, path: Path, prefix: str) -> Walk:
-    for name in ("block_1", "block_2"):
-        yield from resnet_block(f"{prefix}mid.{name}.", (*path, f"mid_{name}"), skip=False)
-    yield from _attention_of(coder.attn_type, f"{prefix}mid.attn_1.", (*path, "mid_attn_1"))
-
-
-def encoder_table(encoder: Encoder, prefix: str = "encoder.", path: Path = ()) -> Table:
-    """The autoencoders' Encoder."""
-    last, mults = len(encoder.ch_mult) - 1, (1, *encoder.ch_mult)
-    table: Table = [*conv(f"{prefix}conv_in", (*path, "conv_in")), *_middle(encoder, path, prefix)]
-    for level in range(last + 1):
-        table += _level(encoder, "down", level, encoder.num_res_blocks, encoder.ch * mults[level], path, prefix)
-        if level != last and encoder.resamp_with_conv:
-            table += conv(f"{prefix}down.{level}.downsample.conv", (*path, f"down_{level}_downsample", "conv"))
-    return [*table, *norm(f"{prefix}norm_out", (*path, "norm_out")), *conv(f"{prefix}conv_out", (*path, "conv_out"))]
-
-
-def decoder_table(decoder: Decoder, prefix: str = "decoder.", path: Path = ()) -> Table:
-    """The autoencoders' Decoder."""
-    last, mults = len(decoder.ch_mult) - 1, (*decoder.ch_mult, decoder.ch_mult[-1])
-    table: Table = [*conv(f"{prefix}conv_in", (*path, "conv_in")), *_middle(decoder, path, prefix)]
-    for level in range(last + 1):
-        table += _level(decoder, "up", level, decoder.num_res_blocks + 1, decoder.ch * mults[level + 1], path, prefix)
-        if level and decoder.resamp_with_conv:
-            table += conv(f"{prefix}up.{level}.upsample.conv", (*path, f"up_{level}_upsample", "conv"))
-    if decoder.give_pre_end:  # the original stores the end that it then does not run
-        c = decoder.ch * decoder.ch_mult[0]
-        table += [unused(f"{prefix}norm_out.{name}", c) for name in ("weight", "bias")]
-        return [
-            *table,
-            unused(f"{prefix}conv_out.weight", decoder.out_ch, c, 3, 3),
-            unused(f"{prefix}conv_out.bias", decoder.out_ch),
-        ]
-    return [*table, *norm(f"{prefix}norm_out", (*path, "norm_out")), *conv(f"{prefix}conv_out", (*path, "conv_out"))]
-
-
-def kl_table(model: AutoencoderKL, prefix: str = "first_stage_model.") -> Table:
-    """AutoencoderKL; a checkpoint of the autoencoder alone has no prefix."""
-    fields = model.coder_fields()
-    return [
-        *encoder_table(Encoder(**fields), f"{prefix}encoder.", ("encoder",)),
-        *decoder_table(Decoder(**fields, tanh_out=model.tanh_out), f"{prefix}decoder.", ("decoder",)),
-        *dense(f"{prefix}quant_conv", ("quant_conv",), op=CONV1X1),
-        *dense(f"{prefix}post_quant_conv", ("post_quant_conv",), op=CONV1X1),
-    ]
-
-
-def bert_table(model: TransformerEncoder, prefix: str = "cond_stage_model.transformer.") -> Table:
-    """The x_transformer TransformerWrapper inside BERTEmbedder and TransformerEmbedder."""
-    table: Table = [
-        *embedding(f"{prefix}token_emb", ("token_emb",)),
-        Entry(f"{prefix}pos_emb.emb.weight", ("pos_emb",)),
-        *norm(f"{prefix}norm", ("norm",)),
-    ]
-    for i in range(model.depth):  # attention and feed-forward are layers of their own there
-        attn, ff = f"{prefix}attn_layers.layers.{2 * i}", f"{prefix}attn_layers.layers.{2 * i + 1}"
-        table += [*norm(f"{attn}.0", (f"attn_norm_{i}",)), *cross_attention(f"{attn}.1.", (f"attn_{i}",), out="to_out")]
-        table += [*norm(f"{ff}.0", (f"ff_norm_{i}",)), *feed_forward(f"{ff}.1.", (f"ff_{i}",), glu=model.ff_glu)]
-    if model.with_logits:
-        return [*table, *dense(f"{prefix}to_logits", ("to_logits",))]
-    return [
-        *table,
-        unused(f"{prefix}to_logits.weight", model.vocab_size, model.dim),
-        unused(f"{prefix}to_logits.bias", model.vocab_size),
-    ]
+def encoder_unet_table(net: EncoderUNet, prefix: str = "") -> Table:
+    """EncoderUNetModel."""
+    table = _trunk(net, encoder_layout(net), prefix)
+    if net.pool.startswith("spatial"):
+        table += dense(f"{prefix}out.0", ("out_0",))
+        if net.pool == "spatial":
+            return [*table, *dense(f"{prefix}out.2", ("out_1",))]
+        return [*table, *norm(f"{prefix}out.1", ("out_norm",)), *dense(f"{prefix}out.3", ("out_1",))]
+    table += norm(f"{prefix}out.0", ("out_norm",))
+    if net.pool == "adaptive":
+        return [*table, *dense(f"{prefix}out.3", ("out_1",), op=CONV1X1)]
+    for name in ("qkv_proj", "c_proj"):
+        table += dense(f"{prefix}out.2.{name}", ("attn_pool", name), op=CONV1D)
+    return [*table, Entry(f"{prefix}out.2.positional_embedding", ("attn_pool", "positions"), DENSE)]
 
 
 def discriminator_table(model: PatchDiscriminator, prefix: str = "loss.discriminator.") -> Table:
@@ -260,6 +138,20 @@ def discriminator_table(model: PatchDiscriminator, prefix: str = "loss.discrimin
             table += norm(source, ("params", ours))
             table += [Entry(f"{source}.running_{name}", ("batch_stats", ours, name)) for name in ("mean", "var")]
             table.append(Entry(f"{source}.num_batches_tracked", ("batch_stats", ours, "count"), COUNT))
+    return table
+
+
+def lpips_table(model: LPIPS, prefix: str = "loss.perceptual_loss.") -> Table:
+    """LPIPS, VGG-16 features and heads."""
+    table: Table = [
+        constant(f"{prefix}scaling_layer.{name}", np.asarray(values, np.float32)[None, :, None, None])
+        for name, values in (("shift", SHIFT), ("scale", SCALE))
+    ]
+    for block, layers in enumerate(VGG16_LAYERS, start=1):
+        for i, layer in enumerate(layers, start=1):
+            table += conv(f"{prefix}net.slice{block}.{layer}", ("vgg", f"conv{block}_{i}"))
+    for i in range(len(model.widths)):
+        table += dense(f"{prefix}lin{i}.model.1", (f"lin{i}",), bias=False, op=CONV1X1)
     return table
 
 
@@ -282,7 +174,7 @@ def gpt_table(model: GPT, prefix: str = "transformer.") -> Table:
         for name in ("query", "key", "value", "proj"):
             table += dense(f"{source}.attn.{name}", (ours, name))
         table += [*dense(f"{source}.mlp.0", (ours, "mlp_in")), *dense(f"{source}.mlp.2", (ours, "mlp_out"))]
-        table.append(Unused(f"{source}.attn.mask", mask))
+        table.append(Unused(f"{source}.attn.mask", mask, fixed=True))
     return table
 
 
@@ -307,17 +199,34 @@ def _unet_example(unet: UNet) -> tuple:
     return _floats(1, side, side, unet.in_channels), _ints(1), context, None if unet.num_classes is None else _ints(1)
 
 
-def _pixels(coder: Encoder | AutoencoderKL) -> tuple:
+def _pixels(coder: Encoder | Autoencoder) -> tuple:
     side = 2 * 2 ** (len(coder.ch_mult) - 1)
     return (_floats(1, side, side, coder.in_channels),)
 
 
+def _latents(quantizer: Quantizer) -> tuple:
+    return (_floats(1, 2, 2, quantizer.embed_dim),)
+
+
 FAMILIES: dict[type, Family] = {
     UNet: Family(unet_table, _unet_example),
+    EncoderUNet: Family(
+        encoder_unet_table, lambda m: (_floats(1, m.image_size, m.image_size, m.in_channels), _ints(1))
+    ),
     Encoder: Family(encoder_table, _pixels),
     Decoder: Family(decoder_table, lambda m: (_floats(1, 2, 2, m.z_channels),)),
     AutoencoderKL: Family(kl_table, _pixels),
+    VQModel: Family(vqmodel_table, _pixels),
+    VQModelInterface: Family(vqmodel_table, _pixels),
+    VectorQuantizer: Family(vq_table, _latents),
+    GumbelQuantizer: Family(gumbel_table, lambda m: (_floats(1, 2, 2, m.num_hiddens or m.embed_dim),)),
+    EMAQuantizer: Family(ema_table, _latents),
     TransformerEncoder: Family(bert_table, lambda m: (_ints(1, 1),)),
+    CLIPText: Family(clip_text_table, lambda m: (_ints(1, 1),)),
+    CLIPVision: Family(clip_vision_table, lambda m: (_floats(1, m.image_size, m.image_size, 3),)),
+    ClassEmbedder: Family(class_embedder_table, lambda m: (_ints(1),)),
+    SpatialRescaler: Family(rescaler_table, lambda m: (_floats(1, 64, 64, m.in_channels),)),
+    LPIPS: Family(lpips_table, lambda m: (_floats(1, 16, 16, 3), _floats(1, 16, 16, 3))),
     PatchDiscriminator: Family(discriminator_table, lambda m: (_floats(1, 64, 64, m.input_nc),)),
     GPT: Family(gpt_table, lambda m: (_ints(1, 1),)),
 }
@@ -337,4 +246,4 @@ def param_shapes(module: Any, *example: Any) -> dict[str, Any]:
     """
     args = example or FAMILIES[type(module)].example(module)
     variables = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a), *args)
-    return dict(variables["params"] if set(variables) == {"params"} else variables)
+    return dict(variables.get("params", {}) if set(variables) <= {"params"} else variables)

@@ -44,19 +44,31 @@ class Entry(NamedTuple):
 class Unused(NamedTuple):
     """An array that the original stores and no computation needs (a constant buffer, a layer that is never called).
 
-    It may be there or not when a checkpoint is read; it is written as ``value()``.
+    It may be there or not when a checkpoint is read; it is written as ``value()``. Where ``fixed``, the checkpoint's must
+    be that (to the rounding of float16), since the network here has it built in.
     """
 
     source: str
     value: Callable[[], np.ndarray]
+    fixed: bool = False
 
 
-Table = list[Entry | Unused]
+class Duplicate(NamedTuple):
+    """The array of another name once more, as PyTorch stores a module that is held twice.
+
+    It may be there or not when a checkpoint is read, and must then be the same; it is written.
+    """
+
+    source: str
+    of: str
+
+
+Table = list[Entry | Unused | Duplicate]
 
 
 class ConversionError(ValueError):
     """Names that do not fit a table. Each attribute lists all of its kind; ``misshapen`` holds (name, shape found,
-    shape expected)."""
+    shape expected), ``different`` the names of constants and duplicates whose values are not what they have to be."""
 
     def __init__(
         self,
@@ -66,14 +78,16 @@ class ConversionError(ValueError):
         unexpected: Iterable[str] = (),
         duplicate: Iterable[str] = (),
         misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
+        different: Iterable[str] = (),
     ):
         self.missing, self.unexpected, self.duplicate = sorted(missing), sorted(unexpected), sorted(duplicate)
-        self.misshapen = sorted(misshapen)
+        self.misshapen, self.different = sorted(misshapen), sorted(different)
         lists = {
             "missing": self.missing,
             "unexpected": self.unexpected,
             "duplicate": self.duplicate,
             "misshapen": [f"{name}: found {found}, expected {expected}" for name, found, expected in self.misshapen],
+            "different": self.different,
         }
         lines = [f"{where}: the names and shapes do not fit"]
         for kind, names in lists.items():
@@ -84,7 +98,7 @@ class ConversionError(ValueError):
     def check(cls, where: str, **lists: Iterable) -> None:
         """Raises when any of the lists holds something."""
         problem = cls(where, **lists)
-        if problem.missing or problem.unexpected or problem.duplicate or problem.misshapen:
+        if problem.missing or problem.unexpected or problem.duplicate or problem.misshapen or problem.different:
             raise problem
 
 
@@ -119,7 +133,12 @@ def unused(source: str, *shape: int) -> Unused:
     return Unused(source, lambda: np.zeros(shape, np.float32))
 
 
-def under(path: Path, table: Iterable[Entry | Unused]) -> Table:
+def constant(source: str, value: np.ndarray) -> Unused:
+    """An array that has to be ``value``."""
+    return Unused(source, lambda: value, fixed=True)
+
+
+def under(path: Path, table: Iterable[Entry | Unused | Duplicate]) -> Table:
     """The same table for parameters that live at ``path`` of a larger tree."""
     return [entry._replace(path=(*path, *entry.path)) if isinstance(entry, Entry) else entry for entry in table]
 
@@ -169,7 +188,21 @@ def source_shapes(table: Table, shapes: Mapping[str, Any], where: str = "table")
     )
     # Only axes move, so a zero-stride stand-in of the right shape tells the other layout's shape without memory.
     expected = {e.source: e.op.to_theirs(np.broadcast_to(np.float32(0), leaves[e.path].shape)).shape for e in entries}
-    return expected | {entry.source: entry.value().shape for entry in table if isinstance(entry, Unused)}
+    expected |= {entry.source: entry.value().shape for entry in table if isinstance(entry, Unused)}
+    return expected | {entry.source: expected[entry.of] for entry in table if isinstance(entry, Duplicate)}
+
+
+def _differs(entry: Entry | Unused | Duplicate, found: Mapping[str, np.ndarray]) -> bool:
+    """Whether the checkpoint holds another value where only one is right."""
+    if isinstance(entry, Entry) or entry.source not in found:
+        return False
+    if isinstance(entry, Duplicate):
+        same = entry.of not in found or np.array_equal(found[entry.source], found[entry.of], equal_nan=True)
+        return not same
+    if not entry.fixed:
+        return False
+    ours, theirs = entry.value(), np.asarray(found[entry.source])
+    return ours.shape == theirs.shape and not np.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 def to_ours(
@@ -186,7 +219,7 @@ def to_ours(
     missing, unexpected, duplicate and misshapen name.
     """
     pairs = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
-    found = dict(pairs)
+    found: dict[str, Any] = dict(pairs)  # type: ignore[arg-type]
     expected = source_shapes(table, shapes, where)
     entries = [entry for entry in table if isinstance(entry, Entry)]
     ConversionError.check(
@@ -199,6 +232,7 @@ def to_ours(
             for n, shape in expected.items()
             if n in found and np.shape(found[n]) != shape
         ),
+        different=(entry.source for entry in table if _differs(entry, found)),
     )
     return nest(
         {entry.path: np.asarray(entry.op.to_ours(np.asarray(found[entry.source])), order="C") for entry in entries}
@@ -219,4 +253,5 @@ def to_theirs(table: Table, params: Mapping[str, Any], *, where: str = "paramete
             return entry.value()
         return np.asarray(entry.op.to_theirs(np.asarray(leaves[entry.path])), order="C")
 
-    return {entry.source: value(entry) for entry in table}
+    written = {entry.source: value(entry) for entry in table if not isinstance(entry, Duplicate)}
+    return written | {entry.source: written[entry.of] for entry in table if isinstance(entry, Duplicate)}

@@ -163,11 +163,8 @@ class Decoder(Coder):
         return jnp.tanh(h) if self.tanh_out else h
 
 
-class AutoencoderKL(nn.Module):
-    """The KL autoencoder. Pixels are float in [-1, 1]; latents are [b, H / f, W / f, embed_dim] with f = 2^(levels - 1), unscaled.
-
-    Fields are the original's ``ddconfig`` beside ``embed_dim``. Methods: ``encode``, ``decode``; calling it reconstructs (and initialises).
-    """
+class Autoencoder(nn.Module):
+    """The fields that the KL and the VQ autoencoder share: the original's ``ddconfig`` beside ``embed_dim``, the channels of a latent."""
 
     embed_dim: int
     ch: int
@@ -194,6 +191,13 @@ class AutoencoderKL(nn.Module):
         """The fields that go to encoder and decoder alike."""
         return {f: getattr(self, f) for f in Coder.__dataclass_fields__ if f not in ("parent", "name")}
 
+
+class AutoencoderKL(Autoencoder):
+    """The KL autoencoder. Pixels are float in [-1, 1]; latents are [b, H / f, W / f, embed_dim] with f = 2^(levels - 1), unscaled.
+
+    Methods: ``encode``, ``decode``; calling it reconstructs (and initialises).
+    """
+
     def setup(self) -> None:
         shared = self.coder_fields()
         self.encoder = Encoder(**shared, double_z=True)
@@ -216,13 +220,13 @@ class AutoencoderKL(nn.Module):
         return self.decode(z, train), posterior
 
 
-def latent_shape(model: AutoencoderKL, height: int, width: int) -> tuple[int, int, int]:
+def latent_shape(model: Autoencoder, height: int, width: int) -> tuple[int, int, int]:
     """(h, w, c) of the latent of a picture of ``height`` x ``width`` pixels."""
     f = model.downsampling
     return height // f, width // f, model.embed_dim
 
 
-def init_autoencoder(model: AutoencoderKL, key: jax.Array) -> dict:
+def init_autoencoder(model: Autoencoder, key: jax.Array) -> dict:
     """Fresh float32 parameters."""
     side = 2 * model.downsampling
     variables: Any = model.init(key, jnp.zeros((1, side, side, model.in_channels)))

@@ -20,11 +20,11 @@ HEADS_VARIABLE = "LDM_JAX_LPIPS"
 
 VGG16_WIDTHS = (64, 128, 256, 512, 512)
 # torchvision's `features.N` index of every convolution, by block: LPIPS' slice n holds block n under the same indices.
-_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+VGG16_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 # ImageNet's mean and standard deviation on images in [-1, 1]: LPIPS' scaling layer, also torchvision's normalisation.
-_SHIFT = (-0.030, -0.088, -0.188)
-_SCALE = (0.458, 0.448, 0.450)
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
 _CAFFE_MEAN_BGR = (103.939, 116.779, 123.68)  # on 0..255
 
 Params = dict[str, Any]
@@ -50,11 +50,11 @@ class VGG16Features(nn.Module):
         _, h, w, c = images.shape
         if c != 3 or min(h, w) < 16:
             raise ValueError(f"VGG16Features takes images [b, h >= 16, w >= 16, 3], not {images.shape}")
-        if len(self.widths) != len(_LAYERS):
-            raise ValueError(f"VGG16Features has {len(_LAYERS)} blocks: widths={tuple(self.widths)} does not fit")
+        if len(self.widths) != len(VGG16_LAYERS):
+            raise ValueError(f"VGG16Features has {len(VGG16_LAYERS)} blocks: widths={tuple(self.widths)} does not fit")
         x = _PREPROCESS[self.preprocess](images.astype(jnp.float32)).astype(self.dtype)
         maps = []
-        for block, (layers, width) in enumerate(zip(_LAYERS, self.widths, strict=True), start=1):
+        for block, (layers, width) in enumerate(zip(VGG16_LAYERS, self.widths, strict=True), start=1):
             if block > 1:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             for i in range(1, len(layers) + 1):
@@ -105,7 +105,7 @@ def unit_length(x: jax.Array) -> jax.Array:
 
 
 def _torchvision(x: jax.Array) -> jax.Array:
-    return (x - jnp.array(_SHIFT)) / jnp.array(_SCALE)
+    return (x - jnp.array(SHIFT)) / jnp.array(SCALE)
 
 
 def _caffe(x: jax.Array) -> jax.Array:
@@ -163,7 +163,7 @@ def lpips_params(tensors: Mapping[str, np.ndarray], widths: Sequence[int] = VGG1
     Those are `net.sliceN.M.weight`, `net.sliceN.M.bias` and `linN.model.1.weight`. The constants `scaling_layer.*` may
     be there and must then be LPIPS' own. Raises ValueError listing every missing, unexpected and misshapen name.
     """
-    for name, values in (("scaling_layer.shift", _SHIFT), ("scaling_layer.scale", _SCALE)):
+    for name, values in (("scaling_layer.shift", SHIFT), ("scaling_layer.scale", SCALE)):
         if name in tensors and not np.allclose(np.ravel(tensors[name]), values, rtol=0, atol=1e-6):
             raise ValueError(f"{name} is {np.ravel(tensors[name])}, and LPIPS has {values}")
     rest = {k: v for k, v in tensors.items() if not k.startswith("scaling_layer.")}
@@ -178,7 +178,7 @@ _Names = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]  # original name -> 
 
 def _vgg_names(widths: Sequence[int], pattern: str) -> _Names:
     names, fan_in = {}, 3
-    for block, (layers, width) in enumerate(zip(_LAYERS, widths, strict=True), start=1):
+    for block, (layers, width) in enumerate(zip(VGG16_LAYERS, widths, strict=True), start=1):
         for i, layer in enumerate(layers, start=1):
             name, ours = pattern.format(block=block, layer=layer), f"conv{block}_{i}"
             names[f"{name}.weight"] = ((ours, "kernel"), (width, fan_in, 3, 3))

@@ -14,7 +14,7 @@ from ldm_jax import pictures
 from ldm_jax.checkpoint import find_model, load_model
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.latent import ConfigError, apply, build, build_first_stage, generate, init_params, to_uint8
-from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
 from ldm_jax.train import autoencoder_step, diffusion_step
 
 LOG = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class AutoencoderTask:
         module = build_first_stage({"first_stage": config.model["first_stage"]}, config.dtype)
         if module is None:
             raise ConfigError("model.first_stage: the identity has nothing to train")
+        if not isinstance(module, AutoencoderKL):
+            raise ConfigError("model.first_stage: only the kind 'kl' can be trained")
         self.module = module
         self.perceptual: autoencoder_step.Perceptual | None = None
         self.frozen: dict[str, Any] = {}

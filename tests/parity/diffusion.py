@@ -11,8 +11,10 @@ import numpy as np
 
 from ldm_jax.conditioning import Cond, Unconditional
 from ldm_jax.convert.compvis import unet_table
-from ldm_jax.convert.tables import Entry, Table, to_theirs, under
+from ldm_jax.convert.tables import Entry, Table, to_ours, to_theirs, under
 from ldm_jax.convert.targets import TargetError, module_from_config
+from ldm_jax.convert.whole import latent_diffusion as latent_diffusion_of
+from ldm_jax.convert.whole import schedule_buffers
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import DDIM, DDPM, Known, Trace, sample, step_grid
@@ -330,8 +332,30 @@ def latent_diffusion(case: Case) -> Results:
         raise NotYet("checkpoint files")
     if "loss" in case.expected:
         return p_losses(case)
-    network(case.kwargs["first_stage_config"])
-    raise NotYet("first stages")
+    return whole_model(case)
+
+
+def whole_model(case: Case) -> Results:
+    """The UNet under its condition, and decoding, of a model whose weights are given in full."""
+    try:
+        whole = latent_diffusion_of(case.kwargs, buffers=False)
+    except TargetError as error:
+        raise NotYet(str(error)) from None
+    # Buffers follow from the arguments, so a case may store them or not.
+    buffers = {entry.source for entry in schedule_buffers(case.kwargs)}
+    weights = {n: w for n, w in case.weights().items() if n not in buffers}
+    params = to_ours(whole.table, weights, shapes=whole.shapes, where=f"{case.name} ({case.cls})")
+    stage = FirstStage(params["first_stage"], case.kwargs.get("scale_factor", 1.0), whole.modules["first_stage"])
+    schedule = schedule_of(case.kwargs)
+    model = LatentDiffusion(params, stage, schedule, whole.modules["unet"], Unconditional(), objective_of(case.kwargs))
+    cond, t, z = condition_of(case), jnp.asarray(case.inputs["t"]), case.image("x_T")
+    # The recorded outputs are of decode_first_stage(0.5 * x_T).
+    images = {
+        "apply_model": jax.jit(model.apply)(params, z, t, cond),
+        "decode_first_stage_half": jax.jit(stage.decode)(0.5 * z),
+        "decode_first_stage_half_noquant": jax.jit(lambda z: stage.decode(z, quantize=False))(0.5 * z),
+    }
+    return {name: nchw(a) for name, a in images.items()}
 
 
 def ddpm(case: Case) -> Results:

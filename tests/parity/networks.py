@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import blocks
 from ldm_jax.convert.compvis import param_shapes, table_of
 from ldm_jax.convert.tables import Table, to_theirs, unused
 from ldm_jax.convert.targets import TargetError, module_from_config, transformer_wrapper_from_params
@@ -196,7 +196,7 @@ def _res_block(
 ) -> Built:
     out = out_channels or channels
     module = ResBlock(out, dropout, use_scale_shift_norm, "up" if up else "down" if down else "none", use_conv)
-    table = list(compvis.res_block("", (), skip=out != channels, conv_skip=use_conv))
+    table = list(blocks.res_block("", (), skip=out != channels, conv_skip=use_conv))
     return Built(module, table, (_image(channels), jnp.zeros((1, emb_channels))))
 
 
@@ -205,14 +205,14 @@ def _attention_block(
 ) -> Built:
     heads = num_heads if num_head_channels == -1 else channels // num_head_channels
     return Built(
-        AttentionBlock(heads, use_new_attention_order), list(compvis.attention_block("", ())), (_image(channels),)
+        AttentionBlock(heads, use_new_attention_order), list(blocks.attention_block("", ())), (_image(channels),)
     )
 
 
 def _spatial_transformer(
     *, in_channels: int, n_heads: int, d_head: int, depth: int = 1, dropout: float = 0.0, context_dim: int | None = None
 ) -> Built:
-    table = list(compvis.spatial_transformer("", (), depth=depth))
+    table = list(blocks.spatial_transformer("", (), depth=depth))
     context = () if context_dim is None else (jnp.zeros((1, 1, context_dim)),)
     return Built(SpatialTransformer(n_heads, d_head, depth, dropout), table, (_image(in_channels), *context))
 
@@ -221,7 +221,7 @@ def _transformer_block(
     *, dim: int, n_heads: int, d_head: int, dropout: float = 0.0, context_dim: int | None = None, gated_ff: bool = True
 ) -> Built:
     context = () if context_dim is None else (jnp.zeros((1, 1, context_dim)),)
-    table = list(compvis.transformer_block("", (), glu=gated_ff))
+    table = list(blocks.transformer_block("", (), glu=gated_ff))
     return Built(BasicTransformerBlock(n_heads, d_head, dropout, gated_ff), table, (jnp.zeros((1, 1, dim)), *context))
 
 
@@ -234,24 +234,22 @@ def _resnet_block(
     temb_channels: int = 512,
 ) -> Built:
     out = out_channels or in_channels
-    table: Table = list(compvis.resnet_block("", (), skip=out != in_channels, conv_skip=conv_shortcut))
+    table: Table = list(blocks.resnet_block("", (), skip=out != in_channels, conv_skip=conv_shortcut))
     if temb_channels:  # the autoencoders give no timestep, so this is never called
         table += [unused("temb_proj.weight", out, temb_channels), unused("temb_proj.bias", out)]
     return Built(ResnetBlock(out, dropout, conv_shortcut), table, (_image(in_channels),))
 
 
 def _attn_block(*, in_channels: int) -> Built:
-    return Built(AttnBlock(), list(compvis.attn_block("", ())), (_image(in_channels),))
+    return Built(AttnBlock(), list(blocks.attn_block("", ())), (_image(in_channels),))
 
 
 def _linear_attention(*, dim: int, heads: int = 4, dim_head: int = 32) -> Built:
-    return Built(LinearAttention(heads, dim_head), list(compvis.linear_attention("", ())), (_image(dim),))
+    return Built(LinearAttention(heads, dim_head), list(blocks.linear_attention("", ())), (_image(dim),))
 
 
 def _feed_forward(*, dim: int, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> Built:
-    return Built(
-        FeedForward(mult, glu, dropout), list(compvis.feed_forward("", (), glu=glu)), (jnp.zeros((1, 1, dim)),)
-    )
+    return Built(FeedForward(mult, glu, dropout), list(blocks.feed_forward("", (), glu=glu)), (jnp.zeros((1, 1, dim)),))
 
 
 def block(make: Callable[..., Built]) -> Callable[[Case], Results]:

@@ -1,44 +1,48 @@
 """The tables against every published configuration: each array's name and shape, without allocating one."""
 
+import functools
 import gzip
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from ldm_jax.convert.compvis import param_shapes, table_of
-from ldm_jax.convert.tables import source_shapes
-from ldm_jax.convert.targets import TARGETS, module_from_config
+from ldm_jax.convert import whole
+from ldm_jax.convert.tables import Duplicate, Entry, flatten, source_shapes
 
 from .golden import golden_folder
 
 FILE = golden_folder() / "architectures.json.gz"
-# Parts of a LatentDiffusion: the section of its configuration, and the prefix of its arrays.
-PARTS = {
-    "unet_config": "model.diffusion_model.",
-    "first_stage_config": "first_stage_model.",
-    "cond_stage_config": "cond_stage_model.",
-}
-# What the BERT embedders put between their prefix and the network.
-INNER = {"ldm.modules.encoders.modules.BERTEmbedder": "transformer."}
 
 
-def networks() -> list[Any]:
-    """(module, prefix, arrays by name) of every part that there is a module for, each module once."""
-    found: dict[Any, Any] = {}
-    for name, spec in json.loads(gzip.decompress(FILE.read_bytes())).items() if FILE.is_file() else ():
-        parts = {prefix: spec["params"][part] for part, prefix in PARTS.items() if part in spec["params"]} or {"": spec}
-        for prefix, config in parts.items():
-            arrays = {n: tuple(shape) for n, shape in spec["state_dict"].items() if n.startswith(prefix)}
-            if isinstance(config, dict) and config["target"] in TARGETS and arrays:
-                module = module_from_config(config["target"], config.get("params"))
-                test_id = f"{name.removesuffix('/config.yaml').removesuffix('.yaml')}-{prefix.rstrip('.')}"
-                found.setdefault(
-                    module, pytest.param(module, prefix + INNER.get(config["target"], ""), arrays, id=test_id)
-                )
-    return list(found.values())
+@functools.cache
+def architectures() -> dict[str, Any]:
+    return json.loads(gzip.decompress(FILE.read_bytes())) if FILE.is_file() else {}
 
 
-@pytest.mark.parametrize(("module", "prefix", "arrays"), networks())
-def test_table_names_every_array(module: Any, prefix: str, arrays: dict[str, tuple[int, ...]]) -> None:
-    assert source_shapes(table_of(module, prefix), param_shapes(module)) == arrays
+@pytest.fixture(autouse=True, scope="module")
+def traced_once() -> Iterator[None]:
+    """Several architectures share a network, and tracing one takes a second."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(whole, "param_shapes", functools.cache(whole.param_shapes))
+    yield
+    patch.undo()
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_every_array_is_one_parameter(name: str) -> None:
+    spec = architectures()[name]
+    # The listed names leave out schedule, averages and losses, and what merely duplicates the first stage.
+    options = {"buffers": False} if "unet_config" in spec["params"] else {}
+    model = whole.whole_from_config(spec["target"], spec["params"], losses=False, **options)
+    table = [entry for entry in model.table if not isinstance(entry, Duplicate)]
+    listed = {array: tuple(shape) for array, shape in spec["state_dict"].items()}
+    assert source_shapes(table, model.shapes, name) == listed  # which also raises unless each path is there once
+    used = [entry for entry in table if isinstance(entry, Entry)]
+    assert {entry.path for entry in used} == set(flatten(model.shapes))
+    assert ("duplicates" in spec.get("cond_stage_keys", "")) == (len(table) < len(model.table))
+
+
+def test_all_architectures_are_there() -> None:
+    assert len(architectures()) == 39

@@ -1,0 +1,234 @@
+"""Vector quantisation: the codebooks of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937) as taming-transformers has them.
+
+Each quantiser maps h [b, h, w, c] to codes and returns `Quantized`, whose gradient passes straight through to h. Distances and losses are float32.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.nn.layers import Array, Dtype, dense
+
+
+@flax.struct.dataclass
+class Quantized:
+    """``z`` [b, h, w, c]: the codes, with a straight-through gradient. ``loss`` []: what trains codebook and encoder.
+
+    ``indices`` int32 [b, h, w], or [b * h * w] where the quantiser's ``sane_index_shape`` is off. ``perplexity`` []: exp of the entropy of the
+    codes' use over the batch (Gumbel: None).
+    """
+
+    z: Array
+    loss: Array
+    indices: Array
+    perplexity: Array | None = None
+
+
+def nearest_codes(x: Array, codebook: Array) -> Array:
+    """Indices int32 [n] of the codes [k, c] nearest (Euclidean) to x [n, c]; the first of equally near ones."""
+    # |x|^2 is the same for all codes, yet leaving it out would round differently from the original.
+    products = jnp.matmul(x, codebook.T, precision="highest")
+    distances = jnp.square(x).sum(1, keepdims=True) + jnp.square(codebook).sum(1) - 2.0 * products
+    return distances.argmin(1).astype(jnp.int32)
+
+
+def perplexity_of(indices: Array, n: int, axis_name: str | None = None) -> Array:
+    """exp of the entropy in nats of how often each of ``n`` codes occurs in ``indices``."""
+    share = jnp.bincount(indices.reshape(-1), length=n) / indices.size
+    if axis_name is not None:
+        share = jax.lax.pmean(share, axis_name)
+    return jnp.exp(-jnp.sum(share * jnp.log(share + 1e-10)))
+
+
+def straight_through(z: Array, codes: Array) -> Array:
+    """``codes`` forward; backward the gradient goes to ``z`` as if they were it."""
+    return z + jax.lax.stop_gradient(codes - z)
+
+
+class Quantizer(nn.Module):
+    """Fields and index bookkeeping that the quantisers share; names are the original's.
+
+    ``remap`` lists the codes that are in use: indices are then places in that list, and a code that is not in it becomes ``unknown_index``: an
+    index, "extra" (one past the list's end) or "random" (any place, from the rng "remap"). Codes themselves are not changed by it.
+    """
+
+    n_embed: int
+    embed_dim: int
+    remap: tuple[int, ...] | None = None
+    unknown_index: int | Literal["random", "extra"] = "random"
+    sane_index_shape: bool = False
+    dtype: Dtype = jnp.float32
+
+    @property
+    def re_embed(self) -> int:
+        """How many values an index can take."""
+        return self.n_embed if self.remap is None else len(self.remap) + (self.unknown_index == "extra")
+
+    def remap_to_used(self, indices: Array) -> Array:
+        """Indices of codes [...] -> places in ``remap``."""
+        if self.remap is None:
+            return indices
+        match = indices[..., None] == jnp.asarray(self.remap, jnp.int32)
+        if self.unknown_index == "random":
+            # Initialising draws nothing that lasts, so it needs no rng of this name.
+            key = self.make_rng("remap") if self.has_rng("remap") or not self.is_initializing() else jax.random.key(0)
+            unknown: Any = jax.random.randint(key, indices.shape, 0, self.re_embed)
+        else:
+            unknown = len(self.remap) if self.unknown_index == "extra" else self.unknown_index
+        return jnp.where(match.any(-1), match.argmax(-1), unknown).astype(jnp.int32)
+
+    def unmap_to_all(self, indices: Array) -> Array:
+        """Places in ``remap`` [...] -> indices of codes; the extra one becomes the first of the list."""
+        if self.remap is None:
+            return indices
+        used = jnp.asarray(self.remap, jnp.int32)
+        return used[jnp.where(indices >= len(self.remap), 0, indices)]
+
+    def shaped(self, indices: Array, b: int, h: int, w: int) -> Array:
+        """Indices in the form in which they are returned, remapped."""
+        indices = self.remap_to_used(indices.reshape(b, h, w))
+        return indices if self.sane_index_shape else indices.reshape(-1)
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest codes of a learned codebook (VectorQuantizer and VectorQuantizer2 of the original).
+
+    The loss is a codebook term (moves codes) and a commitment term (moves the encoder). ``beta`` weighs the commitment, as the paper has it, where
+    ``legacy`` is off; by default it weighs the codebook, as the original does and its published models were trained.
+    """
+
+    beta: float = 0.25
+    legacy: bool = True
+
+    def setup(self) -> None:
+        bound = 1.0 / self.n_embed
+        self.embedding = self.param(
+            "embedding",
+            lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound),
+            (self.n_embed, self.embed_dim),
+        )
+
+    def __call__(self, h: Array) -> Quantized:
+        """h [b, h, w, embed_dim] -> its nearest codes."""
+        b, height, width, c = h.shape
+        h = h.astype(jnp.float32)
+        indices = nearest_codes(h.reshape(-1, c), self.embedding)
+        codes = jnp.take(self.embedding, indices, axis=0).reshape(h.shape)
+        commitment = jnp.square(jax.lax.stop_gradient(codes) - h).mean()
+        codebook = jnp.square(codes - jax.lax.stop_gradient(h)).mean()
+        loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
+        perplexity = perplexity_of(indices, self.n_embed)
+        z = straight_through(h, codes).astype(self.dtype)
+        return Quantized(z, loss, self.shaped(indices, b, height, width), perplexity)
+
+    def codes(self, indices: Array) -> Array:
+        """Indices [...], as they are returned -> codes [..., embed_dim]."""
+        return jnp.take(self.embedding, self.unmap_to_all(indices), axis=0)
+
+
+class GumbelQuantizer(Quantizer):
+    """Codes drawn by the Gumbel softmax trick over logits of each code (Jang et al. 2017, arXiv:1611.01144; the original's GumbelQuantize).
+
+    Training with ``straight_through`` off gives the soft mixture of codes; otherwise one code forward and the mixture's gradient backward. Noise is
+    added in evaluation as well, as in the original. The loss is ``kl_weight`` KL(softmax(logits) | uniform). ``num_hiddens``: the channels of the
+    input, ``embed_dim`` where it is None.
+    """
+
+    kl_weight: float = 5e-4
+    temp_init: float = 1.0
+    straight_through: bool = True
+    num_hiddens: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, h: Array, gumbels: Array | None = None, temperature: float | Array | None = None, train: bool = False
+    ) -> Quantized:
+        """h [b, h, w, c]. ``gumbels`` [b, h, w, codes in use]: standard Gumbel noise, else drawn from the rng "gumbel".
+
+        ``temperature``: ``temp_init`` unless given, so that training can lower it.
+        """
+        b, height, width, c = h.shape
+        if c != (self.num_hiddens or self.embed_dim):
+            raise ValueError(f"GumbelQuantizer: {c} channels, expected {self.num_hiddens or self.embed_dim}")
+        logits = dense(self.n_embed, h, name="proj", dtype=self.dtype)(h).astype(jnp.float32)
+        embed = self.param("embed", nn.initializers.normal(1.0), (self.n_embed, self.embed_dim))
+        used = np.arange(self.n_embed) if self.remap is None else np.asarray(self.remap)
+        logits = logits[..., used]
+        if gumbels is None:
+            key = self.make_rng("gumbel") if self.has_rng("gumbel") or not self.is_initializing() else jax.random.key(0)
+            gumbels = jax.random.gumbel(key, logits.shape)
+        temperature = self.temp_init if temperature is None else temperature
+        weights = jax.nn.softmax((logits + gumbels) / temperature, axis=-1)
+        place = weights.argmax(-1)
+        if self.straight_through or not train:
+            weights = straight_through(weights, jax.nn.one_hot(place, len(used)))
+        z = jnp.einsum("bhwn,nd->bhwd", weights, jnp.asarray(embed)[used], precision="highest").astype(self.dtype)
+        q = jax.nn.softmax(logits, axis=-1)
+        loss = self.kl_weight * jnp.sum(q * jnp.log(q * self.n_embed + 1e-10), axis=-1).mean()
+        indices = self.remap_to_used(jnp.asarray(used, jnp.int32)[place]).reshape(b, height, width)
+        return Quantized(z, loss, indices)
+
+    def codes(self, indices: Array) -> Array:
+        """Indices [...], as they are returned -> codes [..., embed_dim]."""
+        return jnp.take(self.get_variable("params", "embed"), self.unmap_to_all(indices), axis=0)
+
+
+class EMAQuantizer(Quantizer):
+    """Nearest codes of a codebook that follows its members by exponential moving averages (van den Oord et al. 2017, appendix A.1).
+
+    The codebook is state, not parameters: the collection "codebook" holds embedding, embed_avg [n_embed, embed_dim] and cluster_size [n_embed]. It
+    is updated in training, for which it must be mutable; the codes returned are those from before the update. Under jit the statistics are those
+    of the whole batch; ``axis_name`` makes them so under pmap. The loss is the commitment alone.
+    """
+
+    beta: float = 0.25
+    decay: float = 0.99
+    eps: float = 1e-5
+    axis_name: str | None = None
+
+    def setup(self) -> None:
+        shape = (self.n_embed, self.embed_dim)
+        self.embedding = self.variable(
+            "codebook", "embedding", lambda: jax.random.normal(self.make_rng("params"), shape)
+        )
+        self.embed_avg = self.variable("codebook", "embed_avg", lambda: self.embedding.value)
+        self.cluster_size = self.variable("codebook", "cluster_size", jnp.zeros, (self.n_embed,))
+
+    def __call__(self, h: Array, train: bool = False) -> Quantized:
+        """h [b, h, w, embed_dim] -> its nearest codes."""
+        b, height, width, c = h.shape
+        h = h.astype(jnp.float32)
+        flat = jax.lax.stop_gradient(h).reshape(-1, c)
+        axis_name = None if self.is_initializing() else self.axis_name
+        indices = nearest_codes(flat, self.embedding.value)
+        codes = jnp.take(self.embedding.value, indices, axis=0).reshape(h.shape)
+        if train and not self.is_initializing():
+            self.update(flat, indices)
+        loss = self.beta * jnp.square(codes - h).mean()
+        perplexity = perplexity_of(indices, self.n_embed, axis_name)
+        z = straight_through(h, codes).astype(self.dtype)
+        return Quantized(z, loss, self.shaped(indices, b, height, width), perplexity)
+
+    def update(self, flat: Array, indices: Array) -> None:
+        """Moves the averages and the codes towards the members flat [n, c] of each code."""
+        members = jnp.bincount(indices, length=self.n_embed).astype(jnp.float32)
+        sums = jax.ops.segment_sum(flat, indices, self.n_embed)
+        if self.axis_name is not None:
+            members, sums = jax.lax.psum((members, sums), self.axis_name)
+        self.cluster_size.value = self.decay * self.cluster_size.value + (1 - self.decay) * members
+        self.embed_avg.value = self.decay * self.embed_avg.value + (1 - self.decay) * sums
+        # Laplace smoothing, so that a code without members is not divided by zero.
+        n = self.cluster_size.value.sum()
+        smoothed = (self.cluster_size.value + self.eps) / (n + self.n_embed * self.eps) * n
+        self.embedding.value = self.embed_avg.value / smoothed[:, None]
+
+    def codes(self, indices: Array) -> Array:
+        """Indices [...], as they are returned -> codes [..., embed_dim]."""
+        return jnp.take(self.embedding.value, self.unmap_to_all(indices), axis=0)
+
+
+QUANTIZERS = {"vq": VectorQuantizer, "gumbel": GumbelQuantizer, "ema": EMAQuantizer}

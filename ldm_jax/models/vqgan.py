@@ -1,0 +1,105 @@
+"""The VQ autoencoder (VQGAN, Esser et al. 2021, arXiv:2012.09841) and the form in which latent diffusion uses it."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ldm_jax.models.autoencoder import Autoencoder, Decoder, Encoder
+from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
+from ldm_jax.nn.layers import Array
+
+
+class VQModel(Autoencoder, kw_only=True):
+    """The VQ autoencoder. Pixels are float in [-1, 1]; codes are [b, H / f, W / f, embed_dim] with f = 2^(levels - 1).
+
+    Fields are the original's ``ddconfig``, ``embed_dim`` and ``n_embed``, and those of the quantiser (`ldm_jax.models.quantize`): ``quantizer`` "vq",
+    "gumbel" (``kl_weight``; evaluation takes its noise from the rng "gumbel") or "ema" (whose state is in the collection "codebook").
+    ``n_labels``: of a model of label maps, whose parameters then hold a colour for each ("colorize" [n_labels, 3], not trained; see ``to_rgb``).
+    Methods: ``prequant``, ``encode``, ``decode``, ``codes``, ``decode_code``; calling it reconstructs (and initialises).
+    """
+
+    n_embed: int
+    quantizer: Literal["vq", "gumbel", "ema"] = "vq"
+    beta: float = 0.25
+    kl_weight: float = 1e-8
+    legacy: bool = True
+    remap: tuple[int, ...] | None = None
+    unknown_index: int | Literal["random", "extra"] = "random"
+    sane_index_shape: bool = False
+    n_labels: int | None = None
+
+    def make_quantizer(self) -> VectorQuantizer | GumbelQuantizer | EMAQuantizer:
+        """The quantiser alone, unbound."""
+        shared: dict[str, Any] = {
+            "n_embed": self.n_embed,
+            "embed_dim": self.embed_dim,
+            "remap": self.remap,
+            "unknown_index": self.unknown_index,
+            "sane_index_shape": self.sane_index_shape,
+            "parent": None,
+        }
+        match self.quantizer:
+            case "vq":
+                return VectorQuantizer(**shared, beta=self.beta, legacy=self.legacy)
+            case "gumbel":
+                return GumbelQuantizer(**shared, kl_weight=self.kl_weight)
+            case "ema":
+                return EMAQuantizer(**shared, beta=self.beta)
+        raise ValueError(f"quantizer {self.quantizer!r} is not one of vq, gumbel, ema")
+
+    def setup(self) -> None:
+        shared = self.coder_fields()
+        self.encoder = Encoder(**shared, double_z=False)
+        self.decoder = Decoder(**shared, tanh_out=self.tanh_out)
+        self.quant_conv = nn.Dense(self.embed_dim, dtype=self.dtype)
+        self.post_quant_conv = nn.Dense(self.z_channels, dtype=self.dtype)
+        self.quantize = self.make_quantizer()
+        if self.n_labels is not None:
+            self.colorize = self.param("colorize", nn.initializers.normal(1.0), (self.n_labels, 3))
+
+    def prequant(self, x: Array, train: bool = False) -> Array:
+        """x [b, H, W, in_channels] in [-1, 1] -> what is then quantised, float32 [b, H / f, W / f, embed_dim]."""
+        return self.quant_conv(self.encoder(x, train)).astype(jnp.float32)
+
+    def quantized(self, h: Array, train: bool = False) -> Quantized:
+        """h [b, h, w, embed_dim] -> codes, loss and indices."""
+        return self.quantize(h) if isinstance(self.quantize, VectorQuantizer) else self.quantize(h, train=train)
+
+    def encode(self, x: Array, train: bool = False) -> Quantized:
+        """x [b, H, W, in_channels] in [-1, 1] -> codes, loss and indices."""
+        return self.quantized(self.prequant(x, train), train)
+
+    def decode(self, z: Array, train: bool = False) -> Array:
+        """Codes [b, h, w, embed_dim] -> pixels [b, h f, w f, out_ch], float32, about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z), train).astype(jnp.float32)
+
+    def codes(self, indices: Array) -> Array:
+        """Indices [b, h, w] -> codes [b, h, w, embed_dim]."""
+        return self.quantize.codes(indices)
+
+    def decode_code(self, indices: Array) -> Array:
+        """Indices [b, h, w] -> pixels [b, h f, w f, out_ch]."""
+        return VQModel.decode(self, self.codes(indices))
+
+    def to_rgb(self, x: Array) -> Array:
+        """Label maps [b, h, w, n_labels], one-hot or scores -> pictures of them [b, h, w, 3] that span [-1, 1]."""
+        x = x.astype(jnp.float32) @ self.colorize
+        return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
+
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, Quantized]:
+        """(reconstruction, codes)."""
+        code = VQModel.encode(self, x, train)
+        return VQModel.decode(self, code.z, train), code
+
+
+class VQModelInterface(VQModel, kw_only=True):
+    """The VQ autoencoder as a first stage: latents are what comes before quantisation, and decoding quantises them."""
+
+    def encode(self, x: Array, train: bool = False) -> Array:  # type: ignore[override]
+        """x [b, H, W, in_channels] in [-1, 1] -> latents float32 [b, H / f, W / f, embed_dim], unscaled, not quantised."""
+        return self.prequant(x, train)
+
+    def decode(self, z: Array, train: bool = False, quantize: bool = True) -> Array:
+        """Latents [b, h, w, embed_dim], quantised first unless ``quantize`` is off -> pixels [b, h f, w f, out_ch]."""
+        return super().decode(self.quantized(z, train).z if quantize else z, train)

@@ -1,0 +1,80 @@
+"""Resizing by a scale factor as PyTorch's interpolate does it: no antialiasing, corners not aligned. Arrays are NHWC."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.nn.layers import Array
+
+Method = Literal["nearest", "bilinear", "bicubic", "area"]
+
+
+def _source(n: int, m: int, scale: float) -> np.ndarray:
+    """Where in an axis of ``n`` pixels the centres of ``m`` output pixels lie: by the given scale, not by m / n."""
+    step = np.float32(1.0 / scale)
+    return step * (np.arange(m, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+
+
+def _taps(at: np.ndarray, weights: dict[int, np.ndarray], n: int) -> np.ndarray:
+    """Matrix [m, n] that gives input floor(at) + offset, clamped to the edge, its weight."""
+    matrix, base = np.zeros((len(at), n), np.float32), np.floor(at).astype(int)
+    for offset, weight in weights.items():
+        np.add.at(matrix, (np.arange(len(at)), np.clip(base + offset, 0, n - 1)), weight)
+    return matrix
+
+
+def _linear(n: int, m: int, scale: float) -> np.ndarray:
+    at = np.maximum(_source(n, m, scale), 0)
+    f = at - np.floor(at)
+    return _taps(at, {0: 1 - f, 1: f}, n)
+
+
+def _cubic(n: int, m: int, scale: float) -> np.ndarray:
+    a = np.float32(-0.75)
+    at = _source(n, m, scale)
+    f = at - np.floor(at)
+
+    def near(x: np.ndarray) -> np.ndarray:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x: np.ndarray) -> np.ndarray:
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    return _taps(at, {-1: far(f + 1), 0: near(f), 1: near(1 - f), 2: far(2 - f)}, n)
+
+
+def _area(n: int, m: int, scale: float) -> np.ndarray:
+    # Adaptive average pooling: the pixels that an output pixel touches, whatever the scale.
+    matrix = np.zeros((m, n), np.float32)
+    for i in range(m):
+        start, stop = i * n // m, -(-(i + 1) * n // m)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+_MATRICES = {"bilinear": _linear, "bicubic": _cubic, "area": _area}
+
+
+def resize(x: Array, scale: float, method: Method = "bilinear") -> Array:
+    """x [b, h, w, c] -> [b, floor(h scale), floor(w scale), c]; float32 arithmetic, x's dtype.
+
+    Source coordinates follow ``scale`` itself, also where it does not divide the size. Raises ValueError for another method, or when nothing would
+    be left.
+    """
+    _, h, w, _ = x.shape
+    sizes = [int(np.floor(n * scale)) for n in (h, w)]
+    if min(sizes) < 1:
+        raise ValueError(f"resize: {h}x{w} pixels by {scale} leave {sizes[0]}x{sizes[1]}")
+    if method == "nearest":
+        step = np.float32(1.0 / scale)
+        rows, columns = (
+            np.minimum(np.floor(np.arange(m, dtype=np.float32) * step).astype(int), n - 1)
+            for n, m in zip((h, w), sizes, strict=True)
+        )
+        return x[:, rows][:, :, columns]
+    if method not in _MATRICES:
+        raise ValueError(f"resize: method {method!r} is not one of nearest, {', '.join(_MATRICES)}")
+    vertical, horizontal = (_MATRICES[method](n, m, scale) for n, m in zip((h, w), sizes, strict=True))
+    y = jnp.einsum("ph,bhwc->bpwc", vertical, x.astype(jnp.float32), precision="highest")
+    return jnp.einsum("qw,bpwc->bpqc", horizontal, y, precision="highest").astype(x.dtype)

@@ -1,0 +1,286 @@
+"""First stages, quantisers, conditioning networks and the classifier: what to feed them and what comes out."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.convert.compvis import table_of
+from ldm_jax.convert.tables import Table, to_ours, to_theirs
+from ldm_jax.convert.targets import TargetError, module_from_config
+from ldm_jax.models.perceptual import LPIPS
+from ldm_jax.models.permuter import PERMUTERS
+from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
+from ldm_jax.models.vqgan import VQModel, VQModelInterface
+
+from .golden import Case, NotYet, nchw, shapes_of
+
+Results = dict[str, Any]
+
+
+def build(case: Case, prefix: str = "", **more: Any) -> tuple[Any, Any, Table]:
+    """(module, variables or parameters, table) of a case; which codes are in use is told beside its arguments."""
+    kwargs = dict(case.kwargs) | more
+    if "used" in case.spec:
+        kwargs["remap"] = case.spec["used"]
+        if "unknown_index" in case.spec:
+            kwargs["unknown_index"] = case.spec["unknown_index"]
+    try:
+        module = module_from_config(case.cls, kwargs)
+    except TargetError as error:
+        raise NotYet(str(error)) from None
+    table = table_of(module, prefix)
+    return module, case.params(table, shapes_of(module)), table
+
+
+# ---------------------------------------------------------------------------------------------------------- classifier
+
+
+def encoder_unet(case: Case) -> Results:
+    module, params, _ = build(case)
+    t = jnp.asarray(case.inputs["timesteps"])
+    return {"y_pred": jax.jit(module.apply)({"params": params}, case.image("x"), t)}
+
+
+# ---------------------------------------------------------------------------------------------------------- quantisers
+
+
+def seeds() -> dict[str, jax.Array]:
+    """An rng for unknown codes that become random ones."""
+    return {"remap": jax.random.key(0)}
+
+
+def quantizer_results(module: VectorQuantizer, out: Quantized, first: bool) -> Results:
+    indices = out.indices.reshape(-1, 1) if first else out.indices
+    return {"z_q": nchw(out.z), "loss": out.loss, "indices": indices}
+
+
+def vector_quantizer(case: Case) -> Results:
+    """Either of the original's; the first also gives one-hot encodings and returns its indices as a column."""
+    module, params, table = build(case)
+    assert isinstance(module, VectorQuantizer)
+    first, z, w = case.cls.endswith("VectorQuantizer"), case.image("z"), case.image("w")
+
+    @jax.jit
+    def run(params: Any, z: jax.Array) -> Any:
+        def objective(params: Any, z: jax.Array) -> Any:
+            out = module.apply({"params": params}, z, rngs=seeds())
+            return (out.z * w).sum() + (2 if first else 3) * out.loss, out
+
+        (_, out), grads = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, z)
+        return out, grads
+
+    out, (grads, grad_z) = run(params, z)
+    bound = module.bind({"params": params}, rngs=seeds())
+    b, h, width, c = z.shape
+    entries = bound.codes(out.indices)
+    results = quantizer_results(module, out, first) | {
+        "perplexity": out.perplexity,
+        "min_encodings": jax.nn.one_hot(out.indices.reshape(-1), module.n_embed),
+        "codebook_entry": nchw(entries.reshape(b, h, width, c)),
+        "codebook_entry_noshape": entries.reshape(-1, c),
+        "grad:z": nchw(grad_z),
+    }
+    if module.remap is not None:
+        results["remap_all"] = bound.remap_to_used(jnp.arange(module.n_embed)[None])
+        results["unmap_all"] = bound.unmap_to_all(jnp.arange(module.re_embed)[None])
+    return results | {f"grad:{name}": a for name, a in to_theirs(table, grads).items()}
+
+
+def gumbel(case: Case) -> Results:
+    module, params, table = build(case)
+    assert isinstance(module, GumbelQuantizer)
+    z, w, gumbels = (case.image(name) for name in ("z", "w", "gumbels"))
+    train = case.kwargs.get("train", True)
+
+    @jax.jit
+    def run(params: Any, z: jax.Array) -> Any:
+        def objective(params: Any, z: jax.Array) -> Any:
+            out, state = module.apply(
+                {"params": params}, z, gumbels, train=train, capture_intermediates=True, mutable=["intermediates"]
+            )
+            return (out.z * w).sum() + 10 * out.loss, (out, state["intermediates"]["proj"]["__call__"][0])
+
+        return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, z)
+
+    (_, (out, logits)), (grads, grad_z) = run(params, z)
+    b, h, width, _ = z.shape
+    every = (jnp.arange(b * h * width) % module.n_embed).reshape(b, h, width)
+    return {
+        "z_q": nchw(out.z),
+        "diff": out.loss,
+        "indices": out.indices,
+        "logits": nchw(logits),
+        "codebook_entry_arange": nchw(module.apply({"params": params}, every, method="codes")),
+        "grad:z": nchw(grad_z),
+    } | {f"grad:{name}": a for name, a in to_theirs(table, grads).items()}
+
+
+def ema_quantizer(case: Case) -> Results:
+    """Training passes over z0, z1, ..., each updating the codebook, then z0 in evaluation."""
+    module, variables, table = build(case)
+    assert isinstance(module, EMAQuantizer)
+
+    @jax.jit
+    def train(variables: Any, z: jax.Array) -> Any:
+        def loss(z: jax.Array) -> Any:
+            out, written = module.apply(variables, z, train=True, mutable=["codebook"])
+            return out.loss, (out, written)
+
+        return jax.value_and_grad(loss, has_aux=True)(z)
+
+    results: Results = {}
+    for i, name in enumerate(case.inputs):
+        (loss, (out, variables)), grad = train(variables, case.image(name))
+        results |= {f"z_q{i}": nchw(out.z), f"loss{i}": loss, f"perplexity{i}": out.perplexity}
+        results |= {f"indices{i}": out.indices, f"dloss_dz{i}": nchw(grad)}
+        results |= {f"after{i}.{name}": a for name, a in to_theirs(table, variables).items()}
+    out = jax.jit(module.apply)(variables, case.image("z0"))
+    return results | {"eval_z_q": nchw(out.z), "eval_loss": out.loss, "eval_indices": out.indices}
+
+
+# -------------------------------------------------------------------------------------------------------- autoencoders
+
+
+def vqmodel(case: Case) -> Results:
+    if "ckpt" in case.spec:
+        raise NotYet("checkpoint files")
+    module, params, _ = build(case)
+    assert isinstance(module, VQModel)
+    interface = isinstance(module, VQModelInterface)
+
+    @jax.jit
+    def run(params: Any, x: jax.Array, z: jax.Array) -> Any:
+        variables = {"params": params}
+
+        def apply(*args: Any, method: Any, **options: Any) -> Any:
+            return module.apply(variables, *args, method=method, rngs=seeds(), **options)
+
+        h = apply(x, method="prequant")
+        code, z_code = apply(h, method="quantized"), apply(z, method="quantized")
+        entry = apply(code.indices, method="codes").reshape(h.shape)
+        images = {
+            "prequant": h,
+            "quant": code.z,
+            "z_quant": z_code.z,
+            "codebook_entry": entry,
+            "decode_code": apply(entry, method=VQModel.decode),
+        }
+        numbers = {
+            "emb_loss": code.loss,
+            "indices": code.indices,
+            "z_emb_loss": z_code.loss,
+            "z_indices": z_code.indices,
+        }
+        if interface:
+            latents = apply(x, method="encode")
+            images |= {
+                "encode": latents,
+                "decode_z": apply(z, method="decode"),
+                "decode_z_noquant": apply(z, method="decode", quantize=False),
+                "reconstruction": apply(latents, method="decode"),
+            }
+        else:
+            y, whole = apply(x, method="__call__")
+            images |= {"decode_quant": apply(code.z, method="decode"), "forward_dec": y}
+            numbers["forward_diff"] = whole.loss
+        return images, numbers
+
+    images, numbers = run(params, case.image("x"), case.image("z"))
+    return {name: nchw(a) for name, a in images.items()} | numbers
+
+
+def lpips(case: Case) -> Results:
+    recipe = case.spec.get("param_recipe")
+    kwargs = {"vgg_widths": case.spec["vgg_widths"]} if "vgg_widths" in case.spec else {}
+    if recipe is None:
+        module, params, _ = build(case, **kwargs)
+    else:
+        module = module_from_config(case.cls, {**case.kwargs, **kwargs})
+        weights = {name: drawn(name, shape, recipe["seed"]) for name, shape in case.spec["param_shapes"].items()}
+        params = to_ours(table_of(module, ""), weights, shapes=shapes_of(module), where=case.name)
+    assert isinstance(module, LPIPS)
+
+    @jax.jit
+    def run(params: Any, a: jax.Array, b: jax.Array) -> Any:
+        def total(b: jax.Array) -> Any:
+            distance, state = module.apply(
+                {"params": params},
+                a,
+                b,
+                capture_intermediates=lambda m, _: m.name == "vgg",
+                mutable=["intermediates"],
+            )
+            return distance.sum(), (distance, state["intermediates"]["vgg"]["__call__"][0])
+
+        return jax.value_and_grad(total, has_aux=True)(b)
+
+    (_, (distance, maps)), grad = run(params, case.image("input"), case.image("target"))
+    results = {"distance": distance[:, None, None, None], "grad:target": nchw(grad)}
+    return results | {f"feat{i}": nchw(a) for i, a in enumerate(maps)}
+
+
+def drawn(name: str, shape: list[int], seed: int) -> np.ndarray:
+    """A weight by the rule of the recorded recipe (see `param_recipe` in the manifest)."""
+    if name.startswith("scaling_layer."):
+        values = [-0.030, -0.088, -0.188] if name.endswith("shift") else [0.458, 0.448, 0.450]
+        return np.asarray(values, np.float32).reshape(shape)
+    random = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0x7FFFFFFF)
+    std = 0.5 if name.startswith("lin") else np.sqrt(2 / (shape[1] * 9)) if len(shape) == 4 else 0.1
+    a = (random.standard_normal(shape) * std).astype(np.float32)
+    return np.abs(a) if name.startswith("lin") else a
+
+
+# -------------------------------------------------------------------------------------------------------- conditioning
+
+
+def class_embedder(case: Case) -> Results:
+    module, params, _ = build(case)
+    return {"c": module.apply({"params": params}, case.inputs["labels"])}
+
+
+def rescaler(case: Case) -> Results:
+    module, params, _ = build(case)
+    return {"y": nchw(jax.jit(module.apply)({"params": params}, case.image("x")))}
+
+
+def clip_text(case: Case) -> Results:
+    # A tower is stored under whatever prefix its owner has.
+    last = "embeddings.token_embedding.weight"
+    prefix = next(name for name in case.weights() if name.endswith(last)).removesuffix(last)
+    module, params, _ = build(case, prefix)
+    states = jax.jit(module.apply)({"params": params}, case.inputs["tokens"])
+    return {
+        "last_hidden_state": states.last,
+        "pooler_output": states.pooled,
+        "hidden_penultimate": states.hidden[-2],
+        "embeddings": states.hidden[0],
+    }
+
+
+def permuters(case: Case) -> Results:
+    x, results = case.inputs["x"], {}
+    for name, make in PERMUTERS.items():
+        forward, back = make(case.kwargs["H"], case.kwargs["W"])
+        results |= {name: x[:, forward], f"{name}_reverse": x[:, back]}
+    return results
+
+
+CASES: Mapping[str, Callable[[Case], Results]] = {
+    "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel": encoder_unet,
+    "taming.modules.vqvae.quantize.VectorQuantizer": vector_quantizer,
+    "taming.modules.vqvae.quantize.VectorQuantizer2": vector_quantizer,
+    "taming.modules.vqvae.quantize.GumbelQuantize": gumbel,
+    "taming.modules.vqvae.quantize.EMAVectorQuantizer": ema_quantizer,
+    "ldm.models.autoencoder.VQModel": vqmodel,
+    "ldm.models.autoencoder.VQModelInterface": vqmodel,
+    "taming.models.vqgan.VQModel": vqmodel,
+    "taming.modules.losses.lpips.LPIPS": lpips,
+    "ldm.modules.encoders.modules.ClassEmbedder": class_embedder,
+    "ldm.modules.encoders.modules.SpatialRescaler": rescaler,
+    "transformers.CLIPTextModel": clip_text,
+    "taming.modules.transformer.permuter": permuters,
+}
