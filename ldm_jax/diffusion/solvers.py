@@ -91,10 +91,10 @@ def plms(b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
 class Multistep:
     """DPM-Solver (Lu et al. 2022, arXiv:2206.00927) in eps or DPM-Solver++ (arXiv:2211.01095, algorithm 2) in x0, from the last ``order`` outputs.
 
-    It begins at order 1. ``lower_final`` also ends at low orders, which short runs need for stability (by default those under 15 steps).
+    It begins at order 1; ``rule`` is that of three outputs, two are combined by "half". ``lower_final`` also ends at low orders, which short runs need for stability (by default those under 15 steps).
     """
 
-    def __init__(self, order: int, form: Form, rule: Rule = "half", lower_final: bool | None = None):
+    def __init__(self, order: int, form: Form, rule: Rule = "exact", lower_final: bool | None = None):
         self.order, self.form, self.rule, self.lower_final = order, form, rule, lower_final
 
     def __call__(self, b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
@@ -103,7 +103,7 @@ class Multistep:
         for i, (sigma, to) in enumerate(steps(sigmas)):
             order = 1 if to == 0 else min(self.order, i + 1, total - i if lower else self.order)
             places = [(lam[i - j] - lam[i]) / (lam[i + 1] - lam[i]) for j in range(order)]
-            keep, w = exponential(self.form, sigma, to, places, rule=self.rule)
+            keep, w = exponential(self.form, sigma, to, places, rule=self.rule if order == 3 else "half")
             yield Row(sigma, to, keep * b.x + w @ b.m[:order])
 
 
