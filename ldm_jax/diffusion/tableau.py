@@ -165,7 +165,7 @@ def phi(k: int, z: Any, np: Any = np) -> Any:
 
     ``np`` may be jax.numpy. Near 0 by its series, where the recursion would cancel.
     """
-    near = sum(np.where(abs(z) < 1, z, 0.0) ** j / math.factorial(j + k) for j in range(18))
+    near = sum(np.where(abs(z) < 1, z, 0.0) ** j / float(math.factorial(j + k)) for j in range(16))
     far, safe = np.exp(z), np.where(abs(z) < 1, 1.0, z)
     for j in range(k):
         far = (far - 1 / math.factorial(j)) / safe

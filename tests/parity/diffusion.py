@@ -227,6 +227,19 @@ def corrector(text: str | None) -> Callable[[jax.Array, jax.Array, jax.Array], j
     return lambda eps, x, t: eps + weight * x
 
 
+def quantizer_of(case: Case) -> Callable[[jax.Array], jax.Array]:
+    """x0 [b, h, w, c] -> the nearest codes of the first stage's codebook."""
+    try:
+        from ldm_jax.models.quantize import nearest_codes
+    except ImportError:
+        raise NotYet("a quantising first stage") from None
+    own = {n: w for n, w in case.weights().items() if n.endswith("quantize.embedding.weight")}
+    if len(own) != 1:
+        raise NotYet("a first stage without a codebook")
+    codebook = jnp.asarray(*own.values())
+    return lambda x0: codebook[nearest_codes(x0.reshape(-1, x0.shape[-1]), codebook)].reshape(x0.shape)
+
+
 def known_of(case: Case) -> Known | None:
     """The region to keep, where the case has one."""
     if "mask" not in case.inputs:
@@ -248,15 +261,19 @@ def run_sampler(
 ) -> tuple[jax.Array, Trace]:
     """The whole run from ``x`` with step noise [S, b, c, h, w], zeros where a case records none; ``options`` are the
     sampler's eta and temperature."""
-    if case.kwargs.get("quantize_x0") or case.kwargs.get("quantize_denoised"):
-        raise NotYet("a quantising first stage")
+    quantize = quantizer_of(case) if case.kwargs.get("quantize_x0") or case.kwargs.get("quantize_denoised") else None
     nodes = sampler.nodes(model.schedule, grid, **options)
     correct = corrector(case.kwargs.get("score_corrector"))
 
     @jax.jit
     def run(model: LatentDiffusion, x: jax.Array, noise: jax.Array, known: Known | None) -> Any:
         predict = predictor(
-            denoiser_of(case, model, scale), model.schedule, model.objective, clip=clip, correct=correct
+            denoiser_of(case, model, scale),
+            model.schedule,
+            model.objective,
+            clip=clip,
+            correct=correct,
+            quantize=quantize,
         )
         return sample(
             sampler, predict, x, nodes, schedule=model.schedule, noise=noise[:, None], known=known, trace=True
@@ -493,7 +510,7 @@ def k_sampler(case: Case) -> Results:
         t = sigma_to_t(schedule, q)
         results["sigma_to_t"] = np.round(t) if kwargs.get("quantize") else t
     if "t_to_sigma" in case.expected:
-        results["t_to_sigma"] = t_to_sigma(schedule, [0, 0.5, 10.25, schedule.timesteps - 1.25, schedule.timesteps - 1])
+        results["t_to_sigma"] = t_to_sigma(schedule, [0, 0.5, 10.25, schedule.timesteps - 1.25, schedule.timesteps - 1.0])
     if isinstance(sampler, DPMAdaptive):
         options = pick(kwargs, "rtol atol h_init")
         node = sampler.table(sigmas[0], sigmas[-1] or sigmas[-2], logs, **options)
@@ -543,6 +560,48 @@ def p_sample_loop(case: Case) -> Results:
     return {"x_final": nchw(last), "intermediates": nchw(steps)}
 
 
+def k_loss(case: Case) -> Results:
+    """k-diffusion's wrappers of a bare UNet: the loss of each sample, in sigmas, and x0.
+
+    Their losses are those of our targets: the mean squared error of eps, or of v (Salimans & Ho 2022).
+    """
+    unet_config = {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {"use_checkpoint": False, **case.kwargs["unet"]},
+    }
+    unet = network(unet_config)
+    assert isinstance(unet, UNet)
+    table = unet_table(unet, "net.")
+    params = case.params(table, shapes_of(unet))
+    betas = re.fullmatch(r"(\w+) ([\d.e-]+)\.\.([\d.e-]+), T=(\d+)", case.kwargs["alphas_cumprod"])
+    if betas is None:
+        raise NotYet(f"alphas_cumprod {case.kwargs['alphas_cumprod']!r}")
+    schedule = make_schedule(betas[1], int(betas[4]), float(betas[2]), float(betas[3]))
+    objective = "v" if "VDDPM" in case.cls else "eps"
+    sigma = case.inputs["sigma"].astype(np.float64)
+    t = sigma_to_t(schedule, sigma)
+    if case.kwargs.get("quantize"):
+        t = np.round(t)
+    a, s = (np.reshape(v, (-1, 1, 1, 1)).astype(np.float32) for v in (1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma)))
+    x0, noise = case.image("x"), case.image("noise")
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        def loss(params: Any) -> Any:
+            xt = a * x0 + s * noise
+            out = unet.apply({"params": params}, xt, jnp.asarray(t, jnp.float32))
+            chosen = obj.get_objective(objective)
+            losses = obj.pointwise("l2", out, chosen.target(x0, noise, a, s))
+            return losses.mean(), (losses, chosen.read(out, xt, a, s).x0)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, (losses, denoised)), grads = run(params)
+    return {"loss": losses, "denoised": nchw(denoised), "t": t} | {
+        f"grad:{name}": g for name, g in to_theirs(table, grads).items()
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------- the classes
 
 
@@ -574,4 +633,6 @@ CASES: Mapping[str, Callable[[Case], Results]] = {
     "ldm.models.diffusion.dpm_solver.sampler.DPMSolverSampler": dpm_solver,
     "ldm.models.diffusion.dpm_solver.dpm_solver.DPM_Solver": dpm_solver,
     **{f"k_diffusion.sampling.sample_{name} with k_diffusion.external.CompVisDenoiser": k_sampler for name in K_SAMPLERS},
+    "k_diffusion.external.DiscreteVDDPMDenoiser": k_loss,
+    "k_diffusion.external.DiscreteEpsDDPMDenoiser": k_loss,
 }
