@@ -130,7 +130,5 @@ class DPMAdaptive:
         y = x * jnp.sqrt(1 + nodes.start**2)
         zero = jnp.zeros(rows, jnp.int32)
         state = State(y, y, jnp.full(rows, -jnp.log(nodes.start)), jnp.full(rows, nodes.h_init), zero, zero)
-        state = jax.lax.while_loop(
-            lambda s: jnp.any((s.lam < end - 1e-5) & (s.attempts < self.limit)), attempt, state
-        )
+        state = jax.lax.while_loop(lambda s: jnp.any((s.lam < end - 1e-5) & (s.attempts < self.limit)), attempt, state)
         return state.y / jnp.sqrt(1 + nodes.stop**2), state

@@ -59,7 +59,9 @@ def polyexponential(steps: int, low: float, high: float, rho: float = 2.0) -> np
 # name -> sigmas(steps, low, high) [steps], descending
 SIGMA_GRIDS: dict[str, Callable[[int, float, float], np.ndarray]] = {
     "karras": karras,
-    "exponential": lambda steps, low, high: polyexponential(steps, low, high, 1.0),  # linear in log sigma, or in log SNR
+    "exponential": lambda steps, low, high: polyexponential(
+        steps, low, high, 1.0
+    ),  # linear in log sigma, or in log SNR
     "polyexponential": polyexponential,
 }
 
@@ -73,7 +75,13 @@ def time_grid(kind: str | Sequence[float], steps: int, schedule: Schedule) -> np
     total = schedule.timesteps
     if not isinstance(kind, str):
         given = np.sort(np.asarray(kind, np.float64))
-        if given.ndim != 1 or not len(given) or len(np.unique(given)) < len(given) or given[0] < 0 or given[-1] > total - 1:
+        if (
+            given.ndim != 1
+            or not len(given)
+            or len(np.unique(given)) < len(given)
+            or given[0] < 0
+            or given[-1] > total - 1
+        ):
             raise ValueError(f"a list of timesteps needs distinct numbers from 0 to {total - 1}")
         if len(given) == steps:
             return given

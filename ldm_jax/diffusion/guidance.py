@@ -11,7 +11,9 @@ from ldm_jax.diffusion.schedule import Array, Schedule, level, lift
 
 Model = Callable[[jax.Array, jax.Array, Any], jax.Array]  # (x [b, ...], t [b], condition pytree) -> output [b, ...]
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, ...], t [] or [b]) -> output [b, ...]
-Predict = Callable[..., Prediction]  # (x [b, ...], t [] or [b], its (sqrt(abar), sqrt(1 - abar)) or nothing) -> Prediction
+Predict = Callable[
+    ..., Prediction
+]  # (x [b, ...], t [] or [b], its (sqrt(abar), sqrt(1 - abar)) or nothing) -> Prediction
 
 
 def unguided(model: Model, cond: Any) -> Denoiser:

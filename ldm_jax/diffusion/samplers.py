@@ -217,7 +217,9 @@ def sample(
         raise ValueError("sample: a known region needs the schedule")
     if isinstance(sampler, DPMAdaptive):
         if known is not None or trace:
-            raise ValueError("sample: dpm_adaptive chooses its own steps, so it keeps no known region and leaves no trace")
+            raise ValueError(
+                "sample: dpm_adaptive chooses its own steps, so it keeps no known region and leaves no trace"
+            )
         return sampler.run(predict, x, nodes)[0], None
 
     def draw(index: jax.Array, purpose: int, count: int) -> jax.Array:

@@ -81,7 +81,9 @@ def plms(b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
             yield Row(to, to, b.x + (to - sigma) * (b.m[0] + b.m[1]) / 2, step=False)
             continue
         w = adams[min(i + 1, 4)]
-        outputs = [b.m[j if j < i else j + 1] for j in range(len(w))]  # eps of the first step lies one call further back
+        outputs = [
+            b.m[j if j < i else j + 1] for j in range(len(w))
+        ]  # eps of the first step lies one call further back
         yield Row(sigma, to, b.x + (to - sigma) * sum(wj * m for wj, m in zip(w, outputs, strict=True)))
 
 
@@ -91,7 +93,8 @@ def plms(b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
 class Multistep:
     """DPM-Solver (Lu et al. 2022, arXiv:2206.00927) in eps or DPM-Solver++ (arXiv:2211.01095, algorithm 2) in x0, from the last ``order`` outputs.
 
-    It begins at order 1; ``rule`` is that of three outputs, two are combined by "half". ``lower_final`` also ends at low orders, which short runs need for stability (by default those under 15 steps).
+    It begins at order 1; ``rule`` is that of three outputs, two are combined by "half".
+    ``lower_final`` also ends at low orders, which short runs need for stability (by default those under 15 steps).
     """
 
     def __init__(self, order: int, form: Form, rule: Rule = "exact", lower_final: bool | None = None):

@@ -11,6 +11,7 @@ its scale. lambda = -log sigma is half the log SNR of the DPM-Solver papers; h i
 
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -157,7 +158,7 @@ def combine(weights: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
 
 def steps(sigmas: np.ndarray) -> list[tuple[float, float]]:
     """(sigma, next sigma) of each step."""
-    return [(float(a), float(b)) for a, b in zip(sigmas, sigmas[1:], strict=False)]
+    return list(itertools.pairwise(float(sigma) for sigma in sigmas))
 
 
 def phi(k: int, z: Any, np: Any = np) -> Any:
@@ -215,5 +216,3 @@ def churned(sigma: float, count: int, churn: float, tmin: float, tmax: float, s_
     gamma = min(churn / count, math.sqrt(2) - 1) if tmin <= sigma <= tmax else 0.0
     hat = sigma * (1 + gamma)
     return hat, math.sqrt(max(hat**2 - sigma**2, 0.0)) * s_noise
-
-

@@ -170,7 +170,9 @@ def test_adaptive_steps() -> None:
 
 
 @partial(jax.jit, static_argnums=0)
-def pictures(sampler: Any, nodes: Any, seeds: jax.Array, scale: jax.Array, phi: jax.Array, last: jax.Array) -> jax.Array:
+def pictures(
+    sampler: Any, nodes: Any, seeds: jax.Array, scale: jax.Array, phi: jax.Array, last: jax.Array
+) -> jax.Array:
     """A model that is no Gaussian's, guided, on pictures of 4 x 4 x 2."""
 
     def model(x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:

@@ -15,8 +15,8 @@ from ldm_jax.convert.compvis import unet_table
 from ldm_jax.convert.tables import Entry, Table, to_theirs, under
 from ldm_jax.convert.targets import TargetError, module_from_config
 from ldm_jax.diffusion import objective as obj
-from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
 from ldm_jax.diffusion.adaptive import DPMAdaptive
+from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Known, Trace, sample, step_grid
 from ldm_jax.diffusion.schedule import (
     Schedule,
@@ -411,7 +411,12 @@ def plms_sampler(case: Case) -> Results:
             start = known.mask * original + (1 - known.mask) * start
         y, y_next = np.asarray(start) * np.hypot(1, sigmas[i]), end * np.hypot(1, sigmas[i + 1])
         pred_x0.append(y - sigmas[i] * (y_next - y) / (sigmas[i + 1] - sigmas[i]))
-    return {"x_final": nchw(states[-1]), "x_inter": nchw(x_inter), "pred_x0": nchw(np.stack(pred_x0)), "timesteps": grid}
+    return {
+        "x_final": nchw(states[-1]),
+        "x_inter": nchw(x_inter),
+        "pred_x0": nchw(np.stack(pred_x0)),
+        "timesteps": grid,
+    }
 
 
 # DPM-Solver's own continuous time: t in (0, 1], timestep i at (i + 1) / N, log sqrt(abar) linear in between.
@@ -483,9 +488,19 @@ def dpm_solver(case: Case) -> Results:
 
 
 K_SAMPLERS = [
-    name.strip()
-    for name in """euler, euler_ancestral, heun, dpm_2, dpm_2_ancestral, lms, dpm_fast, dpm_adaptive, dpmpp_2s_ancestral,
-    dpmpp_sde, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde""".split(",")
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
 ]
 # What recorded runs have otherwise than the registry: fresh noise in both stages, the authors' third moment, the batch's error.
 RECORDED = {
@@ -510,7 +525,9 @@ def k_sampler(case: Case) -> Results:
         t = sigma_to_t(schedule, q)
         results["sigma_to_t"] = np.round(t) if kwargs.get("quantize") else t
     if "t_to_sigma" in case.expected:
-        results["t_to_sigma"] = t_to_sigma(schedule, [0, 0.5, 10.25, schedule.timesteps - 1.25, schedule.timesteps - 1.0])
+        results["t_to_sigma"] = t_to_sigma(
+            schedule, [0, 0.5, 10.25, schedule.timesteps - 1.25, schedule.timesteps - 1.0]
+        )
     if isinstance(sampler, DPMAdaptive):
         options = pick(kwargs, "rtol atol h_init")
         node = sampler.table(sigmas[0], sigmas[-1] or sigmas[-2], logs, **options)
@@ -582,7 +599,9 @@ def k_loss(case: Case) -> Results:
     t = sigma_to_t(schedule, sigma)
     if case.kwargs.get("quantize"):
         t = np.round(t)
-    a, s = (np.reshape(v, (-1, 1, 1, 1)).astype(np.float32) for v in (1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma)))
+    a, s = (
+        np.reshape(v, (-1, 1, 1, 1)).astype(np.float32) for v in (1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma))
+    )
     x0, noise = case.image("x"), case.image("noise")
 
     @jax.jit
@@ -632,7 +651,10 @@ CASES: Mapping[str, Callable[[Case], Results]] = {
     "ldm.models.diffusion.plms.PLMSSampler": plms_sampler,
     "ldm.models.diffusion.dpm_solver.sampler.DPMSolverSampler": dpm_solver,
     "ldm.models.diffusion.dpm_solver.dpm_solver.DPM_Solver": dpm_solver,
-    **{f"k_diffusion.sampling.sample_{name} with k_diffusion.external.CompVisDenoiser": k_sampler for name in K_SAMPLERS},
+    **{
+        f"k_diffusion.sampling.sample_{name} with k_diffusion.external.CompVisDenoiser": k_sampler
+        for name in K_SAMPLERS
+    },
     "k_diffusion.external.DiscreteVDDPMDenoiser": k_loss,
     "k_diffusion.external.DiscreteEpsDDPMDenoiser": k_loss,
 }
