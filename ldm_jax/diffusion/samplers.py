@@ -22,7 +22,7 @@ from ldm_jax.diffusion.schedule import Array, Schedule, log_sigmas, q_sample, si
 from ldm_jax.diffusion.tableau import Tableau
 
 __all__ = [
-    "DDIM", "DDPM", "SAMPLERS", "Known", "Sampler", "Trace", "initial_noise", "sample", "step_grid", "time_grid"
+    "DDIM", "DDPM", "SAMPLERS", "AnySampler", "Known", "Sampler", "Trace", "initial_noise", "sample", "step_grid", "time_grid"
 ]  # fmt: skip
 
 Carry = Any
@@ -61,6 +61,9 @@ class Sampler(Protocol):
     ) -> tuple[Carry, jax.Array, jax.Array]:
         """(carry, next x, predicted x0) from x [b, ...] and ``noise`` [draws, b, ...]: one call of the model."""
         ...
+
+
+AnySampler = Sampler | DPMAdaptive
 
 
 class DDIMNode(NamedTuple):
@@ -195,7 +198,7 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def sample(
-    sampler: Sampler | DPMAdaptive,
+    sampler: AnySampler,
     predict: Predict,
     x: jax.Array,
     nodes: Any,
@@ -258,7 +261,7 @@ def sample(
 
 # ------------------------------------------------------------------------------------------------------------------- the registry
 
-SAMPLERS: dict[str, Sampler | DPMAdaptive] = {
+SAMPLERS: dict[str, AnySampler] = {
     "ddim": DDIM(),
     "ddpm": DDPM(),
     "ddim_inversion": Inversion(solvers.euler, 1, end=0.0),
