@@ -452,7 +452,7 @@ def dpm_solver(case: Case) -> Results:
     """DPM_Solver used directly, or by DPMSolverSampler, which has its defaults."""
     kwargs, (model, _) = case.kwargs, model_of(case)
     schedule, n = model.schedule, model.schedule.timesteps
-    steps, order = kwargs.get("steps", kwargs.get("S")), kwargs.get("order", 2)
+    steps, order = int(kwargs["steps"] if "steps" in kwargs else kwargs["S"]), kwargs.get("order", 2)
     skip, method = kwargs.get("skip_type", "time_uniform"), kwargs.get("method", "multistep")
     form = "x0" if kwargs.get("predict_x0", True) else "eps"
     if kwargs.get("solver_type", "dpm_solver") != "dpm_solver" or kwargs.get("denoise_to_zero"):
