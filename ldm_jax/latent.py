@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from ldm_jax.conditioning import CONDITIONERS, Cond, Conditioner
 from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
 from ldm_jax.diffusion.objective import get_objective
-from ldm_jax.diffusion.samplers import Sampler, initial_noise, sample
+from ldm_jax.diffusion.samplers import AnySampler, initial_noise, sample
 from ldm_jax.diffusion.schedule import Schedule, make_schedule
 from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
 from ldm_jax.models.unet import UNet
@@ -228,7 +228,7 @@ def check_params(model: LatentDiffusion) -> None:
 
 def generate(
     model: LatentDiffusion,
-    sampler: Sampler,
+    sampler: AnySampler,
     nodes: Any,
     encoded: Any,
     null: Any,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model
-from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
+from ldm_jax.diffusion.samplers import SAMPLERS, time_grid
 from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, generate, nearest
 from ldm_jax.parallel import Mode, compile_step, make_mesh
 
@@ -154,8 +154,8 @@ class Pipeline:
         if not np.isfinite(chosen.eta) or chosen.eta < 0:
             raise RequestError(f"eta must be a number of at least 0, not {chosen.eta}")
         try:
-            timesteps = step_grid(chosen.grid, chosen.steps, self._schedule.timesteps)
-            eta = {} if chosen.sampler == "ddpm" and not chosen.eta else {"eta": chosen.eta}  # ddpm has its own
+            timesteps = time_grid(chosen.grid, chosen.steps, self._schedule)
+            eta = {"eta": chosen.eta} if chosen.eta else {}  # 0 is the sampler's own: 0 for ddim, 1 for ancestral ones
             return SAMPLERS[chosen.sampler].nodes(self._schedule, timesteps, **eta)
         except ValueError as error:
             raise RequestError(str(error)) from None

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.diffusion.objective import Prediction, get_objective, read
-from ldm_jax.diffusion.schedule import Array, Schedule, at
+from ldm_jax.diffusion.objective import Prediction, get_objective
+from ldm_jax.diffusion.schedule import Array, Schedule, level, lift
 
 Model = Callable[[jax.Array, jax.Array, Any], jax.Array]  # (x [b, ...], t [b], condition pytree) -> output [b, ...]
-Denoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, ...], t []) -> output [b, ...]
-Predict = Callable[[jax.Array, jax.Array], Prediction]  # (x [b, ...], t []) -> Prediction
+Denoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, ...], t [] or [b]) -> output [b, ...]
+Predict = Callable[
+    ..., Prediction
+]  # (x [b, ...], t [] or [b], its (sqrt(abar), sqrt(1 - abar)) or nothing) -> Prediction
 
 
 def unguided(model: Model, cond: Any) -> Denoiser:
@@ -19,18 +21,36 @@ def unguided(model: Model, cond: Any) -> Denoiser:
     return lambda x, t: model(x, jnp.full(x.shape[:1], t), cond)
 
 
-def classifier_free(model: Model, cond: Any, null: Any, scale: Array) -> Denoiser:
+def classifier_free(
+    model: Model,
+    cond: Any,
+    null: Any,
+    scale: Array,
+    *,
+    interval: tuple[Array, Array] | None = None,
+    rescale: Array | None = None,
+) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): null + scale * (cond - null), both in one forward of 2 b rows.
 
-    ``cond`` and ``null`` are pytrees of [b, ...]; ``scale`` is traced, [] or [b].
+    ``cond`` and ``null`` are pytrees of [b, ...]; ``scale`` is traced, [] or [b], and so are the others. ``interval`` (first, last) guides within
+    these timesteps alone (Kynkaanniemi et al. 2024, arXiv:2404.07724). ``rescale`` phi brings the result's standard deviation phi of the way back
+    to that of the conditional output (Lin et al. 2023, arXiv:2305.08891, eq. 15-16).
     """
     both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), null, cond)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        out = model(jnp.concatenate([x, x]), jnp.full(2 * x.shape[0], t), both)
+        rows = x.shape[:1]
+        out = model(jnp.concatenate([x, x]), jnp.concatenate([jnp.full(rows, t), jnp.full(rows, t)]), both)
         out_null, out_cond = jnp.split(out, 2)
         s = jnp.asarray(scale, out.dtype)
-        return out_null + s.reshape(s.shape + (1,) * (x.ndim - s.ndim) if s.ndim else ()) * (out_cond - out_null)
+        if interval is not None:
+            s = jnp.where((interval[0] <= t) & (t <= interval[1]), s, 1.0)
+        guided = out_null + lift(s, x) * (out_cond - out_null)
+        if rescale is None:
+            return guided
+        axes = tuple(range(1, x.ndim))
+        ratio = out_cond.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+        return guided * (1 + lift(rescale, x) * (ratio - 1))
 
     return denoise
 
@@ -45,12 +65,15 @@ def predictor(
     quantize: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Predict:
     """What samplers step with. ``correct(eps, x, t)`` changes eps before x0 is read off it; ``clip`` bounds x0 to [-1, 1] (pixel-space
-    models) and ``quantize`` maps x0 onto a codebook, both leaving eps as it is."""
+    models) and ``quantize`` maps x0 onto a codebook, both leaving eps as it is.
 
-    def predict(x: jax.Array, t: jax.Array) -> Prediction:
-        eps, x0 = read(objective, schedule, denoise(x, t), x, t)
+    Samplers that stop between the timesteps say what (sqrt(abar), sqrt(1 - abar)) is there; otherwise it is the schedule's at ``t``.
+    """
+
+    def predict(x: jax.Array, t: jax.Array, at: tuple[Array, Array] | None = None) -> Prediction:
+        a, s = level(schedule, t, x) if at is None else (lift(at[0], x), lift(at[1], x))
+        eps, x0 = get_objective(objective).read(denoise(x, t), x, a, s)
         if correct is not None:
-            a, s = at(schedule.sqrt_alphas_cumprod, t, x), at(schedule.sqrt_one_minus_alphas_cumprod, t, x)
             eps, x0 = get_objective("eps").read(correct(eps, x, t), x, a, s)
         x0 = jnp.clip(x0, -1.0, 1.0) if clip else x0
         return Prediction(eps, x0 if quantize is None else quantize(x0))

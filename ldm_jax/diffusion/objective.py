@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.schedule import Array, Schedule, at
+from ldm_jax.diffusion.schedule import Array, Schedule, at, level
 
 
 class Prediction(NamedTuple):
@@ -52,9 +52,8 @@ def target(objective: str, schedule: Schedule, x0: Array, eps: Array, t: Array) 
 
 
 def read(objective: str, schedule: Schedule, out: Array, xt: Array, t: Array) -> Prediction:
-    """The Prediction in the network's output ``out`` at ``xt`` [b, ...] and ``t``, [] or [b]."""
-    a, s = at(schedule.sqrt_alphas_cumprod, t, xt), at(schedule.sqrt_one_minus_alphas_cumprod, t, xt)
-    return get_objective(objective).read(out, xt, a, s)
+    """The Prediction in the network's output ``out`` at ``xt`` [b, ...] and ``t``, [] or [b], int or float."""
+    return get_objective(objective).read(out, xt, *level(schedule, t, xt))
 
 
 def elbo_weights(objective: str, schedule: Schedule) -> np.ndarray:

@@ -2,74 +2,54 @@
 
 A sampler is a frozen dataclass, hence a static argument of a jitted function. Its ``nodes(schedule, timesteps, ...)`` are tables over the steps,
 computed on the host in float64 and traced: another eta, temperature or grid of the same length compiles nothing. ``step`` is the algorithm.
+DDPM and DDIM are here; solvers.py and stochastic.py hold those that are tables of weights (tableau.py), and all are in SAMPLERS below.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.diffusion import solvers, stochastic
+from ldm_jax.diffusion.adaptive import DPMAdaptive
+from ldm_jax.diffusion.grids import step_grid, time_grid
 from ldm_jax.diffusion.guidance import Predict
-from ldm_jax.diffusion.schedule import Array, Schedule, q_sample
+from ldm_jax.diffusion.schedule import Array, Schedule, log_sigmas, q_sample, sigma_to_t, t_to_sigma
+from ldm_jax.diffusion.tableau import Tableau
+
+__all__ = [
+    "DDIM", "DDPM", "SAMPLERS", "AnySampler", "Known", "Sampler", "Trace", "initial_noise", "sample", "step_grid", "time_grid"
+]  # fmt: skip
 
 Carry = Any
-
-
-# --------------------------------------------------------------------------------------------------------------------- step grids
-
-
-def _uniform(steps: int, total: int) -> np.ndarray:
-    grid = np.arange(steps) * total // steps
-    return grid + (grid[-1] + 1 < total)  # the original's +1, except where it would leave the schedule
-
-
-# name -> ascending timesteps [steps] within 0 .. total - 1, before they are made distinct
-GRIDS: dict[str, Callable[[int, int], np.ndarray]] = {
-    "uniform": _uniform,
-    "quad": lambda steps, total: (np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(int) + 1,
-    "trailing": lambda steps, total: (
-        np.round(np.arange(1, steps + 1) * total / steps).astype(int) - 1
-    ),  # Lin et al. 2023, arXiv:2305.08891
-}
-
-
-def step_grid(kind: str, steps: int, total: int, *, compat: bool = False) -> np.ndarray:
-    """Ascending, distinct timesteps, int64 [steps], for any ``steps`` from 1 to ``total``.
-
-    ``compat`` gives the original's "uniform" grid instead: stride total // steps, which for some counts has more than ``steps`` entries and for
-    others (where the original crashes) leaves the schedule: ValueError.
-    """
-    if kind not in GRIDS:
-        raise ValueError(f"step grid {kind!r} does not exist (have {', '.join(GRIDS)})")
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be from 1 to {total}, not {steps}")
-    original = compat and kind == "uniform"
-    grid = np.arange(0, total, total // steps) + 1 if original else GRIDS[kind](steps, total)
-    if compat:
-        if grid[-1] >= total:
-            raise ValueError(
-                f"the original's {kind} grid of {steps} steps reaches timestep {grid[-1]} of {total}; leave out compat or take other steps"
-            )
-        return grid
-    ramp = np.arange(len(grid))
-    grid = np.maximum.accumulate(grid - ramp) + ramp  # distinct: at least one apart ...
-    return np.minimum(grid, total - len(grid) + ramp)  # ... and inside the schedule
 
 
 # ----------------------------------------------------------------------------------------------------------------------- samplers
 
 
 class Sampler(Protocol):
-    """``draws`` standard normal arrays enter each step; ``blend_after`` says on which side of a step a known region is blended in."""
+    """``draws`` standard normal arrays enter each step; ``blend_after`` says on which side of a step a known region is blended in. ``order`` is
+    the order of convergence of the result: to the ODE's solution, or with noise in play in its mean and covariance."""
 
-    draws: int
-    blend_after: bool
+    @property
+    def draws(self) -> int: ...
+    @property
+    def blend_after(self) -> bool: ...
+    @property
+    def order(self) -> int: ...
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What ``nodes`` takes by name."""
+        ...
 
-    def nodes(self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = ..., temperature: float = ...) -> Any:
-        """A pytree of arrays [S] in the order of sampling, with a field ``t``: the timestep at which the step starts."""
+    @property
+    def nodes(self) -> Callable[..., Any]:
+        """(schedule, ascending timesteps, **options) -> a pytree of arrays [S] in the order of sampling. Its field ``t`` is the timestep at which
+        the model is called; where there is a field ``begin``, a known region is blended in only where it is true."""
         ...
 
     def init(self, x: jax.Array) -> Carry:
@@ -79,8 +59,11 @@ class Sampler(Protocol):
     def step(
         self, carry: Carry, node: Any, x: jax.Array, predict: Predict, noise: jax.Array | None
     ) -> tuple[Carry, jax.Array, jax.Array]:
-        """(carry, next x, predicted x0) from x [b, ...] and ``noise`` [draws, b, ...]."""
+        """(carry, next x, predicted x0) from x [b, ...] and ``noise`` [draws, b, ...]: one call of the model."""
         ...
+
+
+AnySampler = Sampler | DPMAdaptive
 
 
 class DDIMNode(NamedTuple):
@@ -96,6 +79,8 @@ class DDIM:
 
     draws = 1
     blend_after = False
+    order = 1
+    options = ("eta", "temperature")
 
     def nodes(
         self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 0.0, temperature: float = 1.0
@@ -130,6 +115,8 @@ class DDPM:
 
     draws = 1
     blend_after = True
+    order = 1
+    options = ("temperature",)
 
     def nodes(
         self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 1.0, temperature: float = 1.0
@@ -156,10 +143,24 @@ class DDPM:
         return carry, node.coef_x0 * x0 + node.coef_xt * x + node.std * noise[0], x0
 
 
+@dataclasses.dataclass(frozen=True)
+class Inversion(Tableau):
+    """DDIM run backwards (Song et al. 2021, section 4.3 and appendix; Dhariwal & Nichol 2021, appendix F): from an image's latents, which stand at
+    ``end``, up to the noise at the last timestep, from which DDIM leads back."""
+
+    def nodes(self, schedule: Schedule, timesteps: np.ndarray, **options: float) -> Any:
+        """The table over ascending timesteps, in that order."""
+        times = np.append(0.0 if self.end is None else self.end, np.asarray(timesteps, np.float64))
+        return self.table(t_to_sigma(schedule, times), partial(sigma_to_t, schedule), **options)
+
+
 def _abar_pairs(schedule: Schedule, timesteps: np.ndarray, first: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """abar at each timestep and at the one before it in the grid, float64; before the first stands ``first``, or abar_0 as DDIM has it."""
-    table = np.asarray(schedule.alphas_cumprod, np.float64)
-    abar = table[timesteps]
+    table, timesteps = np.asarray(schedule.alphas_cumprod, np.float64), np.asarray(timesteps)
+    if np.issubdtype(timesteps.dtype, np.integer):
+        abar = table[timesteps]
+    else:  # between timesteps, log sigma is linear
+        abar = 1 / (1 + np.exp(2 * np.interp(timesteps, np.arange(len(table)), log_sigmas(schedule))))
     return abar, np.append(table[0] if first is None else first, abar[:-1])
 
 
@@ -197,7 +198,7 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def sample(
-    sampler: Sampler,
+    sampler: AnySampler,
     predict: Predict,
     x: jax.Array,
     nodes: Any,
@@ -217,6 +218,12 @@ def sample(
         raise ValueError("sample: give keys, or every noise that the run needs")
     if known is not None and schedule is None:
         raise ValueError("sample: a known region needs the schedule")
+    if isinstance(sampler, DPMAdaptive):
+        if known is not None or trace:
+            raise ValueError(
+                "sample: dpm_adaptive chooses its own steps, so it keeps no known region and leaves no trace"
+            )
+        return sampler.run(predict, x, nodes)[0], None
 
     def draw(index: jax.Array, purpose: int, count: int) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
@@ -226,23 +233,24 @@ def sample(
         assert keys is not None
         return jax.vmap(one, out_axes=1)(keys)
 
-    def blend(x: jax.Array, t: jax.Array, index: jax.Array, given: jax.Array | None) -> jax.Array:
+    def blend(x: jax.Array, node: Any, index: jax.Array, given: jax.Array | None) -> jax.Array:
         if known is None:
             return x
         assert schedule is not None
-        original = q_sample(schedule, known.x0, t, draw(index, 1, 1)[0] if given is None else given)
-        return known.mask * original + (1 - known.mask) * x
+        original = q_sample(schedule, known.x0, node.t, draw(index, 1, 1)[0] if given is None else given)
+        blended = known.mask * original + (1 - known.mask) * x
+        return jnp.where(node.begin, blended, x) if hasattr(node, "begin") else blended
 
     def body(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Trace | None]:
         carry, x = state
         index, node, step_noise, known_noise = inputs
         if not sampler.blend_after:
-            x = blend(x, node.t, index, known_noise)
+            x = blend(x, node, index, known_noise)
         if step_noise is None and sampler.draws:
             step_noise = draw(index, 0, sampler.draws)
         carry, x, x0 = sampler.step(carry, node, x, predict, step_noise)
         if sampler.blend_after:
-            x = blend(x, node.t, index, known_noise)
+            x = blend(x, node, index, known_noise)
         return (carry, x), Trace(x, x0) if trace else None
 
     count = jax.tree.leaves(nodes)[0].shape[0]
@@ -251,4 +259,33 @@ def sample(
     return x, steps
 
 
-SAMPLERS: dict[str, Sampler] = {"ddim": DDIM(), "ddpm": DDPM()}
+# ------------------------------------------------------------------------------------------------------------------- the registry
+
+SAMPLERS: dict[str, AnySampler] = {
+    "ddim": DDIM(),
+    "ddpm": DDPM(),
+    "ddim_inversion": Inversion(solvers.euler, 1, end=0.0),
+    "plms": Tableau(solvers.plms, 2, "eps", history=4, end=0.0),
+    "dpm_solver_1": Tableau(solvers.Singlestep(1, "eps"), 1, "eps"),
+    "dpm_solver_2": Tableau(solvers.Singlestep(2, "eps"), 2, "eps", history=1),
+    "dpm_solver_3": Tableau(solvers.Singlestep(3, "eps"), 3, "eps", history=2),
+    "dpm_solver_1m": Tableau(solvers.Multistep(1, "eps"), 1, "eps"),
+    "dpm_solver_2m": Tableau(solvers.Multistep(2, "eps"), 2, "eps", history=1),
+    "dpm_solver_3m": Tableau(solvers.Multistep(3, "eps"), 3, "eps", history=2),
+    "dpmpp_2s": Tableau(solvers.Singlestep(2, "x0"), 2, history=1),
+    "dpmpp_2m": Tableau(solvers.Multistep(2, "x0"), 2, history=1),
+    "dpmpp_3m": Tableau(solvers.Multistep(3, "x0"), 3, history=2),
+    "unipc": Tableau(solvers.UniPC(2), 3, history=2, corrects=True),
+    "euler": Tableau(solvers.euler, 1, draws=1),
+    "heun": Tableau(solvers.heun, 2, history=1, draws=1),
+    "dpm_2": Tableau(solvers.dpm_2, 2, draws=1),
+    "lms": Tableau(solvers.lms, 4, "eps", history=3),
+    "euler_ancestral": Tableau(stochastic.euler_ancestral, 1, draws=1),
+    "dpm_2_ancestral": Tableau(stochastic.dpm_2_ancestral, 2, draws=1),
+    "dpmpp_2s_ancestral": Tableau(stochastic.dpmpp_2s_ancestral, 2, history=1, draws=1),
+    "dpmpp_sde": Tableau(stochastic.DPMppSDE(), 2, history=1, draws=1),
+    "dpmpp_2m_sde": Tableau(stochastic.DPMppMultistepSDE(2, "half"), 2, history=1, draws=1),
+    "dpmpp_3m_sde": Tableau(stochastic.DPMppMultistepSDE(3, "exact"), 2, history=2, draws=1),
+    "dpm_fast": Tableau(solvers.Singlestep(3, "eps"), 3, "eps", history=2, arrange=solvers.dpm_fast_sigmas),
+    "dpm_adaptive": DPMAdaptive(),
+}

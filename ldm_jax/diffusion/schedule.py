@@ -66,6 +66,13 @@ def make_betas(
     return BETA_SCHEDULES[kind](timesteps, linear_start, linear_end, cosine_s)
 
 
+def rescale_to_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas [T] whose sqrt(abar) is shifted to end at 0 and scaled to begin where it did (Lin et al. 2023, arXiv:2305.08891, algorithm 1)."""
+    root = np.sqrt(np.cumprod(1.0 - np.asarray(betas, np.float64)))
+    abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1.0 - abar / np.append(1.0, abar[:-1])
+
+
 def make_schedule(
     beta_schedule: str = "linear",
     timesteps: int = 1000,
@@ -73,16 +80,21 @@ def make_schedule(
     linear_end: float = 2e-2,
     cosine_s: float = 8e-3,
     v_posterior: float = 0.0,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
     """The schedule of the original's ``register_schedule``: float64 throughout, float32 at the end.
 
-    ``v_posterior`` v chooses the posterior's variance (1 - v) * beta~_t + v * beta_t.
+    ``v_posterior`` v chooses the posterior's variance (1 - v) * beta~_t + v * beta_t. ``zero_terminal_snr`` makes the last x_t pure noise, which
+    asks for a model that predicts v or x0.
     """
     betas = make_betas(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+    betas = rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas
     alphas = 1.0 - betas
     abar = np.cumprod(alphas)
     prev = np.append(1.0, abar[:-1])
     variance = (1 - v_posterior) * betas * (1 - prev) / (1 - abar) + v_posterior * betas
+    with np.errstate(divide="ignore"):  # without a terminal signal, x_0 cannot be read off eps
+        recip = 1 / abar
     tables = {
         "betas": betas,
         "alphas_cumprod": abar,
@@ -90,8 +102,8 @@ def make_schedule(
         "sqrt_alphas_cumprod": np.sqrt(abar),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - abar),
         "log_one_minus_alphas_cumprod": np.log(1 - abar),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1 / abar),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / abar - 1),
+        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
         "posterior_variance": variance,
         # The first posterior variance is 0 (its log is not finite), hence the floor.
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
@@ -107,9 +119,46 @@ def at(table: Array, t: Array, x: Array) -> jax.Array:
     return values.reshape(values.shape[:1] + (1,) * (x.ndim - values.ndim)) if values.ndim else values
 
 
+def lift(value: Array, x: Array) -> jax.Array:
+    """A number for all, or [b], shaped to multiply ``x`` [b, ...]."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim else value
+
+
+# Where abar is 0 (zero terminal SNR), log sigma stands at about 10 instead of infinity: sqrt(abar) is 3e-5 there.
+ABAR_FLOOR = 1e-9
+
+
+def level(schedule: Schedule, t: Array, x: Array) -> tuple[jax.Array, jax.Array]:
+    """(sqrt(abar_t), sqrt(1 - abar_t)) shaped to multiply ``x``. Between the timesteps (float t) log sigma is linear in t, sigma^2 = 1 / abar - 1."""
+    if not jnp.issubdtype(jnp.result_type(t), jnp.floating):
+        return at(schedule.sqrt_alphas_cumprod, t, x), at(schedule.sqrt_one_minus_alphas_cumprod, t, x)
+    abar = jnp.maximum(jnp.asarray(schedule.alphas_cumprod), ABAR_FLOOR)
+    log_sigma = jnp.interp(t, jnp.arange(schedule.timesteps), (jnp.log1p(-abar) - jnp.log(abar)) / 2)
+    return lift(jax.nn.sigmoid(-2 * log_sigma) ** 0.5, x), lift(jax.nn.sigmoid(2 * log_sigma) ** 0.5, x)
+
+
+def log_sigmas(schedule: Schedule) -> np.ndarray:
+    """log sigma_t, float64 [T], ascending, with sigma_t^2 = (1 - abar_t) / abar_t: the noise of x_t / sqrt(abar_t) (Karras et al. 2022)."""
+    abar = np.maximum(np.asarray(schedule.alphas_cumprod, np.float64), ABAR_FLOOR)
+    return (np.log1p(-abar) - np.log(abar)) / 2
+
+
+def t_to_sigma(schedule: Schedule, t: Array) -> np.ndarray:
+    """sigma at float timesteps, float64, on the host; log sigma is linear between timesteps."""
+    return np.exp(np.interp(t, np.arange(schedule.timesteps), log_sigmas(schedule)))
+
+
+def sigma_to_t(schedule: Schedule, sigma: Array) -> np.ndarray:
+    """The float timestep at which the noise is ``sigma``, float64, on the host: the inverse of `t_to_sigma`, within the schedule."""
+    with np.errstate(divide="ignore"):
+        return np.interp(np.log(sigma), log_sigmas(schedule), np.arange(schedule.timesteps))
+
+
 def q_sample(schedule: Schedule, x0: Array, t: Array, noise: Array) -> jax.Array:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. x0, noise [b, ...]; t int, [] or [b]."""
-    return at(schedule.sqrt_alphas_cumprod, t, x0) * x0 + at(schedule.sqrt_one_minus_alphas_cumprod, t, x0) * noise
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. x0, noise [b, ...]; t [] or [b], int, or float between timesteps."""
+    a, s = level(schedule, t, x0)
+    return a * x0 + s * noise
 
 
 def q_mean_variance(schedule: Schedule, x0: Array, t: Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """Schedules, losses and samplers: the original's LatentDiffusion and DDPM objects, with the recorded noise handed
 in."""
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,17 +17,24 @@ from ldm_jax.convert.targets import TargetError, module_from_config
 from ldm_jax.convert.whole import latent_diffusion as latent_diffusion_of
 from ldm_jax.convert.whole import schedule_buffers
 from ldm_jax.diffusion import objective as obj
+from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
-from ldm_jax.diffusion.samplers import DDIM, DDPM, Known, Trace, sample, step_grid
+from ldm_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Known, Trace, sample, step_grid
 from ldm_jax.diffusion.schedule import (
     Schedule,
+    log_sigmas,
     make_betas,
     make_schedule,
     posterior,
     predict_x0,
     q_mean_variance,
     q_sample,
+    sigma_to_t,
+    t_to_sigma,
 )
+from ldm_jax.diffusion.solvers import Multistep, Singlestep, dpm_fast_sigmas, split
+from ldm_jax.diffusion.stochastic import DPMppMultistepSDE, DPMppSDE
+from ldm_jax.diffusion.tableau import Tableau
 from ldm_jax.latent import FirstStage, LatentDiffusion
 from ldm_jax.models.unet import UNet
 
@@ -221,6 +229,19 @@ def corrector(text: str | None) -> Callable[[jax.Array, jax.Array, jax.Array], j
     return lambda eps, x, t: eps + weight * x
 
 
+def quantizer_of(case: Case) -> Callable[[jax.Array], jax.Array]:
+    """x0 [b, h, w, c] -> the nearest codes of the first stage's codebook."""
+    try:
+        from ldm_jax.models.quantize import nearest_codes
+    except ImportError:
+        raise NotYet("a quantising first stage") from None
+    own = {n: w for n, w in case.weights().items() if n.endswith("quantize.embedding.weight")}
+    if len(own) != 1:
+        raise NotYet("a first stage without a codebook")
+    codebook = jnp.asarray(*own.values())
+    return lambda x0: codebook[nearest_codes(x0.reshape(-1, x0.shape[-1]), codebook)].reshape(x0.shape)
+
+
 def known_of(case: Case) -> Known | None:
     """The region to keep, where the case has one."""
     if "mask" not in case.inputs:
@@ -242,15 +263,19 @@ def run_sampler(
 ) -> tuple[jax.Array, Trace]:
     """The whole run from ``x`` with step noise [S, b, c, h, w], zeros where a case records none; ``options`` are the
     sampler's eta and temperature."""
-    if case.kwargs.get("quantize_x0") or case.kwargs.get("quantize_denoised"):
-        raise NotYet("a quantising first stage")
+    quantize = quantizer_of(case) if case.kwargs.get("quantize_x0") or case.kwargs.get("quantize_denoised") else None
     nodes = sampler.nodes(model.schedule, grid, **options)
     correct = corrector(case.kwargs.get("score_corrector"))
 
     @jax.jit
     def run(model: LatentDiffusion, x: jax.Array, noise: jax.Array, known: Known | None) -> Any:
         predict = predictor(
-            denoiser_of(case, model, scale), model.schedule, model.objective, clip=clip, correct=correct
+            denoiser_of(case, model, scale),
+            model.schedule,
+            model.objective,
+            clip=clip,
+            correct=correct,
+            quantize=quantize,
         )
         return sample(
             sampler, predict, x, nodes, schedule=model.schedule, noise=noise[:, None], known=known, trace=True
@@ -306,6 +331,236 @@ def img2img(case: Case, model: LatentDiffusion) -> Results:
     return {name: nchw(a) for name, a in results.items()}
 
 
+def rows_from(node: Any, sampler: Tableau, recorded: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Recorded noise [draws, b, c, h, w] at the rows that draw it, [n, 1, b, h, w, c], zeros elsewhere.
+
+    Samplers with churn draw when a step begins, also where that adds nothing; others where the noise has a weight.
+    """
+    noise = np.zeros((len(node.t), *shape), np.float32)
+    if recorded is not None and sampler.draws:
+        rows = np.flatnonzero(node.begin if "churn" in sampler.options else node.next[:, -1])
+        if len(rows) == len(recorded):
+            noise[rows] = nhwc(recorded)
+        elif len(rows):
+            raise NotYet(f"{len(recorded)} recorded draws for {len(rows)} that this sampler makes")
+    return noise[:, None]
+
+
+def run_tableau(
+    case: Case,
+    model: LatentDiffusion,
+    sampler: Tableau,
+    node: Any,
+    x: np.ndarray,
+    *,
+    scale: float,
+    noise: np.ndarray | None = None,
+    known: Known | None = None,
+    rounded: bool = False,
+    threshold: bool = False,
+) -> tuple[np.ndarray, Trace]:
+    """(x before every row and at the end, Trace); ``rounded`` gives the model the nearest timestep, ``threshold`` is
+    Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3) of x0 as DPM-Solver++ has it."""
+
+    def thresholded(x0: jax.Array) -> jax.Array:
+        axes = tuple(range(1, x0.ndim))
+        bound = jnp.maximum(jnp.quantile(jnp.abs(x0), 0.995, axis=axes, keepdims=True), 1.0)
+        return jnp.clip(x0, -bound, bound) / bound
+
+    steps = rows_from(node, sampler, noise, x.shape)
+
+    @jax.jit
+    def run(model: LatentDiffusion, x: jax.Array, steps: jax.Array, known: Known | None) -> Any:
+        denoise = denoiser_of(case, model, scale)
+        predict = predictor(
+            (lambda x, t: denoise(x, jnp.round(t))) if rounded else denoise,
+            model.schedule,
+            model.objective,
+            correct=corrector(case.kwargs.get("score_corrector")),
+            quantize=thresholded if threshold else None,
+        )
+        return sample(sampler, predict, x, node, schedule=model.schedule, noise=steps, known=known, trace=True)
+
+    _, trace = run(model, jnp.asarray(x, jnp.float32), steps, known)
+    return np.concatenate([x[None], np.asarray(trace.x)]), trace
+
+
+def plms_sampler(case: Case) -> Results:
+    """PLMS; the x0 that it reports is that of the combined eps, hence of the step that was made."""
+    kwargs, (model, _) = case.kwargs, model_of(case)
+    if kwargs.get("quantize_x0"):
+        raise NotYet("a quantising first stage")
+    grid = step_grid(kwargs.get("ddim_discretize", "uniform"), kwargs["S"], model.schedule.timesteps, compat=True)
+    sampler, x = SAMPLERS["plms"], case.image("x_T")
+    assert isinstance(sampler, Tableau)
+    node = sampler.nodes(model.schedule, grid)
+    begin = np.flatnonzero(node.begin)
+    known = known_of(case)
+    if known is not None:  # one draw for each step; stages in between keep what they are
+        assert known.noise is not None
+        drawn = np.zeros((len(node.t), *known.noise.shape[1:]), np.float32)
+        drawn[begin] = known.noise
+        known = known._replace(noise=jnp.asarray(drawn))
+    scale = kwargs.get("unconditional_guidance_scale", 1.0)
+    states, _ = run_tableau(case, model, sampler, node, x, scale=scale, known=known)
+    x_inter = states[[*begin, len(states) - 1]]
+    sigmas = t_to_sigma(model.schedule, np.append(grid[::-1], 0))
+    pred_x0 = [x]
+    for i, (start, end) in enumerate(itertools.pairwise(x_inter.astype(np.float64))):
+        if known is not None:
+            assert known.noise is not None
+            original = q_sample(model.schedule, known.x0, int(grid[::-1][i]), known.noise[begin[i]])
+            start = known.mask * original + (1 - known.mask) * start
+        y, y_next = np.asarray(start) * np.hypot(1, sigmas[i]), end * np.hypot(1, sigmas[i + 1])
+        pred_x0.append(y - sigmas[i] * (y_next - y) / (sigmas[i + 1] - sigmas[i]))
+    return {
+        "x_final": nchw(states[-1]),
+        "x_inter": nchw(x_inter),
+        "pred_x0": nchw(np.stack(pred_x0)),
+        "timesteps": grid,
+    }
+
+
+# DPM-Solver's own continuous time: t in (0, 1], timestep i at (i + 1) / N, log sqrt(abar) linear in between.
+
+
+def log_alpha(schedule: Schedule, t: np.ndarray) -> np.ndarray:
+    n = schedule.timesteps
+    return np.interp(t, np.arange(1, n + 1) / n, np.log(np.asarray(schedule.alphas_cumprod, np.float64)) / 2)
+
+
+def sigma_of_time(schedule: Schedule, t: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.expm1(-2 * log_alpha(schedule, t)))
+
+
+def time_of_sigma(schedule: Schedule, sigma: np.ndarray) -> np.ndarray:
+    n, table = schedule.timesteps, np.log(np.asarray(schedule.alphas_cumprod, np.float64)) / 2
+    return np.interp(-np.log1p(np.square(sigma)) / 2, table[::-1], np.arange(n, 0, -1) / n)
+
+
+def dpm_solver_grid(schedule: Schedule, skip: str, steps: int) -> np.ndarray:
+    """Times [steps + 1] from 1 down to 1 / N."""
+    first, last = 1.0, 1.0 / schedule.timesteps
+    if skip == "logSNR":
+        return time_of_sigma(schedule, np.geomspace(*sigma_of_time(schedule, np.array([first, last])), steps + 1))
+    if skip == "time_uniform":
+        return np.linspace(first, last, steps + 1)
+    if skip == "time_quadratic":
+        return np.linspace(first**0.5, last**0.5, steps + 1) ** 2
+    raise NotYet(f"skip_type {skip!r}")
+
+
+def dpm_solver(case: Case) -> Results:
+    """DPM_Solver used directly, or by DPMSolverSampler, which has its defaults."""
+    kwargs, (model, _) = case.kwargs, model_of(case)
+    schedule, n = model.schedule, model.schedule.timesteps
+    steps, order = int(kwargs["steps"] if "steps" in kwargs else kwargs["S"]), kwargs.get("order", 2)
+    skip, method = kwargs.get("skip_type", "time_uniform"), kwargs.get("method", "multistep")
+    form = "x0" if kwargs.get("predict_x0", True) else "eps"
+    if kwargs.get("solver_type", "dpm_solver") != "dpm_solver" or kwargs.get("denoise_to_zero"):
+        raise NotYet("taylor updates, denoise_to_zero")
+    grid = dpm_solver_grid(schedule, skip, steps)
+    sigmas = sigma_of_time(schedule, grid)
+    if method == "multistep":
+        lower = steps < 15 and kwargs.get("lower_order_final", True)
+        sampler = Tableau(Multistep(order, form, "released", lower), order, form, history=order - 1)
+    elif method == "singlestep":
+        sampler = Tableau(Singlestep(order, form), order, form, history=order - 1)
+        if skip == "logSNR":  # steps of one length, with their calls evenly within them
+            orders = split(steps, order)
+            ends = np.log(sigmas[[0, -1]])
+            places = np.concatenate([[0.0], *(i + np.arange(1, o + 1) / o for i, o in enumerate(orders))])
+            sigmas = np.exp(ends[0] + places / len(orders) * (ends[1] - ends[0]))
+    else:
+        raise NotYet(f"method {method!r}")
+    node = sampler.table(sigmas, lambda sigma: (time_of_sigma(schedule, sigma) - 1 / n) * 1000)
+    states, _ = run_tableau(
+        case, model, sampler, node, case.image("x_T"), scale=kwargs["scale"], threshold=bool(kwargs.get("thresholding"))
+    )
+    results = {"x_final": nchw(states[-1]), "timesteps": grid}
+    if "sched_t" in case.inputs:
+        sigma = sigma_of_time(schedule, case.inputs["sched_t"])
+        results |= {
+            "sched_log_mean_coeff": log_alpha(schedule, case.inputs["sched_t"]),
+            "sched_std": sigma / np.hypot(1, sigma),
+            "sched_lambda": -np.log(sigma),
+            "sched_inverse_lambda": time_of_sigma(schedule, sigma),
+        }
+    return results
+
+
+K_SAMPLERS = [
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+]
+# What recorded runs have otherwise than the registry: fresh noise in both stages, the authors' third moment, the batch's error.
+RECORDED = {
+    "dpmpp_sde": Tableau(DPMppSDE(one_path=False), 1, history=1, draws=1),
+    "dpmpp_3m_sde": Tableau(DPMppMultistepSDE(3, "released"), 2, history=2, draws=1),
+    "dpm_adaptive": DPMAdaptive(per_image=False),
+    "dpm_fast": Tableau(Singlestep(3, "eps"), 3, "eps", history=2),
+}
+
+
+def k_sampler(case: Case) -> Results:
+    """k-diffusion's samplers, which keep x / sqrt(abar) where ours keep x: what goes in is scaled, and what comes out."""
+    name = case.cls.split()[0].rsplit("sample_", 1)[1]
+    kwargs, (model, _) = case.kwargs, model_of(case)
+    schedule, scale = model.schedule, kwargs.get("scale", 1.0)
+    sampler = RECORDED.get(name, SAMPLERS[name])
+    sigmas = case.inputs["sigmas"].astype(np.float64)
+    logs = log_sigmas(schedule)
+    q = case.inputs["q_sigma"].astype(np.float64) if "q_sigma" in case.inputs else sigmas[:-1]
+    results: Results = {"model_sigmas": np.exp(logs)}
+    if "sigma_to_t" in case.expected:
+        t = sigma_to_t(schedule, q)
+        results["sigma_to_t"] = np.round(t) if kwargs.get("quantize") else t
+    if "t_to_sigma" in case.expected:
+        results["t_to_sigma"] = t_to_sigma(
+            schedule, [0, 0.5, 10.25, schedule.timesteps - 1.25, schedule.timesteps - 1.0]
+        )
+    if isinstance(sampler, DPMAdaptive):
+        options = pick(kwargs, "rtol atol h_init")
+        node = sampler.table(sigmas[0], sigmas[-1] or sigmas[-2], logs, **options)
+        x = case.image("x_T") * sigmas[0] / np.hypot(1, sigmas[0])
+        predict = predictor(denoiser_of(case, model, scale), schedule, model.objective)
+        last, _ = sampler.run(predict, jnp.asarray(x, jnp.float32), node)
+        return results | {"x_final": nchw(last * np.hypot(1, sigmas[-1] or sigmas[-2]))}
+    if name == "dpm_fast":
+        sigmas = dpm_fast_sigmas(np.append(np.full(kwargs["n"], sigmas[0]), sigmas[-1] or sigmas[-2]))
+    theirs = {"churn": "s_churn"}
+    options = {o: kwargs[theirs.get(o, o)] for o in sampler.options if theirs.get(o, o) in kwargs}
+    if name == "dpmpp_2m_sde" and kwargs.get("solver_type") == "heun":
+        sampler = Tableau(DPMppMultistepSDE(2, "exact"), 2, history=1, draws=1)
+    node = sampler.table(sigmas, lambda sigma: sigma_to_t(schedule, sigma), **options)
+    x = case.image("x_T") * (sigmas[0] / np.hypot(1, sigmas[0]))
+    states, trace = run_tableau(
+        case, model, sampler, node, x, scale=scale, noise=case.inputs.get("noise"), rounded=bool(kwargs.get("quantize"))
+    )
+    begin = np.flatnonzero(node.begin)
+    last_a = 1 / np.hypot(1, sigmas[-1])
+    hat = node.s[begin].astype(np.float64) / node.a[begin]
+    kicked = node.keep * states[:-1].T + node.kick * rows_from(node, sampler, case.inputs.get("noise"), x.shape)[:, 0].T
+    results |= {
+        "x_final": nchw(states[-1] / last_a),
+        "x_steps": nchw((kicked.T)[begin] * np.hypot(1, hat)[:, None, None, None, None]),
+        "denoised_steps": nchw(np.asarray(trace.x0)[begin]),
+        "sigma_hat": hat,
+    }
+    return results
+
+
 def p_sample_loop(case: Case) -> Results:
     """Ancestral sampling from timestep ``timesteps`` - 1 of the schedule; pixel-space models clip what they predict."""
     kwargs, (model, _) = case.kwargs, model_of(case)
@@ -322,6 +577,50 @@ def p_sample_loop(case: Case) -> Results:
         logged = [i for i, t in enumerate(grid[::-1]) if t % every == 0 or t == grid[-1]]
         steps = np.concatenate([x[None], np.asarray(trace.x)[logged]])
     return {"x_final": nchw(last), "intermediates": nchw(steps)}
+
+
+def k_loss(case: Case) -> Results:
+    """k-diffusion's wrappers of a bare UNet: the loss of each sample, in sigmas, and x0.
+
+    Their losses are those of our targets: the mean squared error of eps, or of v (Salimans & Ho 2022).
+    """
+    unet_config = {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {"use_checkpoint": False, **case.kwargs["unet"]},
+    }
+    unet = network(unet_config)
+    assert isinstance(unet, UNet)
+    table = unet_table(unet, "net.")
+    params = case.params(table, shapes_of(unet))
+    betas = re.fullmatch(r"(\w+) ([\d.e-]+)\.\.([\d.e-]+), T=(\d+)", case.kwargs["alphas_cumprod"])
+    if betas is None:
+        raise NotYet(f"alphas_cumprod {case.kwargs['alphas_cumprod']!r}")
+    schedule = make_schedule(betas[1], int(betas[4]), float(betas[2]), float(betas[3]))
+    objective = "v" if "VDDPM" in case.cls else "eps"
+    sigma = case.inputs["sigma"].astype(np.float64)
+    t = sigma_to_t(schedule, sigma)
+    if case.kwargs.get("quantize"):
+        t = np.round(t)
+    a, s = (
+        np.reshape(v, (-1, 1, 1, 1)).astype(np.float32) for v in (1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma))
+    )
+    x0, noise = case.image("x"), case.image("noise")
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        def loss(params: Any) -> Any:
+            xt = a * x0 + s * noise
+            out = unet.apply({"params": params}, xt, jnp.asarray(t, jnp.float32))
+            chosen = obj.get_objective(objective)
+            losses = obj.pointwise("l2", out, chosen.target(x0, noise, a, s))
+            return losses.mean(), (losses, chosen.read(out, xt, a, s).x0)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, (losses, denoised)), grads = run(params)
+    return {"loss": losses, "denoised": nchw(denoised), "t": t} | {
+        f"grad:{name}": g for name, g in to_theirs(table, grads).items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- the classes
@@ -373,4 +672,13 @@ CASES: Mapping[str, Callable[[Case], Results]] = {
     "ldm.models.diffusion.ddpm.LatentDiffusion.progressive_denoising": p_sample_loop,
     "ldm.models.diffusion.ddim.DDIMSampler": ddim_sampler,
     "ldm.models.diffusion.ddim.DDIMSampler (stable-diffusion checkout)": ddim_sampler,
+    "ldm.models.diffusion.plms.PLMSSampler": plms_sampler,
+    "ldm.models.diffusion.dpm_solver.sampler.DPMSolverSampler": dpm_solver,
+    "ldm.models.diffusion.dpm_solver.dpm_solver.DPM_Solver": dpm_solver,
+    **{
+        f"k_diffusion.sampling.sample_{name} with k_diffusion.external.CompVisDenoiser": k_sampler
+        for name in K_SAMPLERS
+    },
+    "k_diffusion.external.DiscreteVDDPMDenoiser": k_loss,
+    "k_diffusion.external.DiscreteEpsDDPMDenoiser": k_loss,
 }
