@@ -98,7 +98,10 @@ class Multistep:
     """
 
     def __init__(self, order: int, form: Form, rule: Rule = "exact", lower_final: bool | None = None):
-        self.order, self.form, self.rule, self.lower_final = order, form, rule, lower_final
+        self.order = order
+        self.form: Form = form
+        self.rule: Rule = rule
+        self.lower_final = lower_final
 
     def __call__(self, b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
         lam, total = -np.log(np.maximum(sigmas, 1e-30)), len(sigmas) - 1
@@ -118,7 +121,8 @@ class Singlestep:
     """
 
     def __init__(self, order: int, form: Form):
-        self.order, self.form = order, form
+        self.order = order
+        self.form: Form = form
 
     def __call__(self, b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
         calls = len(sigmas) - 1

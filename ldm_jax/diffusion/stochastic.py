@@ -75,7 +75,8 @@ class DPMppMultistepSDE:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, eq. 18 and its multistep form), and k-diffusion's extension of it to three outputs."""
 
     def __init__(self, order: int, rule: Rule):
-        self.order, self.rule = order, rule
+        self.order = order
+        self.rule: Rule = rule
 
     def __call__(self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
         lam = -np.log(np.maximum(sigmas, 1e-30))

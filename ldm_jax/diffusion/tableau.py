@@ -14,7 +14,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -89,7 +89,7 @@ class Tableau:
     arrange: Callable[[np.ndarray], np.ndarray] | None = None  # the sigmas of a grid -> those that the algorithm takes
     blend_after: bool = dataclasses.field(default=False, init=False)
 
-    @cached_property
+    @property
     def options(self) -> tuple[str, ...]:
         """What `nodes` takes by name: eta, churn ..."""
         return tuple(inspect.signature(self.algorithm).parameters)[2:]

@@ -26,6 +26,12 @@ from ldm_jax.train.report import Report, TrainingDiverged
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch) -> None:
+    """Simulated devices share few cores: two show as much as eight."""
+    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(2))
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Twenty pictures of noise on a colour, with captions of a digit."""
@@ -97,9 +103,7 @@ def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path, monkeypatch):
-    if config.task == "diffusion":  # spares time, where simulated devices share one core
-        monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(2))
+def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(config, straight)
 
@@ -156,14 +160,15 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
 
 
 @pytest.fixture
-def quick(pictures, first_stage, monkeypatch) -> ConfigDict:
+def quick(pictures, first_stage) -> ConfigDict:
     """An autoencoder run without previews."""
     config = make_config("autoencoder", pictures, first_stage)
     config.preview_every = config.eval_every = 1000
     return config
 
 
-def test_a_run_under_pmap_evaluates_saves_and_goes_on(quick, tmp_path):
+def test_a_run_under_pmap_on_8_devices_evaluates_saves_and_goes_on(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", make_mesh)
     quick.update(parallel="pmap", steps=1, save_every=1, eval_every=1, preview_every=1)
     train(quick, tmp_path)
     quick.steps = 2
