@@ -1,4 +1,10 @@
-"""The demo: text to 64x64 emoji. A UNet on 16x16x4 latents with a small BERT-style text encoder trained from scratch."""
+"""The demo: text to 64x64 emoji. A UNet on 16x16x8 latents with a small BERT-style text encoder trained from scratch.
+
+    python train.py --config=configs/emoji.py --config.data.path=emoji64.zip --workdir=runs/emoji
+
+takes the first stage of configs/emoji_kl.py from runs/emoji_kl/model. 43 minutes on 2 busy CPU cores (31 pictures a second on idle ones),
+validation loss_simple 0.371, and far from done: see ldm_jax/assets/emoji/README.md.
+"""
 
 import ml_collections
 
@@ -8,7 +14,7 @@ from configs.common import base, section
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     config = base("diffusion")
-    config.steps = 5000
+    config.steps = 4200
     config.batch_size = 16
     config.ema = 0.998
     styles = ("noto", "twemoji", "fluent 3d", "fluent flat")

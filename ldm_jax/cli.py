@@ -70,7 +70,7 @@ def _fail(error: object, status: int = 2) -> int:
 
 def setup() -> None:
     """Quiet libraries, our own log on stderr, and the persistent compilation cache."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of every wait for a save before
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("ldm_jax")

@@ -27,9 +27,9 @@ pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 
 @pytest.fixture(autouse=True)
-def two_devices(monkeypatch) -> None:
-    """Simulated devices share few cores: two show as much as eight."""
-    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(2))
+def one_device(monkeypatch) -> None:
+    """Spares the compiling for several; `test_parts` shows that devices do not matter."""
+    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(1))
 
 
 @pytest.fixture(scope="module")
