@@ -15,7 +15,11 @@ flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 flags.DEFINE_integer("steps", None, "Sampling steps (default: the model's own).")
 flags.DEFINE_float("guidance", None, "Scale of classifier-free guidance; 1 is none (default: the model's own).")
 flags.DEFINE_float("eta", None, "Noise of the DDIM sampler, from 0 (deterministic) to 1.")
-flags.DEFINE_string("sampler", None, "ddim, ddpm, plms, dpmpp_2m, unipc, euler, heun ... (default: the model's own; a wrong name lists them all).")
+flags.DEFINE_string(
+    "sampler",
+    None,
+    "ddim, ddpm, plms, dpmpp_2m, unipc, euler, heun ... (default: the model's own; a wrong name lists them all).",
+)
 flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels, e.g. 64x96 (default: as trained).")
 flags.DEFINE_integer("batch", None, "Pictures made at a time (default: at most 8).", lower_bound=1)
 flags.DEFINE_string("out", "outputs", "Folder for the pictures; what is there stays.")
