@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     model.objective = "v"
     model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000)
     model.first_stage = section(path="runs/emoji_kl/model")
-    model.conditioner = section(kind="bert", dim=128, depth=2, max_seq_len=24, heads=4, head_dim=32)
+    model.conditioner = section(kind="bert", dim=128, depth=2, max_seq_len=24, heads=4, head_dim=32, embed_std=1.0)
     model.unet = section(
         in_channels=8,
         out_channels=8,

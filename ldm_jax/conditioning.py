@@ -255,10 +255,12 @@ def bert(
     heads: int = 8,
     head_dim: int = 64,
     dropout: float = 0.0,
+    embed_std: float = 0.02,
     dtype: Any = jnp.float32,
 ) -> BertText:
     """The text conditioner of the original's text-to-image model (whose dim is 1280, depth 32)."""
-    return BertText(TransformerEncoder(dim, depth, vocab_size, max_seq_len, heads, head_dim, dropout, dtype=dtype))
+    fields = (dim, depth, vocab_size, max_seq_len, heads, head_dim, dropout)
+    return BertText(TransformerEncoder(*fields, embed_std=embed_std, dtype=dtype))
 
 
 def bert_tokens(**fields: Any) -> BertTokens:

@@ -12,7 +12,8 @@ class TransformerEncoder(nn.Module):
 
     tokens int [b, n] -> [b, n, dim]; n at most ``max_seq_len``. The head size does not depend on ``dim``. Without ``mask`` (boolean [b, n])
     padding tokens attend and are attended to, as the original has it. ``logits`` projects to the vocabulary instead; the original keeps that
-    projection in its checkpoints without using it.
+    projection in its checkpoints without using it. ``embed_std`` is the standard deviation that embeddings start with: the original's 0.02 is small
+    beside what the first layers add, so a short run hardly learns to tell words apart; 1 keeps them in view from the start.
     """
 
     dim: int
@@ -25,6 +26,7 @@ class TransformerEncoder(nn.Module):
     ff_mult: int = 4
     ff_glu: bool = False
     with_logits: bool = False
+    embed_std: float = 0.02
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -32,7 +34,7 @@ class TransformerEncoder(nn.Module):
         n = tokens.shape[1]
         if n > self.max_seq_len:
             raise ValueError(f"TransformerEncoder: {n} tokens exceed max_seq_len {self.max_seq_len}")
-        normal = nn.initializers.normal(0.02)
+        normal = nn.initializers.normal(self.embed_std)
         x = nn.Embed(self.vocab_size, self.dim, embedding_init=normal, dtype=self.dtype, name="token_emb")(tokens)
         x = x + self.param("pos_emb", normal, (self.max_seq_len, self.dim)).astype(self.dtype)[:n]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
