@@ -3,7 +3,8 @@
     python train.py --config=configs/emoji.py --config.data.path=emoji64.zip --workdir=runs/emoji
 
 takes the first stage of configs/emoji_kl.py from runs/emoji_kl/model. 43 minutes on 2 busy CPU cores,
-31 pictures a second beside low-priority work only, validation loss_simple 0.371 (with embed_std 0.02), and far from done: see ldm_jax/assets/emoji/README.md.
+31 pictures a second beside low-priority work only, validation loss_simple 0.371 (with embed_std 0.02), and far from
+done: see ldm_jax/assets/emoji/README.md.
 """
 
 import ml_collections
