@@ -33,6 +33,7 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.crop = "center"  # or random, none
     config.data.flip = False
     config.data.caption = "{text}"  # a template over the columns of metadata.jsonl
+    config.data.cache = ""  # a latent cache of these data, made by python -m ldm_jax.data encode
     config.data.num_workers = 0  # processes that decode; 0 decodes in threads
 
     config.optim = section()
@@ -59,6 +60,7 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.scale_factor_batches = 64
         config.preview_captions = ()  # of the preview pictures; () takes them from the held-out pictures
         config.loss.kind = "l2"  # or l1
+        config.loss.posterior = "sample"  # of the first stage; or mode
         config.loss.simple_weight = 1.0
         config.loss.elbo_weight = 0.0
         config.loss.logvar_init = 0.0

@@ -23,7 +23,7 @@ from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, ung
 from ldm_jax.diffusion.objective import get_objective
 from ldm_jax.diffusion.samplers import AnySampler, initial_noise, sample
 from ldm_jax.diffusion.schedule import Schedule, make_schedule
-from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
+from ldm_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian, init_autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModelInterface
 
@@ -57,17 +57,30 @@ class FirstStage:
         """Channels of a latent."""
         return 3 if self.module is None else self.module.embed_dim
 
+    def moments(self, x: jax.Array) -> jax.Array:
+        """Pixels [b, H, W, 3] in [-1, 1] -> what `latents` needs of them: a KL model's mean and log variance [b, h, w, 2c], else codes."""
+        if self.module is None:
+            return x
+        code = apply(self.module, self.params, x, method="encode")
+        if isinstance(self.module, VQModelInterface):
+            return code
+        return jnp.concatenate([code.mean, code.logvar], axis=-1)
+
+    def latents(self, moments: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """`moments` -> scaled latents [b, h, w, c]: the posterior's mode, or its sample with standard normal ``noise``."""
+        if self.module is None:
+            return moments
+        if isinstance(self.module, VQModelInterface):
+            return self.scale * moments
+        posterior = DiagonalGaussian.from_moments(moments)
+        return self.scale * (posterior.mode() if noise is None else posterior.sample(noise))
+
     def encode(self, x: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """Pixels [b, H, W, 3] in [-1, 1] -> scaled latents [b, h, w, c]: the posterior's mode, or its sample with standard normal ``noise``.
 
         A VQ model's latents are those before quantisation, without any noise.
         """
-        if self.module is None:
-            return x
-        code = apply(self.module, self.params, x, method="encode")
-        if isinstance(self.module, VQModelInterface):
-            return self.scale * code
-        return self.scale * (code.mode() if noise is None else code.sample(noise))
+        return self.latents(self.moments(x), noise)
 
     def decode(self, z: jax.Array, quantize: bool = True) -> jax.Array:
         """Scaled latents [b, h, w, c] -> pixels [b, H, W, 3], float32, about [-1, 1].

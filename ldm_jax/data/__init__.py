@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_jax.data.latents import LatentLoader, LatentSource
 from ldm_jax.data.loader import Loader
 from ldm_jax.data.sources import SOURCES, TFDS, DataError, ImageFolder, Source, Subset
 from ldm_jax.data.transforms import ImageTransform, UnreadablePicture, caption_template, decode_image, to_rgb
@@ -21,6 +22,8 @@ __all__ = [
     "DataError",
     "ImageFolder",
     "ImageTransform",
+    "LatentLoader",
+    "LatentSource",
     "Loader",
     "Source",
     "Subset",

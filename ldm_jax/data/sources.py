@@ -84,6 +84,11 @@ class ImageFolder:
         """The picture's name, for messages."""
         return self.rows[index]["file_name"]
 
+    def stamp(self, index: int) -> int:
+        """What changes with the picture's file: its checksum in an archive, its size in a folder."""
+        member = self._member(self.rows[index]["file_name"])
+        return self._archive().getinfo(member).CRC if self._is_zip else os.path.getsize(os.path.join(self.path, member))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns the row with the picture's encoded bytes as "image"; raises OSError and zip errors."""
         row = self.rows[index]

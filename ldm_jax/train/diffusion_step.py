@@ -26,10 +26,10 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
     def loss(params: Any, frozen: Any, batch: Any, step: jax.Array, train: bool = True) -> tuple[jax.Array, dict]:
         first_stage = frozen["first_stage"]
         keys = row_keys(seed, step, batch["row"])
-        x = to_float(batch["image"])
-        f = first_stage.downsampling
-        shape = (x.shape[1] // f, x.shape[2] // f, first_stage.channels)
-        z = jax.lax.stop_gradient(first_stage.encode(x, normal_rows(keys, POSTERIOR, shape)))
+        moments = jax.lax.stop_gradient(read_moments(first_stage, batch))
+        shape = (*moments.shape[1:3], first_stage.channels)
+        spread = normal_rows(keys, POSTERIOR, shape) if config.posterior == "sample" else None
+        z = first_stage.latents(moments, spread)
 
         def uniform(purpose: int) -> jax.Array:
             return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, purpose)))(keys)
@@ -60,13 +60,21 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
     return loss
 
 
+def read_moments(first_stage: Any, batch: Any) -> jax.Array:
+    """What a batch has of the first stage: "moments" of the latent cache, or those of its "image"."""
+    if "moments" in batch:
+        return batch["moments"].astype(jnp.float32)
+    return first_stage.moments(to_float(batch["image"]))
+
+
 def make_step(
     model: LatentDiffusion, tx: optax.GradientTransformation, config: Any, *, seed: int, ema: float, parts: int
 ) -> Callable[..., tuple[TrainState, dict]]:
     """``step(state, frozen, batch, *, axis_name=None) -> (state, metrics)``, pure.
 
     ``frozen`` holds "first_stage" and "null", the host-encoded null condition of one row: arguments, since a constant would be baked into the
-    program. ``batch`` holds "image" uint8 [b, H, W, 3], "encoded" conditions [b, ...] and "row" int32 [b], each row's place in the global batch.
+    program. ``batch`` holds "image" uint8 [b, H, W, 3] (or "moments" [b, h, w, c] of the latent cache), "encoded" conditions [b, ...] and "row"
+    int32 [b], each row's place in the global batch.
     """
     loss = make_loss(model, config, seed)
 
@@ -80,20 +88,21 @@ def make_step(
     return step
 
 
-def scale_factor(first_stage: Any, batches: list[np.ndarray], seed: int) -> float:
-    """1 / standard deviation of the unscaled latents (posterior samples) of all ``batches``, each uint8 [b, H, W, 3].
+def scale_factor(first_stage: Any, batches: list[dict[str, np.ndarray]], seed: int) -> float:
+    """1 / standard deviation of the unscaled latents (posterior samples) of all ``batches``, each with "image" or "moments".
 
     Rombach et al. 2022, section G, from many batches instead of the first alone. ``first_stage`` has scale 1.
     """
-    f = first_stage.downsampling
 
     @jax.jit
-    def moments(first_stage: Any, image: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        b, h, w, _ = image.shape
-        noise = normal_rows(row_keys(seed, step, jnp.arange(b)), POSTERIOR, (h // f, w // f, first_stage.channels))
-        z = first_stage.encode(to_float(image), noise)
+    def measure(first_stage: Any, batch: Any, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        moments = read_moments(first_stage, batch)
+        b, h, w, _ = moments.shape
+        noise = normal_rows(row_keys(seed, step, jnp.arange(b)), POSTERIOR, (h, w, first_stage.channels))
+        z = first_stage.latents(moments, noise)
         return z.mean(), jnp.square(z).mean()
 
-    each = np.array([moments(first_stage, image, i) for i, image in enumerate(batches)], np.float64)
+    arrays = [{k: batch[k] for k in ("image", "moments") if k in batch} for batch in batches]
+    each = np.array([measure(first_stage, batch, i) for i, batch in enumerate(arrays)], np.float64)
     mean, square = each.mean(0)
     return float(1.0 / np.sqrt(square - mean**2))

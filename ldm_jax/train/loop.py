@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.checkpoint import CheckpointError, TrainingCheckpoints, read_config, save_model
-from ldm_jax.data import ImageTransform, Loader, make_source
 from ldm_jax.latent import DTYPES, ConfigError, nearest
 from ldm_jax.parallel import compile_step, make_mesh
+from ldm_jax.train.encode import check_cache
+from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import learning_rate, make_optimizer
 from ldm_jax.train.report import Report, TrainingDiverged
 from ldm_jax.train.state import TrainState, create_state
@@ -58,6 +59,8 @@ def train(config: Any, workdir: str | Path) -> Path:
 
     # ------------------------------------------------------------------------------------------- the model
     task = TASKS[config.task](config)
+    if config.data.cache:
+        check_cache(config, task)
     tx = make_optimizer(config.optim, config.steps)
     mesh = make_mesh()
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -120,7 +123,7 @@ def train(config: Any, workdir: str | Path) -> Path:
                     means = run_evaluation(evaluate, params, frozen, task, eval_loader, config.eval_batches)
                     report.evaluation(step, means)
                 if step % config.preview_every == 0 or step == config.steps:
-                    report.preview(step, task.preview(params, frozen, first_batches(eval_loader, 1, raw=True)[0]))
+                    report.preview(step, task.preview(params, frozen, first_batches(eval_loader, 1)[0]))
 
     # ----------------------------------------------------------------------------------------------- export
     trained = int(state.step)
@@ -149,10 +152,18 @@ def check_config(config: Any) -> None:
     for name, value in [(name, config[name]) for name in least_one] + [("optim.accumulate", config.optim.accumulate)]:
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
-    choices = {"dtype": (config.dtype, DTYPES), "parallel": (config.parallel, ("jit", "pmap"))}
-    for name, (value, known) in (choices | {"loss.kind": (config.loss.kind, ("l1", "l2"))}).items():
+    choices = {
+        "dtype": DTYPES,
+        "parallel": ("jit", "pmap"),
+        "loss.kind": ("l1", "l2"),
+        "loss.posterior": ("sample", "mode"),
+    }
+    there = flatten(plain(config))
+    for name, value, known in [(name, there[name], known) for name, known in choices.items() if name in there]:
         if value not in known:
             raise ConfigError(f"{name} {value!r} does not exist{nearest(value, known)}")
+    if config.data.cache and config.task != "diffusion":
+        raise ConfigError("data.cache holds latents, which only a diffusion stage trains on: leave it empty")
     devices = jax.device_count()
     if config.batch_size % (devices * config.optim.accumulate):
         raise ConfigError(
@@ -206,35 +217,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def make_loader(config: Any, part: str) -> Loader:
-    """The loader of one part of the data; without a held-out part, validation looks at the training pictures."""
-    data = plain(config.data)
-    transform = ImageTransform(tuple(data.pop("size")), data.pop("crop"), data.pop("flip"))
-    caption, workers = data.pop("caption"), data.pop("num_workers")
-    if part == "validation" and not data.get("holdout"):
-        part = "train"
-    source = make_source({**data, "part": part})
-    return Loader(
-        source,
-        transform,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        caption=caption,
-        num_workers=workers if part == "train" else 0,
-    )
-
-
-def first_batches(loader: Loader, n: int, raw: bool = False) -> list[Any]:
-    """The first ``n`` batches in the source's order, whole (with ``raw``) or the pictures alone."""
-    with contextlib.closing(loader.batches(n)) as batches:
-        return [batch if raw else batch["image"] for batch in batches]
-
-
-def run_evaluation(evaluate: Any, params: Any, frozen: Any, task: Any, loader: Loader, n: int) -> dict[str, float]:
+def run_evaluation(evaluate: Any, params: Any, frozen: Any, task: Any, loader: AnyLoader, n: int) -> dict[str, float]:
     """Mean metrics over ``n`` batches; every batch draws its own noise, the same at every evaluation."""
     results = []
-    for i, raw in enumerate(first_batches(loader, n, raw=True)):
-        results.append(jax.device_get(evaluate(params, frozen, task.host_batch(raw, first_row=i * len(raw["image"])))))
+    for i, raw in enumerate(first_batches(loader, n)):
+        results.append(
+            jax.device_get(evaluate(params, frozen, task.host_batch(raw, first_row=i * len(raw["caption"]))))
+        )
     return {k: float(np.mean([r[k] for r in results])) for k in results[0]}
 
 

@@ -25,8 +25,8 @@ class Task(Protocol):
 
     frozen: Any
 
-    def prepare(self, images: Callable[[int], Iterable[np.ndarray]]) -> dict[str, Any]:
-        """What must be measured on the data once, before the first step (``images(n)`` gives n batches of uint8 pictures); kept with the run."""
+    def prepare(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, Any]:
+        """What must be measured on the data once, before the first step (``batches(n)`` gives n of the loader's); kept with the run."""
         ...
 
     def use(self, prepared: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class AutoencoderTask:
             self.frozen = {"perceptual": params}
         self._reconstruct = jax.jit(lambda p, x: to_uint8(apply(self.module, p, x)[0]))
 
-    def prepare(self, images: Callable[[int], Iterable[np.ndarray]]) -> dict[str, Any]:
+    def prepare(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, Any]:
         return {}
 
     def use(self, prepared: dict[str, Any]) -> None:
@@ -137,11 +137,11 @@ class DiffusionTask:
         self.model = model
         self.frozen = {"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)}
 
-    def prepare(self, images: Callable[[int], Iterable[np.ndarray]]) -> dict[str, Any]:
+    def prepare(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, Any]:
         if "scale_factor" in self.model_config:
             return {"scale_factor": self.model_config["scale_factor"]}
         unscaled = dataclasses.replace(self.model.first_stage, scale=1.0)
-        scale = diffusion_step.scale_factor(unscaled, list(images(self.config.scale_factor_batches)), self.config.seed)
+        scale = diffusion_step.scale_factor(unscaled, list(batches(self.config.scale_factor_batches)), self.config.seed)
         LOG.info("scale factor %.5f, from %d batches", scale, self.config.scale_factor_batches)
         return {"scale_factor": scale}
 
@@ -160,8 +160,10 @@ class DiffusionTask:
         return diffusion_step.make_step(self.model, tx, self.config.loss, seed=seed, ema=ema, parts=parts)
 
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
-        rows = first_row + np.arange(len(raw["image"]), dtype=np.int32)
-        return {"image": raw["image"], "row": rows, "encoded": self.model.conditioner.encode(raw["caption"])}
+        what = "moments" if "moments" in raw else "image"  # from the latent cache, or from pictures
+        encoded = raw["encoded"] if "encoded" in raw else self.model.conditioner.encode(raw["caption"])
+        rows = first_row + np.arange(len(raw[what]), dtype=np.int32)
+        return {what: raw[what], "row": rows, "encoded": encoded}
 
     def evaluate(self, params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
         loss = diffusion_step.make_loss(self.model, self.config.loss, self.config.seed + 1)

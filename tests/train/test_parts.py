@@ -211,7 +211,7 @@ def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_ste
         "row": np.arange(b, dtype=np.int32),
         "encoded": np.repeat(model.conditioner.encode(["7"]), b, axis=0),
     }
-    tiny = SimpleNamespace(encode=lambda x, noise: x[:, ::2, ::2, :1], downsampling=2, channels=1)
+    tiny = SimpleNamespace(moments=lambda x: x[:, ::2, ::2, :1], latents=lambda moments, noise: moments, channels=1)
     frozen = frozen | {"first_stage": tiny}
 
     def dropped(share, step=0, seed=0, train=True):
@@ -235,7 +235,7 @@ def test_scale_factor_brings_latents_to_unit_spread(setups):
     model = setups["diffusion"].model
     unscaled = FirstStage(model.first_stage.params, 1.0, model.first_stage.module)
     rng = np.random.default_rng(0)
-    batches = [rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8) for _ in range(3)]
+    batches = [{"image": rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)} for _ in range(3)]
     scale = diffusion_step.scale_factor(unscaled, batches, 0)
     assert abs(scale - 1) > 0.01
     # Scaled by it, the same latents have a spread of 1: measured once more, nothing is left to scale.
