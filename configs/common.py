@@ -20,6 +20,11 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.dtype = "float32"  # of products; parameters are always float32
     config.ema = 0.9999  # decay of the average of parameters; 0 keeps none
     config.parallel = "jit"  # or "pmap": one host, everything replicated
+    config.mesh = section()  # sizes of the axes; -1 is what the others leave
+    config.mesh.data = -1
+    config.mesh.fsdp = 1  # splits parameters, their average and the optimiser's moments
+    config.mesh.tensor = 1  # splits attention and feed-forward
+    config.mesh.zero1 = False  # splits the average and the optimiser's moments over data: for models that fit a chip
     config.log_every = 50
     config.save_every = 1000
     config.eval_every = 1000

@@ -48,13 +48,26 @@ def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str
         raise CheckpointError(f"{path} is not empty; give a new folder or remove it first")
     # Written beside its place and renamed, so that a killed run leaves no half of a model.
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _together("model folder")
     cast = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / "params", cast)
-    (partial / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1) + "\n")
-    os.replace(partial, path)
+    if first:
+        (partial / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1) + "\n")
+        os.replace(partial, path)
+    _together("model written")
+
+
+def _together(name: str) -> None:
+    """Waits for the other processes, where there are any."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:

@@ -1,47 +1,144 @@
-"""How a step is spread over devices: jit over a mesh (the default, and the way to several hosts), or pmap on one host."""
+"""How work is spread over devices: jit over a mesh (the default, and the way to several hosts), or pmap on one host.
 
-from collections.abc import Callable
+A mesh has the axes "data", "fsdp" and "tensor". Rows of a batch are split over data and fsdp; parameters, their average and the optimiser's moments
+over fsdp (Rajbhandari et al. 2020, "ZeRO": stage 3, or stage 1 where the optimiser alone is split); the wide products of attention and
+feed-forward over tensor (Shoeybi et al. 2019, "Megatron-LM").
+"""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Mode = Literal["jit", "pmap"]
-AXIS = "data"
+AXIS = "data"  # pmap's axis, and the mesh's first
+AXES = ("data", "fsdp", "tensor")
+ROWS = PartitionSpec(("data", "fsdp"))  # of a batch
+
+# What the tensor axis splits: a pattern that a parameter's path ends with -> the dimension. Each layer's last product is summed over the axis.
+TENSOR: tuple[tuple[str, int], ...] = (
+    (r"(attn|attn\d|attn_\d+)/to_[qkv]/kernel", 1),
+    (r"(attn|attn\d|attn_\d+)/to_out/kernel", 0),
+    (r"(ff|ff_\d+)/proj_in/kernel", 1),
+    (r"(ff|ff_\d+)/proj_in/bias", 0),
+    (r"(ff|ff_\d+)/proj_out/kernel", 0),
+)
+_SMALL = 2**10  # values: what is not larger is on every device
+_LANES = 128  # of a TPU's registers: a split into multiples of it wastes nothing
 
 
-def make_mesh(devices: int | None = None) -> jax.sharding.Mesh:
-    """A mesh of one axis, "data", over the first ``devices`` devices (all by default)."""
+class MeshError(ValueError):
+    """A mesh that the devices cannot make; its message is one line that says what to change."""
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the mesh
+
+
+def make_mesh(devices: int | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first ``devices`` devices (all by default); one axis may be -1, for what the others leave.
+
+    Raises MeshError where the axes do not multiply to the number of devices.
+    """
     count = devices or jax.device_count()
-    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+    sizes = [data, fsdp, tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or min(size for size in (*sizes, 1) if size != -1) < 1:
+        raise MeshError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: give positive sizes, and -1 for one at most")
+    if count % given or (-1 not in sizes and given != count):
+        raise MeshError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not make {count} devices")
+    sizes = [count // given if size == -1 else size for size in sizes]
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count])
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+# ----------------------------------------------------------------------------------------------------------- how arrays are split
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh, axis: str = "fsdp") -> PartitionSpec:
+    """How the array at ``path`` ("unet/middle_block_0/in_conv/kernel") is split.
+
+    The tensor axis takes what `TENSOR` says, ``axis`` the largest other dimension that it divides, first among those that it cuts into multiples
+    of 128. Every array has a place: what is small or divides nowhere is on every device.
+    """
+    named: list[str | None] = [None] * len(shape)
+    if math.prod(shape) <= _SMALL:
+        return PartitionSpec()
+    wide = next((dim for pattern, dim in TENSOR if re.search(rf"(^|/){pattern}$", path)), None)
+    if wide is not None and mesh.shape["tensor"] > 1 and shape[wide] % mesh.shape["tensor"] == 0:
+        named[wide] = "tensor"
+    n = mesh.shape[axis]
+    free = [dim for dim, size in enumerate(shape) if named[dim] is None and size % n == 0 and size >= n]
+    if n > 1 and free:
+        named[max(free, key=lambda dim: (shape[dim] // n % _LANES == 0, shape[dim]))] = axis
+    return PartitionSpec(*named)
+
+
+def shardings(tree: Any, mesh: Mesh, axis: str = "fsdp") -> Any:
+    """`spec` of every array (or shape) of a pytree, as shardings. Paths of an optimiser's moments end like those of their parameters."""
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec(name, tuple(leaf.shape), mesh, axis))
+
+    return jax.tree.map_with_path(of, tree)
+
+
+def state_shardings(state: Any, mesh: Mesh, zero1: bool = False) -> Any:
+    """`shardings` of a training state (anything with ``params``, ``ema`` and ``opt_state``).
+
+    With ``zero1`` parameters stay on every device, and the average and the optimiser's moments are split over "data" (ZeRO stage 1): for models
+    that fit a chip, whose weights need not be gathered in every step.
+    """
+    if not zero1:
+        return shardings(state, mesh)
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    split = shardings(state, mesh, "data")
+    return whole.replace(ema=split.ema, opt_state=split.opt_state)
+
+
+# ---------------------------------------------------------------------------------------------------------------- compiled steps
 
 
 def compile_step(
     step: Callable[..., Any],
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     mode: Mode,
     *,
-    shared: tuple[bool, ...],
+    shared: tuple[Any, ...],
     donate: tuple[int, ...] = (),
     out_shared: Any = True,
 ) -> Callable[..., Any]:
-    """``step(*args, axis_name=None)`` compiled over the mesh's "data" axis.
+    """``step(*args, axis_name=None)`` compiled over the mesh.
 
-    ``shared[i]`` says whether argument i is the same on every device or a pytree whose leaves are split along their first axis; ``out_shared``
-    says the same of the result (a tuple of flags for a tuple). In both modes arguments and results have their global shapes, so that callers
-    need not know the mode. ``axis_name`` is given under pmap, where the step must average over it what it shares.
+    ``shared[i]`` says whether argument i is the same on every device (True) or a pytree whose rows are split (False); under jit it may be a pytree
+    of shardings instead. ``out_shared`` says the same of the result (a tuple for a tuple). In both modes arguments and results have their global
+    shapes, so that callers need not know the mode. ``axis_name`` is given under pmap, where the step must average over it what it shares.
     """
-    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def place(flag: bool) -> NamedSharding:
-        return whole if flag else rows
+    def place(flag: Any) -> Any:
+        return NamedSharding(mesh, PartitionSpec() if flag else ROWS) if isinstance(flag, bool) else flag
 
     if mode == "jit":
         return jax.jit(
             step,
             in_shardings=tuple(map(place, shared)),
-            out_shardings=jax.tree.map(place, out_shared),
+            out_shardings=tuple(map(place, out_shared)) if isinstance(out_shared, tuple) else place(out_shared),
             donate_argnums=donate,
         )
 
@@ -65,3 +162,94 @@ def compile_step(
         return jax.tree.map(lambda flag, part: part if flag else jax.tree.map(join, part), out_shared, out)
 
     return call
+
+
+# ------------------------------------------------------------------------------------------------------------- several processes
+
+
+def start(coordinator: str | None = None, processes: int | None = None, index: int | None = None) -> None:
+    """Joins the processes of one run, before anything else touches a device.
+
+    With an address ("10.0.0.1:1234"), the number of processes and this one's index; or with none of them where jax finds them itself (a TPU pod,
+    GKE, SLURM, Open MPI). Raises MeshError.
+    """
+    given = [coordinator, processes, index]
+    if any(g is None for g in given) and any(g is not None for g in given):
+        raise MeshError(
+            "give --coordinator, --processes and --process_index together, or none of them with --distributed"
+        )
+    try:
+        jax.distributed.initialize(coordinator, processes, index)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise MeshError(
+            f"the processes could not join ({reason}): outside a TPU pod, GKE, SLURM or Open MPI give --coordinator=HOST:PORT, "
+            "--processes and --process_index"
+        ) from None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def global_rows(batch: Any, mesh: Mesh) -> Any:
+    """Each process' rows of a batch (numpy) -> arrays of the whole batch, split over the mesh."""
+    if jax.process_count() == 1:
+        return batch
+    sharding = NamedSharding(mesh, ROWS)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch)
+
+
+def fetch(array: Any) -> np.ndarray:
+    """An array's values on this host, wherever they lie; every process must ask."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+class Preemption:
+    """Notices that this run is asked to stop (SIGTERM, or the cluster's notice), at one step on all processes."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator["Preemption"]:
+        """Takes SIGTERM while inside. Under jax.distributed its own handler notices, and tells the other processes."""
+        import signal
+        import threading
+
+        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+
+        def asked(*_: Any) -> None:
+            self._asked = True
+
+        before = signal.signal(signal.SIGTERM, asked)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after ``step``; every process asks at every step, and all get the same answer."""
+        if jax.process_count() == 1:
+            return self._asked
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+STOPPED = os.EX_TEMPFAIL  # exit status of a run that saved and can be started again

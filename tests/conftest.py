@@ -172,13 +172,13 @@ def run_here(script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeyp
     return Ran(status, *capfd.readouterr())
 
 
-def child(script: str, *argv: Any, **popen: Any) -> subprocess.Popen[str]:
-    """train.py or sample.py in a new process, on one simulated device."""
+def child(script: str, *argv: Any, devices: int = 1, **popen: Any) -> subprocess.Popen[str]:
+    """train.py or sample.py in a new process, on simulated devices."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
     command = [sys.executable, str(ROOT / script), *map(str, argv)]
     return subprocess.Popen(

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, dense, timestep_embedding
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, dense, keep_rows, timestep_embedding
 from ldm_jax.nn.resnet import Downsample, ResBlock, Upsample
 
 
@@ -97,6 +97,7 @@ class Trunk(nn.Module):
                     h = Downsample(self.conv_resample, "same", self.dtype, name=at)(h)
                 case "up":
                     h = Upsample(self.conv_resample, self.dtype, name=at)(h)
+            h = keep_rows(h)
         return h
 
 

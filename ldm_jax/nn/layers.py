@@ -3,7 +3,9 @@
 Parameters are float32; ``dtype`` is what products are computed in. Normalisation statistics, softmax and timestep embeddings stay in float32.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -103,6 +105,28 @@ class GroupNorm(nn.Module):
         gain = jax.lax.rsqrt(var + self.eps) * scale
         y = x32 * gain + (bias - mean * gain)
         return (nn.silu(y) if self.silu else y).astype(self.dtype)
+
+
+_ROWS: ContextVar[jax.sharding.Sharding | None] = ContextVar("rows", default=None)
+
+
+@contextlib.contextmanager
+def rows_over(sharding: jax.sharding.Sharding | None) -> Iterator[None]:
+    """While a step is traced inside: `keep_rows` holds activations to ``sharding``."""
+    token = _ROWS.set(sharding)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def keep_rows(x: Array) -> Array:
+    """``x`` [b, ...], split over the mesh by rows alone.
+
+    Left to itself the compiler may split activations by channel as the weights are, and gather the whole batch on every device.
+    """
+    sharding = _ROWS.get()
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:

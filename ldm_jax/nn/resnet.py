@@ -5,7 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, avg_pool, conv, dense, upsample_nearest
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, avg_pool, conv, dense, keep_rows, upsample_nearest
 
 
 class Upsample(nn.Module):
@@ -16,7 +16,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = upsample_nearest(x)
+        x = keep_rows(upsample_nearest(x))
         return conv(x.shape[-1], 3, x, name="conv", dtype=self.dtype)(x) if self.use_conv else x
 
 
@@ -100,4 +100,4 @@ class ResnetBlock(nn.Module):
                 x = conv(self.features, 3, x, name="skip", dtype=self.dtype)(x)
             else:
                 x = dense(self.features, x, name="skip", dtype=self.dtype)(x)
-        return x + h
+        return keep_rows(x + h)

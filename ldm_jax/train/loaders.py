@@ -9,23 +9,31 @@ from ldm_jax.train.tasks import plain
 AnyLoader = Loader | LatentLoader
 
 
-def make_loader(config: Any, part: str) -> AnyLoader:
-    """The loader of one part of the data; without a held-out part, validation looks at the training pictures."""
+def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> AnyLoader:
+    """The loader of one part of the data; without a held-out part, validation looks at the training pictures.
+
+    ``process`` = (index, count) shares every batch among processes.
+    """
     data = plain(config.data)
     transform = ImageTransform(tuple(data.pop("size")), data.pop("crop"), data.pop("flip"))
     caption, workers, cache = data.pop("caption"), data.pop("num_workers"), data.pop("cache")
     if part == "validation" and not data.get("holdout"):
         part = "train"
+    share = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "process_index": process[0],
+        "process_count": process[1],
+    }
     if cache:
-        return LatentLoader(cache, part, flip=transform.flip, batch_size=config.batch_size, seed=config.seed)
+        return LatentLoader(cache, part, flip=transform.flip, **share)
     source = make_source({**data, "part": part})
     return Loader(
         source,
         transform,
-        batch_size=config.batch_size,
-        seed=config.seed,
         caption=caption,
         num_workers=workers if part == "train" else 0,
+        **share,
     )
 
 

@@ -4,20 +4,33 @@ import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from ldm_jax.checkpoint import CheckpointError, TrainingCheckpoints, read_config, save_model
 from ldm_jax.latent import DTYPES, ConfigError, nearest
-from ldm_jax.parallel import compile_step, make_mesh
+from ldm_jax.nn.layers import rows_over
+from ldm_jax.parallel import (
+    ROWS,
+    Preemption,
+    barrier,
+    compile_step,
+    global_rows,
+    is_first,
+    make_mesh,
+    row_shards,
+    shardings,
+    state_shardings,
+)
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import learning_rate, make_optimizer
-from ldm_jax.train.report import Report, TrainingDiverged
+from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import TASKS, plain
 
@@ -35,6 +48,10 @@ FREE = (
     "keep",
     "data.num_workers",
     "parallel",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.zero1",
 )
 
 
@@ -49,11 +66,14 @@ def train(config: Any, workdir: str | Path) -> Path:
     check_workdir(workdir, plain(config))
 
     # ------------------------------------------------------------------------------------------------ data
-    train_loader, eval_loader = make_loader(config, "train"), make_loader(config, "validation")
+    here = jax.process_index(), jax.process_count()
+    train_loader, eval_loader = make_loader(config, "train", here), make_loader(config, "validation", here)
+    # A preview is of whole batches, the same in every process.
+    preview_loader = eval_loader if here[1] == 1 else make_loader(config, "validation")
     LOG.info(
         "%d pictures to train on, %d held out, batches of %d",
-        len(train_loader.source),
-        len(eval_loader.source),
+        train_loader.count,
+        eval_loader.count,
         config.batch_size,
     )
 
@@ -62,56 +82,73 @@ def train(config: Any, workdir: str | Path) -> Path:
     if config.data.cache:
         check_cache(config, task)
     tx = make_optimizer(config.optim, config.steps)
-    mesh = make_mesh()
-    replicated = NamedSharding(mesh, PartitionSpec())
+    mesh = mesh_of(config)
 
     def init(key: jax.Array) -> TrainState:
         return create_state(task.init(key), tx, ema=config.ema > 0)
 
+    shapes = jax.eval_shape(init, jax.random.key(config.seed))
+    placed = state_shardings(shapes, mesh, config.mesh.zero1)
+
     # ------------------------------------------------------------------------------------ begin, or resume
-    claim_workdir(workdir, plain(config))  # only now: a mistake above leaves nothing behind that holds on to it
+    if is_first():  # only now: a mistake above leaves nothing behind that holds on to it
+        claim_workdir(workdir, plain(config))
+    barrier("claimed")
     checkpoints = TrainingCheckpoints(workdir, config.keep)
     first = checkpoints.latest()
     if first is None:
-        first, prepared = 0, task.prepare(lambda n: first_batches(train_loader, n))
-        state = jax.jit(init, out_shardings=replicated)(jax.random.key(config.seed))
+        # Every process measures on all rows, and so gets the same.
+        first, prepared = 0, task.prepare(lambda n: first_batches(make_loader(config, "train"), n))
+        state = jax.jit(init, out_shardings=placed)(jax.random.key(config.seed))
         checkpoints.save(0, state, prepared)
     else:
         prepared = checkpoints.info(first)
-        shapes = jax.eval_shape(init, jax.random.key(config.seed))
-        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), shapes)
+        like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
         state = checkpoints.restore(first, like)
         LOG.info("resuming from step %d", first)
     task.use(prepared)
-    frozen = jax.device_put(task.frozen, replicated)
+    frozen_placed = shardings(task.frozen, mesh)
+    frozen = jax.device_put(task.frozen, frozen_placed)
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in state.params.items()}
     LOG.info(
         "%.2f M parameters (%s)", sum(counts.values()) / 1e6, ", ".join(f"{k} {v / 1e6:.2f}" for k, v in counts.items())
     )
-    step_fn = compile_step(
-        task.make_step(tx, seed=config.seed, ema=config.ema, parts=config.optim.accumulate),
-        mesh,
-        config.parallel,
-        shared=(True, True, False),
-        donate=(0,),
-        out_shared=(True, True),
-    )
-    evaluate = compile_step(task.evaluate, mesh, "jit", shared=(True, True, False))
+    step = task.make_step(tx, seed=config.seed, ema=config.ema, parts=config.optim.accumulate)
+    if config.parallel == "pmap":
+        step_fn = compile_step(step, mesh, "pmap", shared=(True, True, False), donate=(0,), out_shared=(True, True))
+    else:
+        step_fn = compile_step(
+            over_rows(step, mesh),
+            mesh,
+            "jit",
+            shared=(placed, frozen_placed, False),
+            donate=(0,),
+            out_shared=(placed, True),
+        )
+    average_placed = placed.params if placed.ema is None else placed.ema
+    evaluate = compile_step(over_rows(task.evaluate, mesh), mesh, "jit", shared=(average_placed, frozen_placed, False))
     rate = learning_rate(config.optim, config.steps)
 
     # ------------------------------------------------------------------------------------------------ loop
     report = Report(workdir, config, first)
     unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
     batches = train_loader.iterate(first)
-    with contextlib.closing(checkpoints), contextlib.closing(batches), contextlib.closing(report):
+    local = config.batch_size // here[1]
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(batches),
+        contextlib.closing(report),
+        Preemption().watch() as preemption,
+    ):
         for step, raw in zip(range(first + 1, config.steps + 1), batches, strict=False):
             with report.pause() if step == first + 1 else contextlib.nullcontext():  # the first call compiles
-                state, metrics = step_fn(state, frozen, task.host_batch(raw))
+                state, metrics = step_fn(state, frozen, global_rows(task.host_batch(raw, here[0] * local), mesh))
             if unread is not None:
                 report.step(*unread, rate, checkpoints)
             unread = (step, metrics)
 
-            saving = step % config.save_every == 0 or step == config.steps
+            stopping = preemption.reached(step)
+            saving = step % config.save_every == 0 or step == config.steps or stopping
             if saving or step % config.eval_every == 0 or step % config.preview_every == 0:
                 report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
                 unread = None
@@ -119,20 +156,54 @@ def train(config: Any, workdir: str | Path) -> Path:
             with report.pause():
                 if saving:
                     checkpoints.save(step, state, prepared)
+                if stopping and step < config.steps:
+                    raise TrainingStopped(f"stopped at step {step}, which is saved; the same command goes on")
                 if step % config.eval_every == 0 or step == config.steps:
-                    means = run_evaluation(evaluate, params, frozen, task, eval_loader, config.eval_batches)
+                    means = run_evaluation(evaluate, params, frozen, task, eval_loader, config, mesh)
                     report.evaluation(step, means)
                 if step % config.preview_every == 0 or step == config.steps:
-                    report.preview(step, task.preview(params, frozen, first_batches(eval_loader, 1)[0]))
+                    report.preview(step, task.preview(params, frozen, first_batches(preview_loader, 1)[0]))
 
     # ----------------------------------------------------------------------------------------------- export
     trained = int(state.step)
     if exported_steps(model_dir) != trained:  # there is none yet, or that of a shorter run
-        shutil.rmtree(model_dir, ignore_errors=True)
+        barrier("export")
+        if is_first():
+            shutil.rmtree(model_dir, ignore_errors=True)
+        barrier("removed")
         exported, arrays = task.export(state.params if state.ema is None else state.ema)
         save_model(model_dir, {**exported, "trained_steps": trained}, arrays)
     LOG.info("finished: the model is in %s", model_dir)
     return model_dir
+
+
+def mesh_of(config: Any) -> jax.sharding.Mesh:
+    """The mesh that the config asks for; ConfigError where the devices or the batch do not fit it."""
+    axes = plain(config.mesh)
+    zero1 = axes.pop("zero1")
+    if config.parallel == "pmap" and (axes["fsdp"] != 1 or axes["tensor"] != 1 or zero1 or jax.process_count() > 1):
+        raise ConfigError("parallel='pmap' is one host with all of the model on every device: use 'jit' with this mesh")
+    mesh = make_mesh(**axes)
+    parts = row_shards(mesh) * config.optim.accumulate
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size {config.batch_size} must be a multiple of {parts}: the mesh cuts it into {row_shards(mesh)}, "
+            f"optim.accumulate into {config.optim.accumulate}"
+        )
+    return mesh
+
+
+def over_rows(step: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """``step``, traced with its activations split by rows."""
+    if mesh.size == 1:
+        return step
+    rows = NamedSharding(mesh, ROWS)
+
+    def traced(*args: Any, **options: Any) -> Any:
+        with rows_over(rows):
+            return step(*args, **options)
+
+    return traced
 
 
 def check_config(config: Any) -> None:
@@ -164,11 +235,6 @@ def check_config(config: Any) -> None:
             raise ConfigError(f"{name} {value!r} does not exist{nearest(value, known)}")
     if config.data.cache and config.task != "diffusion":
         raise ConfigError("data.cache holds latents, which only a diffusion stage trains on: leave it empty")
-    devices = jax.device_count()
-    if config.batch_size % (devices * config.optim.accumulate):
-        raise ConfigError(
-            f"batch_size {config.batch_size} must be a multiple of {devices} devices x {config.optim.accumulate} accumulated parts"
-        )
 
 
 def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
@@ -217,13 +283,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def run_evaluation(evaluate: Any, params: Any, frozen: Any, task: Any, loader: AnyLoader, n: int) -> dict[str, float]:
-    """Mean metrics over ``n`` batches; every batch draws its own noise, the same at every evaluation."""
+def run_evaluation(
+    evaluate: Any, params: Any, frozen: Any, task: Any, loader: AnyLoader, config: Any, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+    """Mean metrics over ``config.eval_batches`` batches; every batch draws its own noise, the same at every evaluation."""
     results = []
-    for i, raw in enumerate(first_batches(loader, n)):
-        results.append(
-            jax.device_get(evaluate(params, frozen, task.host_batch(raw, first_row=i * len(raw["caption"]))))
-        )
+    for i, raw in enumerate(first_batches(loader, config.eval_batches)):
+        first_row = i * config.batch_size + jax.process_index() * len(raw["caption"])
+        results.append(jax.device_get(evaluate(params, frozen, global_rows(task.host_batch(raw, first_row), mesh))))
     return {k: float(np.mean([r[k] for r in results])) for k in results[0]}
 
 

@@ -14,12 +14,17 @@ import numpy as np
 
 from ldm_jax import pictures
 from ldm_jax.checkpoint import TrainingCheckpoints
+from ldm_jax.parallel import is_first
 
 LOG = logging.getLogger(__name__)
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number; the message names the last good checkpoint."""
+
+
+class TrainingStopped(RuntimeError):
+    """The run was asked to stop (SIGTERM), and has saved its state."""
 
 
 class Report:
@@ -30,10 +35,13 @@ class Report:
         from tqdm import tqdm
 
         self.workdir, self.config, self.previews = workdir, config, workdir / "previews"
-        self.previews.mkdir(exist_ok=True)
-        self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=first + 1 if first else None, flush_secs=30)
-        self.jsonl = reopen_metrics(workdir / "metrics.jsonl", first)
-        self.terminal = sys.stderr.isatty()
+        self.speaks = is_first()  # the other processes only watch that the loss is a number
+        if self.speaks:
+            self.previews.mkdir(exist_ok=True)
+            purge = first + 1 if first else None
+            self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=purge, flush_secs=30)
+            self.jsonl = reopen_metrics(workdir / "metrics.jsonl", first)
+        self.terminal = self.speaks and sys.stderr.isatty()
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not self.terminal, dynamic_ncols=True)
         self.since, self.last = time.perf_counter(), first
 
@@ -48,6 +56,8 @@ class Report:
                 f"step {checkpoints.latest()}, in {checkpoints.path}: lower optim.lr or set optim.clip, with another --workdir"
             )
         self.bar.update(step - self.bar.n)
+        if not self.speaks:
+            return
         if step % self.config.log_every and step != self.config.steps:
             return
         now = time.perf_counter()
@@ -67,12 +77,16 @@ class Report:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Takes a validation's means."""
+        if not self.speaks:
+            return
         self._write(step, "validation", values)
         shown = {k: v for k, v in values.items() if k in ("loss", "loss_simple", "psnr")}
         LOG.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
 
     def preview(self, step: int, image: np.ndarray) -> None:
         """Takes a picture."""
+        if not self.speaks:
+            return
         pictures.save_png(self.previews / f"{step:07d}.png", image)
         self.board.add_image("preview", image, step, dataformats="HWC")
 
@@ -92,8 +106,9 @@ class Report:
 
     def close(self) -> None:
         self.bar.close()
-        self.board.close()
-        self.jsonl.close()
+        if self.speaks:
+            self.board.close()
+            self.jsonl.close()
 
 
 def reopen_metrics(file: Path, first: int) -> TextIO:

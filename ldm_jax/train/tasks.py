@@ -15,6 +15,7 @@ from ldm_jax.checkpoint import find_model, load_model
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.latent import ConfigError, apply, build, build_first_stage, generate, init_params, to_uint8
 from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
+from ldm_jax.parallel import fetch
 from ldm_jax.train import autoencoder_step, diffusion_step
 
 LOG = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class AutoencoderTask:
 
     def preview(self, params: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         images = raw["image"][:16]
-        made = np.asarray(self._reconstruct(params, images / np.float32(127.5) - 1))
+        made = fetch(self._reconstruct(params, images / np.float32(127.5) - 1))
         rows = [row for i in range(0, len(images), 8) for row in (images[i : i + 8], made[i : i + 8])]
         return pictures.grid(np.concatenate(rows), columns=min(8, len(images)))
 
@@ -187,7 +188,7 @@ class DiffusionTask:
             np.float32(sampling["guidance"]),
             tuple(sampling["size"]),
         )
-        return pictures.grid(np.asarray(images))
+        return pictures.grid(fetch(images))
 
     def export(self, params: Any) -> tuple[dict[str, Any], Any]:
         return self.model_config, {**params, "first_stage": self.frozen["first_stage"].params}

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch) -> None:
-    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(1))
+    monkeypatch.setattr(loop, "make_mesh", lambda **axes: make_mesh(1))
     monkeypatch.setattr(encoding, "BATCH", 8)
 
 

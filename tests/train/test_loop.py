@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiling")
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch) -> None:
     """Spares the compiling for several; `test_parts` shows that devices do not matter."""
-    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(1))
+    monkeypatch.setattr(loop, "make_mesh", lambda **axes: make_mesh(1))
 
 
 @pytest.fixture(scope="module")

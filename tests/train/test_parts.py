@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 from conftest import SMALL, random_params
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs.common import base
 from ldm_jax.latent import FirstStage, build, build_first_stage, init_params
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.parallel import compile_step, make_mesh
+from ldm_jax.parallel import compile_step, make_mesh, shardings, state_shardings
 from ldm_jax.train import autoencoder_step, diffusion_step
+from ldm_jax.train.loop import over_rows
 from ldm_jax.train.optim import learning_rate, make_optimizer
 from ldm_jax.train.state import accumulate, apply_gradients, create_state
 
@@ -152,10 +152,15 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole():
     )  # a part alone differs
 
 
-def run_steps(setup, devices, mode, parts, n):
-    mesh = make_mesh(devices)
-    step = compile_step(setup.step(parts), mesh, mode, shared=(True, True, False), out_shared=(True, True))
-    state, losses = jax.device_put(setup.state, NamedSharding(mesh, PartitionSpec())), []
+def run_steps(setup, devices, mode, parts, n, zero1=False, **axes):
+    mesh = make_mesh(devices, **axes)
+    placed, frozen = state_shardings(setup.state, mesh, zero1), shardings(setup.frozen, mesh)
+    if mode == "pmap":
+        step = compile_step(setup.step(parts), mesh, mode, shared=(True, True, False), out_shared=(True, True))
+    else:
+        given, out = (placed, frozen, False), (placed, True)
+        step = compile_step(over_rows(setup.step(parts), mesh), mesh, mode, shared=given, out_shared=out)
+    state, losses = jax.device_put(setup.state, placed), []
     for _ in range(n):
         state, metrics = step(state, setup.frozen, setup.batch)
         losses.append(float(metrics["loss"]))
@@ -168,18 +173,26 @@ def on_one_device(setups):
 
 
 @pytest.mark.parametrize(
-    ("task", "devices", "mode", "parts"),
+    ("task", "devices", "mode", "parts", "axes"),
     [
-        ("autoencoder", 8, "jit", 1),
-        ("autoencoder", 8, "pmap", 1),
-        ("autoencoder", 1, "jit", 4),
-        ("diffusion", 8, "jit", 1),
-        ("diffusion", 8, "pmap", 1),
+        ("autoencoder", 8, "jit", 1, {}),
+        ("autoencoder", 8, "pmap", 1, {}),
+        ("autoencoder", 1, "jit", 4, {}),
+        ("autoencoder", 8, "jit", 1, {"fsdp": 8}),
+        ("autoencoder", 8, "jit", 1, {"fsdp": 4, "tensor": 2}),
+        ("diffusion", 8, "jit", 1, {}),
+        ("diffusion", 8, "pmap", 1, {}),
+        ("diffusion", 8, "jit", 1, {"fsdp": 8}),
+        ("diffusion", 8, "jit", 1, {"fsdp": 2, "tensor": 2}),
+        ("diffusion", 8, "jit", 1, {"zero1": True}),
     ],
 )
-def test_training_depends_neither_on_devices_nor_on_parts(setups, on_one_device, task, devices, mode, parts):
+def test_training_depends_neither_on_devices_nor_on_parts(setups, on_one_device, task, devices, mode, parts, axes):
     expected, expected_losses = on_one_device[task]
-    state, losses = run_steps(setups[task], devices, mode, parts, 5)
+    state, losses = run_steps(setups[task], devices, mode, parts, 5, **axes)
+    # And something is split, where it is to be.
+    shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state.ema)]
+    assert (min(shares) < 1) == bool(axes)
     np.testing.assert_allclose(losses[0], expected_losses[0], rtol=3e-6)  # two dozen roundings of float32
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert losses[0] != losses[-1]

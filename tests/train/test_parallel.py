@@ -1,0 +1,193 @@
+"""Meshes, what they split, and several processes."""
+
+import json
+import math
+import signal
+import socket
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import child
+from jax.sharding import PartitionSpec
+from test_loop import assert_identical, final, first_stage, make_config, metrics, pictures  # noqa: F401
+
+from ldm_jax.models.unet import UNet
+from ldm_jax.parallel import TENSOR, MeshError, compile_step, make_mesh, row_shards, shardings, spec
+from ldm_jax.train.loaders import make_loader
+
+
+@pytest.fixture(scope="module")
+def unet_shapes():
+    """The UNet of Stable Diffusion v1: 860 million parameters, as shapes."""
+    unet = UNet(
+        4, 320, 4, 2, (4, 2, 1), (1, 2, 4, 4), num_heads=8, use_spatial_transformer=True, context_dim=768, legacy=False
+    )
+    x, t, context = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros((1, 77, 768))
+    return jax.eval_shape(lambda: unet.init(jax.random.key(0), x, t, context))["params"]
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (4, 2), (2, 4)])
+def test_what_a_device_holds_falls_with_the_mesh(unet_shapes, fsdp, tensor):
+    mesh = make_mesh(fsdp=fsdp, tensor=tensor)
+    total = held = split = 0
+    for leaf, where in zip(jax.tree.leaves(unet_shapes), jax.tree.leaves(shardings(unet_shapes, mesh)), strict=True):
+        total += leaf.size
+        held += math.prod(where.shard_shape(leaf.shape))
+        split += leaf.size if "tensor" in jax.tree.leaves(tuple(where.spec)) else 0
+    assert total > 8.5e8
+    assert held < 1.005 * total / 8 if tensor == 1 else held < 1.005 * (split / 8 + (total - split) / fsdp)
+    assert (split > 0.25 * total) == (tensor > 1)
+
+
+def test_a_split_leaves_whole_registers_where_it_can():
+    mesh = make_mesh(fsdp=8)
+    assert spec("unet/out/kernel", (3, 3, 1280, 320), mesh) == PartitionSpec(
+        None, None, "fsdp", None
+    )  # not 320 / 8 = 40
+    assert spec("x", (1024, 4100), mesh) == PartitionSpec("fsdp", None)
+    assert spec("x", (1000, 4100), mesh) == PartitionSpec("fsdp", None)
+    assert spec("x", (1001, 4100), mesh) == PartitionSpec(None, None)
+    assert spec("norm/scale", (320,), mesh) == PartitionSpec()
+
+
+def test_every_tensor_rule_meets_a_parameter(unet_shapes):
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(unet_shapes)]
+    mesh = make_mesh(data=4, tensor=2)
+    for pattern, dim in TENSOR:
+        met = [n for n in names if pattern.split("/", 1)[1] in n and "blocks_0/" in n]
+        assert met, pattern
+        shape = (2560, 2560)[: dim + 1] if "bias" in pattern else (2560, 2560)
+        assert spec(met[0], shape, mesh)[dim] == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"fsdp": 3}, "does not make 8 devices"),
+        ({"data": 2, "fsdp": 2}, "does not make 8 devices"),
+        ({"data": -1, "fsdp": -1}, "-1 for one at most"),
+        ({"tensor": 0}, "positive sizes"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(axes, message):
+    with pytest.raises(MeshError, match=message):
+        make_mesh(**axes)
+
+
+def test_rows_are_split_over_data_and_fsdp():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    assert row_shards(mesh) == 4
+    double = compile_step(lambda x, axis_name=None: 2 * x, mesh, "jit", shared=(False,), out_shared=False)
+    out = double(np.arange(8.0))
+    assert {shard.data.shape for shard in out.addressable_shards} == {(2,)}
+    np.testing.assert_array_equal(out, 2 * np.arange(8.0))
+
+
+# ----------------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def config(pictures, first_stage, tmp_path):  # noqa: F811
+    """A diffusion run of eight steps on eight devices, split three ways."""
+    config = make_config("diffusion", pictures, first_stage)
+    config.update(steps=8, save_every=2, eval_every=4, preview_every=8)
+    config.mesh.update(data=-1, fsdp=2)
+    return config
+
+
+def write(config, folder: Path, **changes) -> Path:
+    """The config as a file of its own."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    file = folder / f"config{abs(hash(str(changes)))}.py"
+    file.write_text(
+        "import json\n\nimport ml_collections\n\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict(json.loads({json.dumps(config.to_json())!s}))\n"
+    )
+    return file
+
+
+def together(file: Path, workdir: Path) -> list:
+    """Two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [f"--config={file}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    return [child("train.py", *flags, f"--process_index={i}", devices=4) for i in range(2)]
+
+
+def ended(*processes, status: int = 0) -> list[str]:
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [status] * len(processes), "\n".join(said)
+    return said
+
+
+def reached(workdir: Path, step: int, *processes) -> None:
+    lines = workdir / "metrics.jsonl"
+    while all(p.poll() is None for p in processes) and not (lines.exists() and f'"step": {step},' in lines.read_text()):
+        time.sleep(0.005)
+
+
+def test_two_processes_are_one_run_and_it_goes_on_anywhere(config, tmp_path):
+    file = write(config, tmp_path)
+    ended(child("train.py", f"--config={file}", f"--workdir={tmp_path / 'one'}", devices=8))
+    expected = metrics(tmp_path / "one")
+
+    processes = together(file, tmp_path / "two")
+    reached(tmp_path / "two", 4, *processes)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate()
+    kept = max(int(p.name) for p in (tmp_path / "two" / "checkpoints").iterdir() if p.name.isdigit())
+    assert 2 <= kept < 8
+
+    # On one process of eight devices, and then on one device.
+    six = write(config, tmp_path, steps=6)
+    ended(child("train.py", f"--config={six}", f"--workdir={tmp_path / 'two'}", devices=8))
+    alone = write(config, tmp_path, **{"mesh.fsdp": 1})
+    ended(child("train.py", f"--config={alone}", f"--workdir={tmp_path / 'two'}", devices=1))
+    found = metrics(tmp_path / "two")
+    assert [(m["step"], m["part"]) for m in found if m["step"] not in (6,)] == [
+        (m["step"], m["part"]) for m in expected if m["step"] not in (6,)
+    ]
+    for part in ("train", "validation"):
+        ours = {m["step"]: m["loss"] for m in found if m["part"] == part}
+        theirs = {m["step"]: m["loss"] for m in expected if m["part"] == part}
+        for step, loss in theirs.items():
+            np.testing.assert_allclose(ours[step], loss, rtol=2e-6)
+    a, b = final(tmp_path / "two", 8), final(tmp_path / "one", 8)
+    for name in b:
+        scale = np.abs(b[name]).max() + 1e-30
+        # Adam's second moments are squares of gradients, with twice their relative error.
+        assert np.abs(a[name].astype(np.float64) - b[name]).max() / scale < 1e-4, name
+
+
+def test_sigterm_saves_at_one_step_and_says_how_to_go_on(config, tmp_path):
+    config.update(steps=2000, save_every=1000, eval_every=1000)
+    file = write(config, tmp_path)
+    processes = together(file, tmp_path / "run")
+    reached(tmp_path / "run", 3, *processes)
+    processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    said = ended(*processes, status=75)
+    steps = {
+        line.split(" at step ")[1].split(",")[0] for text in said for line in text.splitlines() if "stopped at" in line
+    }
+    assert len(steps) == 1
+    assert (tmp_path / "run" / "checkpoints" / steps.pop() / "state").is_dir()
+
+
+def test_every_picture_of_an_epoch_is_seen_once_by_any_number_of_processes(config):
+    """Twenty pictures in batches of eight: five batches are two epochs. Two processes read two batches, one goes on."""
+    seen = []
+    for step in range(5):
+        count = 2 if step < 2 else 1
+        for index in range(count):
+            batch = next(make_loader(config, "train", (index, count)).iterate(step))
+            seen += batch["index"].tolist()
+    assert sorted(seen[:20]) == list(range(20))
+    assert sorted(seen[20:]) == list(range(20))
