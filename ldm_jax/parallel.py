@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -41,12 +41,15 @@ class MeshError(ValueError):
 # ------------------------------------------------------------------------------------------------------------------------ the mesh
 
 
-def make_mesh(devices: int | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first ``devices`` devices (all by default); one axis may be -1, for what the others leave.
+def make_mesh(
+    devices: int | Sequence[jax.Device] | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> Mesh:
+    """A mesh over ``devices``, or the first so many (all by default); one axis may be -1, for what the others leave.
 
     Raises MeshError where the axes do not multiply to the number of devices.
     """
-    count = devices or jax.device_count()
+    chosen = jax.devices()[:devices] if devices is None or isinstance(devices, int) else list(devices)
+    count = len(chosen)
     sizes = [data, fsdp, tensor]
     given = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or min(size for size in (*sizes, 1) if size != -1) < 1:
@@ -54,7 +57,7 @@ def make_mesh(devices: int | None = None, *, data: int = -1, fsdp: int = 1, tens
     if count % given or (-1 not in sizes and given != count):
         raise MeshError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not make {count} devices")
     sizes = [count // given if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count])
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -94,7 +97,7 @@ def shardings(tree: Any, mesh: Mesh, axis: str = "fsdp") -> Any:
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec(name, tuple(leaf.shape), mesh, axis))
+        return NamedSharding(mesh, spec(name, tuple(np.shape(leaf)), mesh, axis))
 
     return jax.tree.map_with_path(of, tree)
 
