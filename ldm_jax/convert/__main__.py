@@ -53,7 +53,8 @@ def _convert(args: argparse.Namespace) -> None:
     converted = convert(args.source, args.out, **options)
     _print(_summary(converted, args))
     if args.verify:
-        for name, (error, ratio) in verify(converted.config, converted.params, args.verify).items():
+        errors = verify(converted.config, converted.params, args.verify, bool(converted.about.get("ema")))
+        for name, (error, ratio) in errors.items():
             print(f"verified    {name}: error {error:.3g}, {ratio:.3g} of what is allowed")
 
 

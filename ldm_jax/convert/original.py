@@ -24,7 +24,7 @@ _UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 _SCHEDULE = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s", "v_posterior")
 # Fields of an autoencoder that the original has beside its ddconfig.
 _OUTER = ("embed_dim", "n_embed", "beta", "kl_weight", "remap", "unknown_index", "sane_index_shape", "n_labels")
-_KEPT = ("conditioning_key", "cond_stage_key", "first_stage_key", "image_size")
+_KEPT = ("cond_stage_key", "first_stage_key", "image_size")
 
 
 # ------------------------------------------------------------------------------------------------------------------- YAML
@@ -130,7 +130,7 @@ def _conditioner_section(params: Mapping[str, Any], module: Any, factor: int) ->
         return {"kind": "none"}
     section = params["cond_stage_config"]
     kind, way = _KINDS[section["target"]]
-    key = params.get("conditioning_key") or ("concat" if params.get("concat_mode", True) else "crossattn")
+    key = conditioning_key(params)
     if key not in (way, "hybrid"):
         raise TargetError(f"{section['target']} as conditioning_key {key} is not supported, only {way} and hybrid")
     if kind == "bert" and not (section.get("params") or {}).get("use_tokenizer", True):
@@ -140,6 +140,13 @@ def _conditioner_section(params: Mapping[str, Any], module: Any, factor: int) ->
         side = round(params.get("image_size", 64) / module.multiplier**module.n_stages)
         fields["size"] = [side, side]
     return {"kind": kind, **fields}
+
+
+def conditioning_key(params: Mapping[str, Any]) -> str | None:
+    """Where the condition of a LatentDiffusion enters its UNet, as its constructor decides."""
+    if params.get("cond_stage_config", UNCONDITIONAL) == UNCONDITIONAL:
+        return None
+    return params.get("conditioning_key") or ("concat" if params.get("concat_mode", True) else "crossattn")
 
 
 # The guidance that the original's own scripts sample with; without a condition there is nothing to guide.
@@ -159,7 +166,8 @@ def _remembered(original: Original) -> dict[str, Any]:
         "target": original.target,
         "first_stage": params["first_stage_config"]["target"],
         "conditioner": conditioner["target"] if isinstance(conditioner, Mapping) else conditioner,
-        **{name: params[name] for name in (*_KEPT, "scale_by_std", "concat_mode") if params.get(name) is not None},
+        "conditioning_key": conditioning_key(params),
+        **{name: params[name] for name in (*_KEPT, "scale_by_std") if params.get(name) is not None},
     }
 
 
@@ -188,12 +196,12 @@ def original_of(config: Mapping[str, Any]) -> Original:
     params: dict[str, Any] = {
         **schedule,
         "parameterization": config["objective"],
-        "conditioning_key": way,
+        "conditioning_key": kept.get("conditioning_key", way),
         "image_size": config.get("sampling", {}).get("size", [256])[0] // model.first_stage.downsampling,
         "channels": model.first_stage.channels,
         "use_ema": False,
         **({"scale_by_std": True} if kept.get("scale_by_std") else {"scale_factor": config.get("scale_factor", 1.0)}),
-        **{name: kept[name] for name in (*_KEPT, "concat_mode") if name in kept},
+        **{name: kept[name] for name in _KEPT if name in kept},
         "unet_config": {"target": _UNET, "params": {"image_size": 32, **fields_of(model.unet)}},
         "first_stage_config": {"target": stage, "params": inside},
         "cond_stage_config": conditioner,

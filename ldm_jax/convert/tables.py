@@ -266,7 +266,7 @@ def to_theirs(table: Table, params: Mapping[str, Any], *, where: str = "paramete
 
     def value(entry: Entry | Unused) -> np.ndarray:
         if isinstance(entry, Unused):
-            return entry.value()
+            return np.asarray(entry.value())
         return np.asarray(entry.op.to_theirs(np.asarray(leaves[entry.path])), order="C")
 
     written = {entry.source: value(entry) for entry in table if not isinstance(entry, Duplicate)}

@@ -30,10 +30,13 @@ def nchw(x: Any) -> np.ndarray:
     return np.moveaxis(np.asarray(x), -1, -3)
 
 
-def verify(config: Mapping[str, Any], params: Mapping[str, Any], case: str | Path) -> dict[str, tuple[float, float]]:
+def verify(
+    config: Mapping[str, Any], params: Mapping[str, Any], case: str | Path, ema: bool = False
+) -> dict[str, tuple[float, float]]:
     """{recorded output: (largest absolute error, that in units of the tolerance recorded with it)} of all that `outputs_of` computes.
 
-    Raises TargetError where the case cannot be read or holds nothing that this model computes.
+    ``ema``: these are averaged weights, whose results are recorded as "ema.NAME". Raises TargetError where the case cannot be read or holds nothing
+    that this model computes.
     """
     case = Path(case)
     try:
@@ -46,6 +49,8 @@ def verify(config: Mapping[str, Any], params: Mapping[str, Any], case: str | Pat
     )
     with jax.default_matmul_precision("highest"):  # the recorded results are float32 throughout
         results = outputs_of(config, params, given)
+    if ema:
+        results = {f"ema.{name}" if f"ema.{name}" in expected else name: a for name, a in results.items()}
     errors = {}
     for name in sorted(results.keys() & expected.keys()):
         ours, theirs = np.asarray(results[name], np.float64), expected[name].astype(np.float64)

@@ -74,8 +74,8 @@ def ema_shadows(table: Iterable[Entry | Unused | Duplicate]) -> Table:
         return EMA + source.removeprefix("model.").replace(".", "")
 
     shadows: Table = [
-        Unused(f"{EMA}decay", lambda: np.float32(0.9999)),  # type: ignore[arg-type, return-value]
-        Unused(f"{EMA}num_updates", lambda: np.int32(0)),  # type: ignore[arg-type, return-value]
+        Unused(f"{EMA}decay", lambda: np.array(0.9999, np.float32)),
+        Unused(f"{EMA}num_updates", lambda: np.array(0, np.int32)),
     ]
     for entry in table:
         if isinstance(entry, Entry):
