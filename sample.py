@@ -9,7 +9,10 @@ from ldm_jax import cli
 
 flags.DEFINE_multi_string("prompt", [], "What to make; may be given several times.")
 flags.DEFINE_string("prompts_file", None, "A text file with a prompt on each line.")
-flags.DEFINE_string("model", "emoji", "A model directory, or the name of a model that ships with ldm_jax.")
+flags.DEFINE_string(
+    "model", "emoji", "A model directory, a checkpoint of the original, or a model that ships with ldm_jax."
+)
+flags.DEFINE_string("model_config", None, "The original's YAML of a checkpoint (default: its names and shapes tell).")
 flags.DEFINE_integer("num", 4, "Pictures for each prompt, with seeds --seed, --seed + 1, ...", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "The first seed.", lower_bound=0)
 flags.DEFINE_integer("steps", None, "Sampling steps (default: the model's own).")

@@ -15,7 +15,7 @@ __all__ = ["__version__", "load"]
 
 
 def load(model: str = "emoji", **options: Any) -> "Pipeline":
-    """A pipeline of a model directory, or of a model that ships with the package; see `ldm_jax.pipeline.load` for the options."""
+    """A pipeline of a model directory, a checkpoint of the original or a model that ships with the package; see `ldm_jax.pipeline.load`."""
     from ldm_jax.pipeline import load  # jax is imported only when it is needed
 
     return load(model, **options)

@@ -23,7 +23,7 @@ class CheckpointError(ValueError):
 
 
 def find_model(name: str | Path) -> Path:
-    """The model directory of a path, of a "pkg:..." path inside the package, or of the name of a model that ships with it.
+    """The model directory (or checkpoint) of a path, of a "pkg:..." path inside the package, or of the name of a model that ships with it.
 
     A path that exists goes first.
     """
@@ -35,12 +35,15 @@ def find_model(name: str | Path) -> Path:
     if str(name) not in shipped:
         near = difflib.get_close_matches(str(name), shipped, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(shipped)})"
-        raise CheckpointError(f"model {str(name)!r} is neither a folder nor one that ships with ldm_jax{hint}")
+        raise CheckpointError(f"model {str(name)!r} is neither a folder or file nor one that ships with ldm_jax{hint}")
     return ASSETS / str(name)
 
 
-def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str = "float32") -> None:
-    """Writes a model directory, whole or not at all; floating-point arrays are stored as ``dtype``. CheckpointError if something is already there."""
+def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str | None = "float32") -> None:
+    """Writes a model directory, whole or not at all; floating-point arrays are stored as ``dtype`` (None: as they are).
+
+    CheckpointError if something is already there.
+    """
     import orbax.checkpoint as ocp
 
     path = Path(path).absolute()
@@ -53,9 +56,10 @@ def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _together("model folder")
-    cast = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
+    if dtype is not None:
+        params = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", cast)
+        checkpointer.save(partial / "params", params)
     if first:
         (partial / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1) + "\n")
         os.replace(partial, path)

@@ -110,7 +110,8 @@ def sample(args: Any) -> None:
     from ldm_jax import pictures
     from ldm_jax.pipeline import load
 
-    pipe = load(request["model"], dtype=request["dtype"], parallel=args.parallel)
+    yaml = request["model_config"]
+    pipe = load(request["model"], config=yaml, dtype=request["dtype"], parallel=args.parallel)
     names = ("steps", "guidance", "eta", "sampler", "size")
     chosen = pipe.settings(**{name: request[name] for name in names})
     settings = {name: getattr(chosen, name) for name in names}
@@ -128,6 +129,7 @@ def sample(args: Any) -> None:
             for place, image in zip(done.places, done.images, strict=True):
                 kept = {
                     "model": request["model"],
+                    **({} if yaml is None else {"model_config": yaml}),
                     "prompt": prompts[place],
                     "seed": seeds[place],
                     **settings,
@@ -172,7 +174,7 @@ def asked(args: Any) -> dict[str, Any]:
         if not (match := re.fullmatch(r"(\d+)x(\d+)", args.size)):
             raise ValueError(f"--size {args.size!r}: write HEIGHTxWIDTH, for example 64x96")
         size = [int(match[1]), int(match[2])]
-    names = ("model", "steps", "guidance", "eta", "sampler", "batch", "dtype")
+    names = ("model", "model_config", "steps", "guidance", "eta", "sampler", "batch", "dtype")
     return {
         **{name: getattr(args, name) for name in names},
         "size": size,
@@ -189,7 +191,7 @@ def replayed(path: str) -> dict[str, Any]:
     missing = [name for name in REPLAYED if name not in kept]
     if missing:
         raise ValueError(f"{path}: its settings lack {missing[0]!r}, so it cannot be made again (a grid?)")
-    return {**kept, "prompts": [kept["prompt"]], "seeds": [kept["seed"]]}
+    return {"model_config": None, **kept, "prompts": [kept["prompt"]], "seeds": [kept["seed"]]}
 
 
 def next_number(out: Path) -> int:

@@ -256,11 +256,15 @@ def bert(
     head_dim: int = 64,
     dropout: float = 0.0,
     embed_std: float = 0.02,
+    with_logits: bool = False,
     dtype: Any = jnp.float32,
 ) -> BertText:
-    """The text conditioner of the original's text-to-image model (whose dim is 1280, depth 32)."""
+    """The text conditioner of the original's text-to-image model (whose dim is 1280, depth 32).
+
+    ``with_logits``: its parameters hold the projection to the vocabulary that the original keeps and does not use.
+    """
     fields = (dim, depth, vocab_size, max_seq_len, heads, head_dim, dropout)
-    return BertText(TransformerEncoder(*fields, embed_std=embed_std, dtype=dtype))
+    return BertText(TransformerEncoder(*fields, with_logits=with_logits, embed_std=embed_std, dtype=dtype))
 
 
 def bert_tokens(**fields: Any) -> BertTokens:

@@ -1,6 +1,7 @@
 """What a person asks a model for, jitted as one program and run in batches of one size."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model
+from ldm_jax.convert.conversion import is_foreign, read_model
 from ldm_jax.diffusion.samplers import SAMPLERS, time_grid
 from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, generate, nearest
 from ldm_jax.parallel import Mode, compile_step, make_mesh
+
+LOG = logging.getLogger(__name__)
 
 
 class RequestError(ValueError):
@@ -22,31 +26,49 @@ class RequestError(ValueError):
 
 
 def load(
-    name: str | Path = "emoji", *, dtype: str | None = None, parallel: Mode = "jit", devices: int | None = None
+    name: str | Path = "emoji",
+    *,
+    config: str | Path | None = None,
+    ema: bool | None = None,
+    dtype: str | None = None,
+    parallel: Mode = "jit",
+    devices: int | None = None,
 ) -> "Pipeline":
-    """Loads a model directory or a shipped model.
+    """Loads a model directory, a shipped model, or a checkpoint of the original, converted in memory.
 
-    ``dtype`` is what it computes in: "float32" (the default on CPU), "bfloat16" (the default elsewhere) or "float16". ``parallel`` spreads
-    batches over the first ``devices`` devices (all by default) with "jit" or "pmap". Raises RequestError, CheckpointError or ConfigError.
+    ``config`` is a checkpoint's YAML (None: names and shapes tell), ``ema`` whether to take its averaged weights (None: where it has them).
+    ``dtype`` is what the model computes in: "float32" (the default on CPU), "bfloat16" (the default elsewhere) or "float16". ``parallel`` spreads
+    batches over the first ``devices`` devices (all by default) with "jit" or "pmap". Raises RequestError, CheckpointError or ConfigError, and for
+    checkpoints ReaderError, TargetError or ConversionError: ValueErrors, all of them.
     """
     path = find_model(name)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} does not exist{nearest(dtype, DTYPES)}")
-    config, params = load_model(path)
-    if config.get("kind") != "latent_diffusion":
+    foreign = is_foreign(path)
+    if not foreign and (config is not None or ema is not None):
+        raise RequestError(f"{path} is a model directory, which says itself what it is: leave config and ema out")
+    if foreign:
+        converted = read_model(path, config=config, ema=ema)
+        for line in converted.assumed:
+            LOG.info("%s: assumed %s", path.name, line)
+        told, params = converted.config, converted.params
+    else:
+        told, params = load_model(path)
+    if told.get("kind") != "latent_diffusion":
         raise RequestError(
-            f"{path} is a {config.get('kind')}, which makes no pictures by itself: give the directory of a latent diffusion model"
+            f"{path} is a {told.get('kind')}, which makes no pictures by itself: give a latent diffusion model"
         )
     try:
         params = jax.tree.map(lambda a: jnp.asarray(a, DTYPES[dtype]), params)
+        params = {"conditioner": {}, **params}  # an empty tree leaves no trace on disk
         first_stage = params.pop("first_stage", None)
         params.pop("logvar", None)  # of the training loss alone
-        model = build(config, params, first_stage, dtype)
+        model = build(told, params, first_stage, dtype)
         check_params(model)
         return Pipeline(model, dtype=dtype, name=str(name), parallel=parallel, devices=devices)
     except ConfigError as error:
-        raise CheckpointError(f"{path / 'config.json'}: {error}") from None
+        raise CheckpointError(f"{path if foreign else path / 'config.json'}: {error}") from None
 
 
 @dataclasses.dataclass
@@ -123,6 +145,7 @@ class Pipeline:
         """
         prompts, seeds = pair([prompts] if isinstance(prompts, str) else list(prompts), seeds)
         chosen, n, devices = self.settings(**settings), len(prompts), self.mesh.devices.size
+        self.check_conditions()
         if batch is not None and batch < 1:
             raise RequestError(f"batch must be at least 1, not {batch}")
         rows = -(-(batch or min(n, 8)) // devices) * devices
@@ -146,6 +169,20 @@ class Pipeline:
                 yield Batch(done, np.asarray(images)[: len(done)])
 
         return batches()
+
+    def check_conditions(self) -> None:
+        """A RequestError for a model that is told more than prompts can say."""
+        config = self.model.config
+        kind, unet = config["conditioner"]["kind"], self.model.unet
+        if kind != "rescale" and (extra := unet.in_channels - self.model.first_stage.channels):
+            raise RequestError(
+                f"this model needs a picture beside the prompt ({extra} channels joined to the latents), which is not supported yet"
+            )
+        way = config.get("original", {}).get("conditioning_key")
+        if kind == "none" and (unet.num_classes is not None or way == "crossattn"):
+            raise RequestError(
+                "this model is conditioned on something that it holds no network for, which is not supported yet"
+            )
 
     def nodes(self, chosen: Settings) -> Any:
         """The sampler's tables, or a RequestError."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 Path = tuple[str, ...]
@@ -202,7 +203,31 @@ def _differs(entry: Entry | Unused | Duplicate, found: Mapping[str, np.ndarray])
     if not entry.fixed:
         return False
     ours, theirs = entry.value(), np.asarray(found[entry.source])
-    return ours.shape == theirs.shape and not np.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    # Stored in half precision, it is right to its rounding.
+    rtol = max(1e-3, float(ml_dtypes.finfo(theirs.dtype).eps)) if theirs.dtype.kind in "fV" else 1e-3
+    return ours.shape == theirs.shape and not np.allclose(ours, theirs.astype(np.float64), rtol=rtol, atol=1e-6)
+
+
+def check(
+    table: Table, found: Mapping[str, Any], *, shapes: Mapping[str, Any], where: str, duplicate: Iterable[str] = ()
+) -> None:
+    """Raises ConversionError with every missing, unexpected, misshapen and different name of a checkpoint's arrays.
+
+    ``found`` maps original names to arrays, which may be lazy: of the values, only those are read where one is right. The rest as for `to_ours`.
+    """
+    expected = source_shapes(table, shapes, where)
+    ConversionError.check(
+        where,
+        missing=(entry.source for entry in table if isinstance(entry, Entry) and entry.source not in found),
+        unexpected=found.keys() - expected.keys(),
+        duplicate=duplicate,
+        misshapen=(
+            (n, np.shape(found[n]), shape)
+            for n, shape in expected.items()
+            if n in found and np.shape(found[n]) != shape
+        ),
+        different=(entry.source for entry in table if _differs(entry, found)),
+    )
 
 
 def to_ours(
@@ -220,23 +245,14 @@ def to_ours(
     """
     pairs = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
     found: dict[str, Any] = dict(pairs)  # type: ignore[arg-type]
-    expected = source_shapes(table, shapes, where)
-    entries = [entry for entry in table if isinstance(entry, Entry)]
-    ConversionError.check(
-        where,
-        missing=(entry.source for entry in entries if entry.source not in found),
-        unexpected=found.keys() - expected.keys(),
-        duplicate=(name for name, n in Counter(name for name, _ in pairs).items() if n > 1),
-        misshapen=(
-            (n, np.shape(found[n]), shape)
-            for n, shape in expected.items()
-            if n in found and np.shape(found[n]) != shape
-        ),
-        different=(entry.source for entry in table if _differs(entry, found)),
-    )
-    return nest(
-        {entry.path: np.asarray(entry.op.to_ours(np.asarray(found[entry.source])), order="C") for entry in entries}
-    )
+    twice = (name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+    check(table, found, shapes=shapes, where=where, duplicate=twice)
+    return nest({e.path: as_ours(e, np.asarray(found[e.source])) for e in table if isinstance(e, Entry)})
+
+
+def as_ours(entry: Entry, array: np.ndarray) -> np.ndarray:
+    """An original array in our layout, in C order."""
+    return np.asarray(entry.op.to_ours(array), order="C")
 
 
 def to_theirs(table: Table, params: Mapping[str, Any], *, where: str = "parameters") -> dict[str, np.ndarray]:
@@ -250,7 +266,7 @@ def to_theirs(table: Table, params: Mapping[str, Any], *, where: str = "paramete
 
     def value(entry: Entry | Unused) -> np.ndarray:
         if isinstance(entry, Unused):
-            return entry.value()
+            return np.asarray(entry.value())
         return np.asarray(entry.op.to_theirs(np.asarray(leaves[entry.path])), order="C")
 
     written = {entry.source: value(entry) for entry in table if not isinstance(entry, Duplicate)}

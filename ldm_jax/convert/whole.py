@@ -39,7 +39,8 @@ _OTHER = """
     unet_config first_stage_config cond_stage_config first_stage_key cond_stage_key image_size channels log_every_t
     loss_type monitor use_ema num_timesteps_cond cond_stage_trainable concat_mode conditioning_key scale_factor
     cond_stage_forward clip_denoised original_elbo_weight l_simple_weight parameterization scheduler_config
-    use_positional_encodings logvar_init ckpt_path ignore_keys load_only_unet
+    use_positional_encodings logvar_init ckpt_path ignore_keys load_only_unet finetune_keys concat_keys
+    masked_image_key keep_finetune_dims c_concat_log_start c_concat_log_end
 """
 
 
@@ -73,8 +74,8 @@ def ema_shadows(table: Iterable[Entry | Unused | Duplicate]) -> Table:
         return EMA + source.removeprefix("model.").replace(".", "")
 
     shadows: Table = [
-        Unused(f"{EMA}decay", lambda: np.float32(0.9999)),  # type: ignore[arg-type, return-value]
-        Unused(f"{EMA}num_updates", lambda: np.int32(0)),  # type: ignore[arg-type, return-value]
+        Unused(f"{EMA}decay", lambda: np.array(0.9999, np.float32)),
+        Unused(f"{EMA}num_updates", lambda: np.array(0, np.int32)),
     ]
     for entry in table:
         if isinstance(entry, Entry):
@@ -210,7 +211,11 @@ def latent_diffusion(
     return Whole(modules, table, shapes)
 
 
-WHOLE: dict[str, Callable[..., Whole]] = {"ldm.models.diffusion.ddpm.LatentDiffusion": latent_diffusion}
+WHOLE: dict[str, Callable[..., Whole]] = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion": latent_diffusion,
+    # Stable Diffusion's, for inpainting: the same parts, fed with more channels.
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": latent_diffusion,
+}
 
 
 def whole_from_config(target: str, params: Mapping[str, Any], **options: Any) -> Whole:

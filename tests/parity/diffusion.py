@@ -38,6 +38,7 @@ from ldm_jax.diffusion.tableau import Tableau
 from ldm_jax.latent import FirstStage, LatentDiffusion
 from ldm_jax.models.unet import UNet
 
+from . import checkpoints
 from .golden import Case, NotYet, nchw, nhwc, shapes_of
 
 Results = dict[str, Any]
@@ -628,7 +629,7 @@ def k_loss(case: Case) -> Results:
 
 def latent_diffusion(case: Case) -> Results:
     if "ckpt" in case.spec:
-        raise NotYet("checkpoint files")
+        return checkpoints.latent_diffusion(case)
     if "loss" in case.expected:
         return p_losses(case)
     return whole_model(case)

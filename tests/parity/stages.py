@@ -16,6 +16,7 @@ from ldm_jax.models.permuter import PERMUTERS
 from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
 
+from . import checkpoints
 from .golden import Case, NotYet, nchw, shapes_of
 
 Results = dict[str, Any]
@@ -147,7 +148,7 @@ def ema_quantizer(case: Case) -> Results:
 
 def vqmodel(case: Case) -> Results:
     if "ckpt" in case.spec:
-        raise NotYet("checkpoint files")
+        return checkpoints.vqgan(case)
     module, params, _ = build(case)
     assert isinstance(module, VQModel)
     interface = isinstance(module, VQModelInterface)

@@ -6,10 +6,15 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ldm_jax.convert import whole
+from ldm_jax.convert.compvis import table_of
+from ldm_jax.convert.infer import infer
 from ldm_jax.convert.tables import Duplicate, Entry, flatten, source_shapes
+from ldm_jax.convert.targets import module_from_config
+from ldm_jax.models.unet import layout
 
 from .golden import golden_folder
 
@@ -42,6 +47,32 @@ def test_every_array_is_one_parameter(name: str) -> None:
     used = [entry for entry in table if isinstance(entry, Entry)]
     assert {entry.path for entry in used} == set(flatten(model.shapes))
     assert ("duplicates" in spec.get("cond_stage_keys", "")) == (len(table) < len(model.table))
+
+
+def modules(target: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The networks of a configuration, by part; nothing is traced."""
+    if "unet_config" not in params:
+        return {"first_stage": module_from_config(target, params)}
+    sections = {part: params[f"{part}_config"] for part in ("unet", "first_stage", "cond_stage")}
+    return {
+        part: module_from_config(section["target"], section.get("params"))
+        for part, section in sections.items()
+        if isinstance(section, dict) and section["target"] not in whole.IDENTITIES
+    }
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_names_and_shapes_tell_the_architecture(name: str) -> None:
+    spec = architectures()[name]
+    arrays = {array: np.broadcast_to(np.float32(0), shape) for array, shape in spec["state_dict"].items()}
+    found = infer(arrays)
+    ours, theirs = modules(found.target, found.params), modules(spec["target"], spec["params"])
+    assert ours.keys() == theirs.keys()
+    if "unet" in ours:
+        assert layout(ours["unet"]) == layout(theirs["unet"])  # with the heads, which are by convention
+    names = [[(entry.source, type(entry)) for entry in table_of(net["first_stage"])] for net in (ours, theirs)]
+    assert names[0] == names[1]
+    assert ours.get("cond_stage") == theirs.get("cond_stage")
 
 
 def test_all_architectures_are_there() -> None:
