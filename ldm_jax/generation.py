@@ -16,7 +16,7 @@ from ldm_jax.conditioning import Joined
 from ldm_jax.diffusion.guidance import predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, AnySampler, Known, initial_noise, sample
 from ldm_jax.diffusion.schedule import lift, q_sample
-from ldm_jax.latent import FirstStage, LatentDiffusion, to_float, to_uint8
+from ldm_jax.latent import FirstStage, LatentDiffusion, masked_condition, to_float, to_uint8
 
 Array = Any  # jax.Array or np.ndarray
 
@@ -98,10 +98,10 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
         pixels = to_float(rows.image)
         if joined:
             assert rows.mask is not None
-            encoded = masked_condition(stage, pixels, rows.mask)
+            encoded = masked_condition(stage, pixels, rows.mask).astype(jnp.float32)
         else:
             # The posterior's mode, not a sample of it as in the original: a picture stays what it is under every seed.
-            z0 = stage.encode(pixels)
+            z0 = stage.encode(pixels).astype(jnp.float32)
             known = None if rows.mask is None else Known(z0, 1.0 - whole_cells(rows.mask, f))
 
     clip = stage.module is None
@@ -148,21 +148,10 @@ def slerp(a: jax.Array, b: jax.Array, mix: jax.Array) -> jax.Array:
     return lift(to_a, a) * a + lift(to_b, b) * b
 
 
-# -------------------------------------------------------------------------------------------------------------------------- masks
-
-
 def whole_cells(mask: jax.Array, f: int) -> jax.Array:
     """A mask of pixels [b, H, W, 1] -> of latents, float32 [b, H / f, W / f, 1]: a cell is made anew where any of its pixels is."""
     b, h, w, _ = mask.shape
     return jnp.max(mask.reshape(b, h // f, f, w // f, f, 1), (2, 4)).astype(jnp.float32)
-
-
-def masked_condition(stage: FirstStage, pixels: jax.Array, mask: jax.Array) -> jax.Array:
-    """What the original's inpainting model is told (scripts/inpaint.py): the unscaled latents of the picture, black where the mask [b, H, W, 1] is 1,
-    and that mask as -1 and 1 by nearest neighbours: [b, h, w, c + 1]."""
-    f, hole = stage.downsampling, mask.astype(pixels.dtype)
-    z = stage.encode(jnp.where(hole > 0, -1.0, pixels)) / stage.scale
-    return jnp.concatenate([z, (2 * hole - 1)[:, ::f, ::f].astype(z.dtype)], axis=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- decoding

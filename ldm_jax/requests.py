@@ -56,7 +56,7 @@ class Settings:
     guidance: float | Sequence[float] = 5.0  # one scale, or one for each picture; 1 is none
     eta: float = 0.0
     sampler: str = "ddim"
-    grid: str = "uniform"  # of timesteps
+    grid: str | Sequence[float] = "uniform"  # of timesteps, or a list of them
     size: Sequence[int] = (64, 64)  # height, width in pixels
     guidance_rescale: float | Sequence[float] = 0.0  # from 0 to 1 (Lin et al. 2023)
     guidance_interval: Sequence[float] | None = None  # the first and the last timestep that is guided

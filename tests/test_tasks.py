@@ -14,8 +14,8 @@ from PIL import Image
 from ldm_jax.diffusion.guidance import classifier_free, predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, step_grid
 from ldm_jax.diffusion.schedule import q_sample
-from ldm_jax.generation import Form, decode, decode_tiled, masked_condition, slerp, tile_ramp, tile_starts, whole_cells
-from ldm_jax.latent import to_float, to_uint8
+from ldm_jax.generation import Form, decode, decode_tiled, slerp, tile_ramp, tile_starts, whole_cells
+from ldm_jax.latent import masked_condition, to_float, to_uint8
 from ldm_jax.pipeline import RequestError
 from ldm_jax.requests import Given, class_numbers, interpolation, layout_tokens
 
