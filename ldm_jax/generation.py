@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.conditioning import Joined
-from ldm_jax.diffusion.guidance import predictor
+from ldm_jax.diffusion.guidance import Predict, predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, AnySampler, Known, initial_noise, sample
 from ldm_jax.diffusion.schedule import lift, q_sample
 from ldm_jax.latent import FirstStage, LatentDiffusion, masked_condition, to_float, to_uint8
@@ -104,30 +104,29 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
             z0 = stage.encode(pixels).astype(jnp.float32)
             known = None if rows.mask is None else Known(z0, 1.0 - whole_cells(rows.mask, f))
 
-    clip = stage.module is None
     parts = None if toward is None else (toward.encoded, toward.mix)
     options = {"interval": None if rows.interval is None else tuple(rows.interval.T), "rescale": rows.rescale}
-    denoise = model.denoiser(encoded, rows.null, rows.guidance, toward=parts, **options)
-    predict = predictor(denoise, model.schedule, model.objective, clip=clip)
-    if (
-        rows.variation is not None
-    ):  # the noise that leads to the picture without guidance, then part of the way to that of the seed
+
+    def predict(*guidance: Any, **options: Any) -> Predict:
+        denoise = model.denoiser(encoded, *guidance, toward=parts, **options)
+        return predictor(denoise, model.schedule, model.objective, clip=stage.module is None)
+
+    if rows.variation is not None:
+        # The noise that leads to the picture, without guidance, which could not be inverted; then part of the way to that of the seed.
         assert z0 is not None
-        unguided = predictor(model.denoiser(encoded, toward=parts), model.schedule, model.objective, clip=clip)
-        inverted, _ = sample(SAMPLERS["ddim_inversion"], unguided, z0, plan.inversion)
+        inverted, _ = sample(SAMPLERS["ddim_inversion"], predict(), z0, plan.inversion)
         x = slerp(inverted, x, rows.variation)
     elif plan.level is not None:
         assert z0 is not None
         x = q_sample(model.schedule, z0, plan.level, x)
 
-    trace = bool(form.progress)
-    z, steps = sample(
-        sampler, predict, x, plan.nodes, schedule=model.schedule, keys=keys, known=known, start=plan.start, trace=trace
-    )
+    guided = predict(rows.null, rows.guidance, **options)
+    trace, fixed = bool(form.progress), {"schedule": model.schedule, "keys": keys, "known": known}
+    z, steps = sample(sampler, guided, x, plan.nodes, start=plan.start, trace=trace, **fixed)
 
     def show(z: jax.Array) -> jax.Array:
         out = decode(stage, z, form)
-        if rows.image is not None and rows.mask is not None:  # what was not to be made anew stays as it was
+        if rows.image is not None and rows.mask is not None:  # the rest stays as it was
             out = jnp.where(rows.mask > 0, out, to_float(rows.image))
         return to_uint8(out)
 

@@ -125,7 +125,7 @@ class Pipeline:
         for name in set(request) - set(known):
             raise RequestError(f"setting {name!r} does not exist{nearest(name, known)}")
         given = Given(prompts, **{name: request.pop(name) for name in fields & set(request)})
-        given, chosen = checked(self.model.conditioner, given), self.settings(**request)
+        given, chosen = checked(self.model, given), self.settings(**request)
         if batch is not None and batch < 1:
             raise RequestError(f"batch must be at least 1, not {batch}")
         if progress_every < 0:

@@ -67,8 +67,10 @@ class Settings:
 # ------------------------------------------------------------------------------------------------------------ what a model takes
 
 
-def checked(conditioner: Any, given: Given) -> Given:
+def checked(model: LatentDiffusion, given: Given) -> Given:
     """``given``, with a strength where nothing else is said of an image. RequestError where the model does not take it, or lacks something."""
+    check_conditions(model)
+    conditioner = model.conditioner
     wanted = needs(conditioner)
     sentence = "this model takes no condition" if wanted is None else f"this model is asked by {wanted}"
     for name in ("prompts", "classes", "semantic_map", "layout"):
@@ -106,6 +108,21 @@ def checked(conditioner: Any, given: Given) -> Given:
     if given.image is not None and not (joined or masked or started):
         return dataclasses.replace(given, strength=STRENGTH)
     return given
+
+
+def check_conditions(model: LatentDiffusion) -> None:
+    """RequestError for a model that is told more than its conditioner says."""
+    conditioner, told = model.conditioner, 0
+    if isinstance(conditioner, Joined):
+        told = conditioner.channels
+    elif isinstance(conditioner, RescaledMap):
+        told = conditioner.module.out_channels or conditioner.module.in_channels
+    if extra := model.unet.in_channels - model.first_stage.channels - told:
+        raise RequestError(
+            f"this model joins {extra} channels to its latents that its conditioner does not make: not supported"
+        )
+    if model.unet.num_classes is not None:
+        raise RequestError("this model's UNet takes class numbers, which no conditioner gives yet: not supported")
 
 
 def needs(conditioner: Any) -> str | None:

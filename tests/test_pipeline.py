@@ -131,7 +131,7 @@ def test_only_another_shape_of_the_computation_compiles(pipe, compilations):
         ({"size": (16,)}, "size 16: height and width must be multiples of 4"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"guidance": [1.0, 2.0]}, "2 guidance scales for 1 pictures"),
-        ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"guidance": float("nan")}, "guidance scales must be finite numbers"),
         ({"eta": -0.1}, "eta must be a number of at least 0, not -0.1"),
         ({"eta": float("inf")}, "eta must be a number of at least 0, not inf"),
         ({"sampler": "dimm"}, "sampler 'dimm' does not exist; did you mean 'ddim'?"),

@@ -380,6 +380,16 @@ def test_a_task_that_cannot_be_done_is_refused_at_once_in_one_line(pipe, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [({"in_channels": 9}, "joins 5 channels to its latents"), ({"num_classes": 10}, "takes class numbers")],
+)
+def test_a_model_that_is_told_more_than_its_conditioner_says_is_refused(pipe, monkeypatch, unet, message):
+    monkeypatch.setattr(pipe, "model", dataclasses.replace(pipe.model, unet=pipe.model.unet.clone(**unet)))
+    with pytest.raises(RequestError, match=message):
+        pipe.stream(RED)
+
+
 def test_pictures_of_any_size_and_mode_are_fitted_and_that_is_said(pipe, caplog, tmp_path):
     Image.fromarray(PICTURE).convert("LA").resize((40, 25)).save(tmp_path / "grey.png")
     mask = Image.new("1", (20, 20), 1)
