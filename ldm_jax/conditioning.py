@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import flax.struct
 import jax
@@ -231,6 +231,40 @@ class RescaledMap:
 
 
 @dataclasses.dataclass(frozen=True)
+class Joined:
+    """Channels joined to the latent as they are.
+
+    ``of`` says what they are: a "picture" of the latent's size (the original's super-resolution), or a "masked" picture's unscaled latents and
+    the mask, -1 and 1 (the original's inpainting). ``size``: height and width of the latents, for `encode_null`.
+    """
+
+    channels: int
+    of: Literal["picture", "masked"] = "picture"
+    size: tuple[int, int] = (64, 64)
+
+    def __post_init__(self) -> None:
+        if self.of not in get_args(Joined.__annotations__["of"]):
+            raise ValueError(f"of {self.of!r} is neither 'picture' nor 'masked'")
+
+    def encode(self, given: Sequence[Any]) -> np.ndarray:
+        """Arrays [h, w, channels], all of one size -> float32 [b, h, w, channels]; ValueError for other channels."""
+        arrays = np.asarray(given, np.float32)
+        if arrays.ndim != 4 or arrays.shape[-1] != self.channels:
+            raise ValueError(f"arrays of shape {arrays.shape}, expected [b, h, w, {self.channels}]")
+        return arrays
+
+    def encode_null(self, n: int) -> np.ndarray:
+        """Zeros."""
+        return np.zeros((n, *self.size, self.channels), np.float32)
+
+    def init(self, key: jax.Array) -> dict:
+        return {}
+
+    def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
+        return Cond(concat=encoded)
+
+
+@dataclasses.dataclass(frozen=True)
 class Unconditional:
     """No condition at all."""
 
@@ -284,5 +318,6 @@ CONDITIONERS = {
     "clip": lambda **fields: ClipText(CLIPText(**fields)),
     "class": lambda **fields: ClassLabel(ClassEmbedder(**fields)),
     "rescale": rescaler,
+    "joined": lambda dtype, **fields: Joined(**fields),
     "none": lambda dtype: Unconditional(),
 }

@@ -12,6 +12,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -19,10 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.conditioning import CONDITIONERS, Cond, Conditioner
-from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
+from ldm_jax.diffusion.guidance import Denoiser, classifier_free, unguided
 from ldm_jax.diffusion.objective import get_objective
-from ldm_jax.diffusion.samplers import AnySampler, initial_noise, sample
-from ldm_jax.diffusion.schedule import Schedule, make_schedule
+from ldm_jax.diffusion.schedule import Schedule, lift, make_schedule
 from ldm_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian, init_autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModelInterface
@@ -127,16 +127,25 @@ class LatentDiffusion:
             x = jnp.concatenate([x, cond.concat], axis=-1)
         return apply(self.unet, params["unet"], x, t, cond.crossattn, cond.vector, train=train, rngs=rngs)
 
-    def denoiser(self, encoded: Any, null: Any = None, guidance: Any = None) -> Denoiser:
-        """The network under host-encoded conditions, guided away from ``null`` by ``guidance`` ([] or [b]) where that is given."""
+    def denoiser(
+        self, encoded: Any, null: Any = None, guidance: Any = None, *, toward: Any = None, **options: Any
+    ) -> Denoiser:
+        """The network under host-encoded conditions, guided away from ``null`` by ``guidance`` ([] or [b]) where that is given.
+
+        ``toward`` (encoded, mix [b]) goes part of the way to other conditions; ``options`` are those of `classifier_free`.
+        """
 
         def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
             return self.apply(self.params, x, t, cond)
 
-        cond = self.conditioner(self.params["conditioner"], encoded)
-        if null is None:
+        condition = partial(self.conditioner, self.params["conditioner"])
+        cond = condition(encoded)
+        if toward is not None:
+            other, mix = toward
+            cond = jax.tree.map(lambda a, b: (1 - lift(mix, a)) * a + lift(mix, a) * b, cond, condition(other))
+        if null is None or guidance is None:
             return unguided(model, cond)
-        return classifier_free(model, cond, self.conditioner(self.params["conditioner"], null), guidance)
+        return classifier_free(model, cond, condition(null), guidance, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------------- from a config
@@ -239,28 +248,12 @@ def check_params(model: LatentDiffusion) -> None:
             raise ConfigError(f"the parameters do not fit this config: {name} {found}")
 
 
-def generate(
-    model: LatentDiffusion,
-    sampler: AnySampler,
-    nodes: Any,
-    encoded: Any,
-    null: Any,
-    seeds: jax.Array,
-    guidance: jax.Array | None,
-    size: tuple[int, int],
-) -> jax.Array:
-    """The whole of sampling as one pure function: conditions, seeds [b] -> pixels uint8 [b, H, W, 3], ``size`` = (H, W).
-
-    ``model``, ``nodes``, conditions, ``seeds`` and ``guidance`` ([] or [b]; None for no guidance) are traced. An image depends on its own seed
-    and condition alone, not on its place in a batch.
-    """
-    f = model.first_stage.downsampling
-    keys = jax.vmap(jax.random.key)(seeds)
-    x = initial_noise(keys, (size[0] // f, size[1] // f, model.first_stage.channels))
-    denoise = model.denoiser(encoded, None if guidance is None else null, guidance)
-    predict = predictor(denoise, model.schedule, model.objective, clip=model.first_stage.module is None)
-    z, _ = sample(sampler, predict, x, nodes, schedule=model.schedule, keys=keys)
-    return to_uint8(model.first_stage.decode(z))
+def masked_condition(stage: FirstStage, pixels: jax.Array, mask: jax.Array) -> jax.Array:
+    """What the original's inpainting model is told (scripts/inpaint.py): the unscaled latents of the picture, black where the mask [b, H, W, 1] is 1,
+    and that mask as -1 and 1 by nearest neighbours: [b, h, w, c + 1]."""
+    f, hole = stage.downsampling, mask.astype(pixels.dtype)
+    z = stage.encode(jnp.where(hole > 0, -1.0, pixels)) / stage.scale
+    return jnp.concatenate([z, (2 * hole - 1)[:, ::f, ::f].astype(z.dtype)], axis=-1)
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

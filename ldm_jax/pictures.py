@@ -3,9 +3,9 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,12 +21,24 @@ def save_png(path: str | Path, image: np.ndarray, settings: Mapping[str, Any] | 
         if "prompt" in settings:
             info.add_itxt("prompt", str(settings["prompt"]))
         info.add_itxt(KEY, json.dumps(settings))
+    _write(path, lambda file: Image.fromarray(image).save(file, "PNG", pnginfo=info))
+
+
+def save_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float = 3.0) -> None:
+    """Writes uint8 [H, W, 3] each as an animation that runs for ever, once in ``seconds``, and waits at its end."""
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    each = max(int(1000 * seconds / len(frames)), 20)
+    durations = [each] * len(rest) + [max(1000, each)]
+    _write(path, lambda file: first.save(file, "GIF", save_all=True, append_images=rest, duration=durations, loop=0))
+
+
+def _write(path: str | Path, save: Callable[[BinaryIO], None]) -> None:
+    """Written beside its place and renamed, so that nobody ever sees half a picture."""
     path = Path(path)
-    # Written beside its place and renamed, so that nobody ever sees half a picture.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            Image.fromarray(image).save(file, "PNG", pnginfo=info)
+            save(file)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -67,10 +79,10 @@ def grid(images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, 
 
 
 def labelled_grid(
-    images: np.ndarray, rows: Sequence[str], columns: Sequence[str], zoom: int = 1, gap: int = 6
+    images: np.ndarray | Sequence[np.ndarray], rows: Sequence[str], columns: Sequence[str], zoom: int = 1, gap: int = 6
 ) -> np.ndarray:
     """Pictures uint8 [len(rows) * len(columns), H, W, 3] with a label on every row and column (newlines allowed) -> one picture."""
-    font = ImageFont.load_default(11)
+    images, font = np.asarray(images), ImageFont.load_default(11)
     h, w = images.shape[1] * zoom, images.shape[2] * zoom
     left = 14 + max(int(font.getlength(label)) for label in rows)
     width = max(w, *(int(font.getlength(line)) + 2 for label in columns for line in label.split("\n")))

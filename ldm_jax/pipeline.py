@@ -14,15 +14,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model
 from ldm_jax.convert.conversion import is_foreign, read_model
-from ldm_jax.diffusion.samplers import SAMPLERS, time_grid
-from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, generate, nearest
+from ldm_jax.diffusion.adaptive import DPMAdaptive
+from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
+from ldm_jax.generation import Form, Made, Plan, Rows, generate
+from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, nearest
 from ldm_jax.parallel import Mode, compile_step, make_mesh
+from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs
 
 LOG = logging.getLogger(__name__)
 
+__all__ = ["OFFERED", "Batch", "Given", "Pipeline", "RequestError", "Settings", "load"]
 
-class RequestError(ValueError):
-    """A request that the model cannot fulfil; its message is one line that says what to change."""
+# Names of samplers; inversion leads from pictures to noise.
+OFFERED = [name for name, sampler in SAMPLERS.items() if not isinstance(sampler, Inversion)]
 
 
 def load(
@@ -73,28 +77,18 @@ def load(
 
 @dataclasses.dataclass
 class Batch:
-    """One finished batch: the places of its pictures in the request, and the pictures uint8 [n, H, W, 3]."""
+    """One finished batch: the places of its pictures in the request, the pictures uint8 [n, H, W, 3], and their ``progress`` [n, k, H, W, 3]."""
 
     places: range
     images: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to sample. A model's config.json may hold other defaults, under "sampling"."""
-
-    steps: int = 50
-    guidance: float | Sequence[float] = 5.0  # one scale, or one for each picture; 1 is none
-    eta: float = 0.0
-    sampler: str = "ddim"
-    grid: str = "uniform"  # of timesteps
-    size: Sequence[int] = (64, 64)  # height, width in pixels
+    progress: np.ndarray | None = None
 
 
 class Pipeline:
-    """Text (or nothing) to pictures. Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are done.
+    """A person's request to pictures. Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are done.
 
-    Only the number of steps, the batch, the size and the sampler are compiled in; prompts, seeds, guidance and eta are traced.
+    Which task it is follows from what is given (`Given`). Only the number of steps, the batch, the size, the sampler and the kind of task are
+    compiled in; prompts, seeds, pictures, masks, strength, guidance and eta are traced.
     """
 
     def __init__(
@@ -114,7 +108,10 @@ class Pipeline:
         self.model = jax.device_put(model, NamedSharding(self.mesh, PartitionSpec()))
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
-        self.defaults: Settings = construct(Settings, "sampling", model.config.get("sampling", {}))
+        own = model.config.get("sampling", {})
+        if needs(model.conditioner) not in ("prompts", "classes"):  # trained without a condition to be guided away from
+            own = own | {"guidance": 1.0}
+        self.defaults: Settings = construct(Settings, "sampling", own)
         self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}
 
@@ -126,76 +123,99 @@ class Pipeline:
                 raise RequestError(f"setting {name!r} does not exist{nearest(name, known)}")
         return dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
 
-    def __call__(self, prompts: str | Sequence[str], **request: Any) -> np.ndarray:
+    def __call__(self, prompts: str | Sequence[str] | None = None, **request: Any) -> np.ndarray:
         """Pictures uint8 [n, H, W, 3]; see `stream` for the request."""
         return np.concatenate([batch.images for batch in self.stream(prompts, **request)])
 
     def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
         seeds: int | Sequence[int] | None = None,
         batch: int | None = None,
-        **settings: Any,
+        progress_every: int = 0,
+        **request: Any,
     ) -> Iterator[Batch]:
         """Checks the request at once, and returns an iterator over finished batches.
 
-        One picture per (prompt, seed): equally many of both, or one of either. ``seeds`` default to 0, 1, ...; ``batch`` pictures are made at a
-        time (at most 8 by default); the rest are `Settings`.
+        ``request`` are fields of `Given` and of `Settings`. One picture per (prompt or class or image, seed): equally many of both, or one of
+        either. ``seeds`` default to 0, 1, ...; ``batch`` pictures are made at a time (at most 8 by default). ``progress_every`` k > 0 also shows the
+        x0 predicted in every k-th call of the model.
         """
-        prompts, seeds = pair([prompts] if isinstance(prompts, str) else list(prompts), seeds)
-        chosen, n, devices = self.settings(**settings), len(prompts), self.mesh.devices.size
-        self.check_conditions()
+        fields = {field.name for field in dataclasses.fields(Given)}
+        known = [*sorted(fields), *(field.name for field in dataclasses.fields(Settings))]
+        for name in set(request) - set(known):
+            raise RequestError(f"setting {name!r} does not exist{nearest(name, known)}")
+        given = Given(prompts, **{name: request.pop(name) for name in fields & set(request)})
+        given, chosen = checked(self.model, given), self.settings(**request)
         if batch is not None and batch < 1:
             raise RequestError(f"batch must be at least 1, not {batch}")
-        rows = -(-(batch or min(n, 8)) // devices) * devices
-        scales = np.asarray(chosen.guidance, np.float32)
-        if scales.shape not in ((), (n,)):
-            raise RequestError(f"{scales.size} guidance scales for {n} pictures: give one, or one for each")
-        if not np.isfinite(scales).all():
-            raise RequestError("guidance must be a finite number")
-        scales = np.broadcast_to(scales, n)
-        nodes, program = self.nodes(chosen), self.program(chosen.sampler, self.check_size(chosen.size))
-        conditioner = self.model.conditioner
-        encoded, null = conditioner.encode(prompts), conditioner.encode_null(rows)
+        if progress_every < 0:
+            raise RequestError(f"progress_every must be at least 0, not {progress_every}")
+        size = self.check_size(chosen.size)
+        canvas, rows = arrays(self.model, given, chosen, seeds, size if request.get("size") else None)
+        plan, n, devices = self.plan(chosen, given), len(rows.seeds), self.mesh.devices.size
+        count = -(-(batch or min(n, 8)) // devices) * devices
+        calls = range(0 if isinstance(SAMPLERS[chosen.sampler], DPMAdaptive) else len(jax.tree.leaves(plan.nodes)[0]))
+        shown = tuple(calls[progress_every - 1 :: progress_every]) if progress_every else ()
+        if progress_every and not shown:
+            raise RequestError(f"progress_every {progress_every}: {chosen.sampler} shows no such step here")
+        made = [i for i, call in enumerate(shown) if plan.start is None or call >= plan.start]
+        form = Form(canvas.size, shown, *self.check_decoding(chosen, count))
+        program, (height, width) = self.program(chosen.sampler, form), canvas.keep
 
         def batches() -> Iterator[Batch]:
-            for start in range(0, n, rows):
+            for first in range(0, n, count):
                 # The last batch is filled up with its last picture: every batch has one shape.
-                places = np.minimum(np.arange(start, start + rows), n - 1)
-                part = jax.tree.map(lambda a, places=places: a[places], encoded)
-                images = program(self.model, nodes, part, null, np.asarray(seeds, np.uint32)[places], scales[places])
-                done = range(start, min(start + rows, n))
-                yield Batch(done, np.asarray(images)[: len(done)])
+                places = np.minimum(np.arange(first, first + count), n - 1)
+                part = jax.tree.map(lambda a, places=places: a[places], rows)
+                images, progress = (
+                    None if a is None else np.asarray(a)[..., :height, :width, :]
+                    for a in program(self.model, plan, part)
+                )
+                assert images is not None
+                done = range(first, min(first + count, n))
+                yield Batch(
+                    done,
+                    images[: len(done)],
+                    None if progress is None else progress[: len(done)][:, np.array(made, int)],
+                )
 
         return batches()
 
-    def check_conditions(self) -> None:
-        """A RequestError for a model that is told more than prompts can say."""
-        config = self.model.config
-        kind, unet = config["conditioner"]["kind"], self.model.unet
-        if kind != "rescale" and (extra := unet.in_channels - self.model.first_stage.channels):
-            raise RequestError(
-                f"this model needs a picture beside the prompt ({extra} channels joined to the latents), which is not supported yet"
-            )
-        way = config.get("original", {}).get("conditioning_key")
-        if kind == "none" and (unet.num_classes is not None or way == "crossattn"):
-            raise RequestError(
-                "this model is conditioned on something that it holds no network for, which is not supported yet"
-            )
-
-    def nodes(self, chosen: Settings) -> Any:
+    def plan(self, chosen: Settings, given: Given) -> Plan:
         """The sampler's tables, or a RequestError."""
-        if chosen.sampler not in SAMPLERS:
-            raise RequestError(f"sampler {chosen.sampler!r} does not exist{nearest(chosen.sampler, SAMPLERS)}")
+        if chosen.sampler not in OFFERED:
+            raise RequestError(f"sampler {chosen.sampler!r} does not exist{nearest(chosen.sampler, OFFERED)}")
         if not np.isfinite(chosen.eta) or chosen.eta < 0:
             raise RequestError(f"eta must be a number of at least 0, not {chosen.eta}")
+        sampler, eta = SAMPLERS[chosen.sampler], {"eta": chosen.eta} if chosen.eta else {}
+        adaptive = isinstance(sampler, DPMAdaptive)
+        if adaptive and given.image is not None and (given.mask is not None or given.outpaint is not None):
+            raise RequestError(
+                f"{chosen.sampler} chooses its own steps and keeps no part of an image: take another sampler"
+            )
         try:
             timesteps = time_grid(chosen.grid, chosen.steps, self._schedule)
-            eta = {"eta": chosen.eta} if chosen.eta else {}  # 0 is the sampler's own: 0 for ddim, 1 for ancestral ones
-            return SAMPLERS[chosen.sampler].nodes(self._schedule, timesteps, **eta)
+            nodes = sampler.nodes(self._schedule, timesteps, **eta)  # eta 0 is the sampler's own: 1 for ancestral ones
+            if given.variation is not None:
+                return Plan(nodes, inversion=SAMPLERS["ddim_inversion"].nodes(self._schedule, timesteps))
+            if given.strength is None:
+                return Plan(nodes)
+            # The last steps alone, padded to as many as all: every strength is one program, which skips what it does not make.
+            count = max(int(given.strength * len(timesteps)), 1)
+            part = sampler.nodes(self._schedule, timesteps[:count], **eta)
         except ValueError as error:
             raise RequestError(str(error)) from None
+        # DDIM's noise is the original's, of the step above the first that is made; others begin where their first call stands.
+        last = np.asarray(self._schedule.timesteps - 1, timesteps.dtype)
+        above = timesteps[count] if count < len(timesteps) else last
+        level = (above if chosen.sampler == "ddim" else timesteps[count - 1]).astype(
+            jax.dtypes.canonicalize_dtype(timesteps.dtype)
+        )
+        if adaptive:
+            return Plan(part, level=level)
+        return Plan(*padded(part, len(jax.tree.leaves(nodes)[0])), level)
 
     def check_size(self, size: Sequence[int]) -> tuple[int, int]:
         """(height, width) if the model can make it."""
@@ -204,37 +224,31 @@ class Pipeline:
             raise RequestError(f"size {'x'.join(map(str, size))}: height and width must be multiples of {factor}")
         return size[0], size[1]
 
-    def program(self, sampler: str, size: tuple[int, int]) -> Callable[..., Any]:
-        """The compiled function of a sampler and a size; jit compiles it once for each batch and number of steps."""
-        if (sampler, size) not in self._programs:
+    def check_decoding(self, chosen: Settings, rows: int) -> tuple[int, int]:
+        """(pictures decoded at a time, tile) for batches of ``rows``; under jit the first is that of all devices together."""
+        tile, least = chosen.tile, 4 * self.model.first_stage.downsampling
+        if tile and (tile < least or tile % self.model.first_stage.downsampling):
+            raise RequestError(f"tile must be 0 or a multiple of {least // 4} from {least} pixels on, not {tile}")
+        if chosen.decode_batch < 0:
+            raise RequestError(f"decode_batch must be at least 0, not {chosen.decode_batch}")
+        devices = self.mesh.devices.size
+        local = rows // devices
+        most = max((d for d in range(1, local + 1) if local % d == 0 and d <= chosen.decode_batch), default=0)
+        return most * (devices if self.parallel == "jit" else 1), tile
+
+    def program(self, sampler: str, form: Form) -> Callable[..., Made]:
+        """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task."""
+        if (sampler, form) not in self._programs:
             whole, rows = True, False
-            self._programs[sampler, size] = compile_step(
-                partial(_generate, sampler=sampler, size=size),
+            self._programs[sampler, form] = compile_step(
+                partial(_generate, sampler=sampler, form=form),
                 self.mesh,
                 self.parallel,
-                shared=(whole, whole, rows, rows, rows, rows),
-                out_shared=rows,
+                shared=(whole, whole, rows),
+                out_shared=Made(rows, rows),
             )
-        return self._programs[sampler, size]
+        return self._programs[sampler, form]
 
 
-def _generate(*args: Any, sampler: str, size: tuple[int, int], axis_name: str | None = None) -> jax.Array:
-    model, nodes, encoded, null, seeds, guidance = args
-    return generate(model, SAMPLERS[sampler], nodes, encoded, null, seeds, guidance, size)
-
-
-def pair(prompts: list[str], seeds: int | Sequence[int] | None) -> tuple[list[str], list[int]]:
-    """Equally many prompts and seeds, or a RequestError."""
-    if not prompts:
-        raise RequestError("there is no prompt; give at least one")
-    seeds = (
-        [int(seeds)] if isinstance(seeds, int | np.integer) else list(range(len(prompts)) if seeds is None else seeds)
-    )
-    if any(not 0 <= int(seed) < 2**32 for seed in seeds):
-        raise RequestError("seeds must be from 0 to 4294967295")
-    n = max(len(prompts), len(seeds))
-    if len(prompts) not in (1, n) or len(seeds) not in (1, n):
-        raise RequestError(
-            f"{len(prompts)} prompts and {len(seeds)} seeds do not pair up: give equally many, or one of either"
-        )
-    return prompts * (n // len(prompts)), seeds * (n // len(seeds))
+def _generate(model: Any, plan: Plan, rows: Rows, *, sampler: str, form: Form, axis_name: str | None = None) -> Made:
+    return generate(model, SAMPLERS[sampler], plan, rows, form)

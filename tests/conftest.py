@@ -1,6 +1,7 @@
 """Eight simulated devices on a CPU, programs compiled once per session, and a tiny model that answers to all of its inputs."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import runpy
@@ -131,10 +132,33 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def pipeline_of(config: dict) -> Pipeline:
+    """A pipeline of random parameters on one device."""
+    model, key = build(config, None, None), jax.random.key(0)
+    params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
+    module = model.first_stage.module
+    stage = module and random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
+    return Pipeline(
+        dataclasses.replace(model, params=params, first_stage=model.first_stage.replace(params=stage)), devices=1
+    )
+
+
 @pytest.fixture(scope="session")
 def pipe(tiny_dir: Path, quick_compiling: None) -> Pipeline:
     """The tiny model on one device."""
     return load(tiny_dir, devices=1)
+
+
+@pytest.fixture(scope="session")
+def compilations() -> list[str]:
+    """Grows by one at every compilation."""
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: (
+            seen.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+        )
+    )
+    return seen
 
 
 # ------------------------------------------------------------------------------------------------------------- the two programs

@@ -9,6 +9,7 @@ from conftest import ROOT, TINY, child
 from PIL import Image
 
 from ldm_jax.pictures import read_settings, save_png
+from ldm_jax.sampling import REPLAYED
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_kl.py'}:smoke"
 
@@ -80,7 +81,27 @@ def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
         (["--prompt=x", "--size=16"], "--size '16': write HEIGHTxWIDTH, for example 64x96"),
         (["--prompt=x", "--steps=0"], "steps must be from 1 to 100, not 0"),
         (["--prompt=x", "--steps=101"], "steps must be from 1 to 100, not 101"),
-        (["--prompt=x", "--steps=many"], "--steps=many: invalid literal"),
+        (["--prompt=x", "--steps=many"], "--steps=many: write whole numbers, apart by commas"),
+        (["--prompt=x", "--guidance=1,x"], "--guidance=1,x: write numbers, apart by commas"),
+        (["--prompt=x", "--mask={tmp}/foreign.png"], "mask needs an image: give one"),
+        (
+            ["--prompt=x", "--image={tmp}/foreign.png", "--strength=1.5"],
+            "strength must be above 0 and up to 1, not 1.5",
+        ),
+        (["--prompt=x", "--image={tmp}/empty.txt"], "empty.txt is no readable picture"),
+        (["--prompt=x", "--image={tmp}/none.png"], "none.png cannot be read: No such file or directory"),
+        (["--prompt=x", "--image={tmp}/foreign.png", "--outpaint=1,2"], "outpaint 1,2: give top, right, bottom, left"),
+        (["--class=cat"], "this model is asked by prompts, not by classes"),
+        (["--prompt=x", "--class=cat"], "give prompts or classes, not both"),
+        (["--prompt=x", "--negative=y", "--negative=z"], "2 of --negative for 1 prompts"),
+        (["--prompt=x", "--num=1", "--interpolate=3"], "interpolation needs at least two ends"),
+        (["--prompt=x", "--layout={tmp}/none.json"], "none.json cannot be read: No such file or directory"),
+        (["--prompt=x", "--sampler=ddim_inversion"], "sampler 'ddim_inversion' does not exist"),
+        (["--prompt=x", "--timesteps=liner"], "step grid 'liner' does not exist"),
+        (["--prompt=x", "--format=npz", "--gif"], "--format makes pictures of prompts, of classes or of nothing"),
+        (["--prompt=x", "--format=npz", "--out={tmp}"], "is not empty and holds no run of ours: give another --out"),
+        (["--replay={tmp}/moved.png"], "was made from the image {tmp}/none.png, which is missing"),
+        (["--replay={tmp}/changed.png"], "was made from the image {tmp}/foreign.png, which has changed since"),
         (["--prompt=x", "--num=0"], "--num=0"),
         (["--prompt=x", "--sampler=dimm"], "sampler 'dimm' does not exist; did you mean 'ddim'?"),
         (["--prompt=x", "--sampler=ddpm", "--eta=0.5"], "the ddpm sampler has no eta"),
@@ -89,7 +110,7 @@ def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
         (["--prompt=x", "--promt=y"], "unknown flag --promt; did you mean --prompt?"),
         (["--prompt=x", "y"], "unexpected argument 'y'; every setting is a --flag"),
         (["--prompt=x", "--model=nowhere"], "model 'nowhere' is neither a folder nor one that ships with ldm_jax"),
-        ([], 'give --prompt "..." or --prompts_file FILE'),
+        ([], "there is no prompt; give at least one"),
         (["--prompts_file={tmp}/none.txt"], "none.txt cannot be read: No such file or directory"),
         (["--prompts_file={tmp}/empty.txt"], "empty.txt has no prompt in it"),
         (["--replay={tmp}/empty.txt"], "empty.txt is no readable picture"),
@@ -104,13 +125,69 @@ def test_each_mistake_is_one_line_and_writes_nothing(sample, tmp_path, argv, mes
     (tmp_path / "empty.txt").write_text("\n\n")
     Image.new("RGB", (4, 4)).save(tmp_path / "foreign.png")
     save_png(tmp_path / "grid.png", np.zeros((4, 4, 3), np.uint8), {"prompts": ["x"]})
+    kept = dict.fromkeys(REPLAYED, 1) | {"image_sha256": "0" * 64}
+    for name, image in (("moved.png", "none.png"), ("changed.png", "foreign.png")):
+        save_png(tmp_path / name, np.zeros((4, 4, 3), np.uint8), kept | {"image": str(tmp_path / image)})
     before = sorted(tmp_path.rglob("*"))
     ran = sample(*(arg.format(tmp=tmp_path) for arg in argv))
     assert ran.status == 2
     assert len(ran.lines) == 1, ran.stderr
     assert ran.lines[0].startswith("sample.py: ")
-    assert message in ran.lines[0]
+    assert message.format(tmp=tmp_path) in ran.lines[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_task_is_made_again_from_its_picture(sample, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "photo.png")
+    task = [f"--image={tmp_path / 'photo.png'}", "--strength=0.5", "--negative=blue boat"]
+    assert sample("--prompt=red apple", "--num=1", "--steps=4", *task).status == 0
+    path = tmp_path / "out" / "00000-red-apple-0.png"
+    kept = read_settings(path)
+    assert kept["image"] == str(tmp_path / "photo.png")
+    assert (kept["strength"], kept["negative"], kept["size"]) == (0.5, "blue boat", None)
+    assert pixels(path).shape == (16, 24, 3)
+    assert sample(f"--replay={path}").status == 0
+    again = tmp_path / "out" / "00001-red-apple-0.png"
+    assert (pixels(again) == pixels(path)).all()
+    assert read_settings(again) == kept
+
+
+def test_a_sweep_is_one_labelled_grid(sample, tmp_path):
+    assert sample("--prompt=red apple", "--num=1", "--steps=3,4", "--guidance=1,3").status == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000-grid.png", *(f"{i:05d}-red-apple-0.png" for i in range(4))]
+    kept = [read_settings(tmp_path / "out" / name) for name in names[1:]]
+    assert [(one["steps"], one["guidance"]) for one in kept] == [(3, 1.0), (3, 3.0), (4, 1.0), (4, 3.0)]
+    sheet = read_settings(tmp_path / "out" / names[0])
+    assert (sheet["steps"], sheet["guidance"]) == ([3, 4], [1.0, 3.0])
+    assert sample(f"--replay={tmp_path / 'out' / names[4]}").status == 0
+    assert (pixels(tmp_path / "out" / "00004-red-apple-0.png") == pixels(tmp_path / "out" / names[4])).all()
+
+
+def test_an_interpolation_is_pictures_and_an_animation(sample, tmp_path):
+    ends = ["--prompt=red apple", "--prompt=blue boat", "--num=1"]
+    assert sample(*ends, "--interpolate=2", "--steps=3", "--gif").status == 0
+    out = tmp_path / "out"
+    with Image.open(out / "00000-interpolation.gif") as film:
+        assert (film.n_frames, film.size) == (3, (16, 16))
+    kept = read_settings(out / "00001-red-apple-0.png")
+    assert (kept["toward_prompt"], kept["toward_seed"], kept["mix"]) == ("blue boat", 0, 0.5)
+
+
+def test_steps_are_shown_as_a_row_and_a_film(sample, tmp_path):
+    assert sample("--prompt=red apple", "--num=1", "--steps=3", "--progress_every=1", "--gif").status == 0
+    out = tmp_path / "out"
+    assert pixels(out / "00000-red-apple-0.progress.png").shape == (20, 4 * 18 + 2, 3)
+    with Image.open(out / "00000-red-apple-0.gif") as film:
+        assert film.n_frames == 4
+
+
+def test_many_pictures_go_into_one_file(sample, tmp_path):
+    ran = sample("--prompt=red apple", "--prompt=blue boat", "--num=5", "--batch=2", "--steps=3", "--format=npz")
+    assert ran.status == 0
+    assert "5 of them made now" in ran.lines[-1]
+    with np.load(tmp_path / "out" / "pictures.npz") as file:
+        assert (file["arr_0"].shape, file["arr_0"].dtype, file.files) == ((5, 16, 16, 3), np.uint8, ["arr_0"])
 
 
 def kinds_of_files(tiny_dir):

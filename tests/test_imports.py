@@ -17,9 +17,14 @@ ALLOWED = {
     "models": {"nn"},
     "conditioning": {"nn", "models"},
     "latent": {"nn", "models", "conditioning", "diffusion"},
-    "train": {"nn", "models", "conditioning", "latent", *LEAVES},
+    "generation": {"conditioning", "latent", "diffusion"},
+    "fitting": {"conditioning", "data"},
+    "requests": {"conditioning", "latent", "generation", "fitting"},
+    "train": {"nn", "models", "conditioning", "latent", "generation", *LEAVES},
     "convert": {"", "models", "conditioning", "latent", "configs", *LEAVES},
-    "pipeline": {"nn", "models", "conditioning", "latent", "convert", *LEAVES},
+    "pipeline": {"nn", "models", "conditioning", "latent", "generation", "requests", "convert", *LEAVES},
+    "many": {"requests", "pipeline", *LEAVES},
+    "sampling": {"cli", "requests", "pipeline", "many", *LEAVES},
     "cli": {"nn", "models", "conditioning", "latent", "train", "pipeline", *LEAVES},
     "": {"pipeline"},  # ldm_jax/__init__.py
     "__main__": {"train", "cli", *LEAVES},  # a leaf's command line is a script

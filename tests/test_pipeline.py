@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY
 
 import ldm_jax
-from ldm_jax import latent
+from ldm_jax import generation
 from ldm_jax.checkpoint import CheckpointError, save_model
 from ldm_jax.conditioning import bert
 from ldm_jax.pipeline import RequestError, load
@@ -21,7 +21,7 @@ RED, BLUE = "red apple", "blue boat"
 def exact(tiny_dir, quick_compiling) -> Iterator[pytest.MonkeyPatch]:
     """Pictures come out as they leave the decoder, not rounded to 8 bits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latent, "to_uint8", lambda x: x)
+        patch.setattr(generation, "to_uint8", lambda x: x)
         yield patch
 
 
@@ -99,22 +99,10 @@ def test_every_picture_has_its_own_guidance(exact_pipe):
     ],
 )
 def test_prompts_and_seeds_pair_up(prompts, seeds, pairs):
-    from ldm_jax.pipeline import pair
+    from ldm_jax.requests import pair
 
     found = pair([prompts] if isinstance(prompts, str) else prompts, seeds)
     assert list(zip(*found, strict=True)) == pairs
-
-
-@pytest.fixture(scope="module")
-def compilations() -> list[str]:
-    """Grows by one at every compilation."""
-    seen = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: (
-            seen.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
-        )
-    )
-    return seen
 
 
 def test_only_another_shape_of_the_computation_compiles(pipe, compilations):
@@ -143,7 +131,7 @@ def test_only_another_shape_of_the_computation_compiles(pipe, compilations):
         ({"size": (16,)}, "size 16: height and width must be multiples of 4"),
         ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"guidance": [1.0, 2.0]}, "2 guidance scales for 1 pictures"),
-        ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"guidance": float("nan")}, "guidance scales must be finite numbers"),
         ({"eta": -0.1}, "eta must be a number of at least 0, not -0.1"),
         ({"eta": float("inf")}, "eta must be a number of at least 0, not inf"),
         ({"sampler": "dimm"}, "sampler 'dimm' does not exist; did you mean 'ddim'?"),

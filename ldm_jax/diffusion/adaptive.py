@@ -61,8 +61,8 @@ class DPMAdaptive:
         h_init: float = 0.05,
         safety: float = 0.81,
     ) -> AdaptiveNode:
-        """From the last of the timesteps to the first; those between do not matter."""
-        start, stop = t_to_sigma(schedule, np.asarray(timesteps, np.float64)[[-1, 0]])
+        """From the last of the timesteps to 0; those between do not matter."""
+        start, stop = t_to_sigma(schedule, np.array([timesteps[-1], 0.0]))
         return self.table(start, stop, log_sigmas(schedule), rtol=rtol, atol=atol, h_init=h_init, safety=safety)
 
     def table(self, start: float, stop: float, log_sigmas: np.ndarray, **controls: float) -> AdaptiveNode:

@@ -15,6 +15,8 @@ Predict = Callable[
     ..., Prediction
 ]  # (x [b, ...], t [] or [b], its (sqrt(abar), sqrt(1 - abar)) or nothing) -> Prediction
 
+Correct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (eps [b, ...], x [b, ...], t [] or [b]) -> eps
+
 
 def unguided(model: Model, cond: Any) -> Denoiser:
     """The model under one condition."""
@@ -55,13 +57,32 @@ def classifier_free(
     return denoise
 
 
+def classifier_gradient(
+    classifier: Callable[[jax.Array, jax.Array], jax.Array], labels: Array, scale: Array, schedule: Schedule
+) -> Correct:
+    """Classifier guidance as a ``correct`` for `predictor`: eps - scale * sqrt(1 - abar_t) * grad_x log p(label | x_t) (Dhariwal & Nichol 2021,
+    arXiv:2105.05233, algorithm 2), whatever the model predicts.
+
+    ``classifier(x [b, ...], t [b])`` -> logits [b, n] was trained on noisy images, as `EncoderUNet` can be; ``labels`` int [b]; ``scale`` [] or [b].
+    """
+
+    def log_prob(x: jax.Array, t: jax.Array) -> jax.Array:
+        logs = jax.nn.log_softmax(classifier(x, jnp.full(x.shape[:1], t)))
+        return jnp.take_along_axis(logs, jnp.asarray(labels)[:, None], axis=1).sum()  # images do not see each other
+
+    def correct(eps: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        return eps - lift(scale, x) * level(schedule, t, x)[1] * jax.grad(log_prob)(x, t)
+
+    return correct
+
+
 def predictor(
     denoise: Denoiser,
     schedule: Schedule,
     objective: str,
     *,
     clip: bool = False,
-    correct: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    correct: Correct | None = None,
     quantize: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Predict:
     """What samplers step with. ``correct(eps, x, t)`` changes eps before x0 is read off it; ``clip`` bounds x0 to [-1, 1] (pixel-space

@@ -22,7 +22,7 @@ from ldm_jax.diffusion.schedule import Array, Schedule, log_sigmas, q_sample, si
 from ldm_jax.diffusion.tableau import Tableau
 
 __all__ = [
-    "DDIM", "DDPM", "SAMPLERS", "AnySampler", "Known", "Sampler", "Trace", "initial_noise", "sample", "step_grid", "time_grid"
+    "DDIM", "DDPM", "SAMPLERS", "AnySampler", "Known", "Sampler", "Trace", "initial_noise", "padded", "sample", "step_grid", "time_grid"
 ]  # fmt: skip
 
 Carry = Any
@@ -207,21 +207,22 @@ def sample(
     keys: jax.Array | None = None,
     noise: jax.Array | None = None,
     known: Known | None = None,
+    start: jax.Array | None = None,
     trace: bool = False,
 ) -> tuple[jax.Array, Trace | None]:
     """Runs ``sampler`` over ``nodes`` from ``x`` [b, ...], as one `jax.lax.scan`: (the last x, a Trace if asked for).
 
     Step noise comes from ``keys`` [b], one typed PRNG key per image, or is handed in as ``noise`` [S, draws, b, ...]. ``known`` needs the
-    ``schedule``.
+    ``schedule``. Rows before ``start`` [], traced, are skipped and cost nothing (see `padded`); a Trace holds x in their places.
     """
     if keys is None and ((sampler.draws and noise is None) or (known is not None and known.noise is None)):
         raise ValueError("sample: give keys, or every noise that the run needs")
     if known is not None and schedule is None:
         raise ValueError("sample: a known region needs the schedule")
     if isinstance(sampler, DPMAdaptive):
-        if known is not None or trace:
+        if known is not None or start is not None or trace:
             raise ValueError(
-                "sample: dpm_adaptive chooses its own steps, so it keeps no known region and leaves no trace"
+                "sample: dpm_adaptive chooses its own steps, so it keeps no known region, skips none and leaves no trace"
             )
         return sampler.run(predict, x, nodes)[0], None
 
@@ -253,10 +254,23 @@ def sample(
             x = blend(x, node, index, known_noise)
         return (carry, x), Trace(x, x0) if trace else None
 
+    def skip(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Trace | None]:
+        return state, Trace(state[1], state[1]) if trace else None
+
+    def maybe(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Trace | None]:
+        # A condition on one number for the whole batch: only the branch that is taken runs.
+        return jax.lax.cond(inputs[0] >= start, body, skip, state, inputs)
+
     count = jax.tree.leaves(nodes)[0].shape[0]
     inputs = (jnp.arange(count), nodes, noise, None if known is None else known.noise)
-    (_, x), steps = jax.lax.scan(body, (sampler.init(x), x), inputs)
+    (_, x), steps = jax.lax.scan(body if start is None else maybe, (sampler.init(x), x), inputs)
     return x, steps
+
+
+def padded(nodes: Any, count: int) -> tuple[Any, np.int32]:
+    """(nodes with ``count`` rows, the row where they begin): filled up in front, so that shorter runs are the same program as the longest."""
+    missing = count - jax.tree.leaves(nodes)[0].shape[0]
+    return jax.tree.map(lambda a: np.concatenate([np.repeat(a[:1], missing, 0), a]), nodes), np.int32(missing)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the registry

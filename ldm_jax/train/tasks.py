@@ -13,7 +13,8 @@ import numpy as np
 from ldm_jax import pictures
 from ldm_jax.checkpoint import find_model, load_model
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
-from ldm_jax.latent import ConfigError, apply, build, build_first_stage, generate, init_params, to_uint8
+from ldm_jax.generation import Form, Plan, Rows, generate
+from ldm_jax.latent import ConfigError, apply, build, build_first_stage, init_params, to_uint8
 from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
 from ldm_jax.parallel import fetch
 from ldm_jax.train import autoencoder_step, diffusion_step
@@ -185,7 +186,7 @@ class DiffusionTask:
             conditioner.encode(captions),
             conditioner.encode_null(len(captions)),
             np.arange(len(captions), dtype=np.uint32),
-            np.float32(sampling["guidance"]),
+            np.full(len(captions), sampling["guidance"], np.float32),
             tuple(sampling["size"]),
         )
         return pictures.grid(fetch(images))
@@ -198,7 +199,7 @@ class DiffusionTask:
 def _preview(
     model: Any, nodes: Any, encoded: Any, null: Any, seeds: Any, guidance: Any, size: tuple[int, int]
 ) -> jax.Array:
-    return generate(model, SAMPLERS["ddim"], nodes, encoded, null, seeds, guidance, size)
+    return generate(model, SAMPLERS["ddim"], Plan(nodes), Rows(seeds, encoded, null, guidance), Form(size)).images
 
 
 def plain(config: Any) -> dict[str, Any]:

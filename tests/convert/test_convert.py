@@ -358,8 +358,8 @@ def test_the_losses_of_a_first_stage_are_left_out_by_name(written, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("held twice", "needs a picture beside the prompt (5 channels joined to the latents)"),
-        ("clip inpainting", "needs a picture beside the prompt (5 channels joined to the latents)"),
+        ("held twice", "joins 5 channels to its latents"),
+        ("clip inpainting", "joins 5 channels to its latents"),
     ],
 )
 def test_what_cannot_be_sampled_yet_loads_and_says_so(written, name, message):

@@ -210,6 +210,26 @@ def test_a_seed_is_a_picture_and_settings_compile_nothing(name: str) -> None:
         assert pictures._cache_size() == compiled
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_fewest_steps_give_pictures(name: str) -> None:
+    """One, two and three steps on every grid: near the distribution, and no division by zero anywhere."""
+    sampler, x = SAMPLERS[name], jnp.asarray(np.random.default_rng(0).standard_normal((2, 3)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    for steps in (1, 2, 3):
+        for grid in ("uniform", "quad", "trailing", "leading", "karras", "exponential"):
+            nodes = sampler.nodes(SCHEDULE, time_grid(grid, steps, SCHEDULE))
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nodes)), (steps, grid)
+        nodes = sampler.nodes(SCHEDULE, time_grid("trailing", steps, SCHEDULE))
+        if isinstance(sampler, DPMAdaptive):
+            out = jax.jit(lambda nodes: sampler.run(exact, x, nodes)[0])(nodes)
+        else:
+            with jax.disable_jit():
+                out = sample(sampler, exact, x, nodes, keys=keys)[0]
+        assert np.isfinite(out).all(), steps
+        # Inversion goes away from the data, to noise of the last level.
+        assert np.abs(out - (0 if isinstance(sampler, Inversion) else MEAN)).max() < 4 * STD.max(), steps
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_step_calls_the_model_once_in_the_program(name: str) -> None:
     """Steps of several stages are rows of one loop: the model is in the program once."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
-from ldm_jax.diffusion.samplers import SAMPLERS, Known, initial_noise, sample, step_grid
+from ldm_jax.diffusion.samplers import SAMPLERS, Known, initial_noise, padded, sample, step_grid
 from ldm_jax.diffusion.schedule import make_schedule, q_sample
 
 SCHEDULE = make_schedule("linear", 1000, 0.0015, 0.0195)
@@ -23,6 +23,7 @@ def exact_eps(x, t):
 
 
 PREDICT = predictor(exact_eps, SCHEDULE, "eps")
+PREDICT_AT_ANY_TIME = predictor(lambda x, t: x * (0.5 + t / 2000), SCHEDULE, "eps")
 
 
 def draw(sampler, steps, eta, n=20000):
@@ -161,6 +162,29 @@ class TestLoop:
             )
         with pytest.raises(ValueError, match="needs the schedule"):
             sample(SAMPLERS[name], PREDICT, x, self.nodes(name), keys=self.KEYS, known=known)
+
+
+@pytest.mark.parametrize("name", ["ddim", "plms", "dpm_2", "dpmpp_3m", "unipc"])
+def test_skipped_rows_do_nothing_and_every_start_is_one_program(name):
+    sampler, grid = SAMPLERS[name], step_grid("uniform", 6, 1000)
+    rows = len(sampler.nodes(SCHEDULE, grid).t)
+    x, keys = jnp.linspace(-1.0, 2.0, 6).reshape(2, 3), jax.random.split(jax.random.key(7), 2)
+
+    @jax.jit
+    def run(nodes, start):
+        last, trace = sample(sampler, PREDICT_AT_ANY_TIME, x, nodes, keys=keys, start=start, trace=True)
+        assert trace is not None
+        return last, trace.x
+
+    for steps in (1, 4, 6):
+        short = sampler.nodes(SCHEDULE, grid[:steps])
+        nodes, start = padded(short, rows)
+        assert (len(nodes.t), start) == (rows, rows - len(short.t))
+        last, states = run(nodes, start)
+        np.testing.assert_allclose(last, sample(sampler, PREDICT_AT_ANY_TIME, x, short, keys=keys)[0], rtol=2e-5)
+        np.testing.assert_array_equal(states[:start], np.broadcast_to(x, (start, *x.shape)))
+        assert np.abs(last - x).max() > 1e-3
+    assert run._cache_size() == 1
 
 
 def test_guidance_goes_from_the_null_condition_through_the_asked_one():
