@@ -12,6 +12,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model
+from ldm_jax.convert.diffusers import from_diffusers, is_diffusers
+from ldm_jax.convert.diffusers.hub import fetched
+from ldm_jax.convert.lazy import ReaderError
+from ldm_jax.convert.tables import ConversionError
+from ldm_jax.convert.targets import TargetError
 from ldm_jax.diffusion.samplers import SAMPLERS, time_grid
 from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, generate, nearest
 from ldm_jax.parallel import Mode, compile_step, make_mesh
@@ -24,16 +29,19 @@ class RequestError(ValueError):
 def load(
     name: str | Path = "emoji", *, dtype: str | None = None, parallel: Mode = "jit", devices: int | None = None
 ) -> "Pipeline":
-    """Loads a model directory or a shipped model.
+    """Loads a model directory, a shipped model, a pipeline folder of diffusers, or one of the Hugging Face Hub ("org/name").
 
     ``dtype`` is what it computes in: "float32" (the default on CPU), "bfloat16" (the default elsewhere) or "float16". ``parallel`` spreads
     batches over the first ``devices`` devices (all by default) with "jit" or "pmap". Raises RequestError, CheckpointError or ConfigError.
     """
-    path = find_model(name)
+    path = find_model(fetched(name))
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} does not exist{nearest(dtype, DTYPES)}")
-    config, params = load_model(path)
+    try:
+        config, params = from_diffusers(path)[:2] if is_diffusers(path) else load_model(path)
+    except (ConversionError, ReaderError, TargetError) as error:
+        raise CheckpointError(str(error)) from None
     if config.get("kind") != "latent_diffusion":
         raise RequestError(
             f"{path} is a {config.get('kind')}, which makes no pictures by itself: give the directory of a latent diffusion model"

@@ -18,8 +18,8 @@ ALLOWED = {
     "conditioning": {"nn", "models"},
     "latent": {"nn", "models", "conditioning", "diffusion"},
     "train": {"nn", "models", "conditioning", "latent", *LEAVES},
-    "pipeline": {"nn", "models", "conditioning", "latent", *LEAVES},
-    "convert": {"models", "latent", "configs", *LEAVES},
+    "pipeline": {"nn", "models", "conditioning", "latent", "convert", *LEAVES},
+    "convert": {"models", "conditioning", "latent", "configs", *LEAVES},
     "cli": {"nn", "models", "conditioning", "latent", "train", "pipeline", *LEAVES},
     "": {"pipeline"},  # ldm_jax/__init__.py
 }

@@ -175,6 +175,10 @@ class LazyTensor:
         """The values, read anew: an own array in C order and this machine's byte order. ReaderError if the file fails."""
         return self._read()
 
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        """What `numpy.asarray` takes."""
+        return self._read().astype(dtype or self.dtype, copy=False)
+
     def become(self, other: "LazyTensor") -> None:
         """Takes the place of a tensor that was announced before its contents (numpy pickles arrays so)."""
         self.shape, self.dtype, self._read = other.shape, other.dtype, other._read
