@@ -56,7 +56,8 @@ class Conditioner(Protocol):
 
 
 @lru_cache(maxsize=2)
-def _bert_tokenizer(vocab: Path) -> Any:
+def bert_tokenizer(vocab: Path = ASSETS / "tokenizers" / "bert-base-uncased-vocab.txt") -> Any:
+    """bert-base-uncased's tokenizer (30522 entries), made from its published vocabulary; nothing is downloaded."""
     os.environ.setdefault(
         "TRANSFORMERS_VERBOSITY", "error"
     )  # it warns that PyTorch is missing, which is the point of this project
@@ -113,7 +114,7 @@ class BertText:
 
     def encode(self, given: Sequence[str]) -> np.ndarray:
         """Captions -> tokens int32 [b, max_length]: [CLS] words [SEP] padding. A caption too long is cut, with a warning that says what was cut."""
-        tokenizer = _bert_tokenizer(ASSETS / "tokenizers" / "bert-base-uncased-vocab.txt")
+        tokenizer = bert_tokenizer()
         return _tokens(tokenizer, given, self.max_length, tokenizer.cls_token_id, tokenizer.sep_token_id)
 
     def encode_null(self, n: int) -> np.ndarray:

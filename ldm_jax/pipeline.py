@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model
 from ldm_jax.convert.conversion import is_foreign, read_model
+from ldm_jax.convert.diffusers.hub import fetched
 from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
 from ldm_jax.generation import Form, Made, Plan, Rows, generate
@@ -38,14 +39,14 @@ def load(
     parallel: Mode = "jit",
     devices: int | None = None,
 ) -> "Pipeline":
-    """Loads a model directory, a shipped model, or a checkpoint of the original, converted in memory.
+    """Loads a model directory, a shipped model, or, converted in memory, a checkpoint of the original or a folder of diffusers (or "org/name" on the Hub).
 
     ``config`` is a checkpoint's YAML (None: names and shapes tell), ``ema`` whether to take its averaged weights (None: where it has them).
     ``dtype`` is what the model computes in: "float32" (the default on CPU), "bfloat16" (the default elsewhere) or "float16". ``parallel`` spreads
     batches over the first ``devices`` devices (all by default) with "jit" or "pmap". Raises RequestError, CheckpointError or ConfigError, and for
     checkpoints ReaderError, TargetError or ConversionError: ValueErrors, all of them.
     """
-    path = find_model(name)
+    path = find_model(fetched(name))
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} does not exist{nearest(dtype, DTYPES)}")

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 import ldm_jax
 from ldm_jax.checkpoint import CheckpointError, load_model, save_model
+from ldm_jax.convert.diffusers import from_diffusers, is_diffusers, to_diffusers
 from ldm_jax.convert.infer import Names, Original, infer, loss_config
 from ldm_jax.convert.original import config_of, original_of, read_yaml, write_yaml
 from ldm_jax.convert.reader import Checkpoint, LazyTensor, open_checkpoint
@@ -190,9 +191,15 @@ def to_compvis(config: Mapping[str, Any], params: Mapping[str, Any], out: Path) 
 # ---------------------------------------------------------------------------------------------------------- both ways
 
 # What can be read; the first that recognises a path reads it.
-FORMATS: dict[str, Format] = {"compvis": Format(is_compvis, from_compvis)}
+FORMATS: dict[str, Format] = {
+    "diffusers": Format(is_diffusers, lambda path, **options: Converted(*from_diffusers(path, **options))),
+    "compvis": Format(is_compvis, from_compvis),
+}
 # What can be written: (config, params, the new file or folder).
-EXPORTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], Path], None]] = {"compvis": to_compvis}
+EXPORTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], Path], None]] = {
+    "compvis": to_compvis,
+    "diffusers": to_diffusers,
+}
 
 
 def is_foreign(path: Path) -> bool:

@@ -75,7 +75,12 @@ class DDIMNode(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DDIM:
-    """Song, Meng & Ermon 2021 (arXiv:2010.02502), eq. 12 and 16. ``eta`` 0 is deterministic, 1 has the DDPM's variance."""
+    """Song, Meng & Ermon 2021 (arXiv:2010.02502), eq. 12 and 16. ``eta`` 0 is deterministic, 1 has the DDPM's variance.
+
+    The last step leads to the noise of timestep 0, as in the original, or with ``to_x0`` to none (diffusers' set_alpha_to_one).
+    """
+
+    to_x0: bool = False
 
     draws = 1
     blend_after = False
@@ -85,7 +90,7 @@ class DDIM:
     def nodes(
         self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 0.0, temperature: float = 1.0
     ) -> DDIMNode:
-        abar, prev = _abar_pairs(schedule, timesteps)
+        abar, prev = _abar_pairs(schedule, timesteps, first=1.0 if self.to_x0 else None)
         sigma = eta * np.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev))
         # An eta above 1 can ask for more noise than x_{t-1} has: then nothing is left for the direction.
         direction = np.sqrt(np.maximum(1 - prev - sigma**2, 0))
@@ -277,6 +282,7 @@ def padded(nodes: Any, count: int) -> tuple[Any, np.int32]:
 
 SAMPLERS: dict[str, AnySampler] = {
     "ddim": DDIM(),
+    "ddim_x0": DDIM(to_x0=True),
     "ddpm": DDPM(),
     "ddim_inversion": Inversion(solvers.euler, 1, end=0.0),
     "plms": Tableau(solvers.plms, 2, "eps", history=4, end=0.0),
