@@ -46,7 +46,7 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (var * n / (n - 1) - running_var.value)
-                count.value += 1
+                count.value = count.value + 1  # not in place: it may be the caller's numpy array
         return ((x - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
 
 

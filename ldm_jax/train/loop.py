@@ -33,6 +33,7 @@ FREE = (
     "preview_every",
     "keep",
     "data.num_workers",
+    "adversary.alarm",
     "parallel",
 )
 
@@ -63,11 +64,13 @@ def train(config: Any, workdir: str | Path) -> Path:
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def init(key: jax.Array) -> TrainState:
-        return create_state(task.init(key), tx, ema=config.ema > 0)
+        return create_state(task.init(key), tx, ema=config.ema > 0, extra=task.extra(key))
 
     # ------------------------------------------------------------------------------------ begin, or resume
     claim_workdir(workdir, plain(config))  # only now: a mistake above leaves nothing behind that holds on to it
     checkpoints = TrainingCheckpoints(workdir, config.keep)
+    shapes = jax.eval_shape(init, jax.random.key(config.seed))
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), shapes)
     first = checkpoints.latest()
     if first is None:
         first, prepared = 0, task.prepare(lambda n: first_batches(train_loader, n))
@@ -75,8 +78,6 @@ def train(config: Any, workdir: str | Path) -> Path:
         checkpoints.save(0, state, prepared)
     else:
         prepared = checkpoints.info(first)
-        shapes = jax.eval_shape(init, jax.random.key(config.seed))
-        like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), shapes)
         state = checkpoints.restore(first, like)
         LOG.info("resuming from step %d", first)
     task.use(prepared)
@@ -97,36 +98,59 @@ def train(config: Any, workdir: str | Path) -> Path:
     rate = learning_rate(config.optim, config.steps)
 
     # ------------------------------------------------------------------------------------------------ loop
-    report = Report(workdir, config, first)
-    unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
-    batches = train_loader.iterate(first)
-    with contextlib.closing(checkpoints), contextlib.closing(batches), contextlib.closing(report):
-        for step, raw in zip(range(first + 1, config.steps + 1), batches, strict=False):
-            with report.pause() if step == first + 1 else contextlib.nullcontext():  # the first call compiles
-                state, metrics = step_fn(state, frozen, task.host_batch(raw))
-            if unread is not None:
-                report.step(*unread, rate, checkpoints)
-            unread = (step, metrics)
+    def run(first: int, state: TrainState) -> TrainState:
+        """From step ``first`` to the last; TrainingDiverged before anything is saved that is no good."""
+        report = Report(workdir, config, first)
+        unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
+        batches = train_loader.iterate(first)
+        with contextlib.closing(batches), contextlib.closing(report):
+            for step, raw in zip(range(first + 1, config.steps + 1), batches, strict=False):
+                with report.pause() if step == first + 1 else contextlib.nullcontext():  # the first call compiles
+                    state, metrics = step_fn(state, frozen, task.host_batch(raw))
+                if unread is not None:
+                    report.step(*unread, rate, checkpoints)
+                unread = (step, metrics)
 
-            saving = step % config.save_every == 0 or step == config.steps
-            if saving or step % config.eval_every == 0 or step % config.preview_every == 0:
-                report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
-                unread = None
-            params = state.params if state.ema is None else state.ema
-            with report.pause():
-                if saving:
-                    checkpoints.save(step, state, prepared)
-                if step % config.eval_every == 0 or step == config.steps:
-                    means = run_evaluation(evaluate, params, frozen, task, eval_loader, config.eval_batches)
-                    report.evaluation(step, means)
-                if step % config.preview_every == 0 or step == config.steps:
-                    report.preview(step, task.preview(params, frozen, first_batches(eval_loader, 1, raw=True)[0]))
+                saving = step % config.save_every == 0 or step == config.steps
+                if saving or step % config.eval_every == 0 or step % config.preview_every == 0:
+                    report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
+                    unread = None
+                weights = task.weights(state)
+                with report.pause():
+                    if saving:
+                        checkpoints.save(step, state, prepared)
+                    if step % config.eval_every == 0 or step == config.steps:
+                        means = run_evaluation(evaluate, weights, frozen, task, eval_loader, config.eval_batches)
+                        report.evaluation(step, means)
+                    if step % config.preview_every == 0 or step == config.steps:
+                        report.preview(step, task.preview(weights, frozen, first_batches(eval_loader, 1, raw=True)[0]))
+        return state
+
+    with contextlib.closing(checkpoints):
+        rollbacks = task.rollbacks(state)
+        while True:
+            try:
+                state = run(first, state)
+                break
+            except TrainingDiverged as error:
+                # Every step is a function of state and step number: a run killed after this comes to the same point again.
+                good, rollbacks = checkpoints.latest(), rollbacks + 1
+                if good is None or rollbacks > task.most_rollbacks:
+                    raise
+                first, state = good, task.recover(checkpoints.restore(good, like), rollbacks)
+                LOG.warning(
+                    "%s: back to step %d with less weight on the adversary (%d of at most %d times)",
+                    error.reason,
+                    good,
+                    rollbacks,
+                    task.most_rollbacks,
+                )
 
     # ----------------------------------------------------------------------------------------------- export
     trained = int(state.step)
     if exported_steps(model_dir) != trained:  # there is none yet, or that of a shorter run
         shutil.rmtree(model_dir, ignore_errors=True)
-        exported, arrays = task.export(state.params if state.ema is None else state.ema)
+        exported, arrays = task.export(task.weights(state))
         save_model(model_dir, {**exported, "trained_steps": trained}, arrays)
     LOG.info("finished: the model is in %s", model_dir)
     return model_dir
@@ -230,11 +254,11 @@ def first_batches(loader: Loader, n: int, raw: bool = False) -> list[Any]:
         return [batch if raw else batch["image"] for batch in batches]
 
 
-def run_evaluation(evaluate: Any, params: Any, frozen: Any, task: Any, loader: Loader, n: int) -> dict[str, float]:
+def run_evaluation(evaluate: Any, weights: Any, frozen: Any, task: Any, loader: Loader, n: int) -> dict[str, float]:
     """Mean metrics over ``n`` batches; every batch draws its own noise, the same at every evaluation."""
     results = []
     for i, raw in enumerate(first_batches(loader, n, raw=True)):
-        results.append(jax.device_get(evaluate(params, frozen, task.host_batch(raw, first_row=i * len(raw["image"])))))
+        results.append(jax.device_get(evaluate(weights, frozen, task.host_batch(raw, first_row=i * len(raw["image"])))))
     return {k: float(np.mean([r[k] for r in results])) for k in results[0]}
 
 

@@ -56,9 +56,7 @@ def apply_gradients(state: TrainState, grads: Any, tx: optax.GradientTransformat
     return state.replace(step=step, params=params, ema=ema, opt_state=opt_state)
 
 
-def in_parts(
-    run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int
-) -> tuple[Any, Any]:
+def in_parts(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int) -> tuple[Any, Any]:
     """(last carry, mean results) of ``run(carry, piece) -> (carry, results)``, over a batch cut into ``parts`` that follow one another.
 
     Part i takes rows i, i + parts, ..., so that a batch split over devices stays split.
