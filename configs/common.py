@@ -49,7 +49,7 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.loss = section()
     config.model = section()
     if task == "autoencoder":
-        config.update = "fused"  # one run of the autoencoder for both optimisers; "parity": one each, as the original
+        config.updates = "fused"  # one run of the autoencoder for both optimisers; "parity": one each, as the original
         config.loss.kind = "l1"  # or l2
         config.loss.kl_weight = 1e-6
         config.loss.logvar_init = 0.0

@@ -25,7 +25,7 @@ from ldm_jax.train.state import TrainState, descend, in_parts, normal_rows, over
 FirstStageModule = AutoencoderKL | VQModelInterface
 Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (its parameters, a, b [b, H, W, 3]) -> distance [b]
 
-# Purposes of a row's random numbers: each key is used once. The two passes of update="parity" draw apart, as the original's do.
+# Purposes of a row's random numbers: each key is used once. The two passes of updates="parity" draw apart, as the original's do.
 GENERATOR, DISCRIMINATOR, CODES = range(3)
 RECENT = 0.99  # decay of the guard's average of the reconstruction loss
 

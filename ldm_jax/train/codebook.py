@@ -13,7 +13,10 @@ USED = 0.01  # a code that is chosen less than this, of an equal share, is dead
 
 
 def used(usage: jax.Array, share: jax.Array) -> jax.Array:
-    """The moving average of each code's use [n], in units of an equal share, after a batch in which it had ``share`` [n]."""
+    """The moving average of each code's use [n], in units of an equal share, after a batch in which it had ``share`` [n].
+
+    It starts at 1, as if all were in equal use, so that no code dies before it had some 450 steps to be chosen.
+    """
     return MEMORY * usage + (1 - MEMORY) * share * len(share)
 
 

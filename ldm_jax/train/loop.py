@@ -233,7 +233,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def make_loader(config: Any, part: str) -> Loader:
     """The loader of one part of the data; without a held-out part, validation looks at the training pictures."""
     data = plain(config.data)
-    transform = ImageTransform(tuple(data.pop("size")), data.pop("crop"), data.pop("flip"))
+    size, min_crop = tuple(data.pop("size")), data.pop("min_crop", 1.0)
+    transform = ImageTransform(size, data.pop("crop"), data.pop("flip"), min_crop=min_crop)
     caption, workers = data.pop("caption"), data.pop("num_workers")
     if part == "validation" and not data.get("holdout"):
         part = "train"

@@ -16,6 +16,7 @@ from ldm_jax import pictures
 from ldm_jax.checkpoint import TrainingCheckpoints
 
 LOG = logging.getLogger(__name__)
+WATCHED = ("loss", "grad_norm", "disc_loss", "disc_grad_norm", "rise", "d_weight")  # looked at after every step
 
 
 class TrainingDiverged(RuntimeError):
@@ -47,14 +48,15 @@ class Report:
         """Takes one step's metrics; raises TrainingDiverged where `what_is_wrong` says something."""
         if step <= self.last:
             return
-        loss = float(metrics["loss"])
-        if wrong := what_is_wrong(metrics, self.rise):
+        watched = jax.device_get({name: metrics[name] for name in WATCHED if name in metrics})
+        loss = float(watched["loss"])
+        if wrong := what_is_wrong(watched, self.rise):
             raise TrainingDiverged(
                 f"{wrong} at step {step}",
                 f"the last good checkpoint is that of step {checkpoints.latest()}, in {checkpoints.path}: "
                 "lower optim.lr or set optim.clip, with another --workdir",
             )
-        self._watch(step, metrics)
+        self._watch(step, watched)
         self.bar.update(step - self.bar.n)
         if step % self.config.log_every and step != self.config.steps:
             return
@@ -73,7 +75,7 @@ class Report:
         else:
             LOG.info("step %d/%d: %s", step, self.config.steps, line)
 
-    def _watch(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _watch(self, step: int, metrics: dict[str, Any]) -> None:
         """Says once that d_weight has gone above the alarm, and again only after it was below."""
         if self.alarm and "d_weight" in metrics:
             d_weight = float(metrics["d_weight"])

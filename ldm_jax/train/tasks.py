@@ -103,8 +103,14 @@ class AutoencoderTask(Task):
             raise ConfigError(
                 f"loss.restart_codes is for codebooks (vq, ema), not for {quantizer or 'kl'}: switch it off"
             )
-        if config.update not in ("fused", "parity"):
-            raise ConfigError(f"update {config.update!r} does not exist{nearest(config.update, ('fused', 'parity'))}")
+        if config.updates not in ("fused", "parity"):
+            raise ConfigError(
+                f"updates {config.updates!r} does not exist{nearest(config.updates, ('fused', 'parity'))}"
+            )
+        if getattr(module, "remap", None) is not None:
+            raise ConfigError(
+                "model.first_stage.remap tells which codes of a trained model are in use: leave it out to train"
+            )
         self.module, self.most_rollbacks = module, config.guard.rollbacks
         self.adversary = make_adversary(config)
         self.disc_tx = None if self.adversary is None else make_optimizer(config.optim, config.steps)
@@ -116,6 +122,8 @@ class AutoencoderTask(Task):
             lpips, params = load_lpips(config.loss.vgg16, config.loss.lpips_heads)
             self.perceptual = lambda p, a, b: apply(lpips, p, a, b)
             self.frozen = {"perceptual": params}
+        elif config.loss.perceptual_weight:
+            LOG.warning("without loss.vgg16 and loss.lpips_heads there is no perceptual term")
         self._reconstruct = jax.jit(lambda v, x: to_uint8(self.module.apply(v, x)[0]))
 
     def init(self, key: jax.Array) -> Any:
@@ -151,7 +159,7 @@ class AutoencoderTask(Task):
             perceptual=self.perceptual,
             adversary=self.adversary,
             disc_tx=self.disc_tx,
-            fused=self.config.update == "fused",
+            fused=self.config.updates == "fused",
         )
 
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:

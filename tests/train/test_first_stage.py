@@ -1,5 +1,6 @@
 """First stages with an adversary and with codebooks: their gradients, what they carry from step to step, their guards."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from ldm_jax.latent import build_first_stage
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.parallel import compile_step, make_mesh
-from ldm_jax.train import adversarial, autoencoder_step
+from ldm_jax.train import adversarial, autoencoder_step, tasks
 from ldm_jax.train.adversarial import Adversary, generator_gradients, make_nll
 from ldm_jax.train.codebook import USED, restart_codes, used
 from ldm_jax.train.state import TrainState, create_state
@@ -121,6 +122,24 @@ def test_the_temperature_falls_by_half_a_cosine():
     config = SimpleNamespace(temperature=2.0, temperature_final=0.5, temperature_steps=10)
     found = [float(autoencoder_step.temperature(config, jnp.int32(n))) for n in (0, 5, 10, 20)]
     np.testing.assert_allclose(found, [2.0, 1.25, 0.5, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["emoji_kl", "emoji_vq", "photos_kl_gan", "photos_vq_gan"])
+def test_every_config_builds_and_those_of_the_original_have_no_guards(name):
+    get_config = import_module(f"configs.{name}").get_config
+    for variant in ("", "smoke", *(["parity"] if "photos" in name else [])):
+        config = get_config(variant)
+        task = tasks.AutoencoderTask(config)
+        assert (task.adversary is None) == (name == "emoji_kl")
+        if variant == "parity":
+            assert task.adversary is not None
+            assert (config.updates, task.most_rollbacks, config.loss.restart_codes) == ("parity", 0, False)
+            assert (task.adversary.ramp, task.adversary.cap, config.adversary.alarm, config.guard.rise) == (0, 0, 0, 0)
+        elif task.adversary is not None:
+            assert task.most_rollbacks > 0 < task.adversary.cap
+            assert config.adversary.start + task.adversary.ramp <= config.steps  # it is reached
+    with pytest.raises(ValueError, match="no variant 'smok'"):
+        get_config("smok")
 
 
 # ---------------------------------------------------------------------------------------------------------------- codebooks
@@ -233,7 +252,7 @@ def test_both_networks_learn_and_what_is_not_a_parameter_moves_with_them(on_one_
         assert float(metrics[0]["disc_loss"]) == 0.0  # adversary.start is 1
         assert float(metrics[0]["adversarial_weight"]) == 0.0 < float(metrics[0]["d_weight"])
         assert float(metrics[1]["disc_loss"]) > 0.0 < float(metrics[1]["adversarial_weight"])
-    # Batch normalisation saw what was made and what is real once each a step; update="parity" judges what was made twice.
+    # Batch normalisation saw what was made and what is real once each a step; updates="parity" judges what was made twice.
     stats = on_one_device["vq"][1].extra["discriminator"]["batch_stats"]["norm_1"]
     assert int(stats["count"]) == 2 * 3
     assert int(on_one_device["kl"][1].extra["discriminator"]["batch_stats"]["norm_1"]["initialized"]) == 1
@@ -259,7 +278,7 @@ def test_activation_normalisation_is_fitted_to_what_was_made_first(on_one_device
 
 def test_the_fused_update_moves_the_autoencoder_as_the_original_does(on_one_device):
     """Its own update is the same; only what the discriminator then sees differs."""
-    setup, _, expected = on_one_device["vq"]
+    expected = on_one_device["vq"][2]
     other, metrics = run_steps(make_setup(VQ, fused=False, restart_codes=False), 1, "jit", 1)
     for key in ("loss", "nll_loss", "quant_loss", "d_weight", "g_loss", "grad_norm", "perplexity", "cluster_usage"):
         np.testing.assert_allclose(metrics[0][key], expected[0][key], rtol=1e-5, err_msg=key)
@@ -267,23 +286,23 @@ def test_the_fused_update_moves_the_autoencoder_as_the_original_does(on_one_devi
     assert int(stats["count"]) == 3
 
 
-def test_every_quantiser_trains_and_tells_its_temperature():
-    """One step each, of a codebook that is trained and of the Gumbel quantiser, without an adversary."""
-    for quantizer in ("vq", "gumbel"):
-        module = build_first_stage({"first_stage": {**VQ, "quantizer": quantizer}})
-        config = base("autoencoder").loss
-        config.update(temperature=2.0, temperature_final=1.0, temperature_steps=2)
-        key, tx = jax.random.key(0), optax.sgd(0.1)
-        params = random_params(jax.eval_shape(lambda m=module: init_autoencoder(m, key)), 1)
-        state = create_state(params, tx, True, autoencoder_step.make_extra(module, key))
-        step = jax.jit(autoencoder_step.make_step(module, tx, config, seed=0, ema=0.9, parts=2))
-        rng = np.random.default_rng(0)
-        batch = {"image": rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8), "row": np.arange(4, dtype=np.int32)}
-        after, metrics = step(state, {}, batch)
-        name = "embedding" if quantizer == "vq" else "embed"
-        assert worst(after.params["quantize"][name], params["quantize"][name]) > 1e-6
-        assert float(metrics["quant_loss"]) > 0
-        assert 1 <= float(metrics["perplexity"]) <= 12
-        weights = {"params": after.ema}
-        found = jax.jit(lambda w, b, m=module: autoencoder_step.evaluate(m, config, None, w, {}, b))(weights, batch)
-        assert {"loss", "psnr", "quant_loss", "perplexity", "cluster_usage"} <= found.keys()
+@pytest.mark.parametrize(("quantizer", "codes"), [("vq", "embedding"), ("gumbel", "embed")])
+def test_codes_that_are_parameters_are_trained(quantizer, codes):
+    """Without an adversary, and in two parts."""
+    module, key, tx = (
+        build_first_stage({"first_stage": {**VQ, "quantizer": quantizer}}),
+        jax.random.key(0),
+        optax.sgd(0.1),
+    )
+    config = base("autoencoder").loss
+    params = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
+    state = create_state(params, tx, True, autoencoder_step.make_extra(module, key))
+    step = jax.jit(autoencoder_step.make_step(module, tx, config, seed=0, ema=0.9, parts=2))
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    batch = {"image": images, "row": np.arange(4, dtype=np.int32)}
+    after, metrics = step(state, {}, batch)
+    assert worst(after.params["quantize"][codes], params["quantize"][codes]) > 1e-6
+    assert float(metrics["quant_loss"]) > 0
+    assert 1 <= float(metrics["perplexity"]) <= 12
+    found = autoencoder_step.evaluate(module, config, None, {"params": after.ema}, {}, batch)
+    assert {"loss", "psnr", "quant_loss", "perplexity", "cluster_usage"} <= found.keys()
