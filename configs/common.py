@@ -55,12 +55,40 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.loss = section()
     config.model = section()
     if task == "autoencoder":
+        config.updates = "fused"  # one run of the autoencoder for both optimisers; "parity": one each, as the original
         config.loss.kind = "l1"  # or l2
         config.loss.kl_weight = 1e-6
         config.loss.logvar_init = 0.0
+        config.loss.learn_logvar = False  # the original has it as a parameter that no optimiser gets
         config.loss.perceptual_weight = 0.0
         config.loss.vgg16 = ""  # safetensors of VGG16's convolutions
         config.loss.lpips_heads = ""  # safetensors of LPIPS' linear heads
+        config.loss.codebook_weight = 1.0
+        config.loss.restart_codes = False  # put codes that nothing chooses on encodings of the batch
+        config.loss.temperature = 1.0  # of the Gumbel quantiser, falling ...
+        config.loss.temperature_final = 1.0  # ... to this ...
+        config.loss.temperature_steps = 1  # ... over so many steps
+
+        config.adversary = section()
+        config.adversary.weight = 0.0  # disc_weight; 0 trains without a discriminator
+        config.adversary.start = 50_001  # disc_start: the step from which it counts
+        config.adversary.factor = 1.0  # disc_factor
+        config.adversary.loss = "hinge"  # or vanilla
+        config.adversary.layers = 3
+        config.adversary.channels = 64
+        config.adversary.actnorm = False  # in place of batch normalisation
+        config.adversary.ramp = (
+            0  # steps over which the generator's part grows after start; 0: at once, as the original
+        )
+        config.adversary.cap = 0.0  # highest d_weight; 0: the original's 1e4 * weight
+        config.adversary.alarm = 0.0  # a d_weight above this is said in the log; 0: never
+
+        config.guard = section()
+        config.guard.rollbacks = 0  # how often a run that diverged goes back to its last checkpoint; 0: it stops
+        config.guard.lower = 0.5  # each time the adversary's weight is multiplied by this
+        config.guard.rise = (
+            0.0  # diverged is also: recent rec_loss / its lowest is above this; 0: only what is not finite
+        )
     else:
         config.scale_factor_batches = 64
         config.preview_captions = ()  # of the preview pictures; () takes them from the held-out pictures

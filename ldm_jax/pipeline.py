@@ -39,7 +39,7 @@ def load(
     parallel: Mode = "jit",
     devices: int | None = None,
 ) -> "Pipeline":
-    """Loads a model directory, a shipped model, or, converted in memory, a checkpoint of the original or a folder of diffusers (or "org/name" on the Hub).
+    """Loads a model directory, a shipped model, or, converted in memory, a checkpoint of the original or a folder of diffusers ("org/name": of the Hub).
 
     ``config`` is a checkpoint's YAML (None: names and shapes tell), ``ema`` whether to take its averaged weights (None: where it has them).
     ``dtype`` is what the model computes in: "float32" (the default on CPU), "bfloat16" (the default elsewhere) or "float16". ``parallel`` spreads

@@ -11,6 +11,7 @@ from PIL import Image
 from ldm_jax.pictures import read_settings, save_png
 from ldm_jax.sampling import REPLAYED
 
+ADVERSARY = ["--config.adversary.weight=0.5"]
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_kl.py'}:smoke"
 
 
@@ -292,6 +293,16 @@ def folders(tmp_path):
         ([CONFIG, "--config.dtype=float23"], "dtype 'float23' does not exist; did you mean 'float32'?"),
         ([CONFIG, "--config.parallel=pamp"], "parallel 'pamp' does not exist; did you mean 'pmap'?"),
         ([CONFIG, "--config.loss.kind=l3"], "loss.kind 'l3' does not exist"),
+        ([CONFIG, "--config.updates=fuse"], "updates 'fuse' does not exist; did you mean 'fused'?"),
+        ([CONFIG, "--config.loss.restart_codes=True"], "loss.restart_codes is for codebooks (vq, ema), not for kl"),
+        (
+            [CONFIG, *ADVERSARY, "--config.adversary.loss=hing"],
+            "adversary.loss 'hing' does not exist; did you mean 'hinge'?",
+        ),
+        (
+            [CONFIG, *ADVERSARY, "--config.adversary.layers=9"],
+            "adversary.layers 9 is too many for pictures of 64 pixels",
+        ),
         ([CONFIG, "--config.optim.decay=cosin"], "optim.decay 'cosin' does not exist"),
         ([CONFIG, "--config.steps=0"], "steps must be at least 1, not 0"),
         ([CONFIG, "--config.optim.accumulate=0"], "optim.accumulate must be at least 1, not 0"),

@@ -226,8 +226,12 @@ def latent_shape(model: Autoencoder, height: int, width: int) -> tuple[int, int,
     return height // f, width // f, model.embed_dim
 
 
+def init_variables(model: Autoencoder, key: jax.Array) -> dict[str, Any]:
+    """All collections: float32 "params", and "codebook" where a codebook is averaged, not trained."""
+    side = 2 * model.downsampling
+    return dict(model.init(key, jnp.zeros((1, side, side, model.in_channels))))
+
+
 def init_autoencoder(model: Autoencoder, key: jax.Array) -> dict:
     """Fresh float32 parameters."""
-    side = 2 * model.downsampling
-    variables: Any = model.init(key, jnp.zeros((1, side, side, model.in_channels)))
-    return variables["params"]
+    return init_variables(model, key)["params"]

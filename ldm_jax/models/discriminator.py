@@ -46,7 +46,7 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (var * n / (n - 1) - running_var.value)
-                count.value += 1
+                count.value = count.value + 1  # not in place: it may be the caller's numpy array
         return ((x - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
 
 
@@ -55,9 +55,10 @@ class ActNorm(nn.Module):
 
     In training, while the flag ``initialized`` of "batch_stats" is 0 and both collections are mutable, loc and scale
     are set to whiten this batch (unbiased deviation, + 1e-6). `fit_actnorm` does this; a pass that may not write
-    parameters uses them as they are.
+    parameters uses them as they are. ``axis_name`` takes the batch over all devices of a pmap.
     """
 
+    axis_name: str | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -73,8 +74,14 @@ class ActNorm(nn.Module):
             and self.is_mutable_collection("params")
             and self.is_mutable_collection("batch_stats")
         ):
-            axes = tuple(range(x.ndim - 1))
-            fitted = {"loc": -x.mean(axes), "scale": 1 / (x.std(axes, ddof=1) + 1e-6)}
+            axes, n = tuple(range(x.ndim - 1)), x.size // c
+            mean = x.mean(axes)
+            if self.axis_name is not None:
+                mean, n = jax.lax.pmean(mean, self.axis_name), n * jax.lax.psum(1, self.axis_name)
+            var = jnp.square(x - mean).mean(axes)
+            if self.axis_name is not None:
+                var = jax.lax.pmean(var, self.axis_name)
+            fitted = {"loc": -mean, "scale": 1 / (jnp.sqrt(var * n / (n - 1)) + 1e-6)}
             for name, value in fitted.items():
                 old = self.get_variable("params", name)
                 self.put_variable("params", name, jnp.where(initialized.value == 0, jax.lax.stop_gradient(value), old))
@@ -117,6 +124,12 @@ class PatchDiscriminator(nn.Module):
             places.append(Place(3 * i - 1, 3 * i, features, 2 if i < self.n_layers else 1, self.use_actnorm))
         return [*places, Place(3 * self.n_layers + 2, None, 1, 1, True)]
 
+    def patches(self, side: int) -> int:
+        """How many logits there are along a side of so many pixels; below 1 the picture is too small."""
+        for place in self.places():
+            side = (side - 2) // place.stride + 1
+        return side
+
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         places = self.places()
@@ -134,7 +147,7 @@ class PatchDiscriminator(nn.Module):
             )(x)
             if place.norm is not None:
                 norm = (
-                    ActNorm(self.dtype, name=f"norm_{i}")
+                    ActNorm(self.axis_name, self.dtype, name=f"norm_{i}")
                     if self.use_actnorm
                     else BatchNorm(axis_name=self.axis_name, name=f"norm_{i}")
                 )

@@ -38,9 +38,17 @@ def nearest_codes(x: Array, codebook: Array) -> Array:
 
 def perplexity_of(indices: Array, n: int, axis_name: str | None = None) -> Array:
     """exp of the entropy in nats of how often each of ``n`` codes occurs in ``indices``."""
-    share = jnp.bincount(indices.reshape(-1), length=n) / indices.size
-    if axis_name is not None:
-        share = jax.lax.pmean(share, axis_name)
+    share = share_of(indices, n)
+    return perplexity(share if axis_name is None else jax.lax.pmean(share, axis_name))
+
+
+def share_of(indices: Array, n: int) -> Array:
+    """Which share of ``indices`` each of ``n`` codes has: float32 [n], of sum 1."""
+    return jnp.bincount(indices.reshape(-1), length=n) / indices.size
+
+
+def perplexity(share: Array) -> Array:
+    """exp of the entropy in nats of shares [n]: so many codes in equal use would have the same."""
     return jnp.exp(-jnp.sum(share * jnp.log(share + 1e-10)))
 
 
@@ -121,9 +129,9 @@ class VectorQuantizer(Quantizer):
         commitment = jnp.square(jax.lax.stop_gradient(codes) - h).mean()
         codebook = jnp.square(codes - jax.lax.stop_gradient(h)).mean()
         loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
-        perplexity = perplexity_of(indices, self.n_embed)
+        use = perplexity_of(indices, self.n_embed)
         z = straight_through(h, codes).astype(self.dtype)
-        return Quantized(z, loss, self.shaped(indices, b, height, width), perplexity)
+        return Quantized(z, loss, self.shaped(indices, b, height, width), use)
 
     def codes(self, indices: Array) -> Array:
         """Indices [...], as they are returned -> codes [..., embed_dim]."""
@@ -209,9 +217,9 @@ class EMAQuantizer(Quantizer):
         if train and not self.is_initializing():
             self.update(flat, indices)
         loss = self.beta * jnp.square(codes - h).mean()
-        perplexity = perplexity_of(indices, self.n_embed, axis_name)
+        use = perplexity_of(indices, self.n_embed, axis_name)
         z = straight_through(h, codes).astype(self.dtype)
-        return Quantized(z, loss, self.shaped(indices, b, height, width), perplexity)
+        return Quantized(z, loss, self.shaped(indices, b, height, width), use)
 
     def update(self, flat: Array, indices: Array) -> None:
         """Moves the averages and the codes towards the members flat [n, c] of each code."""

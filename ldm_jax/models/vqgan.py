@@ -16,7 +16,8 @@ class VQModel(Autoencoder, kw_only=True):
     Fields are the original's ``ddconfig``, ``embed_dim`` and ``n_embed``, and those of the quantiser (`ldm_jax.models.quantize`): ``quantizer`` "vq",
     "gumbel" (``kl_weight``; evaluation takes its noise from the rng "gumbel") or "ema" (whose state is in the collection "codebook").
     ``n_labels``: of a model of label maps, whose parameters then hold a colour for each ("colorize" [n_labels, 3], not trained; see ``to_rgb``).
-    Methods: ``prequant``, ``encode``, ``decode``, ``codes``, ``decode_code``; calling it reconstructs (and initialises).
+    ``axis_name``: of a pmap, over whose devices the EMA quantiser then takes its statistics.
+    Methods: ``prequant``, ``encode``, ``decode``, ``codes``, ``decode_code``, ``reconstruct``; calling it reconstructs (and initialises).
     """
 
     n_embed: int
@@ -28,6 +29,7 @@ class VQModel(Autoencoder, kw_only=True):
     unknown_index: int | Literal["random", "extra"] = "random"
     sane_index_shape: bool = False
     n_labels: int | None = None
+    axis_name: str | None = None
 
     def make_quantizer(self) -> VectorQuantizer | GumbelQuantizer | EMAQuantizer:
         """The quantiser alone, unbound."""
@@ -45,7 +47,7 @@ class VQModel(Autoencoder, kw_only=True):
             case "gumbel":
                 return GumbelQuantizer(**shared, kl_weight=self.kl_weight)
             case "ema":
-                return EMAQuantizer(**shared, beta=self.beta)
+                return EMAQuantizer(**shared, beta=self.beta, axis_name=self.axis_name)
         raise ValueError(f"quantizer {self.quantizer!r} is not one of vq, gumbel, ema")
 
     def setup(self) -> None:
@@ -62,9 +64,16 @@ class VQModel(Autoencoder, kw_only=True):
         """x [b, H, W, in_channels] in [-1, 1] -> what is then quantised, float32 [b, H / f, W / f, embed_dim]."""
         return self.quant_conv(self.encoder(x, train)).astype(jnp.float32)
 
-    def quantized(self, h: Array, train: bool = False) -> Quantized:
-        """h [b, h, w, embed_dim] -> codes, loss and indices."""
-        return self.quantize(h) if isinstance(self.quantize, VectorQuantizer) else self.quantize(h, train=train)
+    def quantized(
+        self, h: Array, train: bool = False, gumbels: Array | None = None, temperature: float | Array | None = None
+    ) -> Quantized:
+        """h [b, h, w, embed_dim] -> codes, loss and indices. ``gumbels`` and ``temperature`` are the Gumbel quantiser's."""
+        match self.quantize:
+            case VectorQuantizer():
+                return self.quantize(h)
+            case GumbelQuantizer():
+                return self.quantize(h, gumbels, temperature, train=train)
+        return self.quantize(h, train=train)
 
     def encode(self, x: Array, train: bool = False) -> Quantized:
         """x [b, H, W, in_channels] in [-1, 1] -> codes, loss and indices."""
@@ -87,14 +96,37 @@ class VQModel(Autoencoder, kw_only=True):
         x = x.astype(jnp.float32) @ self.colorize
         return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
 
+    def reconstruct(
+        self,
+        x: Array,
+        train: bool = False,
+        gumbels: Array | None = None,
+        temperature: float | Array | None = None,
+    ) -> tuple[Array, Quantized, Array]:
+        """(reconstruction, codes, what was quantised); see `quantized`."""
+        h = self.prequant(x, train)
+        code = self.quantized(h, train, gumbels, temperature)
+        return VQModel.decode(self, code.z, train), code, h
+
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Quantized]:
         """(reconstruction, codes)."""
-        code = VQModel.encode(self, x, train)
-        return VQModel.decode(self, code.z, train), code
+        y, code, _ = self.reconstruct(x, train)
+        return y, code
 
 
 class VQModelInterface(VQModel, kw_only=True):
-    """The VQ autoencoder as a first stage: latents are what comes before quantisation, and decoding quantises them."""
+    """The VQ autoencoder as a first stage: latents are what comes before quantisation, and decoding quantises them.
+
+    It needs no random numbers: a Gumbel quantiser takes the likeliest code.
+    """
+
+    def quantized(
+        self, h: Array, train: bool = False, gumbels: Array | None = None, temperature: float | Array | None = None
+    ) -> Quantized:
+        """As `VQModel.quantized`, and outside of training without noise unless that is given."""
+        if gumbels is None and not train:
+            gumbels = jnp.zeros(())
+        return super().quantized(h, train, gumbels, temperature)
 
     def encode(self, x: Array, train: bool = False) -> Array:  # type: ignore[override]
         """x [b, H, W, in_channels] in [-1, 1] -> latents float32 [b, H / f, W / f, embed_dim], unscaled, not quantised."""

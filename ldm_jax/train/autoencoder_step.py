@@ -1,61 +1,170 @@
-"""The first stage: an autoencoder learns to reconstruct (L1 or L2, a perceptual distance where its weights are at hand, KL)."""
+"""The first stage: an autoencoder, KL or VQ, learns to reconstruct, and where it has an adversary to deceive it as well."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ldm_jax.latent import apply, to_float
-from ldm_jax.models.autoencoder import AutoencoderKL
-from ldm_jax.train.state import TrainState, accumulate, apply_gradients, normal_rows, row_keys
+from ldm_jax.models.autoencoder import AutoencoderKL, init_variables, latent_shape
+from ldm_jax.models.quantize import perplexity, share_of
+from ldm_jax.models.vqgan import VQModelInterface
+from ldm_jax.train.adversarial import (
+    Adversary,
+    discriminator_gradients,
+    generator_gradients,
+    judge,
+    make_nll,
+    update_discriminator,
+)
+from ldm_jax.train.codebook import CANDIDATES, USED, restart_codes, used
+from ldm_jax.train.state import TrainState, descend, in_parts, normal_rows, over_devices, row_keys
 
+FirstStageModule = AutoencoderKL | VQModelInterface
 Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (its parameters, a, b [b, H, W, 3]) -> distance [b]
 
+# Purposes of a row's random numbers: each key is used once. The two passes of updates="parity" draw apart, as the original's do.
+GENERATOR, DISCRIMINATOR, CODES = range(3)
+RECENT = 0.99  # decay of the guard's average of the reconstruction loss
 
-def reconstruction_loss(
-    x: jax.Array, y: jax.Array, kl: jax.Array, distance: jax.Array | None, config: Any
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The generator's part of the original's LPIPSWithDiscriminator, without the adversary: x, y [b, H, W, c], kl [b], distance [b].
 
-    nll = sum over pixels of (error + perceptual_weight * distance) / exp(logvar) + logvar, and loss = mean over b of nll + kl_weight * kl. The
-    distance is added at every pixel, so it counts H * W * c times; that is the original's weighting.
+class Aux(NamedTuple):
+    """What a pass leaves beside its loss; the last two of VQ alone: ``share`` [n_embed] of each code in the batch, ``candidates`` [b, k, c] to
+    become codes."""
+
+    collections: dict[str, Any]
+    share: jax.Array | None = None
+    candidates: jax.Array | None = None
+
+
+def temperature(config: Any, step: jax.Array) -> jax.Array:
+    """The Gumbel quantiser's: half a cosine from ``temperature`` to ``temperature_final`` over ``temperature_steps``, as in taming-transformers."""
+    first, last = config.temperature, config.temperature_final
+    at = jnp.minimum(step / max(config.temperature_steps, 1), 1.0)
+    return last + 0.5 * (first - last) * (1.0 + jnp.cos(jnp.pi * at))
+
+
+def make_forward(module: FirstStageModule, config: Any, seed: int) -> Callable[..., tuple[Any, Aux]]:
+    """``forward(params, collections, batch, step, purpose, train) -> ((y [b, H, W, c], penalty []), Aux)``.
+
+    The penalty is the KL divergence, summed over a latent and averaged over the batch, or the quantiser's loss. Only in ``train`` is anything drawn.
     """
-    diff = x - y
-    error = jnp.abs(diff) if config.kind == "l1" else jnp.square(diff)
-    parts = {"rec_loss": error.mean(), "mse": jnp.square(diff).mean(), "kl_loss": kl.mean()}
-    if distance is not None:
-        error = error + config.perceptual_weight * distance[:, None, None, None]
-        parts["perceptual"] = distance.mean()
-    nll = error / jnp.exp(config.logvar_init) + config.logvar_init
-    parts["nll_loss"] = nll.sum((1, 2, 3)).mean()
-    loss = parts["nll_loss"] + config.kl_weight * parts["kl_loss"]
-    return loss, parts | {"loss": loss}
 
-
-def make_loss(
-    module: AutoencoderKL, config: Any, seed: int, perceptual: Perceptual | None
-) -> Callable[..., tuple[jax.Array, dict]]:
-    """``loss(params, frozen, batch, step, train) -> (loss, metrics)``; see `make_step`."""
-
-    def loss(params: Any, frozen: Any, batch: Any, step: jax.Array, train: bool = True) -> tuple[jax.Array, dict]:
+    def kl(params: Any, collections: Any, batch: Any, step: jax.Array, purpose: int, train: bool) -> tuple[Any, Aux]:
+        assert isinstance(module, AutoencoderKL)
         x = to_float(batch["image"])
-        _, h, w, _ = x.shape
-        f = module.downsampling
-        noise = (
-            normal_rows(row_keys(seed, step, batch["row"]), 0, (h // f, w // f, module.embed_dim)) if train else None
-        )
-        rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)} if train else None
-        y, posterior = apply(module, params, x, noise, train, rngs=rngs)
-        distance = None if perceptual is None else perceptual(frozen["perceptual"], x, y)
-        return reconstruction_loss(x, y, posterior.kl(), distance, config)
+        keys = row_keys(seed, step, batch["row"])
+        noise = normal_rows(keys, purpose, latent_shape(module, x.shape[1], x.shape[2])) if train else None
+        y, posterior = apply(module, params, x, noise, train, rngs=_dropout(seed, step, purpose, train))
+        return (y, posterior.kl().mean()), Aux(collections)
 
-    return loss
+    def vq(params: Any, collections: Any, batch: Any, step: jax.Array, purpose: int, train: bool) -> tuple[Any, Aux]:
+        assert not isinstance(module, AutoencoderKL)
+        x = to_float(batch["image"])
+        keys = row_keys(seed, step, batch["row"])
+        height, width, c = latent_shape(module, x.shape[1], x.shape[2])
+        n = module.make_quantizer().re_embed
+        noise: dict[str, Any] = {}
+        if module.quantizer == "gumbel" and train:
+            shape = (height, width, n)
+            noise["gumbels"] = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, purpose), shape))(keys)
+            noise["temperature"] = temperature(config, step)
+        (y, code, h), written = module.apply(
+            {"params": params, **collections},
+            x,
+            train,
+            **noise,
+            method="reconstruct",
+            mutable=list(collections) if train else [],
+            rngs=_dropout(seed, step, purpose, train),
+        )
+        places = jax.vmap(
+            lambda key: jax.random.randint(jax.random.fold_in(key, CODES), (CANDIDATES,), 0, height * width)
+        )(keys)
+        candidates = jax.vmap(lambda rows, at: rows[at])(jax.lax.stop_gradient(h).reshape(len(x), -1, c), places)
+        return (y, code.loss), Aux({**collections, **written}, share_of(code.indices, n), candidates)
+
+    return kl if isinstance(module, AutoencoderKL) else vq
+
+
+def _dropout(seed: int, step: jax.Array, purpose: int, train: bool) -> dict[str, jax.Array] | None:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return {"dropout": key if purpose == GENERATOR else jax.random.fold_in(key, purpose)} if train else None
+
+
+def nll_of(module: FirstStageModule, config: Any, x: jax.Array, frozen: Any, perceptual: Perceptual | None) -> Any:
+    """The reconstruction loss against x; see `make_nll`."""
+    distance = None if perceptual is None else lambda a, b: perceptual(frozen["perceptual"], a, b)
+    return make_nll(x, config.kind, config.perceptual_weight, distance, isinstance(module, AutoencoderKL))
+
+
+def penalty_of(module: FirstStageModule, config: Any) -> tuple[str, float]:
+    """The penalty's name among the metrics, and its weight."""
+    return (
+        ("kl_loss", config.kl_weight) if isinstance(module, AutoencoderKL) else ("quant_loss", config.codebook_weight)
+    )
+
+
+def last_layer(grads: Any) -> jax.Array:
+    """The decoder's last kernel, where the original measures d_weight."""
+    return grads["decoder"]["conv_out"]["kernel"]
+
+
+def code_metrics(share: jax.Array) -> dict[str, jax.Array]:
+    """As the original logs them, of one batch's ``share`` [n_embed]."""
+    return {"perplexity": perplexity(share), "cluster_usage": jnp.sum(share > 0).astype(jnp.float32)}
+
+
+def evaluate(
+    module: FirstStageModule, config: Any, perceptual: Perceptual | None, variables: Any, frozen: Any, batch: Any
+) -> dict[str, jax.Array]:
+    """Metrics of a batch from all the module's collections: the loss without an adversary, and PSNR in dB. Nothing is drawn: KL takes the mode,
+    Gumbel the likeliest code."""
+    collections = {name: part for name, part in variables.items() if name != "params"}
+    forward = make_forward(module, config, 0)
+    (y, penalty), aux = forward(variables["params"], collections, batch, jnp.int32(0), GENERATOR, False)
+    x = to_float(batch["image"])
+    name, weight = penalty_of(module, config)
+    logvar = jnp.asarray(variables["params"].get("logvar", config.logvar_init), jnp.float32)
+    nll, metrics = nll_of(module, config, x, frozen, perceptual)(y, logvar)
+    # Of pixels in [0, 1]: a range of 2 has 4 times the squared error.
+    error = jnp.square(x - jnp.clip(y, -1, 1)).mean((1, 2, 3)) / 4
+    metrics |= {name: penalty, "loss": nll + weight * penalty, "psnr": -10 * jnp.log10(error + 1e-10).mean()}
+    return metrics if aux.share is None else metrics | code_metrics(aux.share)
+
+
+def make_extra(
+    module: FirstStageModule,
+    key: jax.Array,
+    *,
+    adversary: Adversary | None = None,
+    disc_tx: optax.GradientTransformation | None = None,
+    guard: bool = False,
+) -> dict[str, Any] | None:
+    """What training carries beside parameters: "discriminator", "collections" (an averaged codebook), "usage" of codes, "guard"."""
+    extra: dict[str, Any] = {}
+    if not isinstance(module, AutoencoderKL):
+        collections = {name: part for name, part in init_variables(module, key).items() if name != "params"}
+        extra |= {"collections": collections} if collections else {}
+        extra["usage"] = jnp.ones(module.make_quantizer().re_embed)
+    if adversary is not None:
+        assert disc_tx is not None
+        side = 64  # any that is large enough: the parameters' shapes do not depend on it
+        variables: Any = adversary.module.init(jax.random.fold_in(key, 1), jnp.zeros((1, side, side, module.out_ch)))
+        extra["discriminator"] = {**variables, "opt_state": disc_tx.init(variables["params"])}
+    if guard:
+        extra["guard"] = {
+            "recent": jnp.zeros(()),
+            "lowest": jnp.full((), jnp.inf),
+            "rollbacks": jnp.zeros((), jnp.int32),
+        }
+    return extra or None
 
 
 def make_step(
-    module: AutoencoderKL,
+    module: FirstStageModule,
     tx: optax.GradientTransformation,
     config: Any,
     *,
@@ -63,18 +172,102 @@ def make_step(
     ema: float,
     parts: int,
     perceptual: Perceptual | None = None,
+    adversary: Adversary | None = None,
+    disc_tx: optax.GradientTransformation | None = None,
+    fused: bool = True,
 ) -> Callable[..., tuple[TrainState, dict]]:
     """``step(state, frozen, batch, *, axis_name=None) -> (state, metrics)``, pure.
 
-    ``frozen`` holds the perceptual network's parameters under "perceptual"; ``batch`` "image" uint8 [b, H, W, 3] and "row" int32 [b].
+    ``frozen`` holds the perceptual network's parameters under "perceptual"; ``batch`` "image" uint8 [b, H, W, 3] and "row" int32 [b]; the state's
+    ``extra`` is of `make_extra`. With an ``adversary`` both are updated, each by its optimiser. As in the original, the autoencoder is updated
+    first and run again, with new noise, for the discriminator; ``fused``, one run serves both, and the discriminator judges each side once.
     """
-    loss = make_loss(module, config, seed, perceptual)
+    name, weight = penalty_of(module, config)
 
     def step(state: TrainState, frozen: Any, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, dict]:
-        grads, metrics = accumulate(lambda p, b: loss(p, frozen, b, state.step), state.params, batch, parts)
-        if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.global_norm(grads)
-        return apply_gradients(state, grads, tx, ema), metrics
+        extra, at = state.extra or {}, state.step
+        rollbacks = extra["guard"]["rollbacks"] if "guard" in extra else 0
+        critic = None if adversary is None else adversary.on_axis(axis_name)
+        net = module if isinstance(module, AutoencoderKL) else module.clone(axis_name=axis_name)
+        forward = make_forward(net, config, seed)
+
+        def generator(carry: dict[str, Any], piece: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            x = to_float(piece["image"])
+
+            def run(params: Any) -> Any:
+                (y, penalty), aux = forward(params, carry["collections"], piece, at, GENERATOR, True)
+                return (y, penalty), (penalty, aux)
+
+            made = generator_gradients(
+                run,
+                state.params,
+                nll_of(module, config, x, frozen, perceptual),
+                penalty_weight=weight,
+                logvar=config.logvar_init,
+                last_layer=last_layer,
+                adversary=critic,
+                variables=carry["discriminator"],
+                step=at,
+                rollbacks=rollbacks,
+                axis_name=axis_name,
+            )
+            penalty, aux = made.aux
+            results = {"grads": made.grads, "metrics": {name: penalty, **made.metrics}, "share": aux.share}
+            carry = carry | {"collections": aux.collections, "candidates": aux.candidates}
+            if critic is not None and made.fake is not None:
+                carry["discriminator"] = made.fake.variables
+                if fused:
+                    real = judge(critic.module, made.fake.variables, x)
+                    carry["discriminator"] = real.variables
+                    results["disc"] = discriminator_gradients(critic, real, made.fake, at)
+            return carry, results
+
+        def discriminator(params: Any, carry: dict[str, Any], piece: Any) -> tuple[dict[str, Any], Any]:
+            assert critic is not None
+            (y, _), aux = forward(params, carry["collections"], piece, at, DISCRIMINATOR, True)
+            real = judge(critic.module, carry["discriminator"], to_float(piece["image"]))
+            fake = judge(critic.module, real.variables, y)
+            carry = carry | {"collections": aux.collections, "discriminator": fake.variables}
+            return carry, discriminator_gradients(critic, real, fake, at)
+
+        # ---------------------------------------------------------------------------------------------------- the generator
+        carry: dict[str, Any] = {"collections": extra.get("collections", {}), "discriminator": None, "candidates": None}
+        if critic is not None:
+            carry["discriminator"] = {key: extra["discriminator"][key] for key in ("params", "batch_stats")}
+        if "usage" in extra:
+            carry["candidates"] = jnp.zeros((len(batch["row"]) // parts, CANDIDATES, module.embed_dim))
+        carry, results = in_parts(generator, carry, batch, parts)
+        results = over_devices(results, axis_name)
+        state, metrics = descend(state, results["grads"], results["metrics"], tx, ema)
+
+        # ------------------------------------------------------------------------------------------------ the discriminator
+        if critic is not None:
+            assert disc_tx is not None
+            if not fused:
+                carry, judged = in_parts(lambda c, piece: discriminator(state.params, c, piece), carry, batch, parts)
+                results["disc"] = over_devices(judged, axis_name)
+            grads, of_both = results["disc"]
+            updated, norm = update_discriminator({**extra["discriminator"], **carry["discriminator"]}, grads, disc_tx)
+            extra, metrics = extra | {"discriminator": updated}, metrics | of_both | norm
+
+        # --------------------------------------------------------------------------------------------- the codes, the guard
+        if carry["collections"]:
+            extra = extra | {"collections": carry["collections"]}
+        if "usage" in extra:
+            extra = extra | {"usage": used(extra["usage"], results["share"])}
+            metrics |= code_metrics(results["share"]) | {"codebook_use": jnp.mean(extra["usage"] > USED)}
+            if config.restart_codes:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), CODES)
+                state, extra, count = restart_codes(state, extra, carry["candidates"], key, axis_name)
+                metrics["restarted"] = count
+        if "guard" in extra:
+            guard = extra["guard"]
+            recent = jnp.where(
+                at == 0, metrics["rec_loss"], RECENT * guard["recent"] + (1 - RECENT) * metrics["rec_loss"]
+            )
+            lowest = jnp.minimum(guard["lowest"], recent)
+            extra = extra | {"guard": guard | {"recent": recent, "lowest": lowest}}
+            metrics["rise"] = recent / lowest
+        return state.replace(extra=extra or None), metrics
 
     return step

@@ -11,7 +11,7 @@ import optax
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.latent import LatentDiffusion, to_float
-from ldm_jax.train.state import TrainState, accumulate, apply_gradients, normal_rows, row_keys
+from ldm_jax.train.state import TrainState, accumulate, descend, normal_rows, over_devices, row_keys
 
 # Purposes of a row's random numbers: each key is used once.
 POSTERIOR, TIMESTEP, NOISE, CAPTION = range(4)
@@ -80,10 +80,7 @@ def make_step(
 
     def step(state: TrainState, frozen: Any, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, dict]:
         grads, metrics = accumulate(lambda p, b: loss(p, frozen, b, state.step), state.params, batch, parts)
-        if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.global_norm(grads)
-        return apply_gradients(state, grads, tx, ema), metrics
+        return descend(state, *over_devices((grads, metrics), axis_name), tx, ema)
 
     return step
 

@@ -15,7 +15,8 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
     ``process`` = (index, count) shares every batch among processes.
     """
     data = plain(config.data)
-    transform = ImageTransform(tuple(data.pop("size")), data.pop("crop"), data.pop("flip"))
+    size, min_crop = tuple(data.pop("size")), data.pop("min_crop", 1.0)
+    transform = ImageTransform(size, data.pop("crop"), data.pop("flip"), min_crop=min_crop)
     caption, workers, cache = data.pop("caption"), data.pop("num_workers"), data.pop("cache")
     if part == "validation" and not data.get("holdout"):
         part = "train"

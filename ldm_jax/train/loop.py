@@ -47,6 +47,7 @@ FREE = (
     "preview_every",
     "keep",
     "data.num_workers",
+    "adversary.alarm",
     "parallel",
     "mesh.data",
     "mesh.fsdp",
@@ -85,7 +86,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     mesh = mesh_of(config)
 
     def init(key: jax.Array) -> TrainState:
-        return create_state(task.init(key), tx, ema=config.ema > 0)
+        return create_state(task.init(key), tx, ema=config.ema > 0, extra=task.extra(key))
 
     shapes = jax.eval_shape(init, jax.random.key(config.seed))
     placed = state_shardings(shapes, mesh, config.mesh.zero1)
@@ -95,6 +96,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         claim_workdir(workdir, plain(config))
     barrier("claimed")
     checkpoints = TrainingCheckpoints(workdir, config.keep)
+    like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
     first = checkpoints.latest()
     if first is None:
         # Every process measures on all rows, and so gets the same.
@@ -103,7 +105,6 @@ def train(config: Any, workdir: str | Path) -> Path:
         checkpoints.save(0, state, prepared)
     else:
         prepared = checkpoints.info(first)
-        like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
         state = checkpoints.restore(first, like)
         LOG.info("resuming from step %d", first)
     task.use(prepared)
@@ -125,44 +126,63 @@ def train(config: Any, workdir: str | Path) -> Path:
             donate=(0,),
             out_shared=(placed, True),
         )
-    average_placed = placed.params if placed.ema is None else placed.ema
-    evaluate = compile_step(over_rows(task.evaluate, mesh), mesh, "jit", shared=(average_placed, frozen_placed, False))
+    weights_placed = task.weights(placed)
+    evaluate = compile_step(over_rows(task.evaluate, mesh), mesh, "jit", shared=(weights_placed, frozen_placed, False))
     rate = learning_rate(config.optim, config.steps)
 
     # ------------------------------------------------------------------------------------------------ loop
-    report = Report(workdir, config, first)
-    unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
-    batches = train_loader.iterate(first)
     local = config.batch_size // here[1]
-    with (
-        contextlib.closing(checkpoints),
-        contextlib.closing(batches),
-        contextlib.closing(report),
-        Preemption().watch() as preemption,
-    ):
-        for step, raw in zip(range(first + 1, config.steps + 1), batches, strict=False):
-            with report.pause() if step == first + 1 else contextlib.nullcontext():  # the first call compiles
-                state, metrics = step_fn(state, frozen, global_rows(task.host_batch(raw, here[0] * local), mesh))
-            if unread is not None:
-                report.step(*unread, rate, checkpoints)
-            unread = (step, metrics)
 
-            stopping = preemption.reached(step)
-            saving = step % config.save_every == 0 or step == config.steps or stopping
-            if saving or step % config.eval_every == 0 or step % config.preview_every == 0:
-                report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
-                unread = None
-            params = state.params if state.ema is None else state.ema
-            with report.pause():
-                if saving:
-                    checkpoints.save(step, state, prepared)
-                if stopping and step < config.steps:
-                    raise TrainingStopped(f"stopped at step {step}, which is saved; the same command goes on")
-                if step % config.eval_every == 0 or step == config.steps:
-                    means = run_evaluation(evaluate, params, frozen, task, eval_loader, config, mesh)
-                    report.evaluation(step, means)
-                if step % config.preview_every == 0 or step == config.steps:
-                    report.preview(step, task.preview(params, frozen, first_batches(preview_loader, 1)[0]))
+    def run(first: int, state: TrainState, preemption: Preemption) -> TrainState:
+        """From step ``first`` to the last; TrainingDiverged before anything is saved that is no good."""
+        report = Report(workdir, config, first)
+        unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
+        batches = train_loader.iterate(first)
+        with contextlib.closing(batches), contextlib.closing(report):
+            for step, raw in zip(range(first + 1, config.steps + 1), batches, strict=False):
+                with report.pause() if step == first + 1 else contextlib.nullcontext():  # the first call compiles
+                    state, metrics = step_fn(state, frozen, global_rows(task.host_batch(raw, here[0] * local), mesh))
+                if unread is not None:
+                    report.step(*unread, rate, checkpoints)
+                unread = (step, metrics)
+
+                stopping = preemption.reached(step)
+                saving = step % config.save_every == 0 or step == config.steps or stopping
+                if saving or step % config.eval_every == 0 or step % config.preview_every == 0:
+                    report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
+                    unread = None
+                weights = task.weights(state)
+                with report.pause():
+                    if saving:
+                        checkpoints.save(step, state, prepared)
+                    if stopping and step < config.steps:
+                        raise TrainingStopped(f"stopped at step {step}, which is saved; the same command goes on")
+                    if step % config.eval_every == 0 or step == config.steps:
+                        means = run_evaluation(evaluate, weights, frozen, task, eval_loader, config, mesh)
+                        report.evaluation(step, means)
+                    if step % config.preview_every == 0 or step == config.steps:
+                        report.preview(step, task.preview(weights, frozen, first_batches(preview_loader, 1)[0]))
+        return state
+
+    with contextlib.closing(checkpoints), Preemption().watch() as preemption:
+        rollbacks = task.rollbacks(state)
+        while True:
+            try:
+                state = run(first, state, preemption)
+                break
+            except TrainingDiverged as error:
+                # Every step is a function of state and step number: a run killed after this comes to the same point again.
+                good, rollbacks = checkpoints.latest(), rollbacks + 1
+                if good is None or rollbacks > task.most_rollbacks:
+                    raise
+                first, state = good, task.recover(checkpoints.restore(good, like), rollbacks)
+                LOG.warning(
+                    "%s: back to step %d with less weight on the adversary (%d of at most %d times)",
+                    error.reason,
+                    good,
+                    rollbacks,
+                    task.most_rollbacks,
+                )
 
     # ----------------------------------------------------------------------------------------------- export
     trained = int(state.step)
@@ -171,7 +191,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         if is_first():
             shutil.rmtree(model_dir, ignore_errors=True)
         barrier("removed")
-        exported, arrays = task.export(state.params if state.ema is None else state.ema)
+        exported, arrays = task.export(task.weights(state))
         save_model(model_dir, {**exported, "trained_steps": trained}, arrays)
     LOG.info("finished: the model is in %s", model_dir)
     return model_dir
@@ -284,13 +304,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_evaluation(
-    evaluate: Any, params: Any, frozen: Any, task: Any, loader: AnyLoader, config: Any, mesh: jax.sharding.Mesh
+    evaluate: Any, weights: Any, frozen: Any, task: Any, loader: AnyLoader, config: Any, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
     """Mean metrics over ``config.eval_batches`` batches; every batch draws its own noise, the same at every evaluation."""
     results = []
     for i, raw in enumerate(first_batches(loader, config.eval_batches)):
         first_row = i * config.batch_size + jax.process_index() * len(raw["caption"])
-        results.append(jax.device_get(evaluate(params, frozen, global_rows(task.host_batch(raw, first_row), mesh))))
+        results.append(jax.device_get(evaluate(weights, frozen, global_rows(task.host_batch(raw, first_row), mesh))))
     return {k: float(np.mean([r[k] for r in results])) for k in results[0]}
 
 

@@ -17,10 +17,15 @@ from ldm_jax.checkpoint import TrainingCheckpoints
 from ldm_jax.parallel import is_first
 
 LOG = logging.getLogger(__name__)
+WATCHED = ("loss", "grad_norm", "disc_loss", "disc_grad_norm", "rise", "d_weight")  # looked at after every step
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number; the message names the last good checkpoint."""
+    """Going on would make nothing good; the message names the last good checkpoint, ``reason`` is its beginning."""
+
+    def __init__(self, reason: str, advice: str):
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
 
 
 class TrainingStopped(RuntimeError):
@@ -44,17 +49,22 @@ class Report:
         self.terminal = self.speaks and sys.stderr.isatty()
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not self.terminal, dynamic_ncols=True)
         self.since, self.last = time.perf_counter(), first
+        self.rise = config.guard.rise if "guard" in config else 0.0
+        self.alarm, self.alarmed = config.adversary.alarm if "adversary" in config else 0.0, False
 
     def step(self, step: int, metrics: dict[str, jax.Array], rate: Any, checkpoints: TrainingCheckpoints) -> None:
-        """Takes one step's metrics; raises TrainingDiverged on a loss or a gradient that is not finite."""
+        """Takes one step's metrics; raises TrainingDiverged where `what_is_wrong` says something."""
         if step <= self.last:
             return
-        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not (np.isfinite(loss) and np.isfinite(norm)):
+        watched = jax.device_get({name: metrics[name] for name in WATCHED if name in metrics})
+        loss = float(watched["loss"])
+        if wrong := what_is_wrong(watched, self.rise):
             raise TrainingDiverged(
-                f"the loss is {loss} and its gradient's norm {norm} at step {step}; the last good checkpoint is that of "
-                f"step {checkpoints.latest()}, in {checkpoints.path}: lower optim.lr or set optim.clip, with another --workdir"
+                f"{wrong} at step {step}",
+                f"the last good checkpoint is that of step {checkpoints.latest()}, in {checkpoints.path}: "
+                "lower optim.lr or set optim.clip, with another --workdir",
             )
+        self._watch(step, watched)
         self.bar.update(step - self.bar.n)
         if not self.speaks:
             return
@@ -74,6 +84,20 @@ class Report:
             self.bar.set_postfix_str(line)
         else:
             LOG.info("step %d/%d: %s", step, self.config.steps, line)
+
+    def _watch(self, step: int, metrics: dict[str, Any]) -> None:
+        """Says once that d_weight has gone above the alarm, and again only after it was below."""
+        if self.alarm and "d_weight" in metrics:
+            d_weight = float(metrics["d_weight"])
+            if d_weight > self.alarm and not self.alarmed:
+                LOG.warning(
+                    "step %d: d_weight is %.4g, above adversary.alarm %g: the adversary may ruin the reconstructions; "
+                    "adversary.cap bounds it, a lower adversary.weight weakens it",
+                    step,
+                    d_weight,
+                    self.alarm,
+                )
+            self.alarmed = d_weight > self.alarm
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Takes a validation's means."""
@@ -109,6 +133,17 @@ class Report:
         if self.speaks:
             self.board.close()
             self.jsonl.close()
+
+
+def what_is_wrong(metrics: dict[str, Any], rise: float = 0.0) -> str:
+    """Why a step's metrics say that training diverged, "" where they do not: a loss or gradient, of either network, that is not finite, or a
+    reconstruction loss that has risen more than ``rise`` times above its lowest (0: any)."""
+    for loss, norm, whose in (("loss", "grad_norm", ""), ("disc_loss", "disc_grad_norm", "discriminator's ")):
+        if loss in metrics and not (np.isfinite(float(metrics[loss])) and np.isfinite(float(metrics[norm]))):
+            return f"the {whose}loss is {float(metrics[loss])} and its gradient's norm {float(metrics[norm])}"
+    if rise and float(metrics.get("rise", 0.0)) > rise:
+        return f"the reconstruction loss is {float(metrics['rise']):.2f} times its lowest"
+    return ""
 
 
 def reopen_metrics(file: Path, first: int) -> TextIO:

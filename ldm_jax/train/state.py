@@ -11,19 +11,28 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """Arrays only; optimiser and modules stay outside. ``ema`` is None where no average is kept."""
+    """Arrays only; optimiser and modules stay outside. ``ema`` is None where no average is kept.
+
+    ``extra`` is what else a task carries from step to step, a pytree of its own making: a discriminator with its statistics and optimiser, an
+    averaged codebook. None where there is nothing.
+    """
 
     step: jax.Array
     params: Any
     ema: Any
     opt_state: Any
+    extra: Any = None
 
 
-def create_state(params: Any, tx: optax.GradientTransformation, ema: bool) -> TrainState:
+def create_state(params: Any, tx: optax.GradientTransformation, ema: bool, extra: Any = None) -> TrainState:
     """Step 0, with the average starting at the parameters."""
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params) if ema else None, tx.init(params)
-    )
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, average, tx.init(params), extra)
+
+
+def averaged(state: TrainState) -> Any:
+    """The parameters to evaluate, show and export: their average where one is kept."""
+    return state.params if state.ema is None else state.ema
 
 
 def ema_decay(updates: jax.Array, decay: float) -> jax.Array:
@@ -39,34 +48,52 @@ def ema_update(ema: Any, params: Any, updates: jax.Array, decay: float) -> Any:
 
 
 def apply_gradients(state: TrainState, grads: Any, tx: optax.GradientTransformation, decay: float) -> TrainState:
-    """The next state."""
+    """The next state; ``extra`` is left as it is."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     ema = None if state.ema is None else ema_update(state.ema, params, step, decay)
-    return TrainState(step, params, ema, opt_state)
+    return state.replace(step=step, params=params, ema=ema, opt_state=opt_state)
+
+
+def in_parts(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int) -> tuple[Any, Any]:
+    """(last carry, mean results) of ``run(carry, piece) -> (carry, results)``, over a batch cut into ``parts`` that follow one another.
+
+    Part i takes rows i, i + parts, ..., so that a batch split over devices stays split.
+    """
+    if parts == 1:
+        return run(carry, batch)
+    pieces = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch)
+
+    def body(so_far: Any, piece: Any) -> tuple[Any, None]:
+        carry, total = so_far
+        carry, results = run(carry, piece)
+        return (carry, jax.tree.map(jnp.add, total, results)), None
+
+    shapes = jax.eval_shape(run, carry, jax.tree.map(lambda a: a[0], pieces))[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (carry, total), _ = jax.lax.scan(body, (carry, zeros), pieces)
+    return carry, jax.tree.map(lambda a: a / parts, total)
 
 
 def accumulate(
     loss_fn: Callable[[Any, Any], tuple[jax.Array, dict]], params: Any, batch: Any, parts: int
 ) -> tuple[Any, dict]:
-    """Mean gradients and metrics of ``loss_fn(params, batch) -> (loss, metrics)``, the batch cut into ``parts`` that are run one after another.
-
-    Part i takes rows i, i + parts, ..., so that a batch split over devices stays split.
-    """
+    """Mean gradients and metrics of ``loss_fn(params, batch) -> (loss, metrics)``, the batch cut into ``parts``; see `in_parts`."""
     grad_fn = jax.grad(loss_fn, has_aux=True)
-    if parts == 1:
-        return grad_fn(params, batch)
-    pieces = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch)
+    return in_parts(lambda _, piece: (None, grad_fn(params, piece)), None, batch, parts)[1]
 
-    def body(total: Any, piece: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(params, piece)), None
 
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], pieces))
-    )
-    total, _ = jax.lax.scan(body, zeros, pieces)
-    return jax.tree.map(lambda a: a / parts, total)
+def over_devices(results: Any, axis_name: str | None) -> Any:
+    """Means over the devices of a pmap; under jit they are over the whole batch already."""
+    return results if axis_name is None else jax.lax.pmean(results, axis_name)
+
+
+def descend(
+    state: TrainState, grads: Any, metrics: dict, tx: optax.GradientTransformation, ema: float
+) -> tuple[TrainState, dict]:
+    """One update by gradients that are those of the whole batch, and the metrics with their norm."""
+    return apply_gradients(state, grads, tx, ema), metrics | {"grad_norm": optax.global_norm(grads)}
 
 
 def row_keys(seed: int, step: jax.Array, rows: jax.Array) -> jax.Array:

@@ -14,30 +14,52 @@ from ldm_jax import pictures
 from ldm_jax.checkpoint import find_model, load_model
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.generation import Form, Plan, Rows, generate
-from ldm_jax.latent import ConfigError, apply, build, build_first_stage, init_params, to_uint8
-from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
+from ldm_jax.latent import DTYPES, ConfigError, apply, build, build_first_stage, init_params, nearest, to_uint8
+from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.parallel import fetch
 from ldm_jax.train import autoencoder_step, diffusion_step
+from ldm_jax.train.adversarial import DISCRIMINATOR_LOSSES, Adversary
+from ldm_jax.train.optim import make_optimizer
+from ldm_jax.train.state import TrainState, averaged
 
 LOG = logging.getLogger(__name__)
 
 
 class Task(Protocol):
-    """One trainable thing. ``frozen`` are the arrays that the step reads and never changes."""
+    """One trainable thing. ``frozen`` are the arrays that the step reads and never changes, ``most_rollbacks`` how often a run that diverged may go
+    back to its last checkpoint."""
 
     frozen: Any
+    most_rollbacks: int = 0
 
     def prepare(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, Any]:
         """What must be measured on the data once, before the first step (``batches(n)`` gives n of the loader's); kept with the run."""
-        ...
+        return {}
 
     def use(self, prepared: dict[str, Any]) -> None:
         """Takes what `prepare` measured, now or in the run that this one resumes."""
-        ...
+        return
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters; compiled by the caller."""
         ...
+
+    def extra(self, key: jax.Array) -> Any:
+        """The state's ``extra`` at the start; compiled by the caller."""
+        return None
+
+    def weights(self, state: TrainState) -> Any:
+        """What `evaluate`, `preview` and `export` read of a state."""
+        return averaged(state)
+
+    def rollbacks(self, state: TrainState) -> int:
+        """How often the run that made this state went back to a checkpoint because it diverged."""
+        return 0
+
+    def recover(self, state: TrainState, rollbacks: int) -> TrainState:
+        """A checkpoint's state to go on from, after ``rollbacks`` of them."""
+        return state
 
     def make_step(self, tx: Any, *, seed: int, ema: float, parts: int) -> Callable[..., Any]:
         """``step(state, frozen, batch, *, axis_name=None) -> (state, metrics)``."""
@@ -47,30 +69,43 @@ class Task(Protocol):
         """A loader's batch -> the arrays of the step's."""
         ...
 
-    def evaluate(self, params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
+    def evaluate(self, weights: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
         """Metrics of one batch, pure; the same batch always draws the same noise."""
         ...
 
-    def preview(self, params: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
+    def preview(self, weights: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         """A picture uint8 [H, W, 3] of how far it has come."""
         ...
 
-    def export(self, params: Any) -> tuple[dict[str, Any], Any]:
+    def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
         """(config, params) of the model directory."""
         ...
 
 
-class AutoencoderTask:
-    """Trains a first stage."""
+class AutoencoderTask(Task):
+    """Trains a first stage, KL or VQ, with or without an adversary."""
 
     def __init__(self, config: Any):
         self.config = config
         module = build_first_stage({"first_stage": config.model["first_stage"]}, config.dtype)
         if module is None:
             raise ConfigError("model.first_stage: the identity has nothing to train")
-        if not isinstance(module, AutoencoderKL):
-            raise ConfigError("model.first_stage: only the kind 'kl' can be trained")
-        self.module = module
+        quantizer = getattr(module, "quantizer", None)
+        if config.loss.restart_codes and quantizer not in ("vq", "ema"):
+            raise ConfigError(
+                f"loss.restart_codes is for codebooks (vq, ema), not for {quantizer or 'kl'}: switch it off"
+            )
+        if config.updates not in ("fused", "parity"):
+            raise ConfigError(
+                f"updates {config.updates!r} does not exist{nearest(config.updates, ('fused', 'parity'))}"
+            )
+        if getattr(module, "remap", None) is not None:
+            raise ConfigError(
+                "model.first_stage.remap tells which codes of a trained model are in use: leave it out to train"
+            )
+        self.module, self.most_rollbacks = module, config.guard.rollbacks
+        self.adversary = make_adversary(config)
+        self.disc_tx = None if self.adversary is None else make_optimizer(config.optim, config.steps)
         self.perceptual: autoencoder_step.Perceptual | None = None
         self.frozen: dict[str, Any] = {}
         if config.loss.perceptual_weight and config.loss.vgg16:
@@ -79,46 +114,95 @@ class AutoencoderTask:
             lpips, params = load_lpips(config.loss.vgg16, config.loss.lpips_heads)
             self.perceptual = lambda p, a, b: apply(lpips, p, a, b)
             self.frozen = {"perceptual": params}
-        self._reconstruct = jax.jit(lambda p, x: to_uint8(apply(self.module, p, x)[0]))
-
-    def prepare(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, Any]:
-        return {}
-
-    def use(self, prepared: dict[str, Any]) -> None:
-        pass
+        elif config.loss.perceptual_weight:
+            LOG.warning("without loss.vgg16 and loss.lpips_heads there is no perceptual term")
+        self._reconstruct = jax.jit(lambda v, x: to_uint8(self.module.apply(v, x)[0]))
 
     def init(self, key: jax.Array) -> Any:
-        return init_autoencoder(self.module, key)
+        logvar = {"logvar": jnp.float32(self.config.loss.logvar_init)} if self.config.loss.learn_logvar else {}
+        return {**init_autoencoder(self.module, key), **logvar}
+
+    def extra(self, key: jax.Array) -> Any:
+        guard = self.most_rollbacks > 0 or self.config.guard.rise > 0
+        return autoencoder_step.make_extra(
+            self.module, key, adversary=self.adversary, disc_tx=self.disc_tx, guard=guard
+        )
+
+    def weights(self, state: TrainState) -> Any:
+        """All the module's collections."""
+        return {"params": averaged(state), **((state.extra or {}).get("collections", {}))}
+
+    def rollbacks(self, state: TrainState) -> int:
+        return int(state.extra["guard"]["rollbacks"]) if state.extra and "guard" in state.extra else 0
+
+    def recover(self, state: TrainState, rollbacks: int) -> TrainState:
+        guard = state.extra["guard"]
+        number = jax.device_put(np.int32(rollbacks), guard["rollbacks"].sharding)
+        return state.replace(extra=state.extra | {"guard": guard | {"rollbacks": number}})
 
     def make_step(self, tx: Any, *, seed: int, ema: float, parts: int) -> Callable[..., Any]:
         return autoencoder_step.make_step(
-            self.module, tx, self.config.loss, seed=seed, ema=ema, parts=parts, perceptual=self.perceptual
+            self.module,
+            tx,
+            self.config.loss,
+            seed=seed,
+            ema=ema,
+            parts=parts,
+            perceptual=self.perceptual,
+            adversary=self.adversary,
+            disc_tx=self.disc_tx,
+            fused=self.config.updates == "fused",
         )
 
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
         return {"image": raw["image"], "row": first_row + np.arange(len(raw["image"]), dtype=np.int32)}
 
-    def evaluate(self, params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
-        loss = autoencoder_step.make_loss(self.module, self.config.loss, self.config.seed, self.perceptual)
-        _, metrics = loss(params, frozen, batch, jnp.int32(0), train=False)
-        x = batch["image"].astype(jnp.float32) / 127.5 - 1
-        y = jnp.clip(apply(self.module, params, x)[0], -1, 1)
-        # Of pixels in [0, 1]: a range of 2 has 4 times the squared error.
-        metrics["psnr"] = -10 * jnp.log10(jnp.square(x - y).mean((1, 2, 3)) / 4 + 1e-10).mean()
-        return metrics
+    def evaluate(self, weights: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
+        return autoencoder_step.evaluate(self.module, self.config.loss, self.perceptual, weights, frozen, batch)
 
-    def preview(self, params: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
+    def preview(self, weights: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         images = raw["image"][:16]
-        made = fetch(self._reconstruct(params, images / np.float32(127.5) - 1))
+        made = fetch(self._reconstruct(weights, images / np.float32(127.5) - 1))
         rows = [row for i in range(0, len(images), 8) for row in (images[i : i + 8], made[i : i + 8])]
         return pictures.grid(np.concatenate(rows), columns=min(8, len(images)))
 
-    def export(self, params: Any) -> tuple[dict[str, Any], Any]:
-        model = {"kind": "first_stage", "first_stage": plain(self.config.model["first_stage"])}
-        return model, {"first_stage": params}
+    def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
+        """An averaged codebook is exported as what it now is, a plain one."""
+        fields = plain(self.config.model["first_stage"])
+        params = {name: part for name, part in weights["params"].items() if name != "logvar"}
+        if fields.get("quantizer") == "ema":
+            fields["quantizer"] = "vq"
+            params["quantize"] = {"embedding": weights["codebook"]["quantize"]["embedding"]}
+        return {"kind": "first_stage", "first_stage": fields}, {"first_stage": params}
 
 
-class DiffusionTask:
+def make_adversary(config: Any) -> Adversary | None:
+    """The adversary of a config; None where it has no weight."""
+    fields = config.adversary
+    if not fields.weight:
+        return None
+    if fields.loss not in DISCRIMINATOR_LOSSES:
+        raise ConfigError(f"adversary.loss {fields.loss!r} does not exist{nearest(fields.loss, DISCRIMINATOR_LOSSES)}")
+    module = PatchDiscriminator(
+        ndf=fields.channels, n_layers=fields.layers, use_actnorm=fields.actnorm, dtype=DTYPES[config.dtype]
+    )
+    if module.patches(min(config.data.size)) < 1:
+        raise ConfigError(
+            f"adversary.layers {fields.layers} is too many for pictures of {min(config.data.size)} pixels"
+        )
+    return Adversary(
+        module,
+        loss=fields.loss,
+        start=fields.start,
+        factor=fields.factor,
+        weight=fields.weight,
+        ramp=fields.ramp,
+        cap=fields.cap,
+        lower=config.guard.lower,
+    )
+
+
+class DiffusionTask(Task):
     """Trains a UNet and its text encoder on the latents of a first stage that stays as it is."""
 
     def __init__(self, config: Any):
@@ -167,11 +251,11 @@ class DiffusionTask:
         rows = first_row + np.arange(len(raw[what]), dtype=np.int32)
         return {what: raw[what], "row": rows, "encoded": encoded}
 
-    def evaluate(self, params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
+    def evaluate(self, weights: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
         loss = diffusion_step.make_loss(self.model, self.config.loss, self.config.seed + 1)
-        return loss(params, frozen, batch, jnp.int32(0), train=False)[1]
+        return loss(weights, frozen, batch, jnp.int32(0), train=False)[1]
 
-    def preview(self, params: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
+    def preview(self, weights: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         sampling = self.model_config["sampling"]
         captions = list(self.config.preview_captions or raw["caption"][:16])
         sampler = SAMPLERS["ddim"]
@@ -181,7 +265,7 @@ class DiffusionTask:
         )
         conditioner = self.model.conditioner
         images = _preview(
-            dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"]),
+            dataclasses.replace(self.model, params=weights, first_stage=frozen["first_stage"]),
             nodes,
             conditioner.encode(captions),
             conditioner.encode_null(len(captions)),
@@ -191,8 +275,8 @@ class DiffusionTask:
         )
         return pictures.grid(fetch(images))
 
-    def export(self, params: Any) -> tuple[dict[str, Any], Any]:
-        return self.model_config, {**params, "first_stage": self.frozen["first_stage"].params}
+    def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
+        return self.model_config, {**weights, "first_stage": self.frozen["first_stage"].params}
 
 
 @jax.jit(static_argnums=6)

@@ -26,6 +26,7 @@ from ldm_jax.nn.attention import (
 )
 from ldm_jax.nn.layers import ddpm_timestep_embedding, timestep_embedding
 from ldm_jax.nn.resnet import ResBlock, ResnetBlock
+from ldm_jax.train.adversarial import hinge_loss, vanilla_loss
 
 from .golden import Case, NotYet, nchw, nhwc, shapes_of
 
@@ -270,16 +271,6 @@ def block(make: Callable[..., Built]) -> Callable[[Case], Results]:
 
 
 # --------------------------------------------------------------------------------------------------- discriminator, GPT
-
-
-def hinge_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's hinge loss."""
-    return 0.5 * (nn.relu(1 - real).mean() + nn.relu(1 + fake).mean())
-
-
-def vanilla_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's cross-entropy loss."""
-    return 0.5 * (nn.softplus(-real).mean() + nn.softplus(fake).mean())
 
 
 def discriminator(case: Case) -> Results:

@@ -9,12 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.convert.compvis import table_of
-from ldm_jax.convert.tables import Table, to_ours, to_theirs
+from ldm_jax.convert.tables import CONV, Table, to_ours, to_theirs
 from ldm_jax.convert.targets import TargetError, module_from_config
+from ldm_jax.convert.whole import loss_parts
+from ldm_jax.models.autoencoder import DiagonalGaussian
 from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.permuter import PERMUTERS
-from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
+from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantized, VectorQuantizer, share_of
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
+from ldm_jax.train.adversarial import (
+    DISCRIMINATOR_LOSSES,
+    Adversary,
+    discriminator_gradients,
+    generator_gradients,
+    judge,
+    make_nll,
+)
+from ldm_jax.train.autoencoder_step import code_metrics
+from ldm_jax.train.state import ema_update
 
 from . import checkpoints
 from .golden import Case, NotYet, nchw, shapes_of
@@ -235,6 +247,126 @@ def drawn(name: str, shape: list[int], seed: int) -> np.ndarray:
     return np.abs(a) if name.startswith("lin") else a
 
 
+# ----------------------------------------------------------------------------------------------- losses of first stages
+
+
+def gan_loss(case: Case) -> Results:
+    """Losses, logs and gradients of a generator that is one convolution, for each recorded step and each optimiser."""
+    kwargs, inputs = case.kwargs, case.inputs
+    kl = "contperceptual" in case.cls
+    try:
+        whole = loss_parts({"target": case.cls, "params": kwargs}, "", case.spec["vgg_widths"])
+    except TargetError as error:
+        raise NotYet(str(error)) from None
+    parts = case.params(whole.table, whole.shapes)
+    lpips, variables = whole.modules["lpips"], parts["discriminator"]
+    adversary = Adversary(
+        whole.modules["discriminator"],
+        loss=kwargs.get("disc_loss", "hinge"),
+        start=kwargs["disc_start"],
+        factor=kwargs.get("disc_factor", 1.0),
+        weight=kwargs.get("disc_weight", 1.0),
+    )
+    weight = kwargs.get("kl_weight" if kl else "codebook_weight", 1.0)
+    x = case.image("inputs")
+    nll = make_nll(
+        x,
+        kwargs.get("pixel_loss", "l1"),
+        kwargs.get("perceptual_weight", 1.0),
+        lambda a, b: lpips.apply({"params": parts["lpips"]}, a, b),
+        summed=kl,
+    )
+    params = {"last_weight": CONV.to_ours(inputs["last_weight"]), "last_bias": inputs["last_bias"]}
+    if kl:
+        params |= {"logvar": parts["logvar"], "posterior_parameters": case.image("posterior_parameters")}
+
+    def forward(params: Any) -> Any:
+        places = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            case.image("feat"), params["last_weight"], (1, 1), "SAME", dimension_numbers=places
+        )
+        if not kl:
+            return (y + params["last_bias"], jnp.mean(inputs["codebook_loss"])), y + params["last_bias"]
+        posterior = DiagonalGaussian.from_moments(params["posterior_parameters"])
+        return (y + params["last_bias"], posterior.kl().mean()), y + params["last_bias"]
+
+    @jax.jit
+    def evaluated(step: jax.Array) -> Any:
+        (y, penalty), _ = forward(params)
+        real, fake = (adversary.module.apply(variables, a) for a in (x, y))
+        nll_loss, log = nll(y, jnp.asarray(params.get("logvar", 0.0)))
+        factor, loss = adversary.disc_factor(step), nll_loss + weight * penalty
+        first = log | {"loss": loss, "penalty": penalty, "d_weight": 0.0, "disc_factor": factor, "g_loss": -fake.mean()}
+        disc_loss = factor * DISCRIMINATOR_LOSSES[adversary.loss](real, fake)
+        second = {"disc_loss": disc_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return first, second
+
+    @jax.jit
+    def trained(step: jax.Array) -> Any:
+        made = generator_gradients(
+            forward,
+            params,
+            nll,
+            penalty_weight=weight,
+            last_layer=lambda grads: grads["last_weight"],
+            adversary=adversary,
+            variables=variables,
+            step=step,
+        )
+        (y, penalty), _ = forward(params)
+        assert made.fake is not None
+        real = judge(adversary.module, variables, x)
+        fake = judge(adversary.module, real.variables, y)
+        grads, second = discriminator_gradients(adversary, real, fake, step)
+        first = made.metrics | {"penalty": penalty}
+        return first, second, made.grads, grads, made.fake.variables, fake.variables
+
+    results: Results = {}
+    table = table_of(adversary.module, "discriminator.")
+    split = "train" if case.spec["train_mode"] else "val"
+    for step in case.spec["global_steps"]:
+        at = f"step{step}"
+        if split == "val":
+            first, second = evaluated(jnp.int32(step))
+        else:
+            first, second, grads, of_disc, after_first, after_second = trained(jnp.int32(step))
+            for name, grad in grads.items():
+                turned = CONV.to_theirs(grad) if name == "last_weight" else nchw(grad) if grad.ndim == 4 else grad
+                results[f"grad:{at}.opt0.{name}"] = turned
+            for name, grad in to_theirs(table, {**variables, "params": of_disc}).items():
+                results |= {
+                    f"grad:{at}.opt1.{name}": grad,
+                    f"grad:{at}.opt1.{name}[:8]": grad[:8] if grad.ndim else grad,
+                }
+            for optimizer, after in enumerate((after_first, after_second)):
+                for name, a in to_theirs(table, after).items():
+                    results[f"{at}.opt{optimizer}.after.{name}"] = a
+        log = first | {"total_loss": first["loss"], "kl_loss" if kl else "quant_loss": first["penalty"]}
+        log |= {"logvar": params["logvar"]} if kl else {}
+        if "predicted_indices" in inputs:
+            log |= code_metrics(share_of(jnp.asarray(inputs["predicted_indices"]), kwargs["n_classes"]))
+        results |= {f"{at}.opt0.loss": first["loss"], f"{at}.opt1.loss": second["disc_loss"]}
+        results |= {f"{at}.opt0.{split}/{name}": a for name, a in log.items()}
+        results |= {f"{at}.opt1.{split}/{name}": a for name, a in second.items()}
+    return results
+
+
+def lit_ema(case: Case) -> Results:
+    """The average over a stream of parameters; what is not trained has none, and stays."""
+    inputs, results = case.inputs, {}
+    live = {name.removeprefix("init/"): a for name, a in inputs.items() if name.startswith("init/")}
+    frozen = {name: live.pop(name) for name in list(live) if f"update0/{name}" not in inputs}
+    n, ema = case.kwargs.get("start_num_updates", 0), live
+    for call in range(sum(name.startswith("update") for name in inputs) // len(live)):
+        n += 1
+        ema = ema_update(
+            ema, {name: inputs[f"update{call}/{name}"] for name in live}, jnp.int32(n), case.kwargs["decay"]
+        )
+        results |= {f"after{call}/{name.replace('.', '')}": a for name, a in ema.items()}
+        results |= {f"after{call}/decay": np.float32(case.kwargs["decay"]), f"after{call}/num_updates": n}
+    return results | {f"copied/{name}": a for name, a in (frozen | ema).items()}
+
+
 # -------------------------------------------------------------------------------------------------------- conditioning
 
 
@@ -280,6 +412,10 @@ CASES: Mapping[str, Callable[[Case], Results]] = {
     "ldm.models.autoencoder.VQModelInterface": vqmodel,
     "taming.models.vqgan.VQModel": vqmodel,
     "taming.modules.losses.lpips.LPIPS": lpips,
+    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": gan_loss,
+    "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": gan_loss,
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": gan_loss,
+    "ldm.modules.ema.LitEma": lit_ema,
     "ldm.modules.encoders.modules.ClassEmbedder": class_embedder,
     "ldm.modules.encoders.modules.SpatialRescaler": rescaler,
     "transformers.CLIPTextModel": clip_text,

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -16,10 +17,10 @@ from PIL import Image
 import ldm_jax
 from configs.common import base
 from ldm_jax.checkpoint import TrainingCheckpoints, load_model, save_model
-from ldm_jax.latent import ConfigError, build_first_stage
+from ldm_jax.latent import ConfigError, FirstStage, build_first_stage
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
-from ldm_jax.train import loop, tasks
+from ldm_jax.train import autoencoder_step, loop, tasks
 from ldm_jax.train.loop import train
 from ldm_jax.train.report import Report, TrainingDiverged
 
@@ -55,20 +56,27 @@ def first_stage(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(params=["autoencoder", "diffusion"])
+@pytest.fixture(params=["adversarial", "diffusion"])
 def config(request, pictures, first_stage) -> ConfigDict:
     """A run of six steps, a checkpoint each three."""
     return make_config(request.param, pictures, first_stage)
 
 
-def make_config(task: str, pictures: Path, first_stage: Path) -> ConfigDict:
+def make_config(kind: str, pictures: Path, first_stage: Path) -> ConfigDict:
+    """``kind``: a task, or "adversarial", the autoencoder with all that it can carry: a discriminator, an averaged codebook, the guard."""
+    task = "autoencoder" if kind == "adversarial" else kind
     config = base(task)
     config.update(
         steps=6, batch_size=8, ema=0.9, log_every=1, save_every=3, eval_every=3, eval_batches=1, preview_every=3
     )
     config.data.update(path=str(pictures), size=(8, 8), flip=True)
     config.optim.update(lr=1e-3, warmup=2, clip=1.0)
-    if task == "autoencoder":
+    if kind == "adversarial":
+        config.model.first_stage = ConfigDict({**SMALL_KL, "kind": "vq", "quantizer": "ema", "n_embed": 12})
+        config.loss.restart_codes = True
+        config.adversary.update(weight=0.5, start=1, layers=1, channels=4, ramp=2, cap=10.0)
+        config.guard.update(rollbacks=2, lower=0.5)
+    elif task == "autoencoder":
         config.model.first_stage = ConfigDict(SMALL_KL)
     else:
         config.scale_factor_batches = 2
@@ -150,6 +158,12 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
         module = build_first_stage(found)
         shape = jax.eval_shape(lambda: init_autoencoder(module, jax.random.key(0)))
         assert jax.tree.map(np.shape, params["first_stage"]) == jax.tree.map(lambda s: s.shape, shape)
+        codes = "['extra']['collections']['codebook']['quantize']['embedding']"
+        np.testing.assert_array_equal(params["first_stage"]["quantize"]["embedding"], final(straight, 6)[codes])
+        assert {"d_weight", "disc_loss", "perplexity", "codebook_use"} <= metrics(straight)[0].keys()
+        # As a latent diffusion model's first stage it needs nothing else.
+        stage = FirstStage(params["first_stage"], 1.0, module)
+        assert stage.decode(stage.encode(np.zeros((1, 8, 8, 3), np.float32))).shape == (1, 8, 8, 3)
 
     # Another setting is another run.
     for name, value, message in [("seed", 1, "seed=0, not 1"), ("optim.lr", 0.5, r"optim.lr=0.001, not 0.5")]:
@@ -178,19 +192,24 @@ def test_a_run_under_pmap_on_8_devices_evaluates_saves_and_goes_on(quick, tmp_pa
     ]
 
 
-@pytest.mark.parametrize(("poisoned_step", "last_good"), [(3, 0), (5, 3)])
-def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(
-    quick, tmp_path, monkeypatch, poisoned_step, last_good
-):
+def poison(monkeypatch, bad) -> None:
+    """Batches for whose number (counted as they are asked for, from 1) ``bad(number)`` is true are not numbers."""
     host_batch, calls = tasks.AutoencoderTask.host_batch, []
 
     def poisoned(self, raw, first_row=0):
         calls.append(1)
         batch = host_batch(self, raw, first_row)
         image = batch["image"].astype(np.float32)
-        return batch | {"image": image * np.float32(np.nan) if len(calls) == poisoned_step else image}
+        return batch | {"image": image * np.float32(np.nan) if bad(len(calls)) else image}
 
     monkeypatch.setattr(tasks.AutoencoderTask, "host_batch", poisoned)
+
+
+@pytest.mark.parametrize(("poisoned_step", "last_good"), [(3, 0), (5, 3)])
+def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(
+    quick, tmp_path, monkeypatch, poisoned_step, last_good
+):
+    poison(monkeypatch, lambda number: number == poisoned_step)
     with pytest.raises(TrainingDiverged, match=rf"loss is nan.* at step {poisoned_step}; .* step {last_good}, in "):
         train(quick, tmp_path / "run")
     saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -199,23 +218,76 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.fixture
+def guarded(pictures, first_stage) -> ConfigDict:
+    """A run with an adversary and a guard, without previews."""
+    config = make_config("adversarial", pictures, first_stage)
+    config.preview_every = config.eval_every = 1000
+    return config
+
+
+def test_a_guarded_run_goes_back_to_its_last_good_checkpoint(guarded, tmp_path, monkeypatch, caplog):
+    """A batch that is not a number once, at step 5: the run goes back to step 3, and ends as one whose adversary weighed half from there on."""
+    poison(monkeypatch, lambda number: number == 5)
+    train(guarded, tmp_path / "hit")
+    lines = [record.getMessage() for record in caplog.records if "back to step" in record.getMessage()]
+    assert len(lines) == 1
+    assert re.fullmatch(
+        r"the loss is nan and its gradient's norm nan at step 5: back to step 3 with less weight on the adversary \(1 of at most 2 times\)",
+        lines[0],
+    )
+    assert [m["step"] for m in metrics(tmp_path / "hit") if m["part"] == "train"] == [1, 2, 3, 4, 5, 6]
+    at_3, at_6 = final(tmp_path / "hit", 3), final(tmp_path / "hit", 6)
+    assert (int(at_3["['extra']['guard']['rollbacks']"]), int(at_6["['extra']['guard']['rollbacks']"])) == (0, 1)
+    assert all(np.isfinite(a).all() for a in at_6.values())
+    weight = {
+        m["step"]: m["adversarial_weight"] / m["d_weight"] for m in metrics(tmp_path / "hit") if m["part"] == "train"
+    }
+    assert weight[3] == pytest.approx(1.0)  # the ramp is over, and d_weight below the cap
+    assert weight[4] == weight[6] == pytest.approx(0.5)
+
+
+def test_a_guarded_run_that_diverges_again_and_again_stops(guarded, tmp_path, monkeypatch):
+    """A fault that stays: after its two attempts the run stops as any other does."""
+    poison(monkeypatch, lambda number: number >= 4)
+    with pytest.raises(TrainingDiverged, match=r"loss is nan .* at step 4; .* step 3, in "):
+        train(guarded, tmp_path / "run")
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [0, 3]
+
+
+def test_an_exploding_d_weight_is_said_and_a_ruined_reconstruction_is_taken_back(
+    guarded, tmp_path, monkeypatch, caplog
+):
+    """An adversary whose weight is a million, from step 4 on."""
+    monkeypatch.setattr(autoencoder_step, "RECENT", 0.0)
+    guarded.adversary.update(weight=1e6, start=3, ramp=0, cap=0.0, alarm=1e3)
+    guarded.guard.update(rollbacks=1, lower=0.0, rise=1.5)
+    guarded.optim.update(lr=0.05, clip=0.0)
+    train(guarded, tmp_path / "run")
+    said = [record.getMessage() for record in caplog.records]
+    assert any("above adversary.alarm 1000" in line for line in said)
+    assert any(
+        re.match(r"the reconstruction loss is \S+ times its lowest at step \d: back to step 3", line) for line in said
+    )
+
+
 def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
     report = Report.__new__(Report)
-    report.last = 0
+    report.last, report.rise = 0, 0.0
     checkpoints = TrainingCheckpoints(tmp_path)
     with pytest.raises(TrainingDiverged, match=r"its gradient's norm inf at step 1; .* step None"):
         report.step(1, {"loss": np.float32(1), "grad_norm": np.float32(np.inf)}, None, checkpoints)
     checkpoints.close()
 
 
-def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(quick, pictures, tmp_path):
-    """With train.py itself, and SIGKILL: nothing has time to tidy up. The learning rate decays, so that a wrong step would show."""
+def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(guarded, pictures, tmp_path):
+    """With a discriminator, train.py itself, and SIGKILL: nothing has time to tidy up. The learning rate decays, so that a wrong step would show."""
     config = tmp_path / "tiny.py"
-    quick.update(steps=16, save_every=2)
-    quick.optim.update(decay="cosine")
+    guarded.update(steps=16, save_every=2)
+    guarded.optim.update(decay="cosine")
     config.write_text(
         f"import json\n\nimport ml_collections\n\n\ndef get_config():\n"
-        f"    return ml_collections.ConfigDict(json.loads({json.dumps(quick.to_json())!s}))\n"
+        f"    return ml_collections.ConfigDict(json.loads({json.dumps(guarded.to_json())!s}))\n"
     )
     straight, killed = tmp_path / "straight", tmp_path / "killed"
 

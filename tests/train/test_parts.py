@@ -86,7 +86,7 @@ def loss_config(task: str, **changes) -> ConfigDict:
 
 
 class Setup(SimpleNamespace):
-    """A task at work on the tiny model: its ``loss``, ``step(parts)``, ``state``, ``frozen`` and ``batch``."""
+    """A task at work on the tiny model: its ``step(parts)``, ``state``, ``frozen`` and ``batch``."""
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,6 @@ def setups(quick_compiling):
     of_autoencoder = loss_config("autoencoder", kind="l2", kl_weight=1e-3)
     of_diffusion = loss_config("diffusion", caption_dropout=0.3, min_snr_gamma=5.0)
     autoencoder = Setup(
-        loss=autoencoder_step.make_loss(module, of_autoencoder, 0, None),
         step=lambda parts: autoencoder_step.make_step(module, tx, of_autoencoder, seed=0, ema=0.9, parts=parts),
         state=create_state(first_stage, tx, ema=True),
         frozen={},
@@ -113,7 +112,6 @@ def setups(quick_compiling):
     params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
     diffusion = Setup(
         model=model,
-        loss=diffusion_step.make_loss(model, of_diffusion, 0),
         step=lambda parts: diffusion_step.make_step(model, tx, of_diffusion, seed=0, ema=0.9, parts=parts),
         state=create_state(params, tx, ema=True),
         frozen={"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)},

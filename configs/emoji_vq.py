@@ -1,0 +1,49 @@
+"""A VQ first stage for the demo's pictures: f = 4, a codebook of 512, averaged, with dead codes restarted.
+
+    python train.py --config=configs/emoji_vq.py --config.data.path=emoji64.zip --workdir=runs/emoji_vq
+
+Not trained in full yet. A latent diffusion config takes it as any first stage, --config.model.first_stage.path=runs/emoji_vq/model, with 4 channels
+in its UNet.
+"""
+
+import ml_collections
+
+from configs.common import base, section
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    config = base("autoencoder")
+    config.steps = 4000
+    config.batch_size = 8
+    config.ema = 0.995
+    config.data.update(path="emoji64.zip", split_column="hexcode", holdout=0.05, flip=True)
+    config.optim.update(lr=1e-3, warmup=100, decay="cosine", final=0.02, b2=0.99)
+    config.loss.update(kind="l1", restart_codes=True)
+    config.adversary.update(weight=0.2, start=2000, layers=2, channels=32, ramp=500, cap=10.0, alarm=100.0)
+    config.guard.update(rollbacks=3, rise=2.0)
+    config.model.first_stage = section(
+        kind="vq",
+        quantizer="ema",
+        n_embed=512,
+        embed_dim=4,
+        z_channels=4,
+        ch=32,
+        ch_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        attn_type="none",
+        norm_groups=8,
+        resolution=64,
+        in_channels=3,
+        out_ch=3,
+    )
+    if variant == "smoke":
+        config.steps, config.batch_size = 20, 8
+        config.log_every = config.save_every = config.eval_every = config.preview_every = 10
+        config.eval_batches = 1
+        config.data.path = "pkg:assets/emoji_subset.zip"
+        config.adversary.update(start=10, ramp=5, channels=8)
+    elif variant:
+        raise ValueError(f"emoji_vq has no variant {variant!r}; there is smoke")
+    return config

@@ -1,0 +1,26 @@
+"""A VQ first stage with the whole of the original's loss, on 128x128 crops of a folder or zip of photos: f = 4, 1024 codes.
+
+    python train.py --config=configs/photos_vq_gan.py --config.data.path=photos.zip --workdir=runs/photos_vq_gan \\
+        --config.loss.vgg16=vgg16.safetensors --config.loss.lpips_heads=lpips_vgg.safetensors
+
+Weights and pictures as in configs/photos_kl_gan.py, whose network this is but for the codebook. Not trained in full yet.
+"""
+
+import ml_collections
+
+from configs import photos_kl_gan
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run, "parity" the same without what the original has not; "smoke" a short one on the pictures that ship."""
+    config = photos_kl_gan.get_config()
+    config.loss.update(codebook_weight=1.0, restart_codes=True)
+    config.adversary.weight = 0.75
+    config.model.first_stage = photos_kl_gan.first_stage(kind="vq", n_embed=1024)
+    if variant == "parity":
+        photos_kl_gan.as_the_original(config)
+    elif variant == "smoke":
+        photos_kl_gan.smoke(config)
+    elif variant:
+        raise ValueError(f"photos_vq_gan has no variant {variant!r}; there are parity and smoke")
+    return config
