@@ -99,5 +99,8 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.loss.logvar_init = 0.0
         config.loss.learn_logvar = False
         config.loss.min_snr_gamma = 0.0  # 0 weighs every timestep alike
+        config.loss.timestep_shift = (
+            1.0  # above 1 more of training is spent where there is much noise (Esser et al. 2024, equation 23)
+        )
         config.loss.caption_dropout = 0.1  # for classifier-free guidance
     return config

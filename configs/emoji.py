@@ -15,7 +15,7 @@ from configs.common import base, section
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     config = base("diffusion")
-    config.steps = 13600
+    config.steps = 12800
     config.batch_size = 16
     config.ema = 0.9995
     styles = ("noto", "twemoji", "fluent 3d", "fluent flat")
@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.update(path="emoji64.zip", caption="{text}, {style} style")
     config.data.update(split_column="hexcode", holdout=0.05, pair_columns=("hexcode", "style"), pair_holdout=0.05)
     config.optim.update(lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.0)
-    config.loss.update(caption_dropout=0.1)
+    config.loss.update(caption_dropout=0.1, timestep_shift=3.0)
 
     model = config.model
     model.objective = "v"

@@ -34,7 +34,10 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
         def uniform(purpose: int) -> jax.Array:
             return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, purpose)))(keys)
 
-        t = jnp.minimum((uniform(TIMESTEP) * schedule.timesteps).astype(jnp.int32), schedule.timesteps - 1)
+        at = uniform(TIMESTEP)
+        if train and config.timestep_shift != 1:  # an evaluation looks at all timesteps alike
+            at = config.timestep_shift * at / (1 + (config.timestep_shift - 1) * at)
+        t = jnp.minimum((at * schedule.timesteps).astype(jnp.int32), schedule.timesteps - 1)
         noise = normal_rows(keys, NOISE, shape)
         encoded = batch["encoded"]
         if train and config.caption_dropout:
