@@ -55,6 +55,8 @@ class Format(NamedTuple):
 
 # What some files hold beside the model, by the beginning of its names.
 _BESIDE = {"safety_checker.": "of the checker of pictures, which is no part of the model"}
+# How averages were made; files that were stripped of the averages may still hold these.
+_COUNTERS = dict.fromkeys((f"{EMA}decay", f"{EMA}num_updates"), "of averages that are not there")
 _ENDINGS = ("*.ckpt", "*.pt", "*.pth", "*.bin", "*.safetensors", "*.index.json")
 
 
@@ -70,11 +72,8 @@ def from_compvis(
 ) -> Converted:
     """A latent diffusion model, Stable Diffusion v1, a first stage or a VQGAN from its .ckpt or .safetensors."""
     with open_checkpoint(path) as checkpoint:
-        tensors, left_out = dict(checkpoint.tensors), []
-        for name in list(tensors):
-            if why := next((why for start, why in _BESIDE.items() if name.startswith(start)), None):
-                left_out.append(_described(name, tensors.pop(name)) | {"why": why})
-        original = infer(tensors) if config is None else read_yaml(config) if isinstance(config, str | Path) else config
+        tensors, left_out = _apart(checkpoint.tensors)
+        original = config if isinstance(config, Original) else infer(tensors) if config is None else read_yaml(config)
         averaged = any(name.startswith(EMA) for name in tensors)
         if ema and not averaged:
             raise TargetError(f"{path.name} holds no averages of its weights; leave --ema out")
@@ -101,6 +100,15 @@ def from_compvis(
         return Converted(
             config_of(original, whole.modules, scale), nest(flat), entries, left_out, original.assumed, about
         )
+
+
+def _apart(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[dict[str, Any]]]:
+    """(the arrays of the model, descriptions of those that are none of it)."""
+    averaged = any(name.startswith(EMA) and name not in _COUNTERS for name in tensors)
+    beside = _BESIDE if averaged else _BESIDE | _COUNTERS
+    whys = {name: next((why for start, why in beside.items() if name.startswith(start)), None) for name in tensors}
+    left_out = [_described(name, tensors[name]) | {"why": why} for name, why in whys.items() if why]
+    return {name: tensor for name, tensor in tensors.items() if not whys[name]}, left_out
 
 
 def whole_of(original: Original, tensors: Mapping[str, Any], ema: bool = False) -> Whole:
