@@ -20,7 +20,7 @@ import ldm_jax
 from ldm_jax.checkpoint import CheckpointError, load_model, save_model
 from ldm_jax.convert.infer import Names, Original, infer, loss_config
 from ldm_jax.convert.original import config_of, original_of, read_yaml, write_yaml
-from ldm_jax.convert.reader import Checkpoint, LazyTensor, open_checkpoint
+from ldm_jax.convert.reader import Checkpoint, LazyTensor, ReaderError, open_checkpoint
 from ldm_jax.convert.tables import Duplicate, Entry, Unused, as_ours, check, nest, to_theirs
 from ldm_jax.convert.tables import Path as ParamPath
 from ldm_jax.convert.targets import TargetError
@@ -114,17 +114,23 @@ def _apart(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], li
 def whole_of(original: Original, tensors: Mapping[str, Any], ema: bool = False) -> Whole:
     """The parts and the table of a state dict.
 
-    The names tell with which losses a first stage was saved, whatever the YAML says: often without.
+    The names tell with which losses a first stage was saved, whatever the YAML says: often without. Raises TargetError.
     """
     names, params, options = Names({name: tuple(t.shape) for name, t in tensors.items()}), dict(original.params), {}
-    if "unet_config" in params:
-        options = {"ema": ema}
-        loss, vgg = loss_config(names, f"{FIRST_STAGE}loss.")
-        stage = params["first_stage_config"]
-        params["first_stage_config"] = {**stage, "params": {**(stage.get("params") or {}), "lossconfig": loss}}
-    else:
-        params["lossconfig"], vgg = loss_config(names)
-    return whole_from_config(original.target, params, vgg=vgg or VGG16_WIDTHS, **options)
+    try:
+        if "unet_config" in params:
+            options = {"ema": ema}
+            loss, vgg = loss_config(names, f"{FIRST_STAGE}loss.")
+            stage = params["first_stage_config"]
+            params["first_stage_config"] = {**stage, "params": {**(stage.get("params") or {}), "lossconfig": loss}}
+        else:
+            params["lossconfig"], vgg = loss_config(names)
+        return whole_from_config(original.target, params, vgg=vgg or VGG16_WIDTHS, **options)
+    except (TargetError, ReaderError):
+        raise
+    except Exception as error:  # whatever a section that is missing, or a size that is none, makes Flax or Python raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise TargetError(f"{original.target} cannot be built: {type(error).__name__}: {reason[:200]}") from None
 
 
 def _place(entry: Entry | Unused | Duplicate, ema: bool) -> tuple[ParamPath | None, str]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm_jax.convert.lazy import ReaderError
 from ldm_jax.convert.schedules import schedule_params
 from ldm_jax.convert.targets import TargetError
 from ldm_jax.convert.whole import CONDITIONER, FIRST_STAGE, INNER, UNCONDITIONAL, UNET
@@ -43,7 +44,10 @@ class Names(dict[str, tuple[int, ...]]):
 
     def count(self, pattern: str) -> int:
         """One more than the highest number that the group of ``pattern`` matches at a name's beginning; 0 where nothing does."""
-        return 1 + max((int(match[1]) for name in self if (match := re.match(pattern, name))), default=-1)
+        n = 1 + max((int(match[1]) for name in self if (match := re.match(pattern, name))), default=-1)
+        if n > len(self):  # each of them has a name, so this file is not what it seems
+            raise TargetError("the architecture cannot be told: its names skip numbers")
+        return n
 
     def any(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self)
@@ -54,7 +58,17 @@ def infer(tensors: Mapping[str, Any]) -> Original:
 
     Raises TargetError with one line where it is of no known family.
     """
-    names = Names({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    try:
+        return _infer(Names({name: tuple(tensor.shape) for name, tensor in tensors.items()}), tensors)
+    except (TargetError, ReaderError):
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # too few axes, none of a size ...
+        raise TargetError(
+            "the architecture cannot be told: its shapes fit no known network; give the original's YAML with --config"
+        ) from None
+
+
+def _infer(names: Names, tensors: Mapping[str, Any]) -> Original:
     if names.any(UNET):
         return _latent_diffusion(names, tensors)
     if names.any("encoder.") and names.any("decoder."):
@@ -198,7 +212,7 @@ def _conditioner(names: Names, stage: Names, factor: int) -> tuple[Any, list[str
 
 def _clip(names: Names) -> tuple[dict[str, Any], list[str]]:
     vocabulary, width = names["embeddings.token_embedding.weight"]
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": names["encoder.layers.0.mlp.fc1.weight"][0],

@@ -132,6 +132,8 @@ def _conditioner_section(params: Mapping[str, Any], module: Any, size: tuple[int
     if module is None:
         return {"kind": "none"}
     section = params["cond_stage_config"]
+    if section["target"] not in _KINDS:
+        raise TargetError(f"{section['target']} is not supported as a conditioner (have {', '.join(_KINDS)})")
     kind, way = _KINDS[section["target"]]
     key = conditioning_key(params)
     if key not in (way, "hybrid"):

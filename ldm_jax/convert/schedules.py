@@ -31,7 +31,9 @@ def schedule_params(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
         if kind == "sqrt":
             ends = {"linear_start": _meant(start**2, 6), "linear_end": _meant(end**2, 6)}
         params = {"timesteps": len(stored), **({} if kind == "cosine" else ends)}
-        if np.allclose(make_betas(kind, **params), stored.astype(np.float64), rtol=rtol, atol=1e-7):
+        with np.errstate(invalid="ignore"):
+            betas = make_betas(kind, **params)
+        if np.allclose(betas, stored.astype(np.float64), rtol=rtol, atol=1e-7):
             return {"beta_schedule": kind, **params}, []
     raise TargetError("its betas are those of no known schedule; give the original's YAML with --config")
 

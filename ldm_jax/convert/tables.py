@@ -243,8 +243,8 @@ def to_ours(
     is our parameter tree, as for `source_shapes`; ``where`` opens the error message. Raises ConversionError with every
     missing, unexpected, duplicate and misshapen name.
     """
-    pairs: list[tuple[str, Any]] = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
-    found = dict(pairs)
+    pairs: list[Any] = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
+    found: dict[str, Any] = dict(pairs)
     twice = (name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
     check(table, found, shapes=shapes, where=where, duplicate=twice)
     return nest({e.path: as_ours(e, np.asarray(found[e.source])) for e in table if isinstance(e, Entry)})

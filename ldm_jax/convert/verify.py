@@ -87,7 +87,11 @@ def _first_stage(stage: FirstStage, given: Arrays) -> dict[str, np.ndarray]:
         }
     if isinstance(module, AutoencoderKL) and {"x", "z"} <= given.keys():
         p = _method(stage)("encode", nhwc(given["x"]))
-        return {"mean": nchw(p.mean), "logvar": nchw(p.logvar), "decode_z": nchw(stage.decode(nhwc(given["z"])))}
+        return {
+            "mean": nchw(p.mean),
+            "logvar": nchw(p.logvar),
+            "decode_z": nchw(stage.decode(jnp.asarray(nhwc(given["z"])))),
+        }
     return {}
 
 
@@ -132,7 +136,7 @@ def condition_of(model: LatentDiffusion, given: Arrays) -> Cond:
     others = [a for name, a in given.items() if name not in parts and not name.startswith("uncond_")]
     if len(others) != 1:
         return Cond()
-    encoded = nhwc(others[0]) if others[0].ndim == 4 else jnp.asarray(others[0], jnp.int32)
+    encoded = jnp.asarray(nhwc(others[0])) if others[0].ndim == 4 else jnp.asarray(others[0], jnp.int32)
     if kind == "none":
         return Cond(concat=encoded)
     return jax.jit(model.conditioner)(model.params["conditioner"], encoded)

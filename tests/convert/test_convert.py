@@ -449,6 +449,35 @@ def test_everything_that_does_not_fit_is_listed(written, tmp_path, capsys):
         ldm_jax.load(tmp_path / "x.safetensors", config=yaml_file)
 
 
+UNET_ROW, STAGE_ROW = "model.diffusion_model.output_blocks.3.0.", "first_stage_model.encoder.down.1.block.0."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "shape"),
+    [
+        (UNET_ROW, UNET_ROW.replace("3", "3" * 30), None),  # a number that a loop would not come to the end of
+        (STAGE_ROW, STAGE_ROW.replace("1", "9" * 12), None),
+        ("model.diffusion_model.input_blocks.0.0.weight", None, ()),
+        ("model.diffusion_model.input_blocks.0.0.weight", None, (0, 4, 3, 3)),
+        ("model.diffusion_model.input_blocks.0.0.weight", None, (31, 4, 3, 3)),
+        ("first_stage_model.encoder.conv_in.weight", None, (0, 0)),
+        ("first_stage_model.decoder.conv_in.weight", None, (5,)),
+        ("betas", None, ()),
+        ("betas", None, (0,)),
+    ],
+)
+def test_names_and_shapes_of_nothing_are_refused(written, tmp_path, capsys, old, new, shape):
+    arrays = load_file(written("class"))
+    renamed = {name.replace(old, new) if new else name: a for name, a in arrays.items()}
+    if shape is not None:
+        renamed[old] = np.zeros(shape, np.float32)
+    save_file(renamed, tmp_path / "x.safetensors")
+    assert main([str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "m")]) == 2
+    assert told(capsys)[0].startswith("error: ")
+    assert not (tmp_path / "m").exists()
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+
+
 def test_nothing_is_written_over(written, tmp_path, capsys):
     source, out = str(written("kl")), tmp_path / "model"
     assert main([source, "--out", str(out)]) == 0
@@ -475,6 +504,8 @@ def test_nothing_is_written_over(written, tmp_path, capsys):
         ("lr: 1", "describes no model"),
         ("model: {target: a.B, params: {x: '${y.z}'}}", r"refers to ${y.z}"),
         ("model: {target: no.such.Class}", "no.such.Class is not supported"),
+        ("model: {target: ldm.models.autoencoder.AutoencoderKL}", "AutoencoderKL cannot be built: KeyError"),
+        ("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {unet_config: 3}}", "cannot be built"),
         (None, "cannot be read: No such file"),
     ],
 )
