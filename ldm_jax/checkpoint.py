@@ -58,8 +58,15 @@ def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str
     _together("model folder")
     if dtype is not None:
         params = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / "params", params)
+    # Orbax would copy a host's arrays first, for the sake of saving in the background, and hold what it writes until a file of 2 GiB is full: a large
+    # model would be in memory three times.
+    handlers = ocp.type_handlers
+    as_they_lie = handlers.create_type_handler_registry(
+        (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)), (jax.Array, handlers.ArrayHandler())
+    )
+    args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 << 20)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=as_they_lie)) as checkpointer:
+        checkpointer.save(partial / "params", args=args)
     if first:
         (partial / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1) + "\n")
         os.replace(partial, path)

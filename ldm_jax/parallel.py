@@ -140,8 +140,8 @@ def compile_step(
     if mode == "jit":
         return jax.jit(
             step,
-            in_shardings=tuple(map(place, shared)),
-            out_shardings=tuple(map(place, out_shared)) if isinstance(out_shared, tuple) else place(out_shared),
+            in_shardings=jax.tree.map(place, shared),
+            out_shardings=jax.tree.map(place, out_shared),
             donate_argnums=donate,
         )
 

@@ -15,6 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model
 from ldm_jax.convert.conversion import is_foreign, read_model
 from ldm_jax.convert.diffusers.hub import fetched
+from ldm_jax.convert.lazy import ReaderError
+from ldm_jax.convert.tables import ConversionError
+from ldm_jax.convert.targets import TargetError
 from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
 from ldm_jax.generation import Form, Made, Plan, Rows, generate
@@ -39,12 +42,13 @@ def load(
     parallel: Mode = "jit",
     devices: int | None = None,
 ) -> "Pipeline":
-    """Loads a model directory, a shipped model, or, converted in memory, a checkpoint of the original or a folder of diffusers ("org/name": of the Hub).
+    """Loads a model directory, a shipped model, or, converted in memory, a checkpoint of the original or a folder of diffusers.
+
+    "org/name" is one on the Hugging Face Hub.
 
     ``config`` is a checkpoint's YAML (None: names and shapes tell), ``ema`` whether to take its averaged weights (None: where it has them).
     ``dtype`` is what the model computes in: "float32" (the default on CPU), "bfloat16" (the default elsewhere) or "float16". ``parallel`` spreads
-    batches over the first ``devices`` devices (all by default) with "jit" or "pmap". Raises RequestError, CheckpointError or ConfigError, and for
-    checkpoints ReaderError, TargetError or ConversionError: ValueErrors, all of them.
+    batches over the first ``devices`` devices (all by default) with "jit" or "pmap". Raises RequestError, CheckpointError or ConfigError.
     """
     path = find_model(fetched(name))
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -54,7 +58,10 @@ def load(
     if not foreign and (config is not None or ema is not None):
         raise RequestError(f"{path} is a model directory, which says itself what it is: leave config and ema out")
     if foreign:
-        converted = read_model(path, config=config, ema=ema)
+        try:
+            converted = read_model(path, config=config, ema=ema)
+        except (ConversionError, ReaderError, TargetError) as error:
+            raise CheckpointError(str(error)) from error
         for line in converted.assumed:
             LOG.info("%s: assumed %s", path.name, line)
         told, params = converted.config, converted.params

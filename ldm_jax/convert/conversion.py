@@ -21,7 +21,7 @@ from ldm_jax.checkpoint import CheckpointError, load_model, save_model
 from ldm_jax.convert.diffusers import from_diffusers, is_diffusers, to_diffusers
 from ldm_jax.convert.infer import Names, Original, infer, loss_config
 from ldm_jax.convert.original import config_of, original_of, read_yaml, write_yaml
-from ldm_jax.convert.reader import Checkpoint, LazyTensor, open_checkpoint
+from ldm_jax.convert.reader import Checkpoint, LazyTensor, ReaderError, open_checkpoint
 from ldm_jax.convert.tables import Duplicate, Entry, Unused, as_ours, check, nest, to_theirs
 from ldm_jax.convert.tables import Path as ParamPath
 from ldm_jax.convert.targets import TargetError
@@ -56,6 +56,8 @@ class Format(NamedTuple):
 
 # What some files hold beside the model, by the beginning of its names.
 _BESIDE = {"safety_checker.": "of the checker of pictures, which is no part of the model"}
+# How averages were made; files that were stripped of the averages may still hold these.
+_COUNTERS = dict.fromkeys((f"{EMA}decay", f"{EMA}num_updates"), "of averages that are not there")
 _ENDINGS = ("*.ckpt", "*.pt", "*.pth", "*.bin", "*.safetensors", "*.index.json")
 
 
@@ -71,11 +73,8 @@ def from_compvis(
 ) -> Converted:
     """A latent diffusion model, Stable Diffusion v1, a first stage or a VQGAN from its .ckpt or .safetensors."""
     with open_checkpoint(path) as checkpoint:
-        tensors, left_out = dict(checkpoint.tensors), []
-        for name in list(tensors):
-            if why := next((why for start, why in _BESIDE.items() if name.startswith(start)), None):
-                left_out.append(_described(name, tensors.pop(name)) | {"why": why})
-        original = infer(tensors) if config is None else read_yaml(config) if isinstance(config, str | Path) else config
+        tensors, left_out = _apart(checkpoint.tensors)
+        original = config if isinstance(config, Original) else infer(tensors) if config is None else read_yaml(config)
         averaged = any(name.startswith(EMA) for name in tensors)
         if ema and not averaged:
             raise TargetError(f"{path.name} holds no averages of its weights; leave --ema out")
@@ -104,20 +103,35 @@ def from_compvis(
         )
 
 
+def _apart(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[dict[str, Any]]]:
+    """(the arrays of the model, descriptions of those that are none of it)."""
+    averaged = any(name.startswith(EMA) and name not in _COUNTERS for name in tensors)
+    beside = _BESIDE if averaged else _BESIDE | _COUNTERS
+    whys = {name: next((why for start, why in beside.items() if name.startswith(start)), None) for name in tensors}
+    left_out = [_described(name, tensors[name]) | {"why": why} for name, why in whys.items() if why]
+    return {name: tensor for name, tensor in tensors.items() if not whys[name]}, left_out
+
+
 def whole_of(original: Original, tensors: Mapping[str, Any], ema: bool = False) -> Whole:
     """The parts and the table of a state dict.
 
-    The names tell with which losses a first stage was saved, whatever the YAML says: often without.
+    The names tell with which losses a first stage was saved, whatever the YAML says: often without. Raises TargetError.
     """
     names, params, options = Names({name: tuple(t.shape) for name, t in tensors.items()}), dict(original.params), {}
-    if "unet_config" in params:
-        options = {"ema": ema}
-        loss, vgg = loss_config(names, f"{FIRST_STAGE}loss.")
-        stage = params["first_stage_config"]
-        params["first_stage_config"] = {**stage, "params": {**(stage.get("params") or {}), "lossconfig": loss}}
-    else:
-        params["lossconfig"], vgg = loss_config(names)
-    return whole_from_config(original.target, params, vgg=vgg or VGG16_WIDTHS, **options)
+    try:
+        if "unet_config" in params:
+            options = {"ema": ema}
+            loss, vgg = loss_config(names, f"{FIRST_STAGE}loss.")
+            stage = params["first_stage_config"]
+            params["first_stage_config"] = {**stage, "params": {**(stage.get("params") or {}), "lossconfig": loss}}
+        else:
+            params["lossconfig"], vgg = loss_config(names)
+        return whole_from_config(original.target, params, vgg=vgg or VGG16_WIDTHS, **options)
+    except (TargetError, ReaderError):
+        raise
+    except Exception as error:  # whatever a section that is missing, or a size that is none, makes Flax or Python raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise TargetError(f"{original.target} cannot be built: {type(error).__name__}: {reason[:200]}") from None
 
 
 def _place(entry: Entry | Unused | Duplicate, ema: bool) -> tuple[ParamPath | None, str]:

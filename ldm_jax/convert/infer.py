@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm_jax.convert.lazy import ReaderError
+from ldm_jax.convert.schedules import schedule_params
 from ldm_jax.convert.targets import TargetError
 from ldm_jax.convert.whole import CONDITIONER, FIRST_STAGE, INNER, UNCONDITIONAL, UNET
-from ldm_jax.diffusion.schedule import BETA_SCHEDULES, make_betas
 from ldm_jax.models.clip import CLIPText
 
 LATENT_DIFFUSION, INPAINTING = (
@@ -43,7 +44,10 @@ class Names(dict[str, tuple[int, ...]]):
 
     def count(self, pattern: str) -> int:
         """One more than the highest number that the group of ``pattern`` matches at a name's beginning; 0 where nothing does."""
-        return 1 + max((int(match[1]) for name in self if (match := re.match(pattern, name))), default=-1)
+        n = 1 + max((int(match[1]) for name in self if (match := re.match(pattern, name))), default=-1)
+        if n > len(self):  # each of them has a name, so this file is not what it seems
+            raise TargetError("the architecture cannot be told: its names skip numbers")
+        return n
 
     def any(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self)
@@ -54,7 +58,17 @@ def infer(tensors: Mapping[str, Any]) -> Original:
 
     Raises TargetError with one line where it is of no known family.
     """
-    names = Names({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    try:
+        return _infer(Names({name: tuple(tensor.shape) for name, tensor in tensors.items()}), tensors)
+    except (TargetError, ReaderError):
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # too few axes, none of a size ...
+        raise TargetError(
+            "the architecture cannot be told: its shapes fit no known network; give the original's YAML with --config"
+        ) from None
+
+
+def _infer(names: Names, tensors: Mapping[str, Any]) -> Original:
     if names.any(UNET):
         return _latent_diffusion(names, tensors)
     if names.any("encoder.") and names.any("decoder."):
@@ -198,7 +212,7 @@ def _conditioner(names: Names, stage: Names, factor: int) -> tuple[Any, list[str
 
 def _clip(names: Names) -> tuple[dict[str, Any], list[str]]:
     vocabulary, width = names["embeddings.token_embedding.weight"]
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": names["encoder.layers.0.mlp.fc1.weight"][0],
@@ -265,42 +279,3 @@ def loss_config(names: Names, prefix: str = "loss.") -> tuple[dict[str, Any] | N
     params |= {"disc_start": 0, "use_actnorm": any(name.endswith(".loc") for name in names)}
     widths = tuple(names[f"perceptual_loss.lin{i}.model.1.weight"][1] for i in range(5))
     return {"target": _KL if "logvar" in names else _VQ, "params": params}, widths
-
-
-# --------------------------------------------------------------------------------------------------------------- schedules
-
-
-def schedule_params(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(timesteps, linear_start ..., what was assumed) from the stored betas, which the result reproduces.
-
-    Raises TargetError where they are those of no known schedule.
-    """
-    if "betas" not in tensors and "alphas_cumprod" not in tensors:
-        given = {"beta_schedule": "linear", "timesteps": 1000, "linear_start": 0.0015, "linear_end": 0.0195}
-        return given, ["beta_schedule linear from 0.0015 to 0.0195 in 1000 timesteps: the file has no schedule"]
-    if "betas" in tensors:
-        stored = np.asarray(tensors["betas"])
-        # As far as a number of this precision tells one from the next; the smallest half-precision numbers tell less.
-        digits, rtol = 9, 1e-5 if stored.dtype.itemsize > 2 else 1e-2
-    else:
-        abar = np.asarray(tensors["alphas_cumprod"]).astype(np.float64)
-        stored = 1 - abar / np.append(1.0, abar[:-1])
-        digits, rtol = 3, 1e-3
-    start, end = (_meant(stored[i], digits) for i in (0, -1))
-    for kind in BETA_SCHEDULES:
-        ends = {"linear_start": start, "linear_end": end}
-        if kind == "sqrt":
-            ends = {"linear_start": _meant(start**2, 6), "linear_end": _meant(end**2, 6)}
-        params = {"timesteps": len(stored), **({} if kind == "cosine" else ends)}
-        if np.allclose(make_betas(kind, **params), stored.astype(np.float64), rtol=rtol, atol=1e-7):
-            return {"beta_schedule": kind, **params}, []
-    raise TargetError("its betas are those of no known schedule; give the original's YAML with --config")
-
-
-def _meant(value: Any, digits: int) -> float:
-    """The number with the fewest digits, at most ``digits``, that is ``value`` in its precision."""
-    rounded = (float(f"{float(value):.{n}g}") for n in range(1, digits + 1))
-    return next(
-        (number for number in rounded if np.asarray(number, np.asarray(value).dtype) == value),
-        float(f"{float(value):.{digits}g}"),
-    )

@@ -93,7 +93,10 @@ def config_of(original: Original, modules: Mapping[str, Any], scale_factor: floa
     if (objective := params.get("parameterization", "eps")) not in ("eps", "x0", "v"):
         raise TargetError(f"parameterization {objective!r} is not supported (have eps, x0, v)")
     stage = modules.get("first_stage")
-    conditioner = _conditioner_section(params, modules.get("conditioner"), getattr(stage, "downsampling", 1))
+    factor = getattr(stage, "downsampling", 1)
+    size = params.get("image_size", 256 // factor)  # of the latents
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    conditioner = _conditioner_section(params, modules.get("conditioner"), (height, width))
     return {
         "kind": "latent_diffusion",
         "objective": objective,
@@ -102,7 +105,7 @@ def config_of(original: Original, modules: Mapping[str, Any], scale_factor: floa
         "first_stage": {"kind": "identity"} if stage is None else _first_stage_section(stage),
         "conditioner": conditioner,
         "unet": fields_of(modules["unet"]),
-        "sampling": _sampling(params, conditioner["kind"], getattr(stage, "downsampling", 1)),
+        "sampling": {"size": [height * factor, width * factor], "guidance": _GUIDANCE.get(conditioner["kind"], 1.0)},
         "original": _remembered(original),
     }
 
@@ -125,10 +128,12 @@ _KINDS = {
 }
 
 
-def _conditioner_section(params: Mapping[str, Any], module: Any, factor: int) -> dict[str, Any]:
+def _conditioner_section(params: Mapping[str, Any], module: Any, size: tuple[int, int]) -> dict[str, Any]:
     if module is None:
         return {"kind": "none"}
     section = params["cond_stage_config"]
+    if section["target"] not in _KINDS:
+        raise TargetError(f"{section['target']} is not supported as a conditioner (have {', '.join(_KINDS)})")
     kind, way = _KINDS[section["target"]]
     key = conditioning_key(params)
     if key not in (way, "hybrid"):
@@ -137,8 +142,7 @@ def _conditioner_section(params: Mapping[str, Any], module: Any, factor: int) ->
         kind = "tokens"
     fields = fields_of(module)
     if kind == "rescale":  # how large maps are in pixels, which only an empty map needs
-        side = round(params.get("image_size", 64) / module.multiplier**module.n_stages)
-        fields["size"] = [side, side]
+        fields["size"] = [round(side / module.multiplier**module.n_stages) for side in size]
     return {"kind": kind, **fields}
 
 
@@ -151,12 +155,6 @@ def conditioning_key(params: Mapping[str, Any]) -> str | None:
 
 # The guidance that the original's own scripts sample with; without a condition there is nothing to guide.
 _GUIDANCE = {"bert": 5.0, "clip": 7.5, "class": 3.0}
-
-
-def _sampling(params: Mapping[str, Any], kind: str, factor: int) -> dict[str, Any]:
-    size = params.get("image_size", 256 // factor)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return {"size": [height * factor, width * factor], "guidance": _GUIDANCE.get(kind, 1.0)}
 
 
 def _remembered(original: Original) -> dict[str, Any]:
@@ -202,7 +200,11 @@ def original_of(config: Mapping[str, Any]) -> Original:
         "use_ema": False,
         **({"scale_by_std": True} if kept.get("scale_by_std") else {"scale_factor": config.get("scale_factor", 1.0)}),
         **{name: kept[name] for name in _KEPT if name in kept},
-        "unet_config": {"target": _UNET, "params": {"image_size": 32, **fields_of(model.unet)}},
+        # The original has no default for the first two.
+        "unet_config": {
+            "target": _UNET,
+            "params": {"image_size": 32, "attention_resolutions": [], **fields_of(model.unet)},
+        },
         "first_stage_config": {"target": stage, "params": inside},
         "cond_stage_config": conditioner,
     }
@@ -229,7 +231,7 @@ def _first_stage_of(module: Autoencoder | None, target: str | None, alone: bool 
 
 def _bert(module: Any, target: str | None, tokenizer: bool = True) -> dict[str, Any]:
     fields = fields_of(module, leave=("with_logits", "embed_std", "dropout"))
-    params = {"n_embed": fields.pop("dim"), "n_layer": fields.pop("depth"), **fields}
+    params = {"n_embed": fields.pop("dim"), "n_layer": fields.pop("depth"), "vocab_size": module.vocab_size, **fields}
     target = target or f"{_EMBEDDERS}.BERTEmbedder"
     return {
         "target": target,

@@ -232,7 +232,7 @@ def check(
 
 def to_ours(
     table: Table,
-    state_dict: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]],
+    state_dict: Mapping[str, Any] | Iterable[tuple[str, Any]],
     *,
     shapes: Mapping[str, Any],
     where: str,
@@ -243,8 +243,8 @@ def to_ours(
     is our parameter tree, as for `source_shapes`; ``where`` opens the error message. Raises ConversionError with every
     missing, unexpected, duplicate and misshapen name.
     """
-    pairs = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
-    found: dict[str, Any] = dict(pairs)  # type: ignore[arg-type]
+    pairs: list[Any] = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
+    found: dict[str, Any] = dict(pairs)
     twice = (name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
     check(table, found, shapes=shapes, where=where, duplicate=twice)
     return nest({e.path: as_ours(e, np.asarray(found[e.source])) for e in table if isinstance(e, Entry)})

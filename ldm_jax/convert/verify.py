@@ -87,7 +87,11 @@ def _first_stage(stage: FirstStage, given: Arrays) -> dict[str, np.ndarray]:
         }
     if isinstance(module, AutoencoderKL) and {"x", "z"} <= given.keys():
         p = _method(stage)("encode", nhwc(given["x"]))
-        return {"mean": nchw(p.mean), "logvar": nchw(p.logvar), "decode_z": nchw(stage.decode(nhwc(given["z"])))}
+        return {
+            "mean": nchw(p.mean),
+            "logvar": nchw(p.logvar),
+            "decode_z": nchw(stage.decode(jnp.asarray(nhwc(given["z"])))),
+        }
     return {}
 
 
@@ -120,15 +124,22 @@ def _latent_diffusion(model: LatentDiffusion, given: Arrays) -> dict[str, np.nda
 
 
 def condition_of(model: LatentDiffusion, given: Arrays) -> Cond:
-    """The condition that recorded inputs make: tokens or labels, or a masked picture and its mask."""
+    """The condition that recorded inputs make: a masked picture and its mask, else what is neither picture, latent nor timestep."""
+    kind = model.config["conditioner"]["kind"]
     if "masked_image" in given:
+        if kind != "none":
+            raise TargetError(f"a case with a picture beside a condition of kind {kind} cannot be verified")
         stage = FirstStage(model.first_stage.params, 1.0, model.first_stage.module)
         f, code = stage.downsampling, jax.jit(stage.encode)(nhwc(given["masked_image"]))
         return Cond(concat=jnp.concatenate([code, nhwc(given["mask"])[:, ::f, ::f]], axis=-1))
-    for name in ("tokens", "labels"):
-        if name in given:
-            return jax.jit(model.conditioner)(model.params["conditioner"], jnp.asarray(given[name], jnp.int32))
-    return Cond()
+    parts = ("x", "t", "x_T", "image")
+    others = [a for name, a in given.items() if name not in parts and not name.startswith("uncond_")]
+    if len(others) != 1:
+        return Cond()
+    encoded = jnp.asarray(nhwc(others[0])) if others[0].ndim == 4 else jnp.asarray(others[0], jnp.int32)
+    if kind == "none":
+        return Cond(concat=encoded)
+    return jax.jit(model.conditioner)(model.params["conditioner"], encoded)
 
 
 def _recorded(cond: Cond) -> np.ndarray:

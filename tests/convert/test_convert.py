@@ -15,12 +15,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import ldm_jax
-from ldm_jax.checkpoint import load_model, read_config
+from ldm_jax.checkpoint import CheckpointError, load_model, read_config
 from ldm_jax.convert.__main__ import main
 from ldm_jax.convert.conversion import read_model, sha256, to_compvis
-from ldm_jax.convert.infer import LATENT_DIFFUSION, Original, infer, schedule_params
+from ldm_jax.convert.infer import LATENT_DIFFUSION, Original, infer
 from ldm_jax.convert.original import config_of, read_yaml
-from ldm_jax.convert.tables import ConversionError, flatten, to_theirs
+from ldm_jax.convert.schedules import schedule_params
+from ldm_jax.convert.tables import flatten, to_theirs
 from ldm_jax.convert.targets import TargetError
 from ldm_jax.convert.verify import outputs_of
 from ldm_jax.convert.whole import BUFFERS, EMA, Whole, whole_from_config
@@ -268,6 +269,16 @@ def test_averages_are_taken_unless_the_weights_are_asked_for(written, tmp_path, 
     assert told(capsys) == [f"error: {written('class').name} holds no averages of its weights; leave --ema out"]
 
 
+def test_what_is_no_part_of_the_model_is_left_out_by_name(written, tmp_path):
+    arrays = load_file(written("class"))
+    beside = {"model_ema.decay", "model_ema.num_updates", "safety_checker.visual_projection.weight"}
+    save_file(arrays | {name: np.zeros(2, np.float32) for name in beside}, tmp_path / "x.safetensors")
+    converted = read_model(tmp_path / "x.safetensors")
+    assert beside <= {entry["source"] for entry in converted.left_out}
+    assert not beside & {entry["source"] for entry in converted.entries}
+    assert converted.about["ema"] is False
+
+
 def test_dtype_casts_the_parameters(written, tmp_path):
     out = tmp_path / "model"
     assert (
@@ -337,8 +348,8 @@ def test_sample_takes_a_checkpoint_and_its_yaml(written, tmp_path, script):
 
 def test_the_losses_of_a_first_stage_are_left_out_by_name(written, tmp_path):
     target, params = MODELS["vqgan"]
-    loss = {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"}
-    loss["params"] = {"disc_start": 1, "disc_ndf": 4, "disc_num_layers": 1}
+    options = {"disc_start": 1, "disc_ndf": 4, "disc_num_layers": 1}
+    loss = {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": options}
     whole = whole_from_config(target, params | {"lossconfig": loss}, vgg=(4, 4, 4, 4, 4))
     file = tmp_path / "vqgan.ckpt"
     arrays = arrays_of(whole)
@@ -434,8 +445,37 @@ def test_everything_that_does_not_fit_is_listed(written, tmp_path, capsys):
     for part in (f"missing (1):\n    {gone}", "unexpected (1):\n    surplus", f"{bad}: found (5, 11)", "    betas"):
         assert part in text
     assert not (tmp_path / "m").exists()
-    with pytest.raises(ConversionError):
+    with pytest.raises(CheckpointError, match="surplus"):
         ldm_jax.load(tmp_path / "x.safetensors", config=yaml_file)
+
+
+UNET_ROW, STAGE_ROW = "model.diffusion_model.output_blocks.3.0.", "first_stage_model.encoder.down.1.block.0."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "shape"),
+    [
+        (UNET_ROW, UNET_ROW.replace("3", "3" * 30), None),  # a number that a loop would not come to the end of
+        (STAGE_ROW, STAGE_ROW.replace("1", "9" * 12), None),
+        ("model.diffusion_model.input_blocks.0.0.weight", None, ()),
+        ("model.diffusion_model.input_blocks.0.0.weight", None, (0, 4, 3, 3)),
+        ("model.diffusion_model.input_blocks.0.0.weight", None, (31, 4, 3, 3)),
+        ("first_stage_model.encoder.conv_in.weight", None, (0, 0)),
+        ("first_stage_model.decoder.conv_in.weight", None, (5,)),
+        ("betas", None, ()),
+        ("betas", None, (0,)),
+    ],
+)
+def test_names_and_shapes_of_nothing_are_refused(written, tmp_path, capsys, old, new, shape):
+    arrays = load_file(written("class"))
+    renamed = {name.replace(old, new) if new else name: a for name, a in arrays.items()}
+    if shape is not None:
+        renamed[old] = np.zeros(shape, np.float32)
+    save_file(renamed, tmp_path / "x.safetensors")
+    assert main([str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "m")]) == 2
+    assert told(capsys)[0].startswith("error: ")
+    assert not (tmp_path / "m").exists()
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
 
 
 def test_nothing_is_written_over(written, tmp_path, capsys):
@@ -464,6 +504,8 @@ def test_nothing_is_written_over(written, tmp_path, capsys):
         ("lr: 1", "describes no model"),
         ("model: {target: a.B, params: {x: '${y.z}'}}", r"refers to ${y.z}"),
         ("model: {target: no.such.Class}", "no.such.Class is not supported"),
+        ("model: {target: ldm.models.autoencoder.AutoencoderKL}", "AutoencoderKL cannot be built: KeyError"),
+        ("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {unet_config: 3}}", "cannot be built"),
         (None, "cannot be read: No such file"),
     ],
 )

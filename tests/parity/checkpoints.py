@@ -15,6 +15,7 @@ from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.grids import step_grid
 from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import DDIM, sample
+from ldm_jax.diffusion.schedule import Schedule
 from ldm_jax.latent import LatentDiffusion, build
 from ldm_jax.models.vqgan import VQModel
 
@@ -25,20 +26,22 @@ Results = dict[str, Any]
 
 def latent_diffusion(case: Case) -> Results:
     """The model of a file, with its weights and where it has them with their averages: one call of each part, and sampling."""
-    if case.spec["sampler"] != "ddim":
-        raise NotYet(f"the sampler {case.spec['sampler']!r}")
-    results: Results = {}
-    averaged = any(name.startswith("ema.") for name in case.expected)
-    for ema, prefix in ((False, ""), (True, "ema."))[: 1 + averaged]:
-        converted = from_compvis(case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs), ema=ema)
-        config, params = converted.config, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), converted.params)
-        model = build(config, {"conditioner": {}, **params}, params["first_stage"])
-        found = outputs_of(config, params, case.inputs) | sampled(case, model)
-        results |= {prefix + name: value for name, value in found.items()}
-    schedule = model.schedule
+    if (sampler := case.spec.get("sampler", "ddim")) != "ddim":
+        raise NotYet(f"the sampler {sampler!r}")
+    results, schedule = run(case, ema=False)
+    if any(name.startswith("ema.") for name in case.expected):
+        results |= {f"ema.{name}": value for name, value in run(case, ema=True)[0].items()}
     tables = {name: getattr(schedule, name) for name in ("betas", "alphas_cumprod", "posterior_variance")}
-    tables["lvlb_weights"] = obj.elbo_weights(model.objective, schedule)
+    tables["lvlb_weights"] = obj.elbo_weights(case.kwargs.get("parameterization", "eps"), schedule)
     return results | {f"buffer.{name}": table for name, table in tables.items()}
+
+
+def run(case: Case, ema: bool) -> tuple[Results, Schedule]:
+    """(what the converted model computes, its schedule)."""
+    converted = from_compvis(case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs), ema=ema)
+    config, params = converted.config, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), converted.params)
+    model = build(config, {"conditioner": {}, **params}, params["first_stage"])
+    return outputs_of(config, params, case.inputs) | sampled(case, model), model.schedule
 
 
 def sampled(case: Case, model: LatentDiffusion) -> Results:
@@ -48,7 +51,7 @@ def sampled(case: Case, model: LatentDiffusion) -> Results:
     nulls = {n.removeprefix("uncond_"): a for n, a in case.inputs.items() if n.startswith("uncond_")}
 
     @jax.jit
-    def run(model: LatentDiffusion, x: jax.Array) -> Any:
+    def program(model: LatentDiffusion, x: jax.Array) -> Any:
         def apply(x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
             return model.apply(model.params, x, t, cond)
 
@@ -58,8 +61,14 @@ def sampled(case: Case, model: LatentDiffusion) -> Results:
         z, _ = sample(DDIM(), predict, x, nodes, schedule=model.schedule, noise=noise)
         return z, model.first_stage.decode(z)
 
-    z, decoded = run(model, case.image("x_T"))
+    z, decoded = program(model, case.image("x_T"))
     return {"samples": nchw(z), "decoded": nchw(decoded)}
+
+
+def first_stage_params(case: Case) -> dict[str, Any]:
+    """The parameters of a first stage that lies in a file of its own."""
+    params = from_compvis(case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs)).params["first_stage"]
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
 
 
 def vqgan(case: Case) -> Results:

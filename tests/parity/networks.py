@@ -28,6 +28,7 @@ from ldm_jax.nn.layers import ddpm_timestep_embedding, timestep_embedding
 from ldm_jax.nn.resnet import ResBlock, ResnetBlock
 from ldm_jax.train.adversarial import hinge_loss, vanilla_loss
 
+from . import checkpoints
 from .golden import Case, NotYet, nchw, nhwc, shapes_of
 
 Results = dict[str, Any]
@@ -39,6 +40,8 @@ def build(case: Case, prefix: str = "") -> tuple[Any, Any]:
         module = module_from_config(case.cls, case.kwargs)
     except TargetError as error:
         raise NotYet(str(error)) from None
+    if "ckpt" in case.spec:
+        return module, checkpoints.first_stage_params(case)
     return module, case.params(table_of(module, prefix), shapes_of(module))
 
 

@@ -46,6 +46,8 @@ def build(case: Case, prefix: str = "", **more: Any) -> tuple[Any, Any, Table]:
     except TargetError as error:
         raise NotYet(str(error)) from None
     table = table_of(module, prefix)
+    if "ckpt" in case.spec:
+        return module, checkpoints.first_stage_params(case), table
     return module, case.params(table, shapes_of(module)), table
 
 
@@ -159,7 +161,7 @@ def ema_quantizer(case: Case) -> Results:
 
 
 def vqmodel(case: Case) -> Results:
-    if "ckpt" in case.spec:
+    if "random_indices" in case.inputs:
         return checkpoints.vqgan(case)
     module, params, _ = build(case)
     assert isinstance(module, VQModel)

@@ -11,9 +11,11 @@ import pytest
 
 from ldm_jax.convert import whole
 from ldm_jax.convert.compvis import table_of
-from ldm_jax.convert.infer import infer
+from ldm_jax.convert.infer import Original, infer
+from ldm_jax.convert.original import conditioning_key, config_of, fields_of, original_of
 from ldm_jax.convert.tables import Duplicate, Entry, flatten, source_shapes
 from ldm_jax.convert.targets import module_from_config
+from ldm_jax.latent import build, build_first_stage
 from ldm_jax.models.unet import layout
 
 from .golden import golden_folder
@@ -73,6 +75,29 @@ def test_names_and_shapes_tell_the_architecture(name: str) -> None:
     names = [[(entry.source, type(entry)) for entry in table_of(net["first_stage"])] for net in (ours, theirs)]
     assert names[0] == names[1]
     assert ours.get("cond_stage") == theirs.get("cond_stage")
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_our_config_says_the_same_and_leads_back(name: str) -> None:
+    spec = architectures()[name]
+    theirs = modules(spec["target"], spec["params"])
+    parts = {"conditioner" if part == "cond_stage" else part: module for part, module in theirs.items()}
+    config = json.loads(json.dumps(config_of(Original(spec["target"], spec["params"]), parts)))
+    back = original_of(config)
+    assert back.target == spec["target"]
+    again = modules(back.target, back.params)
+    assert again.keys() == theirs.keys()
+    if "unet" in theirs:
+        model = build(config, None, None)
+        assert layout(model.unet) == layout(theirs["unet"]) == layout(again["unet"])
+        fields = [fields_of(net) for net in (model.first_stage.module, theirs["first_stage"], again["first_stage"])]
+        assert fields[0] == fields[1] == fields[2]
+        assert getattr(model.conditioner, "module", None) == theirs.get("cond_stage") == again.get("cond_stage")
+        section, lost = back.params["cond_stage_config"], spec["params"].get("cond_stage_config")
+        assert section == lost or section["target"] == lost["target"]
+        assert conditioning_key(back.params) == conditioning_key(spec["params"])
+    else:
+        assert fields_of(build_first_stage(config)) == fields_of(theirs["first_stage"])
 
 
 def test_all_architectures_are_there() -> None:
