@@ -21,6 +21,7 @@ ALLOWED = {
     "pipeline": {"nn", "models", "conditioning", "latent", *LEAVES},
     "convert": {"models", "latent", "configs", *LEAVES},
     "cli": {"nn", "models", "conditioning", "latent", "train", "pipeline", *LEAVES},
+    "plan": {"nn", "models", "conditioning", "latent", "train", "cli", *LEAVES},
     "": {"pipeline"},  # ldm_jax/__init__.py
     "__main__": {"train", "cli", *LEAVES},  # a leaf's command line is a script
 }
