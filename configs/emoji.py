@@ -15,16 +15,16 @@ from configs.common import base, section
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     config = base("diffusion")
-    config.steps = 4200
+    config.steps = 13600
     config.batch_size = 16
-    config.ema = 0.998
+    config.ema = 0.9995
     styles = ("noto", "twemoji", "fluent 3d", "fluent flat")
     concepts = ("red apple", "dog face", "grinning face", "rocket")
     config.preview_captions = tuple(f"{concept}, {style} style" for concept in concepts for style in styles)
     config.data.update(path="emoji64.zip", caption="{text}, {style} style")
     config.data.update(split_column="hexcode", holdout=0.05, pair_columns=("hexcode", "style"), pair_holdout=0.05)
-    config.optim.update(lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.01)
-    config.loss.update(min_snr_gamma=5.0, caption_dropout=0.1)
+    config.optim.update(lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.0)
+    config.loss.update(caption_dropout=0.1)
 
     model = config.model
     model.objective = "v"
@@ -34,11 +34,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     model.unet = section(
         in_channels=8,
         out_channels=8,
-        model_channels=64,
-        channel_mult=(1, 2, 2),
+        model_channels=48,
+        channel_mult=(1, 3, 3),
         num_res_blocks=1,
+        conv_resample=False,
         attention_resolutions=(2, 4),
-        num_head_channels=32,
+        num_head_channels=48,
         use_spatial_transformer=True,
         transformer_depth=1,
         context_dim=128,

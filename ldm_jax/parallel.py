@@ -44,7 +44,7 @@ class MeshError(ValueError):
 def make_mesh(
     devices: int | Sequence[jax.Device] | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1
 ) -> Mesh:
-    """A mesh over ``devices``, or as many of the first (all by default); one axis may be -1, for what the others leave.
+    """A mesh over ``devices``, or the first so many (all by default); one axis may be -1, for what the others leave.
 
     Raises MeshError where the axes do not multiply to the number of devices.
     """
@@ -102,7 +102,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, axis: str = "fsdp") -> Any:
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec(name, tuple(leaf.shape), mesh, axis))
+        return NamedSharding(mesh, spec(name, tuple(np.shape(leaf)), mesh, axis))
 
     return jax.tree.map_with_path(of, tree)
 

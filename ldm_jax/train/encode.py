@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ldm_jax.data import Loader
 from ldm_jax.data.latents import CacheInfo, check_key, claim, count_records, fingerprint, read_info, write_shard
 from ldm_jax.latent import ConfigError, to_float
-from ldm_jax.parallel import AXIS, compile_step
+from ldm_jax.parallel import compile_step, make_mesh
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.tasks import DiffusionTask, plain
 
@@ -81,8 +81,7 @@ def encode(config: Any, folder: str | Path, *, dtype: str = "float16", shard_siz
         sides = [image, image[:, :, ::-1]] if config.data.flip else [image]
         return jnp.stack([first_stage.moments(to_float(side)) for side in sides], axis=1).astype(dtype)
 
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    program = compile_step(moments, mesh, "jit", shared=(True, False), out_shared=False)
+    program = compile_step(moments, make_mesh(devices), "jit", shared=(True, False), out_shared=False)
     shapes = jax.eval_shape(moments, task.model.first_stage, jnp.zeros((1, *config.data.size, 3), jnp.uint8))
     encoded = task.model.conditioner.encode([""]) if hasattr(task.model.conditioner, "max_length") else None
     fields: dict[str, Any] = {"moments": {"dtype": dtype, "shape": shapes.shape[1:]}}
