@@ -18,6 +18,9 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.steps = 100_000
     config.batch_size = 32
     config.dtype = "float32"  # of products; parameters are always float32
+    config.remat = (
+        "none"  # or "blocks": the backward pass computes each block again instead of keeping what is inside it
+    )
     config.ema = 0.9999  # decay of the average of parameters; 0 keeps none
     config.parallel = "jit"  # or "pmap": one host, everything replicated
     config.mesh = section()  # sizes of the axes; -1 is what the others leave
@@ -42,6 +45,8 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.num_workers = 0  # processes that decode; 0 decodes in threads
 
     config.optim = section()
+    config.optim.kind = "adamw"  # or adafactor, whose second moments are a row and a column for each matrix
+    config.optim.mu_dtype = "float32"  # of the first moments; or bfloat16
     config.optim.lr = 1e-4
     config.optim.warmup = 0
     config.optim.decay = "constant"  # or cosine, linear

@@ -151,6 +151,10 @@ class LatentDiffusion:
 # --------------------------------------------------------------------------------------------------------------------- from a config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+REMATS = {
+    "none": False,
+    "blocks": True,
+}  # what the backward pass computes again instead of keeping: the inside of each block
 
 
 def nearest(name: str, known: Any) -> str:
@@ -190,19 +194,28 @@ def _by_kind(registry: Mapping[str, Any], what: str, fields: dict[str, Any]) -> 
 FIRST_STAGES: dict[str, Callable[..., AutoencoderKL | VQModelInterface | None]] = {
     "kl": AutoencoderKL,
     "vq": VQModelInterface,
-    "identity": lambda dtype: None,
+    "identity": lambda dtype, remat: None,
 }
 
 
-def build_first_stage(config: Mapping[str, Any], dtype: str = "float32") -> AutoencoderKL | VQModelInterface | None:
-    """The autoencoder of a config's "first_stage"; None is the identity."""
+def build_first_stage(
+    config: Mapping[str, Any], dtype: str = "float32", remat: str = "none"
+) -> AutoencoderKL | VQModelInterface | None:
+    """The autoencoder of a config's "first_stage"; None is the identity. ``remat`` as in `REMATS`."""
     factory, fields = _by_kind(FIRST_STAGES, "first_stage", _section(config, "first_stage"))
-    return construct(factory, "first_stage", fields, dtype=DTYPES[dtype])
+    return construct(factory, "first_stage", fields, dtype=DTYPES[dtype], remat=REMATS[remat])
 
 
-def build(config: Mapping[str, Any], params: Any, first_stage_params: Any, dtype: str = "float32") -> LatentDiffusion:
-    """A LatentDiffusion from a config and its parameters (or their shapes, or None to fill in later)."""
+def build_conditioner(config: Mapping[str, Any], dtype: str = "float32") -> Conditioner:
+    """What a config's "conditioner" says."""
     factory, fields = _by_kind(CONDITIONERS, "conditioner", _section(config, "conditioner"))
+    return construct(factory, "conditioner", fields, dtype=DTYPES[dtype])
+
+
+def build(
+    config: Mapping[str, Any], params: Any, first_stage_params: Any, dtype: str = "float32", remat: str = "none"
+) -> LatentDiffusion:
+    """A LatentDiffusion from a config and its parameters (or their shapes, or None to fill in later). ``remat`` is of the UNet."""
     if "objective" not in config:
         raise ConfigError("model config: 'objective' is missing")
     get_objective(config["objective"])
@@ -210,8 +223,8 @@ def build(config: Mapping[str, Any], params: Any, first_stage_params: Any, dtype
         params=params,
         first_stage=FirstStage(first_stage_params, config.get("scale_factor", 1.0), build_first_stage(config, dtype)),
         schedule=construct(make_schedule, "schedule", _section(config, "schedule")),
-        unet=construct(UNet, "unet", _section(config, "unet"), dtype=DTYPES[dtype]),
-        conditioner=construct(factory, "conditioner", fields, dtype=DTYPES[dtype]),
+        unet=construct(UNet, "unet", _section(config, "unet"), dtype=DTYPES[dtype], remat=REMATS[remat]),
+        conditioner=build_conditioner(config, dtype),
         objective=config["objective"],
         config_json=json.dumps(config),
     )

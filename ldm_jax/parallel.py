@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Mode = Literal["jit", "pmap"]
 AXIS = "data"  # pmap's axis, and the mesh's first
@@ -49,23 +49,28 @@ def make_mesh(
     Raises MeshError where the axes do not multiply to the number of devices.
     """
     chosen = jax.devices()[:devices] if devices is None or isinstance(devices, int) else list(devices)
-    count = len(chosen)
+    sizes = mesh_sizes(len(chosen), data, fsdp, tensor)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
+
+
+def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+    """The sizes of the axes over ``count`` devices, -1 filled in; MeshError as in `make_mesh`."""
     sizes = [data, fsdp, tensor]
     given = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or min(size for size in (*sizes, 1) if size != -1) < 1:
         raise MeshError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: give positive sizes, and -1 for one at most")
     if count % given or (-1 not in sizes and given != count):
         raise MeshError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not make {count} devices")
-    sizes = [count // given if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
+    data, fsdp, tensor = (count // given if size == -1 else size for size in sizes)
+    return data, fsdp, tensor
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the mesh splits a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -73,7 +78,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 # ----------------------------------------------------------------------------------------------------------- how arrays are split
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh, axis: str = "fsdp") -> PartitionSpec:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str = "fsdp") -> PartitionSpec:
     """How the array at ``path`` ("unet/middle_block_0/in_conv/kernel") is split.
 
     The tensor axis takes what `TENSOR` says, ``axis`` the largest other dimension that it divides, first among those that it cuts into multiples
@@ -92,7 +97,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh, axis: str = "fsdp") -> P
     return PartitionSpec(*named)
 
 
-def shardings(tree: Any, mesh: Mesh, axis: str = "fsdp") -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, axis: str = "fsdp") -> Any:
     """`spec` of every array (or shape) of a pytree, as shardings. Paths of an optimiser's moments end like those of their parameters."""
 
     def of(path: Any, leaf: Any) -> NamedSharding:
@@ -102,7 +107,7 @@ def shardings(tree: Any, mesh: Mesh, axis: str = "fsdp") -> Any:
     return jax.tree.map_with_path(of, tree)
 
 
-def state_shardings(state: Any, mesh: Mesh, zero1: bool = False) -> Any:
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, zero1: bool = False) -> Any:
     """`shardings` of a training state (anything with ``params``, ``ema`` and ``opt_state``).
 
     With ``zero1`` parameters stay on every device, and the average and the optimiser's moments are split over "data" (ZeRO stage 1): for models

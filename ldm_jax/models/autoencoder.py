@@ -88,10 +88,12 @@ class Coder(nn.Module):
     resamp_with_conv: bool = True
     attn_type: Literal["vanilla", "linear", "none"] = "vanilla"
     norm_groups: int = 32
+    remat: bool = False
     dtype: Dtype = jnp.float32
 
     def res(self, features: int, name: str) -> ResnetBlock:
-        return ResnetBlock(features, self.dropout, norm_groups=self.norm_groups, dtype=self.dtype, name=name)
+        block: Any = nn.remat(ResnetBlock, static_argnums=(2,)) if self.remat else ResnetBlock
+        return block(features, self.dropout, norm_groups=self.norm_groups, dtype=self.dtype, name=name)
 
     def attends(self, level: int) -> bool:
         """Whether the blocks of a level have attention: the size is counted down (in the decoder back up) by whole halvings."""
@@ -179,6 +181,7 @@ class Autoencoder(nn.Module):
     resamp_with_conv: bool = True
     attn_type: Literal["vanilla", "linear", "none"] = "vanilla"
     norm_groups: int = 32
+    remat: bool = False
     tanh_out: bool = False
     dtype: Dtype = jnp.float32
 

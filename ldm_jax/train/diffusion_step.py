@@ -46,7 +46,8 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
                 lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e), frozen["null"], encoded
             )
         rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)} if train else None
-        cond = model.conditioner(params["conditioner"], encoded, train=train, rngs=rngs)
+        conditioner = frozen["conditioner"] if "conditioner" in frozen else params["conditioner"]
+        cond = model.conditioner(conditioner, encoded, train=train, rngs=rngs)
         out = model.apply(params, q_sample(schedule, z, t, noise), t, cond, train=train, rngs=rngs)
         per_sample = obj.pointwise(config.kind, out, obj.target(model.objective, schedule, z, noise, t))
         logvar = params["logvar"] if "logvar" in params else jnp.full(schedule.timesteps, config.logvar_init)
@@ -75,9 +76,9 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict]]:
     """``step(state, frozen, batch, *, axis_name=None) -> (state, metrics)``, pure.
 
-    ``frozen`` holds "first_stage" and "null", the host-encoded null condition of one row: arguments, since a constant would be baked into the
-    program. ``batch`` holds "image" uint8 [b, H, W, 3] (or "moments" [b, h, w, c] of the latent cache), "encoded" conditions [b, ...] and "row"
-    int32 [b], each row's place in the global batch.
+    ``frozen`` holds "first_stage", "null", the host-encoded null condition of one row, and "conditioner", its parameters where they are not
+    trained: arguments, since a constant would be baked into the program. ``batch`` holds "image" uint8 [b, H, W, 3] (or "moments" [b, h, w, c] of
+    the latent cache), "encoded" conditions [b, ...] and "row" int32 [b], each row's place in the global batch.
     """
     loss = make_loss(model, config, seed)
 

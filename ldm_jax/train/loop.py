@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ldm_jax.checkpoint import CheckpointError, TrainingCheckpoints, read_config, save_model
-from ldm_jax.latent import DTYPES, ConfigError, nearest
+from ldm_jax.latent import DTYPES, REMATS, ConfigError, nearest
 from ldm_jax.nn.layers import rows_over
 from ldm_jax.parallel import (
     ROWS,
@@ -29,7 +29,7 @@ from ldm_jax.parallel import (
 )
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
-from ldm_jax.train.optim import learning_rate, make_optimizer
+from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer
 from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import TASKS, plain
@@ -49,6 +49,7 @@ FREE = (
     "data.num_workers",
     "adversary.alarm",
     "parallel",
+    "remat",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -204,13 +205,18 @@ def mesh_of(config: Any) -> jax.sharding.Mesh:
     if config.parallel == "pmap" and (axes["fsdp"] != 1 or axes["tensor"] != 1 or zero1 or jax.process_count() > 1):
         raise ConfigError("parallel='pmap' is one host with all of the model on every device: use 'jit' with this mesh")
     mesh = make_mesh(**axes)
-    parts = row_shards(mesh) * config.optim.accumulate
+    check_rows(config, row_shards(mesh))
+    return mesh
+
+
+def check_rows(config: Any, shards: int) -> None:
+    """ConfigError where the batch does not divide over a mesh that cuts it into ``shards``."""
+    parts = shards * config.optim.accumulate
     if config.batch_size % parts:
         raise ConfigError(
-            f"batch_size {config.batch_size} must be a multiple of {parts}: the mesh cuts it into {row_shards(mesh)}, "
+            f"batch_size {config.batch_size} must be a multiple of {parts}: the mesh cuts it into {shards}, "
             f"optim.accumulate into {config.optim.accumulate}"
         )
-    return mesh
 
 
 def over_rows(step: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
@@ -245,6 +251,9 @@ def check_config(config: Any) -> None:
             raise ConfigError(f"{name} must be at least 1, not {value}")
     choices = {
         "dtype": DTYPES,
+        "remat": REMATS,
+        "optim.kind": KINDS,
+        "optim.mu_dtype": ("float32", "bfloat16"),
         "parallel": ("jit", "pmap"),
         "loss.kind": ("l1", "l2"),
         "loss.posterior": ("sample", "mode"),

@@ -1,8 +1,10 @@
-"""The optimiser: AdamW with warm-up, decay and clipping, from a config."""
+"""The optimiser: AdamW or Adafactor with warm-up, decay and clipping, from a config."""
 
 from typing import Any
 
 import optax
+
+KINDS = ("adamw", "adafactor")
 
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
@@ -23,6 +25,17 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm (``config.clip``; 0 for none), then AdamW (Loshchilov & Hutter 2019)."""
-    adam = optax.adamw(learning_rate(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
+    """Clipping by global norm (``config.clip``; 0 for none), then AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018).
+
+    ``config.mu_dtype`` is the type of the first moments. Adafactor keeps its second moments as a row and a column for each matrix, and takes the
+    learning rate as it is, not relative to the parameters' size.
+    """
+    rate = learning_rate(config, steps)
+    if config.kind == "adafactor":
+        momentum = {"momentum": config.b1 or None, "dtype_momentum": config.mu_dtype}
+        decay = config.weight_decay or None
+        chosen = optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay, **momentum)
+    else:
+        moments = {"b1": config.b1, "b2": config.b2, "mu_dtype": config.mu_dtype}
+        chosen = optax.adamw(rate, weight_decay=config.weight_decay, **moments)
+    return optax.chain(optax.clip_by_global_norm(config.clip), chosen) if config.clip else chosen

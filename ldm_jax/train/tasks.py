@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -11,10 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import pictures
-from ldm_jax.checkpoint import find_model, load_model
+from ldm_jax.checkpoint import CheckpointError, find_model, load_model, read_config
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.generation import Form, Plan, Rows, generate
-from ldm_jax.latent import DTYPES, ConfigError, apply, build, build_first_stage, init_params, nearest, to_uint8
+from ldm_jax.latent import (
+    DTYPES,
+    ConfigError,
+    apply,
+    build,
+    build_conditioner,
+    build_first_stage,
+    init_params,
+    nearest,
+    to_uint8,
+)
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.parallel import fetch
@@ -83,11 +94,14 @@ class Task(Protocol):
 
 
 class AutoencoderTask(Task):
-    """Trains a first stage, KL or VQ, with or without an adversary."""
+    """Trains a first stage, KL or VQ, with or without an adversary.
 
-    def __init__(self, config: Any):
+    With ``weights`` False no file is read: shapes stand for what would be in them, which is enough to plan.
+    """
+
+    def __init__(self, config: Any, weights: bool = True):
         self.config = config
-        module = build_first_stage({"first_stage": config.model["first_stage"]}, config.dtype)
+        module = build_first_stage({"first_stage": config.model["first_stage"]}, config.dtype, config.remat)
         if module is None:
             raise ConfigError("model.first_stage: the identity has nothing to train")
         quantizer = getattr(module, "quantizer", None)
@@ -109,9 +123,13 @@ class AutoencoderTask(Task):
         self.perceptual: autoencoder_step.Perceptual | None = None
         self.frozen: dict[str, Any] = {}
         if config.loss.perceptual_weight and config.loss.vgg16:
-            from ldm_jax.models.perceptual import load_lpips
+            from ldm_jax.models.perceptual import LPIPS, load_lpips
 
-            lpips, params = load_lpips(config.loss.vgg16, config.loss.lpips_heads)
+            if weights:
+                lpips, params = load_lpips(config.loss.vgg16, config.loss.lpips_heads)
+            else:
+                lpips, pixels = LPIPS(), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+                params = jax.eval_shape(lpips.init, jax.random.key(0), pixels, pixels)["params"]
             self.perceptual = lambda p, a, b: apply(lpips, p, a, b)
             self.frozen = {"perceptual": params}
         elif config.loss.perceptual_weight:
@@ -203,25 +221,33 @@ def make_adversary(config: Any) -> Adversary | None:
 
 
 class DiffusionTask(Task):
-    """Trains a UNet and its text encoder on the latents of a first stage that stays as it is."""
+    """Trains a UNet and its conditioner, unless that is frozen, on the latents of a first stage that stays as it is.
 
-    def __init__(self, config: Any):
+    With ``weights`` False no file is read: shapes stand for what would be in them, which is enough to plan.
+    """
+
+    def __init__(self, config: Any, weights: bool = True):
         self.config = config
         model = plain(config.model)
         path = model["first_stage"].pop("path", None)
         params = None
-        if path:
+        if not weights:
+            params = first_stage_shapes(model, path)
+        elif path:
             saved, params = load_model(find_model(path))
             params = params["first_stage"]
             model["first_stage"] = {**saved["first_stage"], **model["first_stage"]}
         elif model["first_stage"].get("kind") != "identity":
             raise ConfigError("model.first_stage.path is missing: train a first stage and give its model directory")
+        self.conditioner_params = load_frozen(model["conditioner"]) if weights else frozen_shapes(model["conditioner"])
         self.model_config = {"kind": "latent_diffusion", **model}
-        self._set(build(self.model_config, None, params, config.dtype))
+        self._set(build(self.model_config, None, params, config.dtype, config.remat))
 
     def _set(self, model: Any) -> None:
         self.model = model
         self.frozen = {"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)}
+        if self.conditioner_params is not None:
+            self.frozen["conditioner"] = self.conditioner_params
 
     def prepare(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, Any]:
         if "scale_factor" in self.model_config:
@@ -238,6 +264,8 @@ class DiffusionTask(Task):
 
     def init(self, key: jax.Array) -> Any:
         params = init_params(self.model, key)
+        if self.conditioner_params is not None:
+            del params["conditioner"]
         if self.config.loss.learn_logvar:
             params["logvar"] = jnp.full(self.model.schedule.timesteps, self.config.loss.logvar_init)
         return params
@@ -257,6 +285,7 @@ class DiffusionTask(Task):
 
     def preview(self, weights: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         sampling = self.model_config["sampling"]
+        params = weights | ({} if self.conditioner_params is None else {"conditioner": frozen["conditioner"]})
         captions = list(self.config.preview_captions or raw["caption"][:16])
         sampler = SAMPLERS["ddim"]
         nodes = sampler.nodes(
@@ -265,7 +294,7 @@ class DiffusionTask(Task):
         )
         conditioner = self.model.conditioner
         images = _preview(
-            dataclasses.replace(self.model, params=weights, first_stage=frozen["first_stage"]),
+            dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"]),
             nodes,
             conditioner.encode(captions),
             conditioner.encode_null(len(captions)),
@@ -276,7 +305,45 @@ class DiffusionTask(Task):
         return pictures.grid(fetch(images))
 
     def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
-        return self.model_config, {**weights, "first_stage": self.frozen["first_stage"].params}
+        kept = {} if self.conditioner_params is None else {"conditioner": self.conditioner_params}
+        return self.model_config, {**weights, **kept, "first_stage": self.frozen["first_stage"].params}
+
+
+def first_stage_shapes(model: dict[str, Any], path: str | None) -> Any:
+    """Shapes of the first stage's parameters. Its architecture is that of the model directory at ``path``, where there is one, and of ``model``."""
+    if path:
+        try:
+            model["first_stage"] = {**read_config(find_model(path))["first_stage"], **model["first_stage"]}
+        except CheckpointError as error:
+            if "kind" not in model["first_stage"]:
+                raise ConfigError(
+                    f"{error}; or give the architecture in model.first_stage, to plan without it"
+                ) from None
+    module = build_first_stage(model)
+    return None if module is None else jax.eval_shape(partial(init_autoencoder, module), jax.random.key(0))
+
+
+def load_frozen(conditioner: dict[str, Any]) -> Any:
+    """Parameters of a conditioner that is not trained ("frozen", from the model directory "path"), else None; takes both entries out."""
+    path, frozen = conditioner.pop("path", None), conditioner.pop("frozen", False)
+    if not frozen:
+        return None
+    if not path:
+        raise ConfigError(
+            "model.conditioner.frozen: give the model directory that its parameters come from as model.conditioner.path"
+        )
+    _, params = load_model(find_model(path))
+    if "conditioner" not in params:
+        raise ConfigError(f"model.conditioner.path {path} has no conditioner with parameters")
+    return params["conditioner"]
+
+
+def frozen_shapes(conditioner: dict[str, Any]) -> Any:
+    """What `load_frozen` gives, as shapes."""
+    conditioner.pop("path", None)
+    if not conditioner.pop("frozen", False):
+        return None
+    return jax.eval_shape(build_conditioner({"conditioner": conditioner}).init, jax.random.key(0))
 
 
 @jax.jit(static_argnums=6)

@@ -45,7 +45,18 @@ def test_learning_rate_decays_to_its_final_value_at_the_last_step(decay, warmup)
 
 
 def test_gradients_are_clipped_where_that_is_asked_for():
-    config = SimpleNamespace(lr=1.0, warmup=0, decay="constant", final=0.0, b1=0.0, b2=0.0, weight_decay=0.0, clip=1.0)
+    config = SimpleNamespace(
+        kind="adamw",
+        mu_dtype="float32",
+        lr=1.0,
+        warmup=0,
+        decay="constant",
+        final=0.0,
+        b1=0.0,
+        b2=0.0,
+        weight_decay=0.0,
+        clip=1.0,
+    )
     params = {"x": jnp.zeros(2)}
     tx = make_optimizer(config, 10)
     _, state = tx.update({"x": jnp.array([30.0, 40.0])}, tx.init(params), params)

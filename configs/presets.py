@@ -1,0 +1,60 @@
+"""What the text-to-image models of the family share."""
+
+from typing import Any
+
+import ml_collections
+
+from configs.common import section
+from configs.kl_f8 import KL_F8
+
+
+def sd_unet(context_dim: int) -> ml_collections.ConfigDict:
+    """The UNet of 860 to 872 million parameters that the 1.45-billion-parameter model and Stable Diffusion v1 have in common."""
+    return section(
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        attention_resolutions=(4, 2, 1),
+        num_heads=8,
+        use_spatial_transformer=True,
+        transformer_depth=1,
+        context_dim=context_dim,
+        legacy=False,
+    )
+
+
+def text_to_image(
+    config: ml_collections.ConfigDict, unet: ml_collections.ConfigDict, size: tuple[int, int], guidance: float
+) -> None:
+    """Fills in what does not depend on the text encoder, and a mesh for accelerators."""
+    config.dtype = "bfloat16"
+    config.remat = "blocks"
+    config.mesh.zero1 = True
+    config.data.num_workers = 8
+    config.optim.mu_dtype = "bfloat16"
+    config.scale_factor_batches = 8
+    model = config.model
+    model.objective = "eps"
+    model.scale_factor = 0.18215
+    model.schedule = section(beta_schedule="linear", linear_start=0.00085, linear_end=0.012, timesteps=1000)
+    model.first_stage = section(path="runs/kl_f8/model", **KL_F8)
+    model.conditioner = section()
+    model.unet = unet
+    model.sampling = section(size=size, steps=50, guidance=guidance)
+
+
+def smoke(config: Any) -> None:
+    """A narrow UNet for a run of a minute, on the first stage and the pictures that ship with the package."""
+    config.update(steps=20, batch_size=8, dtype="float32")
+    config.log_every = config.save_every = config.eval_every = config.preview_every = 10
+    config.eval_batches = 1
+    config.data.update(path="pkg:assets/emoji_subset.zip", size=(64, 64), num_workers=0)
+    config.optim.warmup = 0
+    config.scale_factor_batches = 2
+    del config.model.scale_factor  # measured
+    config.model.first_stage = section(path="pkg:assets/emoji")
+    narrow = {"model_channels": 32, "channel_mult": (1, 2), "attention_resolutions": (2,), "num_res_blocks": 1}
+    config.model.unet.update(in_channels=8, out_channels=8, context_dim=64, num_heads=2, **narrow)
+    config.model.sampling.update(size=(64, 64), steps=10)

@@ -1,0 +1,106 @@
+"""What a compiled program's text says about communication."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(body|condition|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_GROUP = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+
+
+class Collective(NamedTuple):
+    """One collective of a step.
+
+    ``size``: bytes of the whole (gathered, or not yet reduced) array; ``group``: devices that take part; ``times``: turns of the loops around it.
+    """
+
+    kind: str
+    name: str
+    size: int
+    group: int
+    times: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, by the ring algorithm."""
+        if self.kind == "collective-permute":
+            return self.times * self.size
+        return self.times * self.size * (2 if self.kind == "all-reduce" else 1) * (self.group - 1) / max(self.group, 1)
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """All of a compiled program (``compiled.as_text()``); a collective over all ``devices`` may name no group."""
+    bodies = dict(_computations(text))
+    times = _multiplicity(bodies)
+    found = []
+    for computation, lines in bodies.items():
+        for line in lines:
+            if not (match := _INSTRUCTION.match(line)) or not times[computation]:
+                continue
+            name, result, kind, start = match.groups()
+            sizes = [_bytes(*array.groups()) for array in _ARRAY.finditer(result)]
+            group = _GROUP.search(line)
+            n = devices if group is None else int(group[1]) if group[1] else len([x for x in group[2].split(",") if x])
+            if start and kind in (
+                "all-gather",
+                "collective-permute",
+            ):  # (operands, results, ...): the larger half is the results'
+                size = sum(sizes[len(sizes) // 2 :]) if kind == "all-gather" else max(sizes)
+            else:
+                size = sum(sizes) * (n if kind == "reduce-scatter" else 1)
+            found.append(Collective(_really(kind, computation), name, size, n, times[computation]))
+    return found
+
+
+def _really(kind: str, computation: str) -> str:
+    """A TPU program has its reduce-scatters as fusions of that name around an all-reduce and a slice."""
+    return "reduce-scatter" if kind == "all-reduce" and "reduce-scatter" in computation else kind
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = "", []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name, lines = ("ENTRY" if match[1] else match[2]), []
+        elif line.startswith("}"):
+            yield name, lines
+        else:
+            lines.append(line)
+
+
+def _multiplicity(bodies: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs in one run of the program."""
+    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for name, lines in bodies.items():
+        for line in lines:
+            turns = _TURNS.search(line)
+            for how, called in _CALLED.findall(line):
+                n = int(turns[1]) if turns and how in ("body", "condition") else 1
+                calls[name] += [(c, n) for c in re.findall(r"[\w.\-]+", called)]
+    times: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, n: int) -> None:
+        times[name] += n
+        for called, turns in calls[name]:
+            if called in bodies:
+                visit(called, n * turns)
+
+    visit("ENTRY", 1)
+    return times
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+    size = 1
+    for dim in dims.split(","):
+        size *= int(dim or 1)
+    return size * bits // 8
