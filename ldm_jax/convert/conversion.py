@@ -260,7 +260,7 @@ def convert(
     if converted.config["kind"] == "latent_diffusion":
         check_params(build(converted.config, converted.params, converted.params.get("first_stage")))
     save_model(out, converted.config, converted.params, dtype=None)
-    text = json.dumps(report_of(Path(source), converted, dtype), indent=1)
+    text = json.dumps(report_of(Path(source), converted, dtype), indent=1, default=str)  # YAML knows dates
     Path(report or out / "conversion.json").write_text(text + "\n", encoding="utf-8")
     return converted
 

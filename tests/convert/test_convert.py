@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from ldm_jax.convert.tables import flatten, to_theirs
 from ldm_jax.convert.targets import TargetError
 from ldm_jax.convert.verify import outputs_of
 from ldm_jax.convert.whole import BUFFERS, EMA, Whole, whole_from_config
+from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.diffusion.schedule import make_betas
+from ldm_jax.latent import generate
 from ldm_jax.pictures import read_settings
 from ldm_jax.pipeline import RequestError
 
@@ -273,7 +276,7 @@ def test_what_is_no_part_of_the_model_is_left_out_by_name(written, tmp_path):
     arrays = load_file(written("class"))
     beside = {"model_ema.decay", "model_ema.num_updates", "safety_checker.visual_projection.weight"}
     save_file(arrays | {name: np.zeros(2, np.float32) for name in beside}, tmp_path / "x.safetensors")
-    converted = read_model(tmp_path / "x.safetensors")
+    converted = read_model(tmp_path)  # a folder that holds nothing else
     assert beside <= {entry["source"] for entry in converted.left_out}
     assert not beside & {entry["source"] for entry in converted.entries}
     assert converted.about["ema"] is False
@@ -329,6 +332,22 @@ def test_a_ckpt_loads_and_samples_like_its_model_directory(written, tmp_path, qu
         assert (other(**request, size=(16, 16)) == pictures).all()
     raw = ldm_jax.load(file, ema=False, devices=1)(**request, size=(16, 16))
     assert (raw != pictures).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("text", "red apple"), ("unconditional", ""), ("rescale", np.ones((16, 16, 3), np.float32)), ("class", 2)],
+)
+def test_every_kind_of_condition_reaches_its_network(written, name, given):
+    source = written(name)
+    pipe = ldm_jax.load(source, config=source.with_suffix(".yaml"), devices=1)
+    pipe.check_conditions()
+    chosen, conditioner = pipe.settings(steps=2), pipe.model.conditioner
+    encoded, null = conditioner.encode([given]), conditioner.encode_null(1)
+    rest = {"nodes": pipe.nodes(chosen), "encoded": encoded, "null": null, "seeds": np.zeros(1, np.uint32)}
+    made = partial(generate, sampler=SAMPLERS["ddim"], size=(16, 16), guidance=np.float32(2))
+    picture = jax.eval_shape(lambda model, rest: made(model, **rest), pipe.model, rest)  # traced, not compiled
+    assert (picture.shape, picture.dtype) == ((1, 16, 16, 3), np.uint8)
 
 
 def test_sample_takes_a_checkpoint_and_its_yaml(written, tmp_path, script):
