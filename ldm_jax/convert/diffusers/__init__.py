@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from ldm_jax.convert.lazy import LazyTensor
 from ldm_jax.convert.reader import open_checkpoint
 from ldm_jax.convert.tables import Entry, source_shapes, to_ours, to_theirs
 from ldm_jax.convert.targets import TargetError
-from ldm_jax.latent import DTYPES, LatentDiffusion, build, build_first_stage, construct
+from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, build_first_stage, construct
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.unet import UNet
@@ -114,6 +115,18 @@ MODULES: dict[str, Callable[[Config], Any]] = {
 }
 
 
+@contextmanager
+def _understood(what: Path) -> Iterator[None]:
+    """TargetError in place of whatever a field of the wrong kind (a text for a number, an empty list) makes Python raise."""
+    try:
+        yield
+    except (TargetError, ConfigError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise TargetError(f"{what} is not understood: {reason}") from error
+
+
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -157,9 +170,11 @@ def _component(folder: Path, dtype: str | None, only: str | None = None) -> tupl
     if name not in COMPONENTS or only not in (None, COMPONENTS[name].part):
         known = [known for known, component in COMPONENTS.items() if only in (None, component.part)]
         raise TargetError(f"{folder}: {name} is not supported here (have {', '.join(known)})")
-    part, section = COMPONENTS[name].part, COMPONENTS[name].section(given)
-    module = MODULES[part]({part: section})
-    table, shapes = TABLES[type(module)](module), shapes_of(module)
+    part = COMPONENTS[name].part
+    with _understood(folder / "config.json"):
+        section = COMPONENTS[name].section(given)
+        module = MODULES[part]({part: section})
+        table, shapes = TABLES[type(module)](module), shapes_of(module)
     digests: dict[str, str] = {}
     with open_checkpoint(folder) as checkpoint:
         found = modern(checkpoint.tensors, source_shapes(table, shapes))
@@ -207,7 +222,8 @@ def _pipeline(path: Path, dtype: str | None) -> Read:
     if name.startswith("StableDiffusion") and class_of(scheduler) in ("DDIMScheduler", "PNDMScheduler"):
         # What the pipeline itself does with files older than these fields.
         scheduler |= {"steps_offset": 1} | ({"clip_sample": False} if class_of(scheduler) == "DDIMScheduler" else {})
-    noise, assumed = schedule_from(scheduler)
+    with _understood(path / "scheduler"):
+        noise, assumed = schedule_from(scheduler)
     config: Config = {"kind": "latent_diffusion", **noise, "conditioner": {"kind": "none"}}
     params: dict[str, Any] = {"conditioner": {}}
     entries, left_out = [], [{"source": source, "why": BESIDE[source]} for source in sorted(there & BESIDE.keys())]
@@ -216,9 +232,10 @@ def _pipeline(path: Path, dtype: str | None) -> Read:
         params[part] = component.params
         entries += component.entries
         left_out += component.left_out
-    stage = _read_json(path / roles.folders["first_stage"] / "config.json")
-    config["scale_factor"] = float(stage.get("scaling_factor", 0.18215))
-    latents, pixels = side(path), 2 ** (len(config["first_stage"]["ch_mult"]) - 1)
+    with _understood(path):
+        stage = _read_json(path / roles.folders["first_stage"] / "config.json")
+        config["scale_factor"] = float(stage.get("scaling_factor", 0.18215))
+        latents, pixels = side(path), 2 ** (len(config["first_stage"]["ch_mult"]) - 1)
     extra = config["unet"]["in_channels"] - config["first_stage"]["embed_dim"]
     if name == "LDMSuperResolutionPipeline":
         config["scale_factor"] = 1.0  # that pipeline does not scale
