@@ -15,7 +15,8 @@ import pytest
 import ldm_jax
 from ldm_jax.checkpoint import CheckpointError
 from ldm_jax.conditioning import bert_tokenizer, clip_tokenizer
-from ldm_jax.convert.diffusers import MODULES, from_diffusers, to_diffusers
+from ldm_jax.convert.diffusers import from_diffusers, to_diffusers
+from ldm_jax.convert.diffusers.components import MODULES
 from ldm_jax.diffusion.guidance import predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, sample, time_grid
 from ldm_jax.pipeline import Pipeline

@@ -11,19 +11,18 @@ from ldm_jax.convert.targets import TargetError, clip_text_from_params, pick_par
 from ldm_jax.models.autoencoder import Autoencoder, Decoder, Encoder
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.text import TransformerEncoder
-from ldm_jax.models.unet import UNet, layout
 from ldm_jax.models.vqgan import VQModelInterface
 
 Config = dict[str, Any]
 
 # What every file says of itself.
-_ABOUT = """
+ABOUT = """
     _class_name _diffusers_version _name_or_path architectures model_type torch_dtype dtype transformers_version
     return_dict use_cache format
 """
 
 
-def _one(where: str, name: str, values: Any) -> Any:
+def one(where: str, name: str, values: Any) -> Any:
     """The value of a field that may be given for each level, and must then be the same for all."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         return values
@@ -32,7 +31,7 @@ def _one(where: str, name: str, values: Any) -> Any:
     return values[0]
 
 
-def _mults(where: str, channels: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+def mults_of(where: str, channels: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """Channels of the levels -> those of the first, and what each has times as many."""
     first = channels[0]
     if any(c % first for c in channels):
@@ -40,7 +39,7 @@ def _mults(where: str, channels: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     return first, tuple(c // first for c in channels)
 
 
-def _attending(where: str, config: Config, plain: str, attending: str) -> tuple[bool, ...]:
+def attention_levels(where: str, config: Config, plain: str, attending: str) -> tuple[bool, ...]:
     """Which levels have attention; ``plain`` and ``attending`` are the block types with {} for "Down" and "Up"."""
     levels = []
     for way, types in (("Down", config["down_block_types"]), ("Up", config["up_block_types"])):
@@ -56,8 +55,8 @@ def _attending(where: str, config: Config, plain: str, attending: str) -> tuple[
     return tuple(down)
 
 
-def _block_types(levels: Sequence[bool], plain: str, attending: str) -> Config:
-    """The inverse of `_attending`."""
+def block_types(levels: Sequence[bool], plain: str, attending: str) -> Config:
+    """The inverse of `attention_levels`."""
     names = (plain, attending)
     return {
         "down_block_types": [names[attends].format("Down") for attends in levels],
@@ -65,7 +64,7 @@ def _block_types(levels: Sequence[bool], plain: str, attending: str) -> Config:
     }
 
 
-def _need(where: str, module: Any, **needed: Any) -> None:
+def need(where: str, module: Any, **needed: Any) -> None:
     """TargetError where a field of ours has a value that the other side has no word for."""
     for name, value in needed.items():
         if getattr(module, name) != value:
@@ -75,178 +74,6 @@ def _need(where: str, module: Any, **needed: Any) -> None:
 def side(size: Any) -> int:
     """A ``sample_size``, which may be [height, width], as one number."""
     return int(size[0] if isinstance(size, Sequence) else size)
-
-
-# ------------------------------------------------------------------------------------------------------------ the UNets
-
-_UNET_FIXED = {
-    "center_input_sample": False,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "norm_eps": 1e-5,
-    "class_embed_type": None,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-}
-_UNET_SAME = """
-    in_channels out_channels block_out_channels down_block_types up_block_types layers_per_block dropout norm_num_groups
-    attention_head_dim num_class_embeds resnet_time_scale_shift
-"""
-_UNET2D_FIXED = _UNET_FIXED | {
-    "mid_block_type": "UNetMidBlock2D",
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "attn_norm_num_groups": None,
-    "add_attention": True,
-    "resnet_time_scale_shift": "default",  # with the other, its middle attention has no normalisation
-}
-_UNET2D_DEFAULTS: Config = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
-    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
-    "block_out_channels": [224, 448, 672, 896],
-    "attention_head_dim": 8,
-    "layers_per_block": 2,
-}
-_CONDITION_FIXED = _UNET_FIXED | {
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
-    "reverse_transformer_layers_per_block": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "num_attention_heads": None,  # diffusers refuses it too: attention_head_dim is the number of heads there
-    "dual_cross_attention": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "projection_class_embeddings_input_dim": None,
-    "attention_type": "default",
-    "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None,
-    "cross_attention_norm": None,
-}
-_CONDITION_DEFAULTS: Config = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 1280,
-    "transformer_layers_per_block": 1,
-}
-_TRANSFORMERS = ("{}Block2D", "CrossAttn{}Block2D")
-_PLAIN = ("{}Block2D", "Attn{}Block2D")
-
-
-def _unet_section(where: str, given: Config, types: tuple[str, str]) -> Config:
-    channels, mults = _mults(where, given["block_out_channels"])
-    levels = _attending(where, given, *types)
-    return {
-        "in_channels": given["in_channels"],
-        "out_channels": given["out_channels"],
-        "model_channels": channels,
-        "channel_mult": mults,
-        "num_res_blocks": _one(where, "layers_per_block", given["layers_per_block"]),
-        "attention_resolutions": tuple(2**level for level, attends in enumerate(levels) if attends),
-        "dropout": given.get("dropout", 0.0),
-        "norm_groups": given.get("norm_num_groups", 32),
-        "num_classes": given.get("num_class_embeds"),
-        "use_scale_shift_norm": given.get("resnet_time_scale_shift", "default") == "scale_shift",
-    }
-
-
-def unet_condition_from(config: Mapping[str, Any]) -> Config:
-    """UNet2DConditionModel -> the fields of our UNet."""
-    where = "UNet2DConditionModel"
-    same = f"{_UNET_SAME} cross_attention_dim transformer_layers_per_block"
-    # Projections are read in either form, attention is float32 in any case, and the last speaks of what is fixed to None.
-    ignored = f"{_ABOUT} sample_size use_linear_projection upcast_attention addition_embed_type_num_heads"
-    given = _CONDITION_DEFAULTS | pick_params(where, config, same=same, ignored=ignored, fixed=_CONDITION_FIXED)
-    if given.get("resnet_time_scale_shift", "default") not in ("default", "scale_shift"):
-        raise TargetError(f"{where}: resnet_time_scale_shift={given['resnet_time_scale_shift']!r} is not supported")
-    section = _unet_section(where, given, _TRANSFORMERS)
-    heads = given["attention_head_dim"]  # a number of heads, whatever its name says
-    if isinstance(heads, int) or len(set(heads)) == 1:
-        attention: Config = {"num_heads": _one(where, "attention_head_dim", heads)}
-    else:
-        widths = {c / h for c, h in zip(given["block_out_channels"], heads, strict=True)}
-        attention = {"num_head_channels": int(_one(where, "the width of a head", sorted(widths)))}
-    return (
-        section
-        | attention
-        | {
-            "legacy": False,
-            "use_spatial_transformer": True,
-            "transformer_depth": _one(where, "transformer_layers_per_block", given["transformer_layers_per_block"]),
-            "context_dim": _one(where, "cross_attention_dim", given["cross_attention_dim"]),
-        }
-    )
-
-
-def unet_2d_from(config: Mapping[str, Any]) -> Config:
-    """UNet2DModel -> the fields of our UNet."""
-    where = "UNet2DModel"
-    ignored = f"{_ABOUT} sample_size num_train_timesteps"
-    given = _UNET2D_DEFAULTS | pick_params(where, config, same=_UNET_SAME, ignored=ignored, fixed=_UNET2D_FIXED)
-    width = given["attention_head_dim"]
-    return _unet_section(where, given, _PLAIN) | ({"num_heads": 1} if width is None else {"num_head_channels": width})
-
-
-def unet_to(unet: UNet) -> Config:
-    """Our UNet -> the config.json of UNet2DConditionModel, or of UNet2DModel where its attention is plain."""
-    transformer = unet.use_spatial_transformer
-    where = "UNet2DConditionModel" if transformer else "UNet2DModel"
-    _need(where, unet, conv_resample=True, resblock_updown=False, n_embed=None)
-    if unet.channel_mult[0] != 1:
-        raise TargetError(
-            f"{where} cannot hold channel_mult={list(unet.channel_mult)}: its first level has model_channels channels"
-        )
-    blocks = [block for _, block in layout(unet).blocks() if block.kind in ("transformer", "attn")]
-    levels = [2**level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
-    fixed = _CONDITION_FIXED if transformer else _UNET2D_FIXED
-    config = {"_class_name": where, **fixed, **_block_types(levels, *(_TRANSFORMERS if transformer else _PLAIN))}
-    config |= {
-        "in_channels": unet.in_channels,
-        "out_channels": unet.out_channels,
-        "block_out_channels": [m * unet.model_channels for m in unet.channel_mult],
-        "layers_per_block": unet.num_res_blocks,
-        "dropout": unet.dropout,
-        "norm_num_groups": unet.norm_groups,
-        "num_class_embeds": unet.num_classes,
-    }
-    if not transformer:
-        _need(where, unet, use_scale_shift_norm=False)
-        widths, counts = {block.head_dim for block in blocks}, {block.heads for block in blocks}
-        if counts != {1} and len(widths) > 1:
-            raise TargetError(
-                f"{where} cannot hold num_heads={unet.num_heads}: its heads have the same width on every level"
-            )
-        return config | {"attention_head_dim": None if counts == {1} else widths.pop()}
-    if unet.context_dim is None:
-        raise TargetError(f"{where} cannot hold context_dim=None: its transformers attend to a context")
-    heads = [block.heads for block in blocks]
-    if len(set(heads)) > 1:  # then it is counted for every level, also where nothing attends
-        heads = [m * unet.model_channels // unet.num_head_channels for m in unet.channel_mult]
-    return config | {
-        "cross_attention_dim": unet.context_dim,
-        "transformer_layers_per_block": unet.transformer_depth,
-        "attention_head_dim": _one(where, "heads", heads) if len(set(heads)) == 1 else heads,
-        "use_linear_projection": False,
-        "upcast_attention": False,
-        "resnet_time_scale_shift": "scale_shift" if unet.use_scale_shift_norm else "default",
-    }
 
 
 # --------------------------------------------------------------------------------------------------------- autoencoders
@@ -295,8 +122,8 @@ def _attends(model: Any) -> list[bool]:
 
 
 def _coder_section(where: str, given: Config) -> Config:
-    channels, mults = _mults(where, given["block_out_channels"])
-    levels, middle = _attending(where, _coder_types(given), *_CODERS), given["mid_block_add_attention"]
+    channels, mults = mults_of(where, given["block_out_channels"])
+    levels, middle = attention_levels(where, _coder_types(given), *_CODERS), given["mid_block_add_attention"]
     if any(levels) and not middle:
         raise TargetError(f"{where}: attention on a level and none in the middle is not supported")
     size = side(given["sample_size"])
@@ -319,13 +146,13 @@ def _coder_section(where: str, given: Config) -> Config:
 
 def kl_from(config: Mapping[str, Any]) -> Config:
     """AutoencoderKL -> our "first_stage"."""
-    picked = pick_params("AutoencoderKL", config, same=_CODER_SAME, ignored=f"{_ABOUT} force_upcast", fixed=_KL_FIXED)
+    picked = pick_params("AutoencoderKL", config, same=_CODER_SAME, ignored=f"{ABOUT} force_upcast", fixed=_KL_FIXED)
     return {"kind": "kl", **_coder_section("AutoencoderKL", _CODER_DEFAULTS | {"latent_channels": 4} | picked)}
 
 
 def vq_from(config: Mapping[str, Any]) -> Config:
     """VQModel -> our "first_stage"."""
-    same, ignored = f"{_CODER_SAME} num_vq_embeddings vq_embed_dim", f"{_ABOUT} force_upcast"
+    same, ignored = f"{_CODER_SAME} num_vq_embeddings vq_embed_dim", f"{ABOUT} force_upcast"
     picked = pick_params("VQModel", config, same=same, ignored=ignored, fixed=_VQ_FIXED)
     given = _CODER_DEFAULTS | {"latent_channels": 3, "num_vq_embeddings": 256} | picked
     section = {"kind": "vq", **_coder_section("VQModel", given), "n_embed": given["num_vq_embeddings"]}
@@ -336,7 +163,7 @@ def autoencoder_to(model: Autoencoder) -> Config:
     """Our first stage -> the config.json of AutoencoderKL or VQModel."""
     quantizes = isinstance(model, VQModelInterface)
     where = "VQModel" if quantizes else "AutoencoderKL"
-    _need(where, model, resamp_with_conv=True, tanh_out=False)
+    need(where, model, resamp_with_conv=True, tanh_out=False)
     if model.attn_type == "linear":
         raise TargetError(f"{where} cannot hold attn_type='linear', only 'vanilla' or 'none'")
     if model.ch_mult[0] != 1:
@@ -344,7 +171,7 @@ def autoencoder_to(model: Autoencoder) -> Config:
     levels = _attends(model)
     if any(levels) and model.attn_type == "none":
         levels = [False] * len(levels)
-    types = _block_types(levels, *_CODERS)
+    types = block_types(levels, *_CODERS)
     types["up_block_types"] = [kind.replace("Encoder", "Decoder") for kind in types["up_block_types"]]
     config: Config = {"_class_name": where, **(_VQ_FIXED if quantizes else _KL_FIXED), **types}
     config |= {
@@ -358,9 +185,9 @@ def autoencoder_to(model: Autoencoder) -> Config:
         "mid_block_add_attention": model.attn_type == "vanilla",
     }
     if isinstance(model, VQModelInterface):
-        _need(where, model, quantizer="vq", n_labels=None, remap=None)
+        need(where, model, quantizer="vq", n_labels=None, remap=None)
         return config | {"num_vq_embeddings": model.n_embed, "vq_embed_dim": model.embed_dim}
-    _need(where, model, embed_dim=model.z_channels)
+    need(where, model, embed_dim=model.z_channels)
     return config
 
 
@@ -399,7 +226,7 @@ _CLIP_DEFAULTS: Config = {
 def bert_from(config: Mapping[str, Any]) -> Config:
     """LDMBertModel -> our "conditioner". Its dropouts are training's; some of its fields are read by nothing there."""
     ignored = f"""
-        {_ABOUT} dropout classifier_dropout activation_dropout encoder_layerdrop init_std pad_token_id num_hidden_layers
+        {ABOUT} dropout classifier_dropout activation_dropout encoder_layerdrop init_std pad_token_id num_hidden_layers
         scale_embedding
     """
     fixed = {"activation_function": "gelu", "attention_dropout": 0.0}
@@ -412,7 +239,7 @@ def bert_from(config: Mapping[str, Any]) -> Config:
 
 def bert_to(model: TransformerEncoder) -> Config:
     """Our text transformer -> the config.json of LDMBertModel."""
-    _need("LDMBertModel", model, ff_glu=False, ff_mult=4, with_logits=False)
+    need("LDMBertModel", model, ff_glu=False, ff_mult=4, with_logits=False)
     about = {
         "architectures": ["LDMBertModel"],
         "model_type": "ldmbert",
@@ -434,7 +261,7 @@ def clip_from(config: Mapping[str, Any]) -> Config:
 
 def clip_to(model: CLIPText) -> Config:
     """Our text tower -> the config.json of CLIPTextModel."""
-    _need("CLIPTextModel", model, projection_dim=None)
+    need("CLIPTextModel", model, projection_dim=None)
     about = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "bos_token_id": 0, "pad_token_id": 1}
     fields = {field: getattr(model, field) for field in _CLIP_DEFAULTS}
     # 2 is what the published files say and transformers takes for "the highest token".

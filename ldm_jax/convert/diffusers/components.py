@@ -1,0 +1,104 @@
+"""Which classes of diffusers and transformers are which of our parts, and which of them a pipeline holds."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm_jax.conditioning import CONDITIONERS
+from ldm_jax.convert.diffusers import configs, unets
+from ldm_jax.convert.diffusers.configs import Config
+from ldm_jax.convert.targets import TargetError
+from ldm_jax.latent import build_first_stage, construct
+from ldm_jax.models.autoencoder import Autoencoder
+from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.unet import UNet
+
+
+class Component(NamedTuple):
+    """A class of diffusers: the part of our config that it is, and that part's fields from its configuration."""
+
+    part: str
+    section: Callable[[Mapping[str, Any]], Config]
+
+
+COMPONENTS = {
+    "UNet2DConditionModel": Component("unet", unets.unet_condition_from),
+    "UNet2DModel": Component("unet", unets.unet_2d_from),
+    "AutoencoderKL": Component("first_stage", configs.kl_from),
+    "VQModel": Component("first_stage", configs.vq_from),
+    "LDMBertModel": Component("conditioner", configs.bert_from),
+    "CLIPTextModel": Component("conditioner", configs.clip_from),
+}
+
+
+class Roles(NamedTuple):
+    """The folders of a pipeline: our part -> its name there; ``guidance`` is what it is called with where nothing is said."""
+
+    folders: Mapping[str, str]
+    guidance: float = 1.0
+
+
+_SD = {"unet": "unet", "first_stage": "vae", "conditioner": "text_encoder"}
+_LDM = {"unet": "unet", "first_stage": "vqvae"}
+PIPELINES = {
+    "StableDiffusionPipeline": Roles(_SD, 7.5),
+    "StableDiffusionImg2ImgPipeline": Roles(_SD, 7.5),
+    "LDMTextToImagePipeline": Roles(_LDM | {"conditioner": "bert"}, 5.0),
+    "LDMPipeline": Roles(_LDM),
+    "LDMSuperResolutionPipeline": Roles(_LDM),
+}
+# What pipelines hold beside the model, and why it is left out.
+BESIDE = {
+    "safety_checker": "judges pictures, makes none",
+    "feature_extractor": "prepares pictures for the safety checker",
+    "image_encoder": "of IP-Adapter, no part of the model",
+    "requires_safety_checker": "how the pipeline is run",
+    "tokenizer": "compared with the one that ships with ldm_jax",
+}
+
+
+def class_of(config: Mapping[str, Any]) -> str:
+    """The class that a config.json names, as diffusers or as transformers does."""
+    architectures = config.get("architectures")
+    return str(
+        config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
+    )
+
+
+def read_json(file: Path) -> Config:
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise TargetError(f"{file} is missing; copy the folder whole") from None
+    except (OSError, ValueError) as error:
+        raise TargetError(f"{file} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise TargetError(f"{file} holds no JSON object")
+    return config
+
+
+def _text_encoder(config: Config) -> Any:
+    """The network of a config's "conditioner", which is a text encoder."""
+    fields = dict(config["conditioner"])
+    return construct(CONDITIONERS[fields.pop("kind")], "conditioner", fields).module
+
+
+# part -> its module, from a config that has its section
+MODULES: dict[str, Callable[[Config], Any]] = {
+    "unet": lambda config: construct(UNet, "unet", config["unet"]),
+    "first_stage": build_first_stage,
+    "conditioner": _text_encoder,
+}
+
+
+def component_of(module: Any) -> Config:
+    """The config.json of a module of ours."""
+    match module:
+        case UNet():
+            return unets.unet_to(module)
+        case Autoencoder():
+            return configs.autoencoder_to(module)
+        case CLIPText():
+            return configs.clip_to(module)
+    return configs.bert_to(module)

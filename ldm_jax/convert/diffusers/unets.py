@@ -1,0 +1,181 @@
+"""config.json of UNet2DConditionModel and UNet2DModel, and the fields of our UNet that say the same."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm_jax.convert.diffusers.configs import ABOUT, Config, attention_levels, block_types, mults_of, need, one
+from ldm_jax.convert.targets import TargetError, pick_params
+from ldm_jax.models.unet import UNet, layout
+
+_UNET_FIXED = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "class_embed_type": None,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+}
+_UNET_SAME = """
+    in_channels out_channels block_out_channels down_block_types up_block_types layers_per_block dropout norm_num_groups
+    attention_head_dim num_class_embeds resnet_time_scale_shift
+"""
+_UNET2D_FIXED = _UNET_FIXED | {
+    "mid_block_type": "UNetMidBlock2D",
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "attn_norm_num_groups": None,
+    "add_attention": True,
+    "resnet_time_scale_shift": "default",  # with the other, its middle attention has no normalisation
+}
+_UNET2D_DEFAULTS: Config = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
+    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896],
+    "attention_head_dim": 8,
+    "layers_per_block": 2,
+}
+_CONDITION_FIXED = _UNET_FIXED | {
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_attention_heads": None,  # diffusers refuses it too: attention_head_dim is the number of heads there
+    "dual_cross_attention": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+}
+_CONDITION_DEFAULTS: Config = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 1,
+}
+_TRANSFORMERS = ("{}Block2D", "CrossAttn{}Block2D")
+_PLAIN = ("{}Block2D", "Attn{}Block2D")
+
+
+def _unet_section(where: str, given: Config, types: tuple[str, str]) -> Config:
+    channels, mults = mults_of(where, given["block_out_channels"])
+    levels = attention_levels(where, given, *types)
+    return {
+        "in_channels": given["in_channels"],
+        "out_channels": given["out_channels"],
+        "model_channels": channels,
+        "channel_mult": mults,
+        "num_res_blocks": one(where, "layers_per_block", given["layers_per_block"]),
+        "attention_resolutions": tuple(2**level for level, attends in enumerate(levels) if attends),
+        "dropout": given.get("dropout", 0.0),
+        "norm_groups": given.get("norm_num_groups", 32),
+        "num_classes": given.get("num_class_embeds"),
+        "use_scale_shift_norm": given.get("resnet_time_scale_shift", "default") == "scale_shift",
+    }
+
+
+def unet_condition_from(config: Mapping[str, Any]) -> Config:
+    """UNet2DConditionModel -> the fields of our UNet."""
+    where = "UNet2DConditionModel"
+    same = f"{_UNET_SAME} cross_attention_dim transformer_layers_per_block"
+    # Projections are read in either form, attention is float32 in any case, and the last speaks of what is fixed to None.
+    ignored = f"{ABOUT} sample_size use_linear_projection upcast_attention addition_embed_type_num_heads"
+    given = _CONDITION_DEFAULTS | pick_params(where, config, same=same, ignored=ignored, fixed=_CONDITION_FIXED)
+    if given.get("resnet_time_scale_shift", "default") not in ("default", "scale_shift"):
+        raise TargetError(f"{where}: resnet_time_scale_shift={given['resnet_time_scale_shift']!r} is not supported")
+    section = _unet_section(where, given, _TRANSFORMERS)
+    heads = given["attention_head_dim"]  # a number of heads, whatever its name says
+    if isinstance(heads, int) or len(set(heads)) == 1:
+        attention: Config = {"num_heads": one(where, "attention_head_dim", heads)}
+    else:
+        widths = {c / h for c, h in zip(given["block_out_channels"], heads, strict=True)}
+        if len(widths) > 1 or not max(widths).is_integer():
+            raise TargetError(f"{where}: attention_head_dim={list(heads)} gives heads of different widths")
+        attention = {"num_head_channels": int(max(widths))}
+    return (
+        section
+        | attention
+        | {
+            "legacy": False,
+            "use_spatial_transformer": True,
+            "transformer_depth": one(where, "transformer_layers_per_block", given["transformer_layers_per_block"]),
+            "context_dim": one(where, "cross_attention_dim", given["cross_attention_dim"]),
+        }
+    )
+
+
+def unet_2d_from(config: Mapping[str, Any]) -> Config:
+    """UNet2DModel -> the fields of our UNet."""
+    where = "UNet2DModel"
+    ignored = f"{ABOUT} sample_size num_train_timesteps"
+    given = _UNET2D_DEFAULTS | pick_params(where, config, same=_UNET_SAME, ignored=ignored, fixed=_UNET2D_FIXED)
+    width = given["attention_head_dim"]
+    return _unet_section(where, given, _PLAIN) | ({"num_heads": 1} if width is None else {"num_head_channels": width})
+
+
+def unet_to(unet: UNet) -> Config:
+    """Our UNet -> the config.json of UNet2DConditionModel, or of UNet2DModel where its attention is plain."""
+    transformer = unet.use_spatial_transformer
+    where = "UNet2DConditionModel" if transformer else "UNet2DModel"
+    need(where, unet, conv_resample=True, resblock_updown=False, n_embed=None)
+    if unet.channel_mult[0] != 1:
+        raise TargetError(
+            f"{where} cannot hold channel_mult={list(unet.channel_mult)}: its first level has model_channels channels"
+        )
+    blocks = [block for _, block in layout(unet).blocks() if block.kind in ("transformer", "attn")]
+    if odd := [block for block in blocks if block.heads * block.head_dim != block.channels_in]:
+        raise TargetError(f"{where} cannot hold heads of {odd[0].head_dim} channels in {odd[0].channels_in}")
+    levels = [2**level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
+    fixed = _CONDITION_FIXED if transformer else _UNET2D_FIXED
+    config = {"_class_name": where, **fixed, **block_types(levels, *(_TRANSFORMERS if transformer else _PLAIN))}
+    config |= {
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": [m * unet.model_channels for m in unet.channel_mult],
+        "layers_per_block": unet.num_res_blocks,
+        "dropout": unet.dropout,
+        "norm_num_groups": unet.norm_groups,
+        "num_class_embeds": unet.num_classes,
+    }
+    if not transformer:
+        need(where, unet, use_scale_shift_norm=False)
+        widths, counts = {block.head_dim for block in blocks}, {block.heads for block in blocks}
+        if counts != {1} and len(widths) > 1:
+            raise TargetError(
+                f"{where} cannot hold num_heads={unet.num_heads}: its heads have the same width on every level"
+            )
+        return config | {"attention_head_dim": None if counts == {1} else widths.pop()}
+    if unet.context_dim is None:
+        raise TargetError(f"{where} cannot hold context_dim=None: its transformers attend to a context")
+    heads = [block.heads for block in blocks]
+    if len(set(heads)) > 1:  # then it is counted for every level, also where nothing attends
+        heads = [m * unet.model_channels // unet.num_head_channels for m in unet.channel_mult]
+    return config | {
+        "cross_attention_dim": unet.context_dim,
+        "transformer_layers_per_block": unet.transformer_depth,
+        "attention_head_dim": one(where, "heads", heads) if len(set(heads)) == 1 else heads,
+        "use_linear_projection": False,
+        "upcast_attention": False,
+        "resnet_time_scale_shift": "scale_shift" if unet.use_scale_shift_norm else "default",
+    }

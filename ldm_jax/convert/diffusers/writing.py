@@ -1,0 +1,101 @@
+"""What a model directory here holds as a folder that diffusers loads."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from ldm_jax.convert.diffusers.components import MODULES, PIPELINES, component_of
+from ldm_jax.convert.diffusers.configs import Config
+from ldm_jax.convert.diffusers.schedulers import schedule_to
+from ldm_jax.convert.diffusers.tables import TABLES, split_qkv
+from ldm_jax.convert.diffusers.vocabulary import save_tokenizer
+from ldm_jax.convert.tables import to_theirs
+from ldm_jax.convert.targets import TargetError
+from ldm_jax.latent import LatentDiffusion, build
+from ldm_jax.models.unet import UNet
+
+
+def to_diffusers(config: Mapping[str, Any], params: Mapping[str, Any], out: str | Path) -> None:
+    """Writes what a model directory holds as a folder that diffusers loads: a pipeline, or the one component that a config of another kind is.
+
+    The folder is written whole or not at all. Raises TargetError where diffusers has no word for something, or where the folder is not empty.
+    """
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TargetError(f"{out} is not empty; give a new folder or remove it first")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if config["kind"] == "latent_diffusion":
+            _write_pipeline(config, params, partial)
+        elif config["kind"] in MODULES:
+            _write_component(MODULES[config["kind"]](dict(config)), params[config["kind"]], partial)
+        else:
+            raise TargetError(f"a model of kind {config['kind']!r} has no form in diffusers")
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_component(module: Any, params: Mapping[str, Any], folder: Path, **more: Any) -> None:
+    config = component_of(module) | more  # before anything is written
+    arrays = to_theirs(TABLES[type(module)](module), split_qkv(module, params) if isinstance(module, UNet) else params)
+    folder.mkdir(exist_ok=True)
+    name = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    save_file(arrays, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(file: Path, content: Config) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder: Path) -> None:
+    kind = config["conditioner"]["kind"]
+    pipelines = {"clip": "StableDiffusionPipeline", "bert": "LDMTextToImagePipeline", "none": "LDMPipeline"}
+    if kind not in pipelines or config["first_stage"]["kind"] == "identity":
+        raise TargetError(
+            f"diffusers has no pipeline for conditioner {kind!r} with first stage {config['first_stage']['kind']!r}"
+            f" (conditioners: {', '.join(pipelines)})"
+        )
+    name, scheduler = pipelines[kind], schedule_to(config)
+    model: LatentDiffusion = build(config, None, None)
+    unet, stage = component_of(model.unet), model.first_stage.module
+    assert stage is not None
+    if (kind == "none") != (unet["_class_name"] == "UNet2DModel"):
+        raise TargetError(
+            f"{name} cannot hold a {unet['_class_name']}: with {kind!r} the UNet has other attention there"
+        )
+    if kind == "clip" and config["first_stage"]["kind"] != "kl":
+        raise TargetError(f"{name} cannot hold a VQ first stage, only 'kl'")
+    folders, factor = PIPELINES[name].folders, stage.downsampling
+    size = min(config.get("sampling", {}).get("size") or [64 * factor])
+    _write_component(model.unet, params["unet"], folder / "unet", sample_size=size // factor)
+    scale = float(config.get("scale_factor", 1.0))
+    _write_component(stage, params["first_stage"], folder / folders["first_stage"], scaling_factor=scale)
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    first_stage = component_of(stage)["_class_name"]
+    index: Config = {
+        "_class_name": name,
+        "unet": ["diffusers", unet["_class_name"]],
+        folders["first_stage"]: ["diffusers", first_stage],
+    }
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    if kind != "none":
+        module = getattr(model.conditioner, "module")  # noqa: B009 - those two have one
+        _write_component(module, params["conditioner"], folder / folders["conditioner"])
+        save_tokenizer(folder / "tokenizer", kind, module)
+    if kind == "clip":
+        index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+        index |= {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
+        index["requires_safety_checker"] = False
+    elif kind == "bert":
+        index |= {"bert": ["latent_diffusion", "LDMBertModel"], "tokenizer": ["transformers", "BertTokenizer"]}
+    _write_json(folder / "model_index.json", index)
