@@ -121,8 +121,17 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
         x = q_sample(model.schedule, z0, plan.level, x)
 
     guided = predict(rows.null, rows.guidance, **options)
-    trace, fixed = bool(form.progress), {"schedule": model.schedule, "keys": keys, "known": known}
-    z, steps = sample(sampler, guided, x, plan.nodes, start=plan.start, trace=trace, **fixed)
+    z, steps = sample(
+        sampler,
+        guided,
+        x,
+        plan.nodes,
+        schedule=model.schedule,
+        keys=keys,
+        known=known,
+        start=plan.start,
+        trace=bool(form.progress),
+    )
 
     def show(z: jax.Array) -> jax.Array:
         out = decode(stage, z, form)
