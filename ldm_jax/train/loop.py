@@ -117,7 +117,7 @@ def train(config: Any, workdir: str | Path) -> Path:
                     unread = None
                 weights = task.weights(state)
                 with report.pause():
-                    if saving:
+                    if saving and (not report.doubt or step == config.steps):
                         checkpoints.save(step, state, prepared)
                     if step % config.eval_every == 0 or step == config.steps:
                         means = run_evaluation(evaluate, weights, frozen, task, eval_loader, config.eval_batches)
