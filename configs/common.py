@@ -91,9 +91,8 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.guard = section()
         config.guard.rollbacks = 0  # how often a run that diverged goes back to its last checkpoint; 0: it stops
         config.guard.lower = 0.5  # each time the adversary's weight is multiplied by this
-        config.guard.rise = (
-            0.0  # diverged is also: recent rec_loss / its lowest is above this; 0: only what is not finite
-        )
+        # Diverged is what is not finite and, unless this is 0, a recent rec_loss this many times its lowest; above the root of it nothing is saved.
+        config.guard.rise = 0.0
     else:
         config.scale_factor_batches = 64
         config.preview_captions = ()  # of the preview pictures; () takes them from the held-out pictures

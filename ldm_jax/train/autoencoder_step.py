@@ -20,7 +20,7 @@ from ldm_jax.train.adversarial import (
     update_discriminator,
 )
 from ldm_jax.train.codebook import CANDIDATES, USED, restart_codes, used
-from ldm_jax.train.state import TrainState, descend, in_parts, normal_rows, over_devices, row_keys
+from ldm_jax.train.state import TrainState, descend, extra_of, in_parts, normal_rows, over_devices, row_keys
 
 FirstStageModule = AutoencoderKL | VQModelInterface
 Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (its parameters, a, b [b, H, W, 3]) -> distance [b]
@@ -142,7 +142,7 @@ def make_extra(
     adversary: Adversary | None = None,
     disc_tx: optax.GradientTransformation | None = None,
     guard: bool = False,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """What training carries beside parameters: "discriminator", "collections" (an averaged codebook), "usage" of codes, "guard"."""
     extra: dict[str, Any] = {}
     if not isinstance(module, AutoencoderKL):
@@ -160,7 +160,7 @@ def make_extra(
             "lowest": jnp.full((), jnp.inf),
             "rollbacks": jnp.zeros((), jnp.int32),
         }
-    return extra or None
+    return extra
 
 
 def make_step(
@@ -185,7 +185,7 @@ def make_step(
     name, weight = penalty_of(module, config)
 
     def step(state: TrainState, frozen: Any, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, dict]:
-        extra, at = state.extra or {}, state.step
+        extra, at = extra_of(state), state.step
         rollbacks = extra["guard"]["rollbacks"] if "guard" in extra else 0
         critic = None if adversary is None else adversary.on_axis(axis_name)
         net = module if isinstance(module, AutoencoderKL) else module.clone(axis_name=axis_name)
@@ -268,6 +268,6 @@ def make_step(
             lowest = jnp.minimum(guard["lowest"], recent)
             extra = extra | {"guard": guard | {"recent": recent, "lowest": lowest}}
             metrics["rise"] = recent / lowest
-        return state.replace(extra=extra or None), metrics
+        return (state.replace(extra=extra) if extra else state), metrics
 
     return step

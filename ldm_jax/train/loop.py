@@ -154,7 +154,7 @@ def train(config: Any, workdir: str | Path) -> Path:
                     unread = None
                 weights = task.weights(state)
                 with report.pause():
-                    if saving:
+                    if saving and (not report.doubt or step == config.steps):
                         checkpoints.save(step, state, prepared)
                     if stopping and step < config.steps:
                         raise TrainingStopped(f"stopped at step {step}, which is saved; the same command goes on")

@@ -49,11 +49,14 @@ class Report:
         self.terminal = self.speaks and sys.stderr.isatty()
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not self.terminal, dynamic_ncols=True)
         self.since, self.last = time.perf_counter(), first
-        self.rise = config.guard.rise if "guard" in config else 0.0
+        self.rise, self.doubt = config.guard.rise if "guard" in config else 0.0, False
         self.alarm, self.alarmed = config.adversary.alarm if "adversary" in config else 0.0, False
 
     def step(self, step: int, metrics: dict[str, jax.Array], rate: Any, checkpoints: TrainingCheckpoints) -> None:
-        """Takes one step's metrics; raises TrainingDiverged where `what_is_wrong` says something."""
+        """Takes one step's metrics; raises TrainingDiverged where `what_is_wrong` says something.
+
+        ``doubt`` is on while a step is half-way there, and no good to go back to.
+        """
         if step <= self.last:
             return
         watched = jax.device_get({name: metrics[name] for name in WATCHED if name in metrics})
@@ -64,6 +67,7 @@ class Report:
                 f"the last good checkpoint is that of step {checkpoints.latest()}, in {checkpoints.path}: "
                 "lower optim.lr or set optim.clip, with another --workdir",
             )
+        self.doubt = bool(what_is_wrong(watched, self.rise**0.5))
         self._watch(step, watched)
         self.bar.update(step - self.bar.n)
         if not self.speaks:

@@ -11,23 +11,36 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-    """Arrays only; optimiser and modules stay outside. ``ema`` is None where no average is kept.
-
-    ``extra`` is what else a task carries from step to step, a pytree of its own making: a discriminator with its statistics and optimiser, an
-    averaged codebook. None where there is nothing.
-    """
+    """Arrays only; optimiser and modules stay outside. ``ema`` is None where no average is kept."""
 
     step: jax.Array
     params: Any
     ema: Any
     opt_state: Any
-    extra: Any = None
 
 
-def create_state(params: Any, tx: optax.GradientTransformation, ema: bool, extra: Any = None) -> TrainState:
+@flax.struct.dataclass
+class ExtendedState(TrainState):
+    """With what else a task carries from step to step, by name: a discriminator with its statistics and optimiser, an averaged codebook.
+
+    A class of its own, since a field that is None would be a part of every checkpoint as well.
+    """
+
+    extra: dict[str, Any]
+
+
+def create_state(
+    params: Any, tx: optax.GradientTransformation, ema: bool, extra: dict[str, Any] | None = None
+) -> TrainState:
     """Step 0, with the average starting at the parameters."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, average, tx.init(params), extra)
+    state = TrainState(jnp.zeros((), jnp.int32), params, average, tx.init(params))
+    return ExtendedState(state.step, state.params, state.ema, state.opt_state, extra) if extra else state
+
+
+def extra_of(state: TrainState) -> dict[str, Any]:
+    """What the state carries beside its parameters; empty where there is nothing."""
+    return state.extra if isinstance(state, ExtendedState) else {}
 
 
 def averaged(state: TrainState) -> Any:

@@ -32,7 +32,7 @@ from ldm_jax.parallel import fetch
 from ldm_jax.train import autoencoder_step, diffusion_step
 from ldm_jax.train.adversarial import DISCRIMINATOR_LOSSES, Adversary
 from ldm_jax.train.optim import make_optimizer
-from ldm_jax.train.state import TrainState, averaged
+from ldm_jax.train.state import TrainState, averaged, extra_of
 
 LOG = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ class Task(Protocol):
         """Fresh parameters; compiled by the caller."""
         ...
 
-    def extra(self, key: jax.Array) -> Any:
-        """The state's ``extra`` at the start; compiled by the caller."""
-        return None
+    def extra(self, key: jax.Array) -> dict[str, Any]:
+        """What the state carries beside parameters, at the start; compiled by the caller."""
+        return {}
 
     def weights(self, state: TrainState) -> Any:
         """What `evaluate`, `preview` and `export` read of a state."""
@@ -140,7 +140,7 @@ class AutoencoderTask(Task):
         logvar = {"logvar": jnp.float32(self.config.loss.logvar_init)} if self.config.loss.learn_logvar else {}
         return {**init_autoencoder(self.module, key), **logvar}
 
-    def extra(self, key: jax.Array) -> Any:
+    def extra(self, key: jax.Array) -> dict[str, Any]:
         guard = self.most_rollbacks > 0 or self.config.guard.rise > 0
         return autoencoder_step.make_extra(
             self.module, key, adversary=self.adversary, disc_tx=self.disc_tx, guard=guard
@@ -148,15 +148,15 @@ class AutoencoderTask(Task):
 
     def weights(self, state: TrainState) -> Any:
         """All the module's collections."""
-        return {"params": averaged(state), **((state.extra or {}).get("collections", {}))}
+        return {"params": averaged(state), **extra_of(state).get("collections", {})}
 
     def rollbacks(self, state: TrainState) -> int:
-        return int(state.extra["guard"]["rollbacks"]) if state.extra and "guard" in state.extra else 0
+        return int(extra_of(state)["guard"]["rollbacks"]) if self.most_rollbacks else 0
 
     def recover(self, state: TrainState, rollbacks: int) -> TrainState:
-        guard = state.extra["guard"]
+        guard = extra_of(state)["guard"]
         number = jax.device_put(np.int32(rollbacks), guard["rollbacks"].sharding)
-        return state.replace(extra=state.extra | {"guard": guard | {"rollbacks": number}})
+        return state.replace(extra=extra_of(state) | {"guard": guard | {"rollbacks": number}})
 
     def make_step(self, tx: Any, *, seed: int, ema: float, parts: int) -> Callable[..., Any]:
         return autoencoder_step.make_step(
