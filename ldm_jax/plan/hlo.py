@@ -8,7 +8,7 @@ from typing import NamedTuple
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (\S+|\(.*?\)) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"\b(body|condition|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -82,6 +82,8 @@ def _multiplicity(bodies: dict[str, list[str]]) -> dict[str, int]:
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in bodies.items():
         for line in lines:
+            if " async-done(" in line or " async-update(" in line:  # names again what async-start has called
+                continue
             turns = _TURNS.search(line)
             for how, called in _CALLED.findall(line):
                 n = int(turns[1]) if turns and how in ("body", "condition") else 1
