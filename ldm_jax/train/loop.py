@@ -16,7 +16,7 @@ from ldm_jax.latent import DTYPES, ConfigError, nearest
 from ldm_jax.parallel import compile_step, make_mesh
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
-from ldm_jax.train.optim import learning_rate, make_optimizer
+from ldm_jax.train.optim import learning_rate, make_optimizer, scaled
 from ldm_jax.train.report import Report, TrainingDiverged
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import TASKS, plain
@@ -61,7 +61,8 @@ def train(config: Any, workdir: str | Path) -> Path:
     task = TASKS[config.task](config)
     if config.data.cache:
         check_cache(config, task)
-    tx = make_optimizer(config.optim, config.steps)
+    optim = scaled(config.optim, config.batch_size)
+    tx = make_optimizer(optim, config.steps)
     mesh = make_mesh()
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -97,7 +98,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         out_shared=(True, True),
     )
     evaluate = compile_step(task.evaluate, mesh, "jit", shared=(True, True, False))
-    rate = learning_rate(config.optim, config.steps)
+    rate = learning_rate(optim, config.steps)
 
     # ------------------------------------------------------------------------------------------------ loop
     report = Report(workdir, config, first)
