@@ -263,6 +263,14 @@ def generate(
     return to_uint8(model.first_stage.decode(z))
 
 
+def masked_condition(stage: FirstStage, pixels: jax.Array, mask: jax.Array) -> jax.Array:
+    """What the original's inpainting model is told (scripts/inpaint.py): the unscaled latents of the picture, black where the mask [b, H, W, 1] is 1,
+    and that mask as -1 and 1 by nearest neighbours: [b, h, w, c + 1]."""
+    f, hole = stage.downsampling, mask.astype(pixels.dtype)
+    z = stage.encode(jnp.where(hole > 0, -1.0, pixels)) / stage.scale
+    return jnp.concatenate([z, (2 * hole - 1)[:, ::f, ::f].astype(z.dtype)], axis=-1)
+
+
 def to_uint8(x: jax.Array) -> jax.Array:
     """Pixels in [-1, 1] -> uint8, rounded and clipped."""
     return jnp.round(jnp.clip((x + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ldm_jax.conditioning import Joined
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.schedule import q_sample
-from ldm_jax.latent import LatentDiffusion, to_float
+from ldm_jax.latent import LatentDiffusion, masked_condition, to_float
 from ldm_jax.train.state import TrainState, accumulate, apply_gradients, normal_rows, row_keys
 
 # Purposes of a row's random numbers: each key is used once.
-POSTERIOR, TIMESTEP, NOISE, CAPTION = range(4)
+POSTERIOR, TIMESTEP, NOISE, CAPTION, OFFSET = range(5)
 
 
 def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., tuple[jax.Array, dict]]:
@@ -36,14 +37,17 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
 
         t = jnp.minimum((uniform(TIMESTEP) * schedule.timesteps).astype(jnp.int32), schedule.timesteps - 1)
         noise = normal_rows(keys, NOISE, shape)
-        encoded = batch["encoded"]
+        if config.offset_noise:
+            noise = noise + config.offset_noise * normal_rows(keys, OFFSET, (1, 1, first_stage.channels))
+        encoded = conditions(model, first_stage, batch)
         if train and config.caption_dropout:
             drop = uniform(CAPTION) < config.caption_dropout
             encoded = jax.tree.map(
                 lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e), frozen["null"], encoded
             )
         rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)} if train else None
-        cond = model.conditioner(params["conditioner"], encoded, train=train, rngs=rngs)
+        conditioner = frozen["conditioner"] if "conditioner" in frozen else params["conditioner"]
+        cond = model.conditioner(conditioner, encoded, train=train, rngs=rngs)
         out = model.apply(params, q_sample(schedule, z, t, noise), t, cond, train=train, rngs=rngs)
         per_sample = obj.pointwise(config.kind, out, obj.target(model.objective, schedule, z, noise, t))
         logvar = params["logvar"] if "logvar" in params else jnp.full(schedule.timesteps, config.logvar_init)
@@ -60,6 +64,13 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
     return loss
 
 
+def conditions(model: LatentDiffusion, first_stage: Any, batch: Any) -> Any:
+    """The batch's "encoded" conditions; those of inpainting are masks, and become the masked pictures' latents by the first stage."""
+    if isinstance(model.conditioner, Joined) and model.conditioner.of == "masked":
+        return jax.lax.stop_gradient(masked_condition(first_stage, to_float(batch["image"]), batch["encoded"]))
+    return batch["encoded"]
+
+
 def read_moments(first_stage: Any, batch: Any) -> jax.Array:
     """What a batch has of the first stage: "moments" of the latent cache, or those of its "image"."""
     if "moments" in batch:
@@ -72,9 +83,9 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict]]:
     """``step(state, frozen, batch, *, axis_name=None) -> (state, metrics)``, pure.
 
-    ``frozen`` holds "first_stage" and "null", the host-encoded null condition of one row: arguments, since a constant would be baked into the
-    program. ``batch`` holds "image" uint8 [b, H, W, 3] (or "moments" [b, h, w, c] of the latent cache), "encoded" conditions [b, ...] and "row"
-    int32 [b], each row's place in the global batch.
+    ``frozen`` holds "first_stage", "null", the host-encoded null condition of one row, and "conditioner", its parameters where they are not
+    trained: arguments, since a constant would be baked into the program. ``batch`` holds "image" uint8 [b, H, W, 3] (or "moments" [b, h, w, c] of
+    the latent cache), "encoded" conditions [b, ...] and "row" int32 [b], each row's place in the global batch.
     """
     loss = make_loss(model, config, seed)
 

@@ -3,7 +3,9 @@
 import contextlib
 from typing import Any
 
-from ldm_jax.data import ImageTransform, LatentLoader, Loader, make_source
+from ldm_jax.data import ClassOf, Condition, ImageTransform, LatentLoader, Loader, make_source
+from ldm_jax.latent import ConfigError
+from ldm_jax.train.conditions import make_condition, source_settings
 from ldm_jax.train.tasks import plain
 
 AnyLoader = Loader | LatentLoader
@@ -12,21 +14,31 @@ AnyLoader = Loader | LatentLoader
 def make_loader(config: Any, part: str) -> AnyLoader:
     """The loader of one part of the data; without a held-out part, validation looks at the training pictures."""
     data = plain(config.data)
-    transform = ImageTransform(tuple(data.pop("size")), data.pop("crop"), data.pop("flip"))
-    caption, workers, cache = data.pop("caption"), data.pop("num_workers"), data.pop("cache")
+    transform = ImageTransform(tuple(data["size"]), data["crop"], data["flip"])
+    condition = make_condition(plain(config))
     if part == "validation" and not data.get("holdout"):
         part = "train"
-    if cache:
-        return LatentLoader(cache, part, flip=transform.flip, batch_size=config.batch_size, seed=config.seed)
-    source = make_source({**data, "part": part})
+    if data["cache"]:
+        check_cached(condition)
+        return LatentLoader(data["cache"], part, flip=transform.flip, batch_size=config.batch_size, seed=config.seed)
+    source = make_source({**source_settings(data), "part": part})
     return Loader(
         source,
         transform,
         batch_size=config.batch_size,
         seed=config.seed,
-        caption=caption,
-        num_workers=workers if part == "train" else 0,
+        caption=data["caption"],
+        condition=condition,
+        num_workers=data["num_workers"] if part == "train" else 0,
     )
+
+
+def check_cached(condition: Condition | None) -> None:
+    """ConfigError for conditions that a latent cache does not hold."""
+    if condition is not None and not isinstance(condition, ClassOf):
+        raise ConfigError(
+            "a latent cache holds captions and classes only: leave data.cache empty, this condition is made of the pictures"
+        )
 
 
 def first_batches(loader: AnyLoader, n: int) -> list[dict[str, Any]]:

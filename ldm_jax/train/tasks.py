@@ -12,10 +12,22 @@ import numpy as np
 
 from ldm_jax import pictures
 from ldm_jax.checkpoint import find_model, load_model
+from ldm_jax.data import Mask, draw_conditions
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
-from ldm_jax.latent import ConfigError, apply, build, build_first_stage, generate, init_params, to_uint8
+from ldm_jax.latent import (
+    ConfigError,
+    apply,
+    build,
+    build_first_stage,
+    generate,
+    init_params,
+    masked_condition,
+    to_float,
+    to_uint8,
+)
 from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
 from ldm_jax.train import autoencoder_step, diffusion_step
+from ldm_jax.train.conditions import Conditions, check_sizes, load_frozen, make_condition, name_classes
 
 LOG = logging.getLogger(__name__)
 
@@ -117,7 +129,7 @@ class AutoencoderTask:
 
 
 class DiffusionTask:
-    """Trains a UNet and its text encoder on the latents of a first stage that stays as it is."""
+    """Trains a UNet and its conditioner, unless that is frozen, on the latents of a first stage that stays as it is."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -130,12 +142,24 @@ class DiffusionTask:
             model["first_stage"] = {**saved["first_stage"], **model["first_stage"]}
         elif model["first_stage"].get("kind") != "identity":
             raise ConfigError("model.first_stage.path is missing: train a first stage and give its model directory")
+        self.conditioner_params = load_frozen(model["conditioner"])
+        condition = make_condition(plain(config))
+        name_classes(model, condition, config.loss.caption_dropout)
+        if model["schedule"].get("zero_terminal_snr") and model["objective"] == "eps":
+            raise ConfigError(
+                "model.schedule.zero_terminal_snr: its last step is pure noise, which teaches eps nothing: set model.objective='v'"
+            )
         self.model_config = {"kind": "latent_diffusion", **model}
-        self._set(build(self.model_config, None, params, config.dtype))
+        built = build(self.model_config, None, params, config.dtype)
+        check_sizes(built, tuple(config.data.size))
+        self.conditions = Conditions(built.conditioner, condition)
+        self._set(built)
 
     def _set(self, model: Any) -> None:
         self.model = model
-        self.frozen = {"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)}
+        self.frozen = {"first_stage": model.first_stage, "null": self.conditions.null()}
+        if self.conditioner_params is not None:
+            self.frozen["conditioner"] = self.conditioner_params
 
     def prepare(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, Any]:
         if "scale_factor" in self.model_config:
@@ -152,6 +176,8 @@ class DiffusionTask:
 
     def init(self, key: jax.Array) -> Any:
         params = init_params(self.model, key)
+        if self.conditioner_params is not None:
+            del params["conditioner"]
         if self.config.loss.learn_logvar:
             params["logvar"] = jnp.full(self.model.schedule.timesteps, self.config.loss.logvar_init)
         return params
@@ -161,9 +187,8 @@ class DiffusionTask:
 
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
         what = "moments" if "moments" in raw else "image"  # from the latent cache, or from pictures
-        encoded = raw["encoded"] if "encoded" in raw else self.model.conditioner.encode(raw["caption"])
         rows = first_row + np.arange(len(raw[what]), dtype=np.int32)
-        return {what: raw[what], "row": rows, "encoded": encoded}
+        return {what: raw[what], "row": rows, "encoded": self.conditions.encode(raw)}
 
     def evaluate(self, params: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
         loss = diffusion_step.make_loss(self.model, self.config.loss, self.config.seed + 1)
@@ -171,26 +196,41 @@ class DiffusionTask:
 
     def preview(self, params: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         sampling = self.model_config["sampling"]
-        captions = list(self.config.preview_captions or raw["caption"][:16])
+        params = params | ({} if self.conditioner_params is None else {"conditioner": frozen["conditioner"]})
+        raw = {name: values[:16] for name, values in raw.items()}
+        if self.config.preview_captions and self.conditions.condition is None:
+            raw = {"caption": list(self.config.preview_captions)}
+        encoded = self.conditions.encode(raw)
+        if isinstance(self.conditions.condition, Mask):
+            encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded)
+        n = len(raw["caption"])
         sampler = SAMPLERS["ddim"]
         nodes = sampler.nodes(
             self.model.schedule,
             step_grid("uniform", min(25, self.model.schedule.timesteps), self.model.schedule.timesteps),
         )
-        conditioner = self.model.conditioner
         images = _preview(
             dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"]),
             nodes,
-            conditioner.encode(captions),
-            conditioner.encode_null(len(captions)),
-            np.arange(len(captions), dtype=np.uint32),
+            encoded,
+            self.model.conditioner.encode_null(n),
+            np.arange(n, dtype=np.uint32),
             np.float32(sampling["guidance"]),
             tuple(sampling["size"]),
         )
-        return pictures.grid(np.asarray(images))
+        shown = draw_conditions(self.conditions.condition, raw)
+        if shown is None:
+            return pictures.grid(np.asarray(images))
+        # What was asked for, what was made, and what was asked about, one above the other.
+        columns = [np.concatenate(column) for column in zip(shown, np.asarray(images), raw["image"], strict=True)]
+        return pictures.grid(columns, columns=min(8, n))
 
     def export(self, params: Any) -> tuple[dict[str, Any], Any]:
-        return self.model_config, {**params, "first_stage": self.frozen["first_stage"].params}
+        kept = {} if self.conditioner_params is None else {"conditioner": self.conditioner_params}
+        return self.model_config, {**params, **kept, "first_stage": self.frozen["first_stage"].params}
+
+
+_masked = jax.jit(masked_condition)
 
 
 @jax.jit(static_argnums=6)
