@@ -36,12 +36,16 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.keep = 3  # newest checkpoints
 
     config.data = section()
+    config.data.source = "image_folder"  # a name in ldm_jax.data.SOURCES
     config.data.path = ""
     config.data.size = (64, 64)
     config.data.crop = "center"  # or random, none
     config.data.flip = False
     config.data.caption = "{text}"  # a template over the columns of metadata.jsonl
     config.data.cache = ""  # a latent cache of these data, made by python -m ldm_jax.data encode
+    config.data.condition = (
+        section()
+    )  # of its class in ldm_jax/data/conditions.py, where the model's conditioner needs more than a caption
     config.data.num_workers = 0  # processes that decode; 0 decodes in threads
 
     config.optim = section()
@@ -49,8 +53,10 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.optim.mu_dtype = "float32"  # of the first moments; or bfloat16
     config.optim.lr = 1e-4
     config.optim.warmup = 0
-    config.optim.decay = "constant"  # or cosine, linear
+    config.optim.scale_lr = False  # times batch_size
+    config.optim.decay = "constant"  # or cosine, linear; or, as config.optim.cycles says, cycles_cosine, cycles_linear
     config.optim.final = 0.0  # of lr, at the last step
+    config.optim.cycles = section(lengths=(100_000,), warmup=(10_000,), start=(1e-6,), high=(1.0,), low=(1.0,))  # of lr
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.weight_decay = 0.0
@@ -95,7 +101,7 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.guard.rise = 0.0
     else:
         config.scale_factor_batches = 64
-        config.preview_captions = ()  # of the preview pictures; () takes them from the held-out pictures
+        config.preview_captions = ()  # of the preview pictures of text; () takes them from the held-out pictures
         config.loss.kind = "l2"  # or l1
         config.loss.posterior = "sample"  # of the first stage; or mode
         config.loss.simple_weight = 1.0
@@ -106,5 +112,6 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.loss.timestep_shift = (
             1.0  # above 1 more of training is spent where there is much noise (Esser et al. 2024, equation 23)
         )
-        config.loss.caption_dropout = 0.1  # for classifier-free guidance
+        config.loss.caption_dropout = 0.1  # of conditions of any kind, for classifier-free guidance
+        config.loss.offset_noise = 0.0  # standard deviation of noise that is equal over a channel
     return config

@@ -112,9 +112,14 @@ class BertText:
     def max_length(self) -> int:
         return self.module.max_seq_len
 
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' own."""
+        return bert_tokenizer()
+
     def encode(self, given: Sequence[str]) -> np.ndarray:
         """Captions -> tokens int32 [b, max_length]: [CLS] words [SEP] padding. A caption too long is cut, with a warning that says what was cut."""
-        tokenizer = bert_tokenizer()
+        tokenizer = self.tokenizer
         return _tokens(tokenizer, given, self.max_length, tokenizer.cls_token_id, tokenizer.sep_token_id)
 
     def encode_null(self, n: int) -> np.ndarray:
@@ -158,9 +163,14 @@ class ClipText:
     def max_length(self) -> int:
         return self.module.max_position_embeddings
 
+    @property
+    def tokenizer(self) -> Any:
+        """transformers' own."""
+        return clip_tokenizer()
+
     def encode(self, given: Sequence[str]) -> np.ndarray:
         """Captions -> tokens int32 [b, max_length]: 49406, words, 49407 to the end. What is too long is cut, with a warning that says what."""
-        tokenizer = clip_tokenizer()
+        tokenizer = self.tokenizer
         return _tokens(tokenizer, given, self.max_length, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
     def encode_null(self, n: int) -> np.ndarray:
@@ -212,8 +222,16 @@ class RescaledMap:
     size: tuple[int, int] = (256, 256)
 
     def encode(self, given: Sequence[Any]) -> np.ndarray:
-        """Maps [h, w, in_channels], all of one size -> float32 [b, h, w, in_channels]; ValueError for other channels."""
-        maps = np.asarray(given, np.float32)
+        """Maps [h, w, in_channels], all of one size -> float32 [b, h, w, in_channels]; ValueError for other channels.
+
+        Or labels, whole numbers [h, w] -> int32 [b, h, w], which become one-hot on the device (-1: no label); ValueError where one is no channel.
+        """
+        maps = np.asarray(given)
+        if maps.ndim == 3 and np.issubdtype(maps.dtype, np.integer):
+            if maps.min() < -1 or maps.max() >= self.module.in_channels:
+                raise ValueError(f"labels must be from 0 to {self.module.in_channels - 1}, or -1")
+            return maps.astype(np.int32)
+        maps = maps.astype(np.float32)
         if maps.ndim != 4 or maps.shape[-1] != self.module.in_channels:
             raise ValueError(f"maps of shape {maps.shape}, expected [b, h, w, {self.module.in_channels}]")
         return maps
@@ -222,12 +240,17 @@ class RescaledMap:
         """Zeros."""
         return np.zeros((n, *self.size, self.module.in_channels), np.float32)
 
+    def no_labels(self, n: int) -> np.ndarray:
+        """Like `encode_null`, as labels: int32 [n, h, w] of -1."""
+        return np.full((n, *self.size), -1, np.int32)
+
     def init(self, key: jax.Array) -> dict:
         variables: Any = self.module.init(key, self.encode_null(1))
         return dict(variables.get("params", {}))
 
     def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
-        small: Any = self.module.apply({"params": params}, encoded)
+        maps = jax.nn.one_hot(encoded, self.module.in_channels) if encoded.ndim == 3 else encoded
+        small: Any = self.module.apply({"params": params}, maps)
         return Cond(concat=small)
 
 

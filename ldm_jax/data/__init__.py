@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_jax.data.conditions import ClassOf, Condition, LabelMap, Layout, Mask, SmallPicture, class_names
+from ldm_jax.data.drawing import contact_sheet, draw_conditions
 from ldm_jax.data.latents import LatentLoader, LatentSource
 from ldm_jax.data.loader import Loader
 from ldm_jax.data.sources import SOURCES, TFDS, DataError, ImageFolder, Source, Subset
@@ -19,17 +21,26 @@ from ldm_jax.data.transforms import ImageTransform, UnreadablePicture, caption_t
 __all__ = [
     "SOURCES",
     "TFDS",
+    "ClassOf",
+    "Condition",
     "DataError",
     "ImageFolder",
     "ImageTransform",
+    "LabelMap",
     "LatentLoader",
     "LatentSource",
+    "Layout",
     "Loader",
+    "Mask",
+    "SmallPicture",
     "Source",
     "Subset",
     "UnreadablePicture",
     "caption_template",
+    "class_names",
+    "contact_sheet",
     "decode_image",
+    "draw_conditions",
     "hold_out_pairs",
     "make_source",
     "select",

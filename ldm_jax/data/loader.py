@@ -8,23 +8,51 @@ from typing import Any
 
 import numpy as np
 
+from ldm_jax.data.conditions import Condition, View
 from ldm_jax.data.sources import DataError, Source
 from ldm_jax.data.stream import Batches, Stream
-from ldm_jax.data.transforms import UnreadablePicture, caption_template, to_rgb
+from ldm_jax.data.transforms import ImageTransform, UnreadablePicture, caption_template, to_rgb
 
 _LOG = logging.getLogger(__name__)
 _MAX_BROKEN_IN_A_ROW = 1000
-_RESERVED = ("image", "caption", "index", "valid")
+_RESERVED = ("image", "caption", "condition", "index", "valid")
 _SKIPPED = "_skipped"
 
+# What a damaged file may raise while it is read.
+UNREADABLE = (UnreadablePicture, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def read_row(source: Source, index: int, condition: Condition | None = None) -> dict[str, Any]:
+    """A row with its picture as uint8 RGB, and what its condition reads; one of `UNREADABLE` where that fails."""
+    row = source[index]
+    row["image"] = to_rgb(row["image"])
+    if condition is not None:
+        condition.read(row)
+    return row
+
+
+def fit_row(
+    row: dict[str, Any], transform: Transform, condition: Condition | None, rng: np.random.Generator
+) -> dict[str, Any]:
+    """The transformed "image" of a row of `read_row`, and its "condition" where there is one."""
+    image = row["image"]
+    if condition is None:
+        return {"image": transform(image, rng)}
+    assert isinstance(transform, ImageTransform)
+    size = image.shape[0], image.shape[1]
+    crop = transform.choose(size, rng)
+    cut = transform.apply(image, crop)
+    return {"image": cut, "condition": np.asarray(condition(row, cut, View(transform, crop, size), rng))}
 
 
 class Loader(Stream):
     """Reads batches of a source: see `Stream` for their order.
 
     A batch has "image" uint8 [B, H, W, 3], "caption" list of B str, "index" int64 [B] (the pictures' places in the
-    source), and each requested column as a list of B values; B = batch_size / process_count.
+    source), each requested column as a list of B values, and with a condition "condition" [B, ...]; B = batch_size /
+    process_count.
 
     A picture that cannot be read is replaced by the next readable one in index order, so that positions stay exact;
     each such file is named once in a warning and in ``broken``.
@@ -36,6 +64,7 @@ class Loader(Stream):
       batch_size: rows per global batch, over all processes.
       caption: template over the row's columns, see ``caption_template``; None gives "".
       columns: further metadata columns to put into the batches, as lists.
+      condition: what else is made of a row and its picture, see ``ldm_jax.data.conditions``; needs an ``ImageTransform``.
       options: those of `Stream`.
 
     Raises:
@@ -51,18 +80,21 @@ class Loader(Stream):
         batch_size: int,
         caption: str | None = "{text}",
         columns: Sequence[str] = (),
+        condition: Condition | None = None,
         **options: Any,
     ):
         for column in columns:
             if column in _RESERVED:
                 raise DataError(f"column {column!r} cannot be asked for: batches use that name themselves")
-        self.source = source
+        if condition is not None and not isinstance(transform, ImageTransform):
+            raise DataError("a condition is cut as its picture is: give an ImageTransform")
+        self.source, self.transform, self.condition = source, transform, condition
         self.broken: dict[str, str] = {}
 
         def make(finite: bool = False, **rest: Any) -> Batches:
             exact = getattr(transform, "deterministic", None) if finite else None
             return _PictureBatches(
-                source, exact() if exact else transform, caption, tuple(columns), finite=finite, **rest
+                source, exact() if exact else transform, caption, tuple(columns), condition, finite=finite, **rest
             )
 
         super().__init__(make, path=source.path, count=len(source), batch_size=batch_size, **options)
@@ -76,10 +108,17 @@ class Loader(Stream):
 
 class _PictureBatches(Batches):
     def __init__(
-        self, source: Source, transform: Transform, caption: str | None, columns: tuple[str, ...], **options: Any
+        self,
+        source: Source,
+        transform: Transform,
+        caption: str | None,
+        columns: tuple[str, ...],
+        condition: Condition | None,
+        **options: Any,
     ):
         super().__init__(**options)
         self._source, self._transform, self._caption, self._columns = source, transform, caption, columns
+        self._condition = condition
         self._broken: dict[int, str] = {}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -89,6 +128,8 @@ class _PictureBatches(Batches):
             "index": np.array([s["index"] for s in samples], np.int64),
             _SKIPPED: [skip for s in samples for skip in s[_SKIPPED]],
         }
+        if self._condition is not None:
+            batch["condition"] = np.stack([s["condition"] for s in samples])
         return batch | {column: [s["row"][column] for s in samples] for column in self._columns}
 
     def sample(self, wanted: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -98,7 +139,7 @@ class _PictureBatches(Batches):
                 known = ", ".join(key for key in row if key != "image")
                 raise DataError(f"{self._source.path}: there is no column {column!r}: there are {known}")
         return {
-            "image": self._transform(row.pop("image"), rng),
+            **fit_row(row, self._transform, self._condition, rng),
             "caption": "" if self._caption is None else caption_template(self._caption, row),
             "index": index,
             "row": row,
@@ -111,12 +152,10 @@ class _PictureBatches(Batches):
         for index in self._candidates(wanted):
             if index not in self._broken:
                 try:
-                    row = self._source[index]
-                    row["image"] = to_rgb(row["image"])
-                    return index, row, skipped
+                    return index, read_row(self._source, index, self._condition), skipped
                 except DataError:
                     raise
-                except (UnreadablePicture, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+                except UNREADABLE as error:
                     self._broken[index] = " ".join(str(error).split()) or type(error).__name__
             skipped.append((self._source.name(index), self._broken[index]))
         name, why = skipped[0]

@@ -5,7 +5,7 @@ import io
 import math
 import string
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -92,6 +92,16 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+class Crop(NamedTuple):
+    """What a transform keeps of a picture: a rectangle in pixels, perhaps mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirror: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
     """Crops to the target's aspect ratio and resizes; picklable.
@@ -131,6 +141,33 @@ class ImageTransform:
         crop = "center" if self.crop == "random" else self.crop
         return dataclasses.replace(self, crop=crop, flip=False, min_crop=1.0)
 
+    def choose(self, size: tuple[int, int], rng: np.random.Generator) -> Crop:
+        """What to keep of a picture of ``size`` (h, w). ``rng`` draws four numbers, whatever the settings are."""
+        height, width = self.size
+        shrink, down, right, mirror = rng.random(4)
+        h, w = size
+        if self.crop == "none":
+            return Crop(0, 0, h, w, bool(self.flip and mirror < 0.5))
+        scale = min(h / height, w / width) * (self.min_crop + (1 - self.min_crop) * shrink)
+        ch, cw = max(1, min(h, round(height * scale))), max(1, min(w, round(width * scale)))
+        if self.crop == "center":
+            top, left = (h - ch) // 2, (w - cw) // 2
+        else:
+            top, left = math.floor(down * (h - ch + 1)), math.floor(right * (w - cw + 1))
+        return Crop(top, left, ch, cw, bool(self.flip and mirror < 0.5))
+
+    def apply(self, image: np.ndarray, crop: Crop, resample: str | None = None) -> np.ndarray:
+        """That part of a picture or of a map of labels ([h, w] or [h, w, c], whole numbers), at the target size, C-contiguous.
+
+        What has the target size already is not resampled. Only "nearest" resamples other than 8-bit numbers.
+        """
+        height, width = self.size
+        image = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+        if image.shape[:2] != (height, width):
+            pixels = Image.fromarray(np.ascontiguousarray(image))
+            image = np.asarray(pixels.resize((width, height), _RESAMPLE[resample or self.resample]))
+        return np.ascontiguousarray(image[:, ::-1] if crop.mirror else image)
+
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Transforms one picture.
 
@@ -142,24 +179,7 @@ class ImageTransform:
           uint8 RGB [H, W, 3], C-contiguous. A picture of the target size is not resampled.
         """
         image = to_rgb(image)
-        height, width = self.size
-        shrink, down, right, mirror = rng.random(4)
-        h, w = image.shape[:2]
-        top, left = 0, 0
-        if self.crop != "none":
-            scale = min(h / height, w / width) * (self.min_crop + (1 - self.min_crop) * shrink)
-            ch, cw = max(1, min(h, round(height * scale))), max(1, min(w, round(width * scale)))
-            if self.crop == "center":
-                top, left = (h - ch) // 2, (w - cw) // 2
-            else:
-                top, left = math.floor(down * (h - ch + 1)), math.floor(right * (w - cw + 1))
-            image = image[top : top + ch, left : left + cw]
-        if image.shape[:2] != (height, width):
-            pixels = Image.fromarray(np.ascontiguousarray(image))
-            image = np.asarray(pixels.resize((width, height), _RESAMPLE[self.resample]))
-        if self.flip and mirror < 0.5:
-            image = image[:, ::-1]
-        return np.ascontiguousarray(image)
+        return self.apply(image, self.choose((image.shape[0], image.shape[1]), rng))
 
 
 class _Joined(list):

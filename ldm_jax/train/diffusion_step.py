@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ldm_jax.conditioning import Joined
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.schedule import q_sample
-from ldm_jax.latent import LatentDiffusion, to_float
+from ldm_jax.latent import LatentDiffusion, masked_condition, to_float
 from ldm_jax.train.state import TrainState, accumulate, descend, normal_rows, over_devices, row_keys
 
 # Purposes of a row's random numbers: each key is used once.
-POSTERIOR, TIMESTEP, NOISE, CAPTION = range(4)
+POSTERIOR, TIMESTEP, NOISE, CAPTION, OFFSET = range(5)
 
 
 def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., tuple[jax.Array, dict]]:
@@ -39,7 +40,9 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
             at = config.timestep_shift * at / (1 + (config.timestep_shift - 1) * at)
         t = jnp.minimum((at * schedule.timesteps).astype(jnp.int32), schedule.timesteps - 1)
         noise = normal_rows(keys, NOISE, shape)
-        encoded = batch["encoded"]
+        if config.offset_noise:
+            noise = noise + config.offset_noise * normal_rows(keys, OFFSET, (1, 1, first_stage.channels))
+        encoded = conditions(model, first_stage, batch)
         if train and config.caption_dropout:
             drop = uniform(CAPTION) < config.caption_dropout
             encoded = jax.tree.map(
@@ -62,6 +65,13 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
         )
 
     return loss
+
+
+def conditions(model: LatentDiffusion, first_stage: Any, batch: Any) -> Any:
+    """The batch's "encoded" conditions; those of inpainting are masks, and become the masked pictures' latents by the first stage."""
+    if isinstance(model.conditioner, Joined) and model.conditioner.of == "masked":
+        return jax.lax.stop_gradient(masked_condition(first_stage, to_float(batch["image"]), batch["encoded"]))
+    return batch["encoded"]
 
 
 def read_moments(first_stage: Any, batch: Any) -> jax.Array:

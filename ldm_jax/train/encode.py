@@ -15,7 +15,7 @@ from ldm_jax.data import Loader
 from ldm_jax.data.latents import CacheInfo, check_key, claim, count_records, fingerprint, read_info, write_shard
 from ldm_jax.latent import ConfigError, to_float
 from ldm_jax.parallel import compile_step, make_mesh
-from ldm_jax.train.loaders import make_loader
+from ldm_jax.train.loaders import check_cached, make_loader
 from ldm_jax.train.tasks import DiffusionTask, plain
 
 LOG = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ def cache_key(config: Any, task: DiffusionTask) -> dict[str, Any]:
     conditioner = task.model.conditioner
     return {
         **{f"data.{name}": value for name, value in data.items()},
+        "model.classes": task.model_config.get("classes"),
         "model.conditioner.kind": task.model_config["conditioner"]["kind"],
         "tokens per caption": getattr(conditioner, "max_length", None),
         "first stage sha256": digest.hexdigest(),
@@ -70,6 +71,7 @@ def encode(config: Any, folder: str | Path, *, dtype: str = "float16", shard_siz
     if task.model.first_stage.module is None:
         raise ConfigError("model.first_stage is the identity: there is nothing to encode")
 
+    check_cached(task.conditions.condition)
     pictures = config.copy_and_resolve_references()
     pictures.batch_size, pictures.data.cache = BATCH, ""
     parts = ["train", *(["validation"] if config.data.get("holdout") else [])]
@@ -87,6 +89,8 @@ def encode(config: Any, folder: str | Path, *, dtype: str = "float16", shard_siz
     fields: dict[str, Any] = {"moments": {"dtype": dtype, "shape": shapes.shape[1:]}}
     if encoded is not None:
         fields["encoded"] = {"dtype": str(encoded.dtype), "shape": encoded.shape[1:]}
+    if task.conditions.condition is not None:
+        fields["condition"] = {"dtype": "int64", "shape": ()}  # a class
     fields["valid"] = {"dtype": "bool", "shape": (1,)}
     info = CacheInfo(key, fields, {part: loader.count for part, loader in loaders.items()}, shard_size)
     claim(folder, info)
@@ -100,6 +104,8 @@ def encode(config: Any, folder: str | Path, *, dtype: str = "float16", shard_siz
                 raise ConfigError(f"the first stage gives values that {dtype} cannot hold: try --dtype=bfloat16")
             if encoded is not None:
                 arrays["encoded"] = task.model.conditioner.encode(batch["caption"])
+            if "condition" in fields:
+                arrays["condition"] = batch["condition"]
             arrays["valid"] = batch["valid"][:, None]
             for i in range(min(BATCH, left)):
                 yield {name: array[i] for name, array in arrays.items()}, batch["caption"][i]

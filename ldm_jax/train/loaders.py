@@ -3,7 +3,9 @@
 import contextlib
 from typing import Any
 
-from ldm_jax.data import ImageTransform, LatentLoader, Loader, make_source
+from ldm_jax.data import ClassOf, Condition, ImageTransform, LatentLoader, Loader, make_source
+from ldm_jax.latent import ConfigError
+from ldm_jax.train.conditions import make_condition, source_settings
 from ldm_jax.train.tasks import plain
 
 AnyLoader = Loader | LatentLoader
@@ -15,9 +17,8 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
     ``process`` = (index, count) shares every batch among processes.
     """
     data = plain(config.data)
-    size, min_crop = tuple(data.pop("size")), data.pop("min_crop", 1.0)
-    transform = ImageTransform(size, data.pop("crop"), data.pop("flip"), min_crop=min_crop)
-    caption, workers, cache = data.pop("caption"), data.pop("num_workers"), data.pop("cache")
+    transform = ImageTransform(tuple(data["size"]), data["crop"], data["flip"], min_crop=data.get("min_crop", 1.0))
+    condition = make_condition(plain(config))
     if part == "validation" and not data.get("holdout"):
         part = "train"
     share = {
@@ -26,16 +27,26 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
         "process_index": process[0],
         "process_count": process[1],
     }
-    if cache:
-        return LatentLoader(cache, part, flip=transform.flip, **share)
-    source = make_source({**data, "part": part})
+    if data["cache"]:
+        check_cached(condition)
+        return LatentLoader(data["cache"], part, flip=transform.flip, **share)
+    source = make_source({**source_settings(data), "part": part})
     return Loader(
         source,
         transform,
-        caption=caption,
-        num_workers=workers if part == "train" else 0,
+        caption=data["caption"],
+        condition=condition,
+        num_workers=data["num_workers"] if part == "train" else 0,
         **share,
     )
+
+
+def check_cached(condition: Condition | None) -> None:
+    """ConfigError for conditions that a latent cache does not hold."""
+    if condition is not None and not isinstance(condition, ClassOf):
+        raise ConfigError(
+            "a latent cache holds captions and classes only: leave data.cache empty, this condition is made of the pictures"
+        )
 
 
 def first_batches(loader: AnyLoader, n: int) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from ldm_jax.parallel import (
 )
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
-from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer
+from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer, scaled
 from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import TASKS, plain
@@ -80,10 +80,12 @@ def train(config: Any, workdir: str | Path) -> Path:
     )
 
     # ------------------------------------------------------------------------------------------- the model
-    task = TASKS[config.task](config)
+    meant = config.copy_and_resolve_references()
+    meant.optim = optim = scaled(config.optim, config.batch_size)
+    task = TASKS[config.task](meant)
     if config.data.cache:
         check_cache(config, task)
-    tx = make_optimizer(config.optim, config.steps)
+    tx = make_optimizer(optim, config.steps)
     mesh = mesh_of(config)
 
     def init(key: jax.Array) -> TrainState:
@@ -129,7 +131,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         )
     weights_placed = task.weights(placed)
     evaluate = compile_step(over_rows(task.evaluate, mesh), mesh, "jit", shared=(weights_placed, frozen_placed, False))
-    rate = learning_rate(config.optim, config.steps)
+    rate = learning_rate(optim, config.steps)
 
     # ------------------------------------------------------------------------------------------------ loop
     local = config.batch_size // here[1]

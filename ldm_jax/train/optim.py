@@ -1,14 +1,25 @@
 """The optimiser: AdamW or Adafactor with warm-up, decay and clipping, from a config."""
 
+import logging
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 KINDS = ("adamw", "adafactor")
+LOG = logging.getLogger(__name__)
 
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
-    """Warm-up over ``config.warmup`` steps to ``config.lr``, then "constant", or "cosine" or "linear" to ``config.final`` * lr at ``steps``."""
+    """Warm-up over ``config.warmup`` steps to ``config.lr``, then "constant", or "cosine" or "linear" to ``config.final`` * lr at ``steps``.
+
+    "cycles_cosine" and "cycles_linear" are the original's schedules instead: see `cycles`.
+    """
+    if config.decay in ("cycles_cosine", "cycles_linear"):
+        factor = cycles(config.cycles, config.decay.removeprefix("cycles_"))
+        return lambda step: config.lr * factor(step)
     rest = max(steps - config.warmup, 1)
     decays = {
         "constant": optax.constant_schedule(config.lr),
@@ -16,12 +27,56 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(config.lr, config.lr * config.final, rest),
     }
     if config.decay not in decays:
-        raise ValueError(f"optim.decay {config.decay!r} does not exist (have {', '.join(decays)})")
+        known = ", ".join([*decays, "cycles_cosine", "cycles_linear"])
+        raise ValueError(f"optim.decay {config.decay!r} does not exist (have {known})")
     if not config.warmup:
         return decays[config.decay]
     # The first step already learns: warm-up counts from 1.
     warm = optax.linear_schedule(config.lr / config.warmup, config.lr, max(config.warmup - 1, 1))
     return optax.join_schedules([warm, decays[config.decay]], [config.warmup])
+
+
+def cycles(config: Any, shape: str) -> optax.Schedule:
+    """What the learning rate is multiplied by in the original (ldm/lr_scheduler.py): the multi-cycle LambdaWarmUpCosineScheduler2 and
+    LambdaLinearScheduler, and with one cycle LambdaWarmUpCosineScheduler.
+
+    ``config`` has a number for each cycle: ``lengths`` in steps, ``warmup`` of them from factor ``start`` to ``high``, then down to ``low`` along
+    half a cosine, or linearly; the linear one falls as if from the cycle's beginning, as in the original. After the last cycle its end stays.
+    """
+    names = ("lengths", "warmup", "start", "high", "low")
+    table = {name: np.atleast_1d(np.asarray(config[name], np.float32)) for name in names}
+    sizes = {len(values) for values in table.values()}
+    if len(sizes) != 1 or 0 in sizes or (table["lengths"] <= 0).any() or (table["warmup"] >= table["lengths"]).any():
+        raise ValueError(
+            f"optim.cycles: {', '.join(names)} need one number for each cycle, and warmup less than its length"
+        )
+    ends = np.cumsum(table["lengths"])
+
+    def factor(step: Any) -> jax.Array:
+        # A cycle's last step is that at which the next begins to count.
+        i = jnp.minimum(jnp.searchsorted(ends, jnp.float32(step)), len(ends) - 1)
+        length, warmup, start, high, low = (jnp.asarray(table[name])[i] for name in names)
+        n = jnp.minimum(step - (jnp.asarray(ends)[i] - length), length)
+        rising = start + (high - start) * n / jnp.maximum(warmup, 1)
+        if shape == "cosine":
+            falling = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.pi * (n - warmup) / (length - warmup)))
+        else:
+            falling = low + (high - low) * (length - n) / length
+        return jnp.where(n < warmup, rising, falling)
+
+    return factor
+
+
+def scaled(config: Any, batch_size: int) -> Any:
+    """The optimiser's config with the learning rate that is meant, which is said: ``lr``, times the global batch's size where ``scale_lr`` is on
+    (the original's default)."""
+    if not config.scale_lr:
+        LOG.info("learning rate %.4g", config.lr)
+        return config
+    config = config.copy_and_resolve_references()
+    LOG.info("learning rate %.4g = %.4g x %d pictures in a batch", config.lr * batch_size, config.lr, batch_size)
+    config.lr = config.lr * batch_size
+    return config
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:

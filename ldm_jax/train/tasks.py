@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm_jax import pictures
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model, read_config
+from ldm_jax.data import Mask, draw_conditions
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.generation import Form, Plan, Rows, generate
 from ldm_jax.latent import (
@@ -23,7 +24,9 @@ from ldm_jax.latent import (
     build_conditioner,
     build_first_stage,
     init_params,
+    masked_condition,
     nearest,
+    to_float,
     to_uint8,
 )
 from ldm_jax.models.autoencoder import init_autoencoder
@@ -31,6 +34,7 @@ from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.parallel import fetch
 from ldm_jax.train import autoencoder_step, diffusion_step
 from ldm_jax.train.adversarial import DISCRIMINATOR_LOSSES, Adversary
+from ldm_jax.train.conditions import Conditions, check_sizes, load_frozen, make_condition, name_classes
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import TrainState, averaged, extra_of
 
@@ -240,12 +244,21 @@ class DiffusionTask(Task):
         elif model["first_stage"].get("kind") != "identity":
             raise ConfigError("model.first_stage.path is missing: train a first stage and give its model directory")
         self.conditioner_params = load_frozen(model["conditioner"]) if weights else frozen_shapes(model["conditioner"])
+        condition = make_condition(plain(config))
+        name_classes(model, condition, config.loss.caption_dropout)
+        if model["schedule"].get("zero_terminal_snr") and model["objective"] == "eps":
+            raise ConfigError(
+                "model.schedule.zero_terminal_snr: its last step is pure noise, which teaches eps nothing: set model.objective='v'"
+            )
         self.model_config = {"kind": "latent_diffusion", **model}
-        self._set(build(self.model_config, None, params, config.dtype, config.remat))
+        built = build(self.model_config, None, params, config.dtype, config.remat)
+        check_sizes(built, tuple(config.data.size))
+        self.conditions = Conditions(built.conditioner, condition)
+        self._set(built)
 
     def _set(self, model: Any) -> None:
         self.model = model
-        self.frozen = {"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)}
+        self.frozen = {"first_stage": model.first_stage, "null": self.conditions.null()}
         if self.conditioner_params is not None:
             self.frozen["conditioner"] = self.conditioner_params
 
@@ -275,9 +288,8 @@ class DiffusionTask(Task):
 
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
         what = "moments" if "moments" in raw else "image"  # from the latent cache, or from pictures
-        encoded = raw["encoded"] if "encoded" in raw else self.model.conditioner.encode(raw["caption"])
         rows = first_row + np.arange(len(raw[what]), dtype=np.int32)
-        return {what: raw[what], "row": rows, "encoded": encoded}
+        return {what: raw[what], "row": rows, "encoded": self.conditions.encode(raw)}
 
     def evaluate(self, weights: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
         loss = diffusion_step.make_loss(self.model, self.config.loss, self.config.seed + 1)
@@ -286,23 +298,34 @@ class DiffusionTask(Task):
     def preview(self, weights: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         sampling = self.model_config["sampling"]
         params = weights | ({} if self.conditioner_params is None else {"conditioner": frozen["conditioner"]})
-        captions = list(self.config.preview_captions or raw["caption"][:16])
+        raw = {name: values[:16] for name, values in raw.items()}
+        if self.config.preview_captions and self.conditions.condition is None:
+            raw = {"caption": list(self.config.preview_captions)}
+        encoded = self.conditions.encode(raw)
+        if isinstance(self.conditions.condition, Mask):
+            encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded)
+        n = len(raw["caption"])
         sampler = SAMPLERS["ddim"]
         nodes = sampler.nodes(
             self.model.schedule,
             step_grid("uniform", min(25, self.model.schedule.timesteps), self.model.schedule.timesteps),
         )
-        conditioner = self.model.conditioner
         images = _preview(
             dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"]),
             nodes,
-            conditioner.encode(captions),
-            conditioner.encode_null(len(captions)),
-            np.arange(len(captions), dtype=np.uint32),
-            np.full(len(captions), sampling["guidance"], np.float32),
+            encoded,
+            self.model.conditioner.encode_null(n),
+            np.arange(n, dtype=np.uint32),
+            np.full(n, sampling["guidance"], np.float32),
             tuple(sampling["size"]),
         )
-        return pictures.grid(fetch(images))
+        made = fetch(images)
+        shown = draw_conditions(self.conditions.condition, raw)
+        if shown is None:
+            return pictures.grid(made)
+        # What was asked for, what was made, and what was asked about, one above the other.
+        columns = [np.concatenate(column) for column in zip(shown, made, raw["image"], strict=True)]
+        return pictures.grid(columns, columns=min(8, n))
 
     def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
         kept = {} if self.conditioner_params is None else {"conditioner": self.conditioner_params}
@@ -323,27 +346,15 @@ def first_stage_shapes(model: dict[str, Any], path: str | None) -> Any:
     return None if module is None else jax.eval_shape(partial(init_autoencoder, module), jax.random.key(0))
 
 
-def load_frozen(conditioner: dict[str, Any]) -> Any:
-    """Parameters of a conditioner that is not trained ("frozen", from the model directory "path"), else None; takes both entries out."""
-    path, frozen = conditioner.pop("path", None), conditioner.pop("frozen", False)
-    if not frozen:
-        return None
-    if not path:
-        raise ConfigError(
-            "model.conditioner.frozen: give the model directory that its parameters come from as model.conditioner.path"
-        )
-    _, params = load_model(find_model(path))
-    if "conditioner" not in params:
-        raise ConfigError(f"model.conditioner.path {path} has no conditioner with parameters")
-    return params["conditioner"]
-
-
 def frozen_shapes(conditioner: dict[str, Any]) -> Any:
     """What `load_frozen` gives, as shapes."""
     conditioner.pop("path", None)
     if not conditioner.pop("frozen", False):
         return None
     return jax.eval_shape(build_conditioner({"conditioner": conditioner}).init, jax.random.key(0))
+
+
+_masked = jax.jit(masked_condition)
 
 
 @jax.jit(static_argnums=6)

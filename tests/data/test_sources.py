@@ -110,7 +110,7 @@ def test_metadata_without_any_text_gets_empty_text(tmp_path):
         (b'\n{"file_name": "\xff.png"}', r"line 2 is not JSON"),
         (b"[1, 2]", r"line 1 is not a JSON object"),
         (b'{"file_name": "1.png"}\n\n{"text": "x"}', r"line 3 has no file_name"),
-        (lines(*({"file_name": n} for n in ("1.png", "no.png", "../1.png"))), r"2 of 3 pictures .*\(first: no\.png\)"),
+        (lines(*({"file_name": n} for n in ("1.png", "no.png", "../1.png"))), r"2 of 3 files .*\(first: no\.png\)"),
         (b"", r"no picture found"),
     ],
 )

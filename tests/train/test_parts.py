@@ -16,7 +16,7 @@ from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import compile_step, make_mesh, shardings, state_shardings
 from ldm_jax.train import autoencoder_step, diffusion_step
 from ldm_jax.train.loop import over_rows
-from ldm_jax.train.optim import learning_rate, make_optimizer
+from ldm_jax.train.optim import learning_rate, make_optimizer, scaled
 from ldm_jax.train.state import accumulate, apply_gradients, create_state
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -42,6 +42,47 @@ def test_learning_rate_decays_to_its_final_value_at_the_last_step(decay, warmup)
     at = np.linspace(0, 1, 101 - warmup)
     expected = 0.8 * (0.1 + 0.9 * ((1 + np.cos(np.pi * at)) / 2 if decay == "cosine" else 1 - at))
     np.testing.assert_allclose(found[warmup:], expected, rtol=1e-5)
+
+
+def original_cycles(n, shape, lengths, warmup, start, high, low):
+    """The original's schedule, as its text has it: the first cycle whose end is not yet past, then warm-up or fall inside it."""
+    ends = np.cumsum(lengths)
+    i = next((i for i, end in enumerate(ends) if n <= end), None)
+    n = n - (ends[i] - lengths[i])
+    if n < warmup[i]:
+        return (high[i] - start[i]) / warmup[i] * n + start[i]
+    if shape == "linear":
+        return low[i] + (high[i] - low[i]) * (lengths[i] - n) / lengths[i]
+    t = (n - warmup[i]) / (lengths[i] - warmup[i])
+    return low[i] + 0.5 * (high[i] - low[i]) * (1 + np.cos(t * np.pi))
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_the_original_s_cycles(shape):
+    cycles = {"lengths": (20, 30), "warmup": (5, 0), "start": (0.1, 0.5), "high": (1.0, 0.5), "low": (0.2, 0.05)}
+    found = rates(steps=60, decay=f"cycles_{shape}", cycles=ConfigDict(cycles))
+    expected = [0.8 * original_cycles(min(n, 50), shape, **cycles) for n in range(61)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # The original's one-cycle schedule (inpainting): warm-up from a thousandth, then down, and there it stays.
+    one = ConfigDict({"lengths": (40,), "warmup": (10,), "start": (0.001,), "high": (0.1,), "low": (0.0001,)})
+    found = rates(steps=60, lr=1.0, decay=f"cycles_{shape}", cycles=one)
+    np.testing.assert_allclose(found[[0, 5, 40, 60]], [0.001, 0.0505, 0.0001, 0.0001], rtol=1e-5)
+    with pytest.raises(ValueError, match="need one number for each cycle"):
+        rates(decay="cycles_cosine", cycles=ConfigDict(cycles | {"warmup": (1,)}))
+
+
+def test_the_learning_rate_that_is_meant_is_said(caplog):
+    config = base("diffusion").optim
+    config.lr = 1e-6
+    with caplog.at_level("INFO", logger="ldm_jax"):
+        assert scaled(config, 48).lr == 1e-6
+        config.scale_lr = True
+        assert scaled(config, 48).lr == pytest.approx(48e-6)
+    assert config.lr == 1e-6
+    assert [r.getMessage() for r in caplog.records] == [
+        "learning rate 1e-06",
+        "learning rate 4.8e-05 = 1e-06 x 48 pictures in a batch",
+    ]
 
 
 def test_gradients_are_clipped_where_that_is_asked_for():

@@ -1,0 +1,19 @@
+"""Emoji of a class: nine groups (smileys, food, flags ...), or eight styles with --config.data.condition.column=style.
+
+    python train.py --config=configs/emoji_class.py --config.data.path=emoji64.zip --workdir=runs/emoji_class
+
+takes the first stage of configs/emoji_kl.py. One more class than the data have is the null class, for guidance. Not trained in full yet.
+"""
+
+import ml_collections
+
+from configs.common import section
+from configs.emoji_presets import CONTEXT, emoji_diffusion, smoke
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    # n_classes comes from the data: the sorted names in the column, and the null class.
+    config = emoji_diffusion({"kind": "class", "embed_dim": CONTEXT}, context=True, guidance=3.0)
+    config.data.condition = section(column="group")
+    return smoke(config, variant)

@@ -1,0 +1,20 @@
+"""Emoji with a part made anew: the masked picture's latents and the mask are joined to the noisy latents (Rombach et al. 2022, section 4.5).
+
+    python train.py --config=configs/emoji_inpaint.py --config.data.path=emoji64.zip --workdir=runs/emoji_inpaint
+
+takes the first stage of configs/emoji_kl.py. Not trained in full yet.
+"""
+
+import ml_collections
+
+from configs.common import section
+from configs.emoji_presets import CHANNELS, LATENT, emoji_diffusion, smoke
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    joined = CHANNELS + 1
+    config = emoji_diffusion({"kind": "joined", "of": "masked", "channels": joined, "size": LATENT}, joined=joined)
+    config.data.condition = section(kinds=("boxes", "strokes", "outpaint", "half"))
+    config.data.flip = True
+    return smoke(config, variant)

@@ -1,0 +1,57 @@
+"""What the demo-size diffusion stages on 64x64 emoji share: the first stage of configs/emoji_kl.py, a small UNet, and the smoke variant."""
+
+from typing import Any
+
+import ml_collections
+
+from configs.common import base, section
+
+LATENT = (16, 16)  # of the demo's first stage: 64 / 4
+CHANNELS = 8
+CONTEXT = 128  # width of a context token
+
+
+def emoji_diffusion(
+    conditioner: dict[str, Any], *, joined: int = 0, context: bool = False, guidance: float = 1.0
+) -> ml_collections.ConfigDict:
+    """A run on emoji64.zip of a model with this conditioner: ``joined`` channels beside the latents, ``context`` tokens for cross-attention."""
+    config = base("diffusion")
+    config.steps = 4000
+    config.batch_size = 16
+    config.ema = 0.998
+    config.data.update(path="emoji64.zip", split_column="hexcode", holdout=0.05)
+    config.optim.update(lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.01)
+    config.loss.update(min_snr_gamma=5.0, caption_dropout=0.1 if guidance > 1 else 0.0)
+    model = config.model
+    model.objective = "v"
+    model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000)
+    model.first_stage = section(path="runs/emoji_kl/model")
+    model.conditioner = section(**conditioner)
+    model.unet = section(
+        in_channels=CHANNELS + joined,
+        out_channels=CHANNELS,
+        model_channels=64,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2, 4),
+        num_head_channels=32,
+        norm_groups=16,
+    )
+    if context:
+        model.unet.update(use_spatial_transformer=True, transformer_depth=1, context_dim=CONTEXT, legacy=False)
+    model.sampling = section(size=(64, 64), steps=50, guidance=guidance)
+    return config
+
+
+def smoke(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
+    """``config`` as it is, or for the ``variant`` "smoke" a short run of a smaller UNet on the pictures that ship with the package."""
+    if variant == "smoke":
+        config.steps, config.batch_size = 20, 8
+        config.log_every = config.save_every = config.eval_every = config.preview_every = 10
+        config.eval_batches, config.scale_factor_batches = 1, 4
+        config.data.path = "pkg:assets/emoji_subset.zip"
+        config.model.first_stage.path = "pkg:assets/emoji"
+        config.model.unet.update(model_channels=32, channel_mult=(1, 2), attention_resolutions=(2,))
+    elif variant:
+        raise ValueError(f"there is no variant {variant!r}; there is smoke")
+    return config

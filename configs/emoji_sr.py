@@ -1,0 +1,20 @@
+"""Emoji four times as large: the small picture, 16x16 as the latents are, is joined to the noisy latents (Rombach et al. 2022, section 4.4).
+
+    python train.py --config=configs/emoji_sr.py --config.data.path=emoji64.zip --workdir=runs/emoji_sr
+
+takes the first stage of configs/emoji_kl.py. Not trained in full yet. For pictures as they are found, degrade as Zhang et al. 2021 do:
+--config.data.condition.kinds="('bsr',)", or bsr_light.
+"""
+
+import ml_collections
+
+from configs.common import section
+from configs.emoji_presets import LATENT, emoji_diffusion, smoke
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    config = emoji_diffusion({"kind": "joined", "of": "picture", "channels": 3, "size": LATENT}, joined=3)
+    config.data.condition = section(kinds=("bicubic",))
+    config.data.flip = True
+    return smoke(config, variant)

@@ -1,0 +1,132 @@
+"""python -m ldm_jax.data check, and the configs that come with the package."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import emoji_class, emoji_inpaint, emoji_layout, emoji_semantic, emoji_sr
+from configs.common import base
+from ldm_jax.train import diffusion_step
+from ldm_jax.train.check import check
+from ldm_jax.train.loaders import make_loader
+from ldm_jax.train.tasks import DiffusionTask
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures of 16 x 16 pixels in two classes, with captions."""
+    rows = []
+    for i in range(12):
+        Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(tmp_path / f"{i:02d}.png")
+        rows.append({"file_name": f"{i:02d}.png", "text": f"number {i}", "kind": "rare" if i == 7 else "usual"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def config_of(folder: Path, conditioner: dict, **condition) -> ConfigDict:
+    config = base("diffusion")
+    config.batch_size = 4
+    config.data.update(path=str(folder), size=(16, 16), condition=ConfigDict(condition))
+    config.model.conditioner = ConfigDict(conditioner)
+    return config
+
+
+BERT = {"kind": "bert", "dim": 8, "depth": 1, "max_seq_len": 6}
+
+
+def test_good_data_have_nothing_wrong(folder, tmp_path):
+    out = tmp_path / "sheet.png"
+    assert check(config_of(folder, BERT), out) == []
+    sheet = np.asarray(Image.open(out))
+    grey = {20 * i for i in range(12)}
+    found = set(np.unique(sheet[(sheet == sheet[..., :1]).all(-1)]))
+    assert grey <= found  # every picture is on it
+
+
+def test_every_fault_is_a_line(folder, tmp_path):
+    (folder / "03.png").write_bytes(b"no picture")
+    Image.fromarray(np.zeros((9, 16, 3), np.uint8)).save(folder / "04.png")
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[0]["text"], rows[1]["text"], rows[2]["text"] = " ", "one two three four five", "☃ \U0001fae8"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = check(config_of(folder, BERT), tmp_path / "sheet.png")
+    assert len(problems) == 5
+    for line, expected in zip(
+        problems,
+        [
+            "train: 1 of 12 captions are empty (00.png)",
+            "train: 1 of 12 captions are cut after 4 tokens, model.conditioner.max_seq_len - 2 ('one two three four five')",
+            "train: 1 of 12 captions have tokens that the model does not know ('☃ \U0001fae8')",
+            "train: 1 of 12 pictures cannot be read and are skipped (03.png: not a picture that Pillow knows)",
+            "train: 1 of 12 pictures are smaller than 16x16 and are enlarged (04.png 9x16)",
+        ],
+        strict=True,
+    ):
+        assert line == expected
+    small = config_of(folder, BERT | {"vocab_size": 1100, "max_seq_len": 9})
+    small.batch_size = 20
+    assert [line.split(": ")[1][:34] for line in check(small, tmp_path / "s.png", sample=2)] == [
+        "a batch of 20 has pictures twice",
+        "1 of 12 captions are empty (00.png",
+        "11 of 12 captions have tokens that",
+    ]
+
+
+def test_classes_and_conditions_are_looked_at(folder, tmp_path):
+    problems = check(config_of(folder, {"kind": "class", "embed_dim": 8}, column="kind"), tmp_path / "a.png")
+    assert problems == ["train: 1 of 2 classes have fewer than 10 pictures (rare)"]
+    maps = {"kind": "rescale", "in_channels": 2, "size": (16, 16)}
+    for i in range(12):
+        Image.fromarray(np.full((16, 16), i % 3, np.uint8)).save(folder / f"map{i:02d}.png")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {"map": f"map{i:02d}.png", "boxes": []} for i, row in enumerate(rows)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = config_of(folder, maps, column="map")
+    config.data.files = ("map",)
+    (line,) = check(config, tmp_path / "b.png")
+    assert "4 of 12 pictures stop a training" in line
+    assert "has the label 2: model.conditioner.in_channels is 2" in line
+    layout = {"kind": "tokens", "dim": 8, "depth": 1, "max_seq_len": 6, "vocab_size": 100}
+    problems = check(config_of(folder, layout, column="boxes"), tmp_path / "c.png")
+    assert problems == ["train: 12 of 12 pictures have no box (00.png, 01.png, 02.png ...)"]
+
+
+def test_check_is_a_command(script, folder, tmp_path):
+    config = tmp_path / "tiny.py"
+    made = config_of(folder, BERT).to_json()
+    config.write_text(
+        f"import json, ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({made!r}))\n"
+    )
+    ran = script("ldm_jax/data/__main__.py", "check", config, f"--out={tmp_path / 'sheet.png'}")
+    assert ran.status == 0
+    assert ran.lines[0] == f"train: 12 pictures in {folder}"
+    assert ran.lines[-1] == "nothing wrong was found"
+    (folder / "05.png").write_bytes(b"")
+    ran = script("ldm_jax/data/__main__.py", "check", config, f"--out={tmp_path / 'sheet.png'}")
+    assert ran.status == 1
+    assert ran.lines[-1] == "problem: train: 1 of 12 pictures cannot be read and are skipped (05.png: empty file)"
+
+
+@pytest.mark.parametrize("module", [emoji_class, emoji_inpaint, emoji_sr, emoji_semantic, emoji_layout])
+def test_configs_fit_their_data(module):
+    """Of the full size and the short one: what the data give is what the model takes. Shapes alone; runs of them are in test_conditionings."""
+    for variant in ("smoke", ""):
+        config = module.get_config(variant)
+        short = module.get_config("smoke")
+        config.data.path, config.model.first_stage.path = short.data.path, short.model.first_stage.path
+        if "count" in config.data:
+            config.data.count = 40
+        task = DiffusionTask(config)
+        batch = task.host_batch(next(make_loader(config, "train").iterate()))
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        loss = diffusion_step.make_loss(task.model, config.loss, 0)
+        assert jax.eval_shape(loss, params, task.frozen, batch, jnp.int32(0))[0].shape == ()
+    with pytest.raises(ValueError, match="no variant 'smok'; there is smoke"):
+        module.get_config("smok")

@@ -1,0 +1,284 @@
+"""Diffusion stages of every conditioning: what reaches the network, what is trained, what the model says of itself."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import KL, SMALL, random_params
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs.common import base
+from ldm_jax.checkpoint import load_model, save_model
+from ldm_jax.conditioning import CONDITIONERS
+from ldm_jax.data import DataError
+from ldm_jax.latent import ConfigError, FirstStage, build_first_stage, masked_condition, to_float
+from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.parallel import make_mesh
+from ldm_jax.train import diffusion_step, loop
+from ldm_jax.train.conditions import load_frozen
+from ldm_jax.train.encode import check_cache, encode
+from ldm_jax.train.loaders import make_loader
+from ldm_jax.train.loop import train
+from ldm_jax.train.tasks import DiffusionTask
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+NAMES = ("circle", "square", "star")
+BERT = {**SMALL["conditioner"], "vocab_size": 1100}
+# kind -> conditioner, data.condition, channels joined to the latents, length of the context
+KINDS = {
+    "none": ({"kind": "none"}, {}, 0, None),
+    "text": (BERT, {}, 0, 12),
+    "class": ({"kind": "class", "embed_dim": 16}, {"column": "shape"}, 0, 1),
+    "masked": ({"kind": "joined", "of": "masked", "channels": 5, "size": (8, 8)}, {}, 5, None),
+    "picture": ({"kind": "joined", "channels": 3, "size": (8, 8)}, {"kinds": ("bicubic", "bsr_light")}, 3, None),
+    "map": (
+        {"kind": "rescale", "in_channels": 5, "out_channels": 2, "size": (16, 16)},
+        {"column": "map"},
+        2,
+        None,
+    ),
+    "layout": ({**BERT, "kind": "tokens", "max_seq_len": 8, "vocab_size": 64}, {"column": "boxes"}, 0, 8),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch) -> None:
+    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(1))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve pictures with a caption, a class, a map of labels and boxes each."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    (folder / "maps").mkdir()
+    rows = []
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(folder / f"{i:02d}.png")
+        Image.fromarray(rng.integers(0, 5, (16, 16)).astype(np.uint8)).save(folder / "maps" / f"{i:02d}.png")
+        boxes = [{"label": NAMES[i % 3], "box": [0.25, 0.5, 0.25, 0.25]}]
+        columns = {"shape": NAMES[i % 3], "map": f"maps/{i:02d}.png", "boxes": boxes, "number": i % 3}
+        rows.append({"file_name": f"{i:02d}.png", "text": f"{i % 10}", **columns})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """The model directory of a first stage that halves pictures."""
+    path = tmp_path_factory.mktemp("first_stage") / "model"
+    shapes = jax.eval_shape(lambda: init_autoencoder(build_first_stage({"first_stage": KL}), jax.random.key(0)))
+    save_model(path, {"kind": "first_stage", "first_stage": KL}, {"first_stage": random_params(shapes, 1)})
+    return path
+
+
+@pytest.fixture
+def make(data, first_stage):
+    """``make("class")`` -> the config of a short run of that kind."""
+
+    def config_of(kind: str) -> ConfigDict:
+        conditioner, condition, joined, context = KINDS[kind]
+        config = base("diffusion")
+        config.update(steps=2, batch_size=8, ema=0.9, save_every=1, eval_every=2, eval_batches=1, preview_every=2)
+        config.scale_factor_batches = 1
+        config.data.update(path=str(data), size=(16, 16), condition=ConfigDict(condition))
+        if kind == "map":
+            config.data.files = ("map",)
+        config.loss.caption_dropout = 0.3
+        config.model.update(objective="v", schedule=ConfigDict(SMALL["schedule"]), conditioner=ConfigDict(conditioner))
+        config.model.unet = ConfigDict(SMALL["unet"])
+        config.model.unet.in_channels = 4 + joined
+        if context is None:
+            config.model.unet.update(use_spatial_transformer=False, context_dim=None)
+        config.model.first_stage = ConfigDict({"path": str(first_stage)})
+        config.model.sampling = ConfigDict({"size": (16, 16), "steps": 2, "guidance": 1.0})
+        return config
+
+    return config_of
+
+
+def test_every_kind_of_conditioner_is_here():
+    assert {c["kind"] for c, *_ in KINDS.values()} == set(CONDITIONERS) - {"clip"}  # which is text, like bert
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_every_kind(make, kind, monkeypatch):
+    """Shapes alone, without compiling: what the network is told fits it, and everything trained gets a gradient."""
+    config = make(kind)
+    task = DiffusionTask(config)
+    batch = task.host_batch(next(make_loader(config, "train").iterate()))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    seen = []
+    call = type(task.model.conditioner).__call__
+
+    def spy(self, *args, **options):
+        seen.append(call(self, *args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(type(task.model.conditioner), "__call__", spy)
+    loss = diffusion_step.make_loss(task.model, config.loss, 0)
+    grads = jax.eval_shape(jax.grad(lambda p: loss(p, task.frozen, batch, jnp.int32(0))[0]), params)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    _, _, joined, context = KINDS[kind]
+    assert seen[0].concat is None if not joined else seen[0].concat.shape == (8, 8, 8, joined)
+    assert seen[0].crossattn is None if context is None else seen[0].crossattn.shape == (8, context, 16)
+
+
+def test_a_run_of_classes_ends_in_a_model_that_knows_their_names(make, tmp_path):
+    saved, params = load_model(train(make("class"), tmp_path / "run"))
+    assert saved["classes"] == sorted(NAMES)
+    assert saved["conditioner"] == {"kind": "class", "embed_dim": 16, "n_classes": 4}  # the last is the null class
+    assert params["conditioner"]["embedding"]["embedding"].shape == (4, 16)
+
+
+def test_a_run_of_inpainting_goes_on_and_shows_what_it_makes(make, tmp_path):
+    """Without parameters in its conditioner: nothing of it to save."""
+    config = make("masked")
+    config.steps = 1
+    train(config, tmp_path / "run")
+    config.steps = 2
+    saved, _ = load_model(train(config, tmp_path / "run"))
+    assert saved["conditioner"]["of"] == "masked"
+    assert saved["trained_steps"] == 2
+    preview = np.asarray(Image.open(tmp_path / "run/previews/0000002.png"))
+    assert preview.shape == (3 * 16 + 4, 8 * 18 + 2, 3)  # masked, made and true, of eight pictures
+    assert (preview[2:18] == 127).all(-1).any()
+
+
+def test_the_masked_picture_and_its_mask_are_what_is_joined():
+    module = build_first_stage({"first_stage": KL})
+    shapes = jax.eval_shape(lambda: init_autoencoder(module, jax.random.key(0)))
+    stage = FirstStage(random_params(shapes, 1), 0.5, module)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    mask = np.zeros((2, 16, 16, 1), np.uint8)
+    mask[0, :, 8:] = 1
+    hidden = np.where(mask > 0, rng.integers(0, 256, image.shape), image).astype(np.uint8)  # what is behind the mask
+    found = masked_condition(stage, to_float(image), jnp.asarray(mask))
+    np.testing.assert_array_equal(found, masked_condition(stage, to_float(hidden), jnp.asarray(mask)))
+    np.testing.assert_array_equal(found[..., 4], np.where(mask[:, ::2, ::2, 0] > 0, 1.0, -1.0))
+    black = np.where(mask > 0, 0, image).astype(np.uint8)
+    np.testing.assert_allclose(found[..., :4], stage.encode(to_float(black)) / 0.5, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_conditioner_is_read_and_kept_but_not_trained(make, tmp_path):
+    config = make("text")
+    made = {"unet": {}, "conditioner": jax.jit(DiffusionTask(config).init)(jax.random.key(7))["conditioner"]}
+    save_model(tmp_path / "text", {"kind": "latent_diffusion", "conditioner": dict(BERT)}, made)
+    config.model.conditioner = ConfigDict({"kind": "bert", "path": str(tmp_path / "text"), "frozen": True})
+    task = DiffusionTask(config)
+    assert set(jax.eval_shape(task.init, jax.random.key(0))) == {"unet"}
+    assert task.model_config["conditioner"] == BERT  # whole, and without a word of training
+    saved, params = load_model(train(config, tmp_path / "run"))
+    for a, b in zip(jax.tree.leaves(params["conditioner"]), jax.tree.leaves(made["conditioner"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert saved["conditioner"]["kind"] == "bert"
+
+
+def test_frozen_conditioners_that_are_not_said_well(tmp_path):
+    save_model(tmp_path / "kl", {"kind": "first_stage", "conditioner": {"kind": "bert", "dim": 8}}, {"x": np.ones(1)})
+    for wrong, message in [
+        ({"frozen": True}, "give the model directory"),
+        ({"path": "x"}, r"set model.conditioner.frozen too"),
+        ({"path": str(tmp_path / "kl"), "frozen": True}, "no conditioner with parameters"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_frozen({"kind": "bert", **wrong})
+    save_model(tmp_path / "b", {"conditioner": {"kind": "bert", "dim": 8}}, {"conditioner": {"x": np.ones(1)}})
+    with pytest.raises(ConfigError, match=r"conditioner.dim is not that of .*b, 8: leave it out"):
+        load_frozen({"kind": "bert", "dim": 9, "path": str(tmp_path / "b"), "frozen": True})
+    assert load_frozen({"kind": "bert", "dim": 8}) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            "masked",
+            {"model.unet.in_channels": 4},
+            "in_channels is 4: the latents have 4 channels and their condition 5, 9",
+        ),
+        (
+            "masked",
+            {"model.conditioner.size": (16, 16)},
+            r"size is \(16, 16\): latents of pictures of \(16, 16\) are \(8, 8\)",
+        ),
+        ("map", {"model.conditioner.size": (32, 32)}, "maps are cut as the pictures are"),
+        ("map", {"model.conditioner.n_stages": 2}, r"brings maps to \(4, 4\)"),
+        ("text", {"data.condition.column": "shape"}, "kind 'bert' takes none"),
+        ("masked", {"data.condition.column": "shape"}, "field 'column' does not exist"),
+        ("layout", {"data.condition.column": "shape"}, "is no box"),
+        ("class", {"data.condition.column": "number"}, "n_classes is missing: the classes have no names"),
+        ("class", {"model.conditioner.n_classes": 3}, "there are 3 classes, and loss.caption_dropout needs one more"),
+        ("class", {"data.cache": "x", "data.condition.column": "colour"}, "no column 'colour'"),
+        ("text", {"model.schedule.zero_terminal_snr": True, "model.objective": "eps"}, "set model.objective='v'"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(make, kind, changes, message):
+    config = make(kind)
+    with config.unlocked():
+        for name, value in changes.items():
+            *path, last = name.split(".")
+            section = config
+            for part in path:
+                section = section[part]
+            section[last] = value
+    with pytest.raises(ValueError, match=message) as caught:
+        DiffusionTask(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_of_numbers_and_given_names(make):
+    config = make("class")
+    config.data.condition.column = "number"
+    config.model.conditioner.n_classes = 4
+    assert "classes" not in DiffusionTask(config).model_config
+    batch = next(make_loader(config, "train").iterate())
+    np.testing.assert_array_equal(batch["condition"], batch["index"] % 3)
+    config = make("class")
+    config.model.classes = ("star", "circle", "square")  # in this order
+    task = DiffusionTask(config)
+    assert task.model_config["classes"] == ["star", "circle", "square"]
+    raw = next(make_loader(config, "train").iterate())
+    np.testing.assert_array_equal(task.host_batch(raw)["encoded"], (raw["index"] + 1) % 3)
+
+
+def test_classes_are_cached_and_masks_cannot_be(make, tmp_path):
+    config = make("class")
+    pictures = next(make_loader(config, "train").iterate())
+    config.data.cache = str(encode(config, tmp_path / "cache", shard_size=64))
+    check_cache(config, DiffusionTask(config))
+    latents = next(make_loader(config, "train").iterate())
+    np.testing.assert_array_equal(latents["condition"], pictures["condition"])
+    batch = DiffusionTask(config).host_batch(latents)
+    np.testing.assert_array_equal(batch["encoded"], pictures["condition"])
+    config.model.classes = ("star", "circle", "square")
+    with pytest.raises(DataError, match=r"made with model.classes=\['circle', 'square', 'star'\], not \['star'"):
+        check_cache(config, DiffusionTask(config))
+    config = make("masked")
+    config.data.cache = "somewhere"
+    with pytest.raises(ConfigError, match="holds captions and classes only"):
+        make_loader(config, "train")
+
+
+def test_offset_noise_moves_whole_channels(make, monkeypatch):
+    """Seen where the noise arrives."""
+    task = DiffusionTask(make("none"))
+    seen = []
+    monkeypatch.setattr(diffusion_step, "q_sample", lambda s, z, t, noise: (seen.append(np.asarray(noise)), z)[1])
+    monkeypatch.setattr(type(task.model), "apply", lambda self, p, x, *_, **__: x)
+    n = 600
+    batch = {"moments": np.zeros((n, 8, 8, 8), np.float32), "row": np.arange(n, dtype=np.int32), "encoded": None}
+    for offset in (0.0, 0.5):
+        config = base("diffusion").loss
+        config.offset_noise = offset
+        loss = diffusion_step.make_loss(task.model, config, 0)
+        loss({"unet": {}, "conditioner": {}}, task.frozen, batch, jnp.int32(0))
+        # The mean over a channel of 64 pixels has the variance 1 / 64, and what is added.
+        means = seen[-1].mean((1, 2))
+        np.testing.assert_allclose(means.var(), 1 / 64 + offset**2, rtol=0.15)
+        np.testing.assert_allclose((seen[-1] - means[:, None, None]).var(), 63 / 64, rtol=0.02)
+        assert abs(np.corrcoef(means[:, 0], means[:, 1])[0, 1]) < 0.2  # each channel its own
