@@ -20,8 +20,8 @@ def emoji_diffusion(
     config.batch_size = 16
     config.ema = 0.998
     config.data.update(path="emoji64.zip", split_column="hexcode", holdout=0.05)
-    config.optim.update(lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.01)
-    config.loss.update(min_snr_gamma=5.0, caption_dropout=0.1 if guidance > 1 else 0.0)
+    config.optim.update(lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99)
+    config.loss.update(timestep_shift=3.0, caption_dropout=0.1 if guidance > 1 else 0.0)
     model = config.model
     model.objective = "v"
     model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000)

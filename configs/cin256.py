@@ -1,0 +1,36 @@
+"""Classes of ImageNet at 256x256, with a null class for guidance (Rombach et al. 2022, table 14; the released cin256-v2).
+
+    python train.py --config=configs/cin256.py --config.data.path=IMAGENET --workdir=runs/cin256
+
+takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+"""
+
+import ml_collections
+
+from configs.common import section
+from configs.released import diffusion, finish
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    config = diffusion(
+        "vq_f4",
+        linear_end=0.0195,
+        batch=1200,
+        steps=178_000,
+        lr=1e-4,
+        model_channels=192,
+        attention_resolutions=(8, 4, 2),
+        channel_mult=(1, 2, 3, 5),
+        num_heads=1,
+        use_spatial_transformer=True,
+        transformer_depth=1,
+        context_dim=512,
+    )
+    config.data.update(source="class_folders", condition=section(column="label"))
+    config.model.conditioner = section(kind="class", embed_dim=512, n_classes=1001)
+    config.model.sampling.guidance = 3.0
+    if variant == "smoke":
+        config.data.update(source="image_folder", condition=section(column="group"))
+        del config.model.conditioner.n_classes  # those of the data
+    return finish(config, variant)

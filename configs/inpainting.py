@@ -1,0 +1,35 @@
+"""Inpainting at 256x256: the masked picture's latents and the mask are joined to the noisy latents (the released inpainting_big).
+
+    python train.py --config=configs/inpainting.py --config.data.path=PICTURES --workdir=runs/inpainting
+
+takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+"""
+
+import ml_collections
+
+from configs.common import section
+from configs.released import diffusion, finish
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    config = diffusion(
+        "vq_f4",
+        linear_end=0.0205,
+        batch=64,
+        steps=500_000,
+        lr=1e-4,
+        in_channels=3 + 3 + 1,
+        model_channels=256,
+        attention_resolutions=(8, 4, 2),
+        channel_mult=(1, 2, 3, 4),
+        num_heads=8,
+        resblock_updown=True,
+    )
+    config.loss.update(kind="l1", caption_dropout=0.0)
+    config.data.condition = section(kinds=("boxes", "strokes", "outpaint"))
+    config.model.conditioner = section(kind="joined", of="masked", channels=3 + 1, size=(64, 64))
+    if variant == "smoke":
+        config.model.unet.in_channels = 3 + 8 + 1  # the demo's latents have 8 channels
+        config.model.conditioner.update(channels=8 + 1, size=(16, 16))
+    return finish(config, variant)

@@ -1,0 +1,37 @@
+"""Boxes with labels to pictures of 256x256 (the released layout2img-openimages256).
+
+    python train.py --config=configs/layout2img.py --config.data.path=COCO_ANNOTATIONS --workdir=runs/layout2img
+
+takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+"""
+
+import ml_collections
+
+from configs.common import section
+from configs.released import diffusion, finish
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    config = diffusion(
+        "vq_f4",
+        linear_end=0.0205,
+        batch=64,
+        steps=500_000,
+        lr=1e-4,
+        model_channels=128,
+        attention_resolutions=(8, 4, 2),
+        channel_mult=(1, 2, 3, 4),
+        num_head_channels=32,
+        use_spatial_transformer=True,
+        transformer_depth=3,
+        context_dim=512,
+    )
+    config.loss.update(kind="l1", caption_dropout=0.0)
+    config.data.update(source="coco", condition=section(column="boxes"))
+    config.model.conditioner = section(kind="tokens", dim=512, depth=16, max_seq_len=92, vocab_size=8192)
+    if variant == "smoke":
+        config.data.update(source="scenes", count=50, objects=3)
+        config.model.conditioner.update(depth=1, max_seq_len=9, vocab_size=1024)
+        config.model.unet.transformer_depth = 1
+    return finish(config, variant)

@@ -1,0 +1,111 @@
+"""What the configs of the released models share: rows of tables, and how they were trained (Rombach et al. 2022; Esser et al. 2021)."""
+
+from typing import Any
+
+import ml_collections
+
+from configs.common import base, section
+
+SUBSET = "pkg:assets/emoji_subset.zip"
+
+
+def _coder(kind: str, channels: int, ch_mult: tuple[int, ...], attention: tuple[int, ...] = (), **more: Any) -> dict:
+    shared = {"ch": 128, "num_res_blocks": 2, "resolution": 256, "in_channels": 3, "out_ch": 3}
+    return {
+        "kind": kind,
+        "embed_dim": channels,
+        "z_channels": channels,
+        "ch_mult": ch_mult,
+        "attn_resolutions": attention,
+        **shared,
+        **more,
+    }
+
+
+# name -> the released first stage of that name; vqgan_f16 is taming-transformers' on ImageNet
+FIRST_STAGES: dict[str, dict] = {
+    "kl_f4": _coder("kl", 3, (1, 2, 4)),
+    "kl_f8": _coder("kl", 4, (1, 2, 4, 4)),
+    "kl_f16": _coder("kl", 16, (1, 1, 2, 2, 4), (16,)),
+    "kl_f32": _coder("kl", 64, (1, 1, 2, 2, 4, 4), (16, 8)),
+    "vq_f4": _coder("vq", 3, (1, 2, 4), n_embed=8192),
+    "vq_f8": _coder("vq", 4, (1, 2, 2, 4), (32,), n_embed=16384),
+    "vq_f16": _coder("vq", 8, (1, 1, 2, 2, 4), (16,), n_embed=16384),
+    "vqgan_f16": _coder("vq", 256, (1, 1, 2, 2, 4), (16,), n_embed=1024),
+}
+
+
+def first_stage(name: str, variant: str, *, weight: float, start: int, **adversary: Any) -> ml_collections.ConfigDict:
+    """The training of a row of `FIRST_STAGES`, on 256x256 crops, with the discriminator at ``weight`` from step ``start``.
+
+    The losses are the released ones; the adversary's ramp and cap and the guard are ours (`configs/common.py` says how to have it without).
+    ``variant`` "smoke" is a short run of a narrow one on the pictures that ship with the package.
+    """
+    config = base("autoencoder")
+    config.steps = 500_000
+    config.batch_size = 96  # the original's 12 on each of 8 devices
+    config.data.update(path="pictures", size=(256, 256), crop="random", flip=True)
+    config.optim.update(lr=4.5e-6, scale_lr=True, b1=0.5, b2=0.9)
+    config.loss.update(kind="l1", perceptual_weight=1.0, vgg16="vgg16.safetensors", lpips_heads="lpips.safetensors")
+    config.adversary.update(weight=weight, start=start, ramp=5000, cap=100.0, alarm=1000.0, **adversary)
+    config.guard.update(rollbacks=3, rise=2.0)
+    config.model.first_stage = section(**FIRST_STAGES[name])
+    if variant == "smoke":
+        _short(config)
+        config.data.size = (64, 64)
+        config.loss.update(perceptual_weight=0.0, vgg16="", lpips_heads="")
+        config.adversary.update(start=2, ramp=2, layers=1, channels=8)
+        config.model.first_stage.update(ch=32, num_res_blocks=1, resolution=64)
+        if "n_embed" in config.model.first_stage:
+            config.model.first_stage.n_embed = 64
+    elif variant:
+        raise ValueError(f"{name} has no variant {variant!r}; there is smoke")
+    return config
+
+
+def diffusion(
+    stage: str, *, linear_end: float, batch: int, steps: int, lr: float, size: int = 256, **unet: Any
+) -> ml_collections.ConfigDict:
+    """The training of a latent diffusion model on the first stage ``stage`` of `FIRST_STAGES`, which lies in runs/STAGE/model.
+
+    ``linear_end``: of the betas. ``unet``: what its UNet has of its own. A config adds its conditioner to ``config.model.conditioner``, and calls
+    `finish` last.
+    """
+    config = base("diffusion")
+    config.steps, config.batch_size = steps, batch
+    config.data.update(path="pictures", size=(size, size), flip=True)
+    config.optim.update(lr=lr, weight_decay=0.01)
+    channels = FIRST_STAGES[stage]["embed_dim"]
+    model = config.model
+    model.objective = "eps"
+    model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=linear_end, timesteps=1000)
+    model.first_stage = section(path=f"runs/{stage}/model", **FIRST_STAGES[stage])
+    model.conditioner = section(kind="none")
+    model.unet = section(**{"in_channels": channels, "out_channels": channels, "num_res_blocks": 2, **unet})
+    model.sampling = section(size=(size, size), steps=200, guidance=1.0)
+    return config
+
+
+def finish(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
+    """``config`` itself, or its "smoke" variant: the demo's first stage and pictures, and a UNet of the same blocks, narrow."""
+    if variant not in ("", "smoke"):
+        raise ValueError(f"there is no variant {variant!r}; there is smoke")
+    if variant:
+        _short(config)
+        config.scale_factor_batches = 2
+        config.data.size = (64, 64)
+        model, unet = config.model, config.model.unet
+        more = unet.in_channels - unet.out_channels  # channels of a joined condition
+        model.first_stage = section(path="pkg:assets/emoji")
+        unet.update(in_channels=8 + more, out_channels=8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1)
+        unet.update(attention_resolutions=(2,), num_heads=2, num_head_channels=-1)
+        model.sampling.update(size=(64, 64), steps=5)
+    return config
+
+
+def _short(config: ml_collections.ConfigDict) -> None:
+    config.steps, config.batch_size = 4, 8
+    config.log_every = config.save_every = config.eval_every = config.preview_every = 2
+    config.eval_batches = 1
+    config.data.path = SUBSET
+    config.optim.update(lr=1e-4, scale_lr=False)

@@ -1,0 +1,34 @@
+"""Maps of 182 labels to pictures of 256x256 (the released semantic_synthesis256).
+
+    python train.py --config=configs/semantic_synthesis.py --config.data.path=PICTURES --workdir=runs/semantic_synthesis
+
+takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+"""
+
+import ml_collections
+
+from configs.common import section
+from configs.released import diffusion, finish
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    config = diffusion(
+        "vq_f4",
+        linear_end=0.0205,
+        batch=48,
+        steps=500_000,
+        lr=4.8e-5,
+        in_channels=3 + 3,
+        model_channels=128,
+        attention_resolutions=(32, 16, 8),
+        channel_mult=(1, 4, 8),
+        num_heads=8,
+    )
+    config.loss.update(kind="l1", caption_dropout=0.0)
+    config.data.update(source="label_maps", condition=section(column="map"))
+    config.model.conditioner = section(kind="rescale", size=(256, 256), n_stages=2, in_channels=182, out_channels=3)
+    if variant == "smoke":
+        config.data.update(source="scenes", count=50, objects=3)
+        config.model.conditioner.update(size=(64, 64), in_channels=10)
+    return finish(config, variant)
