@@ -1,6 +1,6 @@
 """Boxes with labels to pictures of 256x256 (the released layout2img-openimages256).
 
-    python train.py --config=configs/layout2img.py --config.data.path=COCO_ANNOTATIONS --workdir=runs/layout2img
+    python train.py --config=configs/layout2img.py --config.data.path=PICTURES --config.data.annotations=INSTANCES.json --workdir=runs/layout2img
 
 takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
 """
@@ -28,9 +28,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         context_dim=512,
     )
     config.loss.update(kind="l1", caption_dropout=0.0)
-    config.data.update(source="coco", condition=section(column="boxes"))
+    config.data.update(source="coco", annotations="instances.json", min_boxes=2, max_boxes=30)
+    config.data.condition = section(column="boxes")
     config.model.conditioner = section(kind="tokens", dim=512, depth=16, max_seq_len=92, vocab_size=8192)
     if variant == "smoke":
+        for name in ("annotations", "min_boxes", "max_boxes"):
+            del config.data[name]
         config.data.update(source="scenes", count=50, objects=3)
         config.model.conditioner.update(depth=1, max_seq_len=9, vocab_size=1024)
         config.model.unet.transformer_depth = 1
