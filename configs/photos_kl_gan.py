@@ -22,7 +22,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.update(split_column="file_name", holdout=0.02)
     config.optim.update(lr=2e-4, warmup=500, b1=0.5, b2=0.9)
     config.loss.update(kind="l1", kl_weight=1e-6, perceptual_weight=1.0)
-    config.adversary.update(weight=0.5, start=10_000, ramp=2000, cap=10.0, alarm=100.0)
+    # The reconstruction loss of KL is a sum over pixels, hence a d_weight of thousands; the original's own limit is 1e4 * weight.
+    config.adversary.update(weight=0.5, start=10_000, ramp=2000, cap=2000.0, alarm=4500.0)
     config.guard.update(rollbacks=3, rise=2.0)
     config.model.first_stage = first_stage(kind="kl")
     if variant == "parity":

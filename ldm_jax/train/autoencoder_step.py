@@ -27,6 +27,7 @@ Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]  # (its parameters
 
 # Purposes of a row's random numbers: each key is used once. The two passes of updates="parity" draw apart, as the original's do.
 GENERATOR, DISCRIMINATOR, CODES = range(3)
+OF_STEP = 2**31  # what the whole batch draws at a step, apart from its rows, which no batch has so many of
 RECENT = 0.99  # decay of the guard's average of the reconstruction loss
 
 
@@ -91,7 +92,7 @@ def make_forward(module: FirstStageModule, config: Any, seed: int) -> Callable[.
 
 def _dropout(seed: int, step: jax.Array, purpose: int, train: bool) -> dict[str, jax.Array] | None:
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return {"dropout": key if purpose == GENERATOR else jax.random.fold_in(key, purpose)} if train else None
+    return {"dropout": key if purpose == GENERATOR else jax.random.fold_in(key, OF_STEP + purpose)} if train else None
 
 
 def nll_of(module: FirstStageModule, config: Any, x: jax.Array, frozen: Any, perceptual: Perceptual | None) -> Any:
@@ -161,6 +162,12 @@ def make_extra(
             "rollbacks": jnp.zeros((), jnp.int32),
         }
     return extra
+
+
+def watched(guard: dict[str, jax.Array], loss: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+    """The guard after a step: the moving average of the reconstruction loss, and its lowest so far."""
+    recent = jnp.where(step == 0, loss, RECENT * guard["recent"] + (1 - RECENT) * loss)
+    return guard | {"recent": recent, "lowest": jnp.minimum(guard["lowest"], recent)}
 
 
 def make_step(
@@ -257,17 +264,12 @@ def make_step(
             extra = extra | {"usage": used(extra["usage"], results["share"])}
             metrics |= code_metrics(results["share"]) | {"codebook_use": jnp.mean(extra["usage"] > USED)}
             if config.restart_codes:
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), CODES)
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), OF_STEP + CODES)
                 state, extra, count = restart_codes(state, extra, carry["candidates"], key, axis_name)
                 metrics["restarted"] = count
         if "guard" in extra:
-            guard = extra["guard"]
-            recent = jnp.where(
-                at == 0, metrics["rec_loss"], RECENT * guard["recent"] + (1 - RECENT) * metrics["rec_loss"]
-            )
-            lowest = jnp.minimum(guard["lowest"], recent)
-            extra = extra | {"guard": guard | {"recent": recent, "lowest": lowest}}
-            metrics["rise"] = recent / lowest
+            guard = watched(extra["guard"], metrics["rec_loss"], at)
+            extra, metrics["rise"] = extra | {"guard": guard}, guard["recent"] / guard["lowest"]
         return (state.replace(extra=extra) if extra else state), metrics
 
     return step

@@ -17,7 +17,15 @@ from ldm_jax.checkpoint import TrainingCheckpoints
 from ldm_jax.parallel import is_first
 
 LOG = logging.getLogger(__name__)
-WATCHED = ("loss", "grad_norm", "disc_loss", "disc_grad_norm", "rise", "d_weight")  # looked at after every step
+WATCHED = (
+    "loss",
+    "grad_norm",
+    "disc_loss",
+    "disc_grad_norm",
+    "rise",
+    "d_weight",
+    "disc_factor",
+)  # looked at after every step
 
 
 class TrainingDiverged(RuntimeError):
@@ -90,8 +98,8 @@ class Report:
             LOG.info("step %d/%d: %s", step, self.config.steps, line)
 
     def _watch(self, step: int, metrics: dict[str, Any]) -> None:
-        """Says once that d_weight has gone above the alarm, and again only after it was below."""
-        if self.alarm and "d_weight" in metrics:
+        """Says once that d_weight has gone above the alarm while it counts, and again only after it was below."""
+        if self.alarm and metrics.get("disc_factor"):
             d_weight = float(metrics["d_weight"])
             if d_weight > self.alarm and not self.alarmed:
                 LOG.warning(

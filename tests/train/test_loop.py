@@ -1,5 +1,6 @@
 """Whole runs of the loop: what they leave behind, and that stopping costs nothing."""
 
+import contextlib
 import json
 import random
 import re
@@ -260,20 +261,30 @@ def test_an_exploding_d_weight_is_said_and_a_ruined_reconstruction_is_taken_back
 ):
     """An adversary whose weight is a million, from step 7 on; taken back once, it has none."""
     monkeypatch.setattr(autoencoder_step, "RECENT", 0.0)
-    guarded.update(steps=12)
+    guarded.update(steps=12, save_every=6)
     guarded.adversary.update(weight=1e6, start=6, ramp=0, cap=0.0, alarm=1e3)
     guarded.guard.update(rollbacks=1, lower=0.0, rise=1.5)
     guarded.optim.update(lr=3e-3, warmup=6, clip=0.0)
     train(guarded, tmp_path / "run")
     said = [record.getMessage() for record in caplog.records]
-    assert re.match(r"step 1: d_weight is \S+, above adversary.alarm 1000", next(s for s in said if "alarm" in s))
+    assert re.match(r"step 7: d_weight is \S+, above adversary.alarm 1000", next(s for s in said if "alarm" in s))
     back = [line for line in said if "back to step" in line]
     assert len(back) == 1
     assert re.match(r"the reconstruction loss is \S+ times its lowest at step (8|9|10|11|12): back to step 6 ", back[0])
-    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 9, 12]
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [0, 6, 12]
     last = metrics(tmp_path / "run")[-2]
     assert (last["step"], last["adversarial_weight"]) == (12, 0.0)
     assert last["rise"] < 1.5
+
+
+def test_a_step_half_way_to_diverged_is_no_good_to_go_back_to(guarded, tmp_path):
+    guarded.guard.rise = 2.0
+    with contextlib.closing(Report(tmp_path, guarded, 0)) as report:
+        seen = []
+        for step, rise in enumerate((1.0, 1.41, 1.42, 1.99, 1.2), start=1):
+            report.step(step, {"loss": 1.0, "grad_norm": 1.0, "rise": rise}, lambda step: 0.1, None)
+            seen.append(report.doubt)
+    assert seen == [False, False, True, True, False]
 
 
 @pytest.mark.parametrize(
