@@ -42,7 +42,7 @@ def draw_conditions(condition: Condition | None, raw: Mapping[str, Any]) -> np.n
 def _draw_boxes(condition: Layout, tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     h, w = size
     sheet = Image.new("RGB", (w, h), "white")
-    draw, palette = ImageDraw.Draw(sheet), colours(max(len(condition.names), 64))
+    draw, palette = ImageDraw.Draw(sheet), colours(max(len(condition.names), 64) + 1)[1:]
     for label, (left, top, width, height) in boxes_of_tokens(tokens.tolist(), condition.vocabulary):
         corners = [left * (w - 1), top * (h - 1), (left + width) * (w - 1), (top + height) * (h - 1)]
         draw.rectangle(corners, outline=tuple(int(v) for v in palette[label % len(palette)]))

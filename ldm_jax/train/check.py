@@ -1,5 +1,6 @@
 """Looks through a config's data before a training: what there is, what is wrong with it, and a contact sheet."""
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,11 @@ from ldm_jax.conditioning import CONDITIONERS
 from ldm_jax.data import DataError, Loader, caption_template, contact_sheet, draw_conditions
 from ldm_jax.data.loader import UNREADABLE, fit_row, read_row
 from ldm_jax.latent import DTYPES, construct
-from ldm_jax.train.loaders import first_batches, make_loader
+from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.tasks import plain
 
 LOG = logging.getLogger(__name__)
-FEW = 10  # pictures of a class
+FEW = 10  # pictures of a class to train on
 SHEET = 16  # pictures on the contact sheet
 
 
@@ -37,7 +38,7 @@ def check(config: Any, out: str | Path, *, sample: int = 2000) -> list[str]:
         LOG.info("%s: %d pictures in %s", part, count, loader.source.path)
         if part == "train" and count < config.batch_size:
             problems.append(f"{part}: a batch of {config.batch_size} has pictures twice: there are {count}")
-        problems += [f"{part}: {line}" for line in check_rows(loader, config)]
+        problems += [f"{part}: {line}" for line in check_rows(loader, config, FEW if part == "train" else 1)]
         places = (
             range(count) if not sample or sample >= count else np.linspace(0, count - 1, sample).astype(int).tolist()
         )
@@ -51,8 +52,8 @@ def check(config: Any, out: str | Path, *, sample: int = 2000) -> list[str]:
     return problems
 
 
-def check_rows(loader: Loader, config: Any) -> Iterator[str]:
-    """What is wrong with captions and classes, from the rows alone."""
+def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
+    """What is wrong with captions and classes, from the rows alone; classes of fewer than ``few`` pictures are."""
     rows, conditioner = loader.source.rows, plain(config.model).get("conditioner", {"kind": "none"})
     kind = conditioner.get("kind")
     if kind in ("bert", "clip"):
@@ -63,8 +64,8 @@ def check_rows(loader: Loader, config: Any) -> Iterator[str]:
         counts = Counter(row.get(column) for row in rows)
         told = ", ".join(f"{name} {n}" for name, n in counts.most_common(20)) + (" ..." if len(counts) > 20 else "")
         LOG.info("%d classes: %s", len(counts), told)
-        if few := [str(name) for name, n in counts.items() if n < FEW]:
-            yield f"{len(few)} of {len(counts)} classes have fewer than {FEW} pictures ({some(few)})"
+        if rare := [str(name) for name, n in counts.items() if n < few]:
+            yield f"{len(rare)} of {len(counts)} classes have fewer than {few} pictures ({some(rare)})"
     if boxes := getattr(loader.condition, "column", "") if kind == "tokens" else "":
         empty = [loader.source.name(i) for i, row in enumerate(rows) if not row.get(boxes)]
         LOG.info("%.1f boxes in a picture", np.mean([len(row.get(boxes) or ()) for row in rows]))
@@ -128,7 +129,8 @@ def some(names: Sequence[str], most: int = 3) -> str:
 def write_sheet(loader: Any, out: str | Path) -> None:
     """Pictures as training sees them, with their conditions beside and captions or classes below; none where nothing can be read."""
     try:
-        (batch,) = first_batches(loader, 1)
+        with contextlib.closing(loader.iterate()) as batches:
+            batch = next(batches)
     except DataError as error:
         LOG.warning("no contact sheet: %s", error)
         return

@@ -37,6 +37,10 @@ def make_condition(config: Mapping[str, Any]) -> Condition | None:
     if kind == "picture":
         return construct(SmallPicture, "data.condition", settings, size=tuple(conditioner.get("size", Joined.size)))
     if kind == "rescale":
+        if conditioner.get("in_channels", 3) == 3:  # sampling takes three channels for a picture's
+            raise ConfigError(
+                "model.conditioner.in_channels is 3, which is for pictures: maps of labels need 4 or more"
+            )
         return construct(LabelMap, "data.condition", settings, labels=conditioner.get("in_channels", 3))
     if kind == "tokens":
         sizes = {"length": conditioner.get("max_seq_len", 77), "vocabulary": conditioner.get("vocab_size", 30522)}

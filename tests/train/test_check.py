@@ -82,9 +82,9 @@ def test_every_fault_is_a_line(folder, tmp_path):
 def test_classes_and_conditions_are_looked_at(folder, tmp_path):
     problems = check(config_of(folder, {"kind": "class", "embed_dim": 8}, column="kind"), tmp_path / "a.png")
     assert problems == ["train: 1 of 2 classes have fewer than 10 pictures (rare)"]
-    maps = {"kind": "rescale", "in_channels": 2, "size": (16, 16)}
+    maps = {"kind": "rescale", "in_channels": 4, "size": (16, 16)}
     for i in range(12):
-        Image.fromarray(np.full((16, 16), i % 3, np.uint8)).save(folder / f"map{i:02d}.png")
+        Image.fromarray(np.full((16, 16), 2 + i % 3, np.uint8)).save(folder / f"map{i:02d}.png")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     rows = [row | {"map": f"map{i:02d}.png", "boxes": []} for i, row in enumerate(rows)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -92,7 +92,7 @@ def test_classes_and_conditions_are_looked_at(folder, tmp_path):
     config.data.files = ("map",)
     (line,) = check(config, tmp_path / "b.png")
     assert "4 of 12 pictures stop a training" in line
-    assert "has the label 2: model.conditioner.in_channels is 2" in line
+    assert "has the label 4: model.conditioner.in_channels is 4" in line
     layout = {"kind": "tokens", "dim": 8, "depth": 1, "max_seq_len": 6, "vocab_size": 100}
     problems = check(config_of(folder, layout, column="boxes"), tmp_path / "c.png")
     assert problems == ["train: 12 of 12 pictures have no box (00.png, 01.png, 02.png ...)"]

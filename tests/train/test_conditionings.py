@@ -207,6 +207,7 @@ def test_frozen_conditioners_that_are_not_said_well(tmp_path):
             r"size is \(16, 16\): latents of pictures of \(16, 16\) are \(8, 8\)",
         ),
         ("map", {"model.conditioner.size": (32, 32)}, "maps are cut as the pictures are"),
+        ("map", {"model.conditioner.in_channels": 3}, "which is for pictures"),
         ("map", {"model.conditioner.n_stages": 2}, r"brings maps to \(4, 4\)"),
         ("text", {"data.condition.column": "shape"}, "kind 'bert' takes none"),
         ("masked", {"data.condition.column": "shape"}, "field 'column' does not exist"),

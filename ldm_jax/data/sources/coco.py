@@ -59,8 +59,9 @@ class COCO(FileRows):
                         )
                     if box[2] * box[3] >= min_area and min(box[2:]) > 0:
                         boxes[image["id"]].append({"label": labels[note["category_id"]], "box": box})
-        by_name = {posixpath.basename(name): name for name in self._files.pictures()}
-        found = {stem(posixpath.basename(name)): name for name in self._files.pictures(maps)} if maps else {}
+        in_maps = self._files.pictures(maps) if maps else []
+        by_name = {posixpath.basename(name): name for name in sorted({*self._files.pictures()} - {*in_maps})}
+        found = {stem(posixpath.basename(name)): name for name in in_maps}
         self._columns = ("map",) if maps else ()
         self.rows = []
         for key, image in images.items():
