@@ -27,7 +27,7 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.mesh.data = -1
     config.mesh.fsdp = 1  # splits parameters, their average and the optimiser's moments
     config.mesh.tensor = 1  # splits attention and feed-forward
-    config.mesh.zero1 = False  # splits the average and the optimiser's moments over data: for models that fit a chip
+    config.mesh.zero1 = False  # splits the average and the optimiser's moments alone: for models that fit a chip
     config.log_every = 50
     config.save_every = 1000
     config.eval_every = 1000

@@ -110,13 +110,14 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, axis: str = "fsdp") -> Any:
 def state_shardings(state: Any, mesh: Mesh | AbstractMesh, zero1: bool = False) -> Any:
     """`shardings` of a training state (anything with ``params``, ``ema`` and ``opt_state``).
 
-    With ``zero1`` parameters stay on every device, and the average and the optimiser's moments are split over "data" (ZeRO stage 1): for models
-    that fit a chip, whose weights need not be gathered in every step.
+    With ``zero1`` parameters stay on every device, and the average and the optimiser's moments are split (ZeRO stage 1): for models that fit a
+    chip, whose weights need not be gathered in every step. They are split over "fsdp", or over "data" where that axis is 1; few arrays divide over
+    all of a large pod.
     """
     if not zero1:
         return shardings(state, mesh)
     whole = jax.tree.map(lambda _: replicated(mesh), state)
-    split = shardings(state, mesh, "data")
+    split = shardings(state, mesh, "data" if mesh.shape["fsdp"] == 1 else "fsdp")
     return whole.replace(ema=split.ema, opt_state=split.opt_state)
 
 

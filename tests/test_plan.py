@@ -98,6 +98,15 @@ def test_splitting_divides_the_state_and_gathers_it(first_stage):
     assert "how much a CPU has is not known" in shown.splitlines()[-1]
 
 
+def test_the_optimiser_alone_is_split_over_fsdp_where_there_is_such_an_axis(first_stage):
+    first_stage.mesh.zero1 = True
+    over_data = plan(first_stage, parse_topology("v5e:4x2"), compile=False)
+    first_stage.mesh.fsdp = 8
+    over_fsdp = plan(first_stage, parse_topology("v5e:8x8"), per_chip=1, compile=False)
+    assert over_data.bytes["optimiser"] == over_fsdp.bytes["optimiser"] < PARAMETERS * 8 / 6
+    assert over_data.bytes["parameters"] == over_fsdp.bytes["parameters"] == 4 * PARAMETERS
+
+
 def test_a_diffusion_step_needs_no_file_and_no_encoder_with_cached_latents(diffusion):
     pictures = plan(diffusion, parse_topology("v5e:4x2"), compile=False)
     cached = plan(diffusion, parse_topology("v5e:4x2"), compile=False, cached=True)
