@@ -1,6 +1,7 @@
 """Boxes with labels to pictures of 256x256 (the released layout2img-openimages256).
 
-    python train.py --config=configs/layout2img.py --config.data.path=PICTURES --config.data.annotations=INSTANCES.json --workdir=runs/layout2img
+    python train.py --config=configs/layout2img.py --config.data.path=PICTURES --config.data.annotations=INSTANCES.json \\
+        --workdir=runs/layout2img
 
 takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
 """

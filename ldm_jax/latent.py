@@ -216,6 +216,7 @@ def build(
     config: Mapping[str, Any], params: Any, first_stage_params: Any, dtype: str = "float32", remat: str = "none"
 ) -> LatentDiffusion:
     """A LatentDiffusion from a config and its parameters (or their shapes, or None to fill in later). ``remat`` is of the UNet."""
+    conditioner = build_conditioner(config, dtype)
     if "objective" not in config:
         raise ConfigError("model config: 'objective' is missing")
     get_objective(config["objective"])
@@ -224,7 +225,7 @@ def build(
         first_stage=FirstStage(first_stage_params, config.get("scale_factor", 1.0), build_first_stage(config, dtype)),
         schedule=construct(make_schedule, "schedule", _section(config, "schedule")),
         unet=construct(UNet, "unet", _section(config, "unet"), dtype=DTYPES[dtype], remat=REMATS[remat]),
-        conditioner=build_conditioner(config, dtype),
+        conditioner=conditioner,
         objective=config["objective"],
         config_json=json.dumps(config),
     )

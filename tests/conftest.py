@@ -179,6 +179,8 @@ class Ran(NamedTuple):
 
 def run_here(script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ran:
     """Runs train.py or sample.py in this process through its own flags: far quicker than a new process, and as true."""
+    import grain  # noqa: F401  (defines flags of its own, which are to stay)
+
     ours, before = logging.getLogger("ldm_jax"), set(flags.FLAGS)
     kept = ours.handlers, ours.propagate, ours.level
     monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])

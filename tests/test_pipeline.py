@@ -151,7 +151,7 @@ def test_a_request_that_cannot_be_fulfilled_is_refused_at_once_in_one_line(pipe,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "emojy"}, "model 'emojy' is neither a folder nor one that ships with ldm_jax"),
+        ({"name": "emojy"}, "model 'emojy' is no folder, no file and none that ships with ldm_jax"),
         ({"dtype": "float23"}, "dtype 'float23' does not exist; did you mean 'float32'?"),
         ({"devices": 9}, "devices must be from 1 to 8, not 9"),
         ({"parallel": "pamp"}, "parallel 'pamp' does not exist"),
