@@ -9,6 +9,7 @@ from typing import Any
 
 import hostile
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -345,7 +346,7 @@ def test_every_kind_of_condition_reaches_its_network(written, name, given):
     chosen, conditioner = pipe.settings(steps=2), pipe.model.conditioner
     encoded, null = conditioner.encode([given]), conditioner.encode_null(1)
     rest = {"nodes": pipe.nodes(chosen), "encoded": encoded, "null": null, "seeds": np.zeros(1, np.uint32)}
-    made = partial(generate, sampler=SAMPLERS["ddim"], size=(16, 16), guidance=np.float32(2))
+    made = partial(generate, sampler=SAMPLERS["ddim"], size=(16, 16), guidance=jnp.float32(2))
     picture = jax.eval_shape(lambda model, rest: made(model, **rest), pipe.model, rest)  # traced, not compiled
     assert (picture.shape, picture.dtype) == ((1, 16, 16, 3), np.uint8)
 
