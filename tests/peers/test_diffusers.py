@@ -248,23 +248,42 @@ def ours(pipe: Pipeline, noise: np.ndarray, prompts: list[str], guidance: float,
     @jax.jit
     def run(model: Any, x: jax.Array, encoded: Any, null: Any) -> jax.Array:
         predict = predictor(model.denoiser(encoded, null, guidance), model.schedule, model.objective)
-        z, _ = sample(sampler, predict, x, nodes, noise=jnp.zeros((steps, 1, *x.shape)))
+        z, _ = sample(
+            sampler, predict, x, nodes, noise=jnp.zeros((nodes.t.shape[0], 1, *x.shape)) if sampler.draws else None
+        )
         return jnp.clip(model.first_stage.decode(z) / 2 + 0.5, 0, 1)
 
     return np.asarray(run(model, noise, conditioner.encode(prompts), conditioner.encode_null(len(prompts))))
 
 
-@pytest.mark.parametrize("build", [stable_diffusion, text_to_image])
-@pytest.mark.parametrize("original", [True, False], ids=["as in the original", "diffusers' defaults"])
-def test_pipelines_with_text(build: Any, original: bool, tmp_path: Path) -> None:
-    ends = {"set_alpha_to_one": False, "steps_offset": 1} if original else {}
-    theirs = build(diffusers.DDIMScheduler(**SCHEDULE, **ends))
+ORIGINAL = {"set_alpha_to_one": False, "steps_offset": 1}  # the ends and steps of the original's samplers
+PNDM = {k: v for k, v in SCHEDULE.items() if k != "clip_sample"} | ORIGINAL | {"skip_prk_steps": True}
+SCHEDULERS = {
+    "ddim": lambda: diffusers.DDIMScheduler(**SCHEDULE, **ORIGINAL),
+    "ddim_x0": lambda: diffusers.DDIMScheduler(**SCHEDULE),  # diffusers' own defaults
+    "plms": lambda: diffusers.PNDMScheduler(**PNDM),  # as Stable Diffusion v1 is published
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "sampler"),
+    [
+        (stable_diffusion, "ddim"),
+        (stable_diffusion, "ddim_x0"),
+        (stable_diffusion, "plms"),
+        (text_to_image, "ddim"),
+        (text_to_image, "ddim_x0"),
+    ],
+)
+def test_pipelines_with_text(build: Any, sampler: str, tmp_path: Path) -> None:
+    theirs = build(SCHEDULERS[sampler]())
     theirs.set_progress_bar_config(disable=True)
     noise = normal(2, 8, 8, 4)
     options = {"num_inference_steps": 10, "guidance_scale": 3.0, "latents": nchw(noise), "output_type": "np"}
     expected = theirs(PROMPTS, **options).images
     theirs.save_pretrained(tmp_path / "pipeline")
     pipe = ldm_jax.load(tmp_path / "pipeline", dtype="float32", devices=1)
+    assert pipe.defaults.sampler == sampler
     assert expected.std() > 0.01
     assert np.abs(ours(pipe, noise, PROMPTS, 3.0) - expected).max() <= 1e-4
     assert pipe(PROMPTS[:1], steps=2).shape == (1, *expected.shape[1:])
@@ -274,6 +293,8 @@ def test_pipelines_with_text(build: Any, original: bool, tmp_path: Path) -> None
     to_diffusers(config, params, tmp_path / "back")
     again = type(theirs).from_pretrained(tmp_path / "back")
     again.set_progress_bar_config(disable=True)
+    if sampler == "plms":  # we write DDIM, whatever the model's sampler is
+        again.scheduler = theirs.scheduler
     np.testing.assert_allclose(again(PROMPTS, **options).images, expected, atol=1e-5)
 
 

@@ -83,7 +83,7 @@ def _component(folder: Path, dtype: str | None, only: str | None = None) -> tupl
     with open_checkpoint(folder) as checkpoint:
         found = modern(checkpoint.tensors, source_shapes(table, shapes))
         stored = {name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in found}
-        taken = [(name, _noting(name, tensor, dtype, digests)) for name, tensor in found]
+        taken: list[tuple[str, Any]] = [(name, _noting(name, tensor, dtype, digests)) for name, tensor in found]
         params = to_ours(table, taken, shapes=shapes, where=str(folder))
     entries, left_out = [], []
     for entry in (entry for entry in table if entry.source in stored):

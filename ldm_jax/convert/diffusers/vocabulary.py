@@ -12,6 +12,7 @@ TOKENIZERS = {"bert": bert_tokenizer, "clip": clip_tokenizer}
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """{entry: token} of a tokenizer folder in any form that transformers has written, or None where there is none of them."""
+    file = folder
     try:
         if (file := folder / "vocab.json").is_file():
             return json.loads(file.read_text(encoding="utf-8"))
