@@ -52,10 +52,10 @@ def first_stage(name: str, variant: str, *, weight: float, start: int, **adversa
     config.model.first_stage = section(**FIRST_STAGES[name])
     if variant == "smoke":
         _short(config)
-        config.data.size = (64, 64)
+        config.data.size = (32, 32)
         config.loss.update(perceptual_weight=0.0, vgg16="", lpips_heads="")
         config.adversary.update(start=2, ramp=2, layers=1, channels=8)
-        config.model.first_stage.update(ch=32, num_res_blocks=1, resolution=64)
+        config.model.first_stage.update(ch=32, num_res_blocks=1, resolution=32)
         if "n_embed" in config.model.first_stage:
             config.model.first_stage.n_embed = 64
     elif variant:
