@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -128,6 +129,36 @@ def test_tables(tmp_path, kind):
     assert values(source) == [2, 0]
     with pytest.raises(DataError, match=r"row 1 has no column 'image' but url, caption, n: set data\.image"):
         make_source({"source": "table", "path": path, "image": "image"})
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_parquet_with_pictures_inside(tmp_path, struct, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for shard, numbers in enumerate([range(5), range(5, 7)]):
+        rows = [
+            {"image": {"bytes": picture(i), "path": None} if struct else picture(i), "caption": f"number {i}", "n": i}
+            for i in numbers
+        ]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"train-{shard}.parquet", row_group_size=2)
+    asked = {"source": "parquet", "path": tmp_path, "text": "caption"}
+    source = make_source(asked)
+    assert source.rows[5] == {"file_name": "train-1.parquet[0]", "caption": "number 5", "n": 5, "text": "number 5"}
+    assert values(source) == list(range(7))
+    with ThreadPoolExecutor(4) as pool:  # as the loader reads
+        order = [6, 0, 3, 1, 5, 2, 4] * 6
+        found = list(pool.map(lambda i: int(decode_image(source[i]["image"])[0, 0, 0]), order))
+    assert found == order
+    assert len(make_source(asked | {"path": f"{tmp_path}/*-1.parquet"})) == 2
+    with pytest.raises(DataError, match=r"no column 'png': there are image, caption, n; set data\.image"):
+        make_source(asked | {"image": "png"})
+    with pytest.raises(DataError, match=r"there is no \.parquet there"):
+        make_source(asked | {"path": tmp_path / "none"})
+    (tmp_path / "train-2.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"train-2\.parquet cannot be read"):
+        make_source(asked)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="Parquet needs pyarrow: pip install pyarrow"):
+        make_source(asked)
 
 
 def test_table_errors(tmp_path, monkeypatch):

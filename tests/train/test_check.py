@@ -116,17 +116,12 @@ def test_check_is_a_command(script, folder, tmp_path):
 
 @pytest.mark.parametrize("module", [emoji_class, emoji_inpaint, emoji_sr, emoji_semantic, emoji_layout])
 def test_configs_fit_their_data(module):
-    """Of the full size and the short one: what the data give is what the model takes. Shapes alone; runs of them are in test_conditionings."""
-    for variant in ("smoke", ""):
-        config = module.get_config(variant)
-        short = module.get_config("smoke")
-        config.data.path, config.model.first_stage.path = short.data.path, short.model.first_stage.path
-        if "count" in config.data:
-            config.data.count = 40
-        task = DiffusionTask(config)
-        batch = task.host_batch(next(make_loader(config, "train").iterate()))
-        params = jax.eval_shape(task.init, jax.random.key(0))
-        loss = diffusion_step.make_loss(task.model, config.loss, 0)
-        assert jax.eval_shape(loss, params, task.frozen, batch, jnp.int32(0))[0].shape == ()
-    with pytest.raises(ValueError, match="no variant 'smok'; there is smoke"):
-        module.get_config("smok")
+    """Shapes alone: what the data give is what the model takes."""
+    config = module.get_config("smoke")
+    if "count" in config.data:
+        config.data.count = 40
+    task = DiffusionTask(config)
+    batch = task.host_batch(next(make_loader(config, "train").iterate()))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    loss = diffusion_step.make_loss(task.model, config.loss, 0)
+    assert jax.eval_shape(loss, params, task.frozen, batch, jnp.int32(0))[0].shape == ()

@@ -12,6 +12,7 @@ from ldm_jax.data.sources.base import PICTURE_SUFFIXES, DataError, Source, Subse
 from ldm_jax.data.sources.coco import COCO
 from ldm_jax.data.sources.databases import LSUN
 from ldm_jax.data.sources.folder import ClassFolders, ImageFolder, LabelMaps
+from ldm_jax.data.sources.parquet import Parquet
 from ldm_jax.data.sources.scenes import Scenes
 from ldm_jax.data.sources.tables import Table, TextList
 from ldm_jax.data.sources.tfds import TFDS
@@ -32,6 +33,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "image_folder": ImageFolder,
     "text_list": TextList,
     "table": Table,
+    "parquet": Parquet,
     "class_folders": ClassFolders,
     "label_maps": LabelMaps,
     "coco": COCO,

@@ -42,7 +42,8 @@ class TextList(FileRows):
 
 
 class Table(FileRows):
-    """A table with a row for each picture: .csv, .tsv, .jsonl or .parquet (where pyarrow is installed).
+    """A table with a row for each picture: .csv, .tsv, .jsonl or .parquet (where pyarrow is installed; for files with the pictures in them, see
+    `Parquet`).
 
     Columns keep their names, but for those of the picture's path and of the caption, which become "file_name" and "text".
 
