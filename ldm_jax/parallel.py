@@ -41,9 +41,7 @@ class MeshError(ValueError):
 # ------------------------------------------------------------------------------------------------------------------------ the mesh
 
 
-def make_mesh(
-    devices: int | Sequence[jax.Device] | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1
-) -> Mesh:
+def make_mesh(devices: int | Sequence[Any] | None = None, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over ``devices``, or the first so many (all by default); one axis may be -1, for what the others leave.
 
     Raises MeshError where the axes do not multiply to the number of devices.

@@ -246,8 +246,8 @@ def test_a_topology_that_cannot_be_read_is_refused(text):
 
 
 def test_topologies():
-    assert parse_topology("cpu").count == 1
-    assert parse_topology("v5p:8x8x16").count == 1024
+    assert parse_topology("cpu").size == 1
+    assert parse_topology("v5p:8x8x16").size == 1024
     assert parse_topology("h200:8").chip == chips.CHIPS["h200"]
 
 

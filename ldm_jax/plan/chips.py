@@ -41,11 +41,11 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """``count`` devices of one kind; ``chip`` is None on a CPU, whose limits are not known."""
+    """``size`` devices of one kind; ``chip`` is None on a CPU, whose limits are not known."""
 
     text: str
     kind: str
-    count: int
+    size: int
     chip: Chip | None
 
 
@@ -65,18 +65,18 @@ def find_devices(topology: Topology) -> tuple[Sequence[Any] | None, str]:
     """Devices to compile for and "", or None and why there are none. Call it before anything else asks for a device."""
     if topology.kind == "cpu":
         with contextlib.suppress(RuntimeError):  # this process has its devices already
-            jax.config.update("jax_num_cpu_devices", topology.count)
+            jax.config.update("jax_num_cpu_devices", topology.size)
         there = jax.devices("cpu")
-        if len(there) < topology.count:
+        if len(there) < topology.size:
             raise PlanError(f"--topology {topology.text}: this process has {len(there)} CPU devices already")
-        return there[: topology.count], ""
+        return there[: topology.size], ""
     if not topology.kind.startswith("v"):
         try:
             there = [d for d in jax.devices("gpu") if topology.kind in d.device_kind.lower()]
         except RuntimeError:
             there = []
-        if len(there) >= topology.count:
-            return there[: topology.count], ""
+        if len(there) >= topology.size:
+            return there[: topology.size], ""
         return (
             None,
             f'a GPU program compiles on a machine with {topology.text}: pip install "ldm_jax[cuda]" there and plan again',

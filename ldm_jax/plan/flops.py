@@ -76,7 +76,7 @@ def _floats(aval: Any) -> int:
 
 def nbytes(aval: Any) -> int:
     """Bytes of an array of this shape and type; 0 for what is not an array (a key, a token)."""
-    if not hasattr(aval, "shape") or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+    if not hasattr(aval, "shape") or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
         return 0
     return math.prod(aval.shape) * aval.dtype.itemsize
 

@@ -89,7 +89,7 @@ class Plan:
         if compiled is None or compiled.seconds is None or chip is None or self.sending is None:
             return None
         seconds = max(compiled.seconds, self.sending) if overlapped else compiled.seconds + self.sending
-        return self.useful / (self.topology.count * chip.peak * seconds)
+        return self.useful / (self.topology.size * chip.peak * seconds)
 
 
 def plan(
@@ -114,7 +114,7 @@ def plan(
     devices, uncompiled = find_devices(topology) if compile else (None, "it was not asked for")
     axes = plain(config.mesh)
     zero1 = axes.pop("zero1")
-    sizes = mesh_sizes(topology.count, **axes)
+    sizes = mesh_sizes(topology.size, **axes)
     mesh = AbstractMesh(sizes, AXES) if devices is None else make_mesh(devices, **axes)
     shards, parts = row_shards(mesh), config.optim.accumulate
     if per_chip:
@@ -134,11 +134,9 @@ def plan(
     useful = rows * parts / _FEW * sum(kept[kind] for kind in PRODUCTS)
     per_picture = (peak_bytes(many) - peak_bytes(few)) / _FEW
 
-    compiled = largest = None
-    if isinstance(mesh, Mesh):
-        loops = sum(flops.values()) / sum(arithmetic(rows).values())
-        run = partial(step.compile, topology=topology, loops=loops)
-        compiled = run(rows)
+    loops = sum(flops.values()) / sum(arithmetic(rows).values())
+    run = partial(step.compile, topology=topology, loops=loops)
+    compiled = None if devices is None else run(rows)
     result = Plan(
         config=name,
         topology=topology,
@@ -156,12 +154,12 @@ def plan(
         compiled=compiled,
         uncompiled=uncompiled,
     )
-    if topology.chip is not None:
-        if compiled is None:
-            fixed = result.needed - rows * per_picture
-            largest = max(int((topology.chip.memory - fixed) / per_picture), 0)
-        elif find_batch:
-            largest = largest_batch(lambda n: compiled if n == rows else run(n), topology.chip.memory, rows)
+    if topology.chip is None or (compiled is not None and not find_batch):
+        return result
+    if compiled is None:
+        fixed = result.needed - rows * per_picture
+        return dataclasses.replace(result, largest=max(int((topology.chip.memory - fixed) / per_picture), 0))
+    largest = largest_batch(lambda n: compiled if n == rows else run(n), topology.chip.memory, rows)
     return dataclasses.replace(result, largest=largest)
 
 
@@ -207,7 +205,7 @@ class Step:
         """
         parts, mesh = self.config.optim.accumulate, self.mesh
         assert isinstance(mesh, Mesh)
-        program = compile_step(
+        program: Any = compile_step(
             over_rows(self.function(parts), mesh),
             mesh,
             "jit",
@@ -229,7 +227,7 @@ class Step:
         if seconds is not None:  # a ConcatBitcast counts as -1 s
             seconds = loops * (seconds + len(re.findall(r'custom_call_target="ConcatBitcast"', text)))
         fits = topology.chip is None or needed <= topology.chip.memory
-        found = collectives(text, topology.count)
+        found = collectives(text, topology.size)
         return Compiled(fits, needed, memory.temp_size_in_bytes, seconds, found)
 
     def parameters(self) -> dict[str, int]:

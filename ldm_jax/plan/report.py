@@ -27,7 +27,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "config": plan.config,
         "topology": plan.topology.text,
-        "chips": plan.topology.count,
+        "chips": plan.topology.size,
         "mesh": plan.mesh,
         "zero1": plan.zero1,
         "batch": plan.batch,
@@ -71,7 +71,7 @@ def verdict(plan: Plan) -> str:
     chip, needed = plan.topology.chip, plan.needed / GIB
     sure = plan.compiled is not None
     if chip is None:
-        return f"needs {needed:.2f} GiB on each of {plan.topology.count} devices; how much a CPU has is not known here"
+        return f"needs {needed:.2f} GiB on each of {plan.topology.size} devices; how much a CPU has is not known here"
     room = chip.memory / GIB
     fits = plan.compiled.fits if plan.compiled else plan.needed <= chip.memory
     if not fits:
@@ -92,7 +92,7 @@ def verdict(plan: Plan) -> str:
     mfu, least = plan.utilisation(True), plan.utilisation(False)
     if mfu is None or least is None or plan.compiled is None or plan.compiled.seconds is None or plan.sending is None:
         return text
-    seconds, at_peak = plan.compiled.seconds, sum(plan.flops.values()) / plan.topology.count / chip.peak
+    seconds, at_peak = plan.compiled.seconds, sum(plan.flops.values()) / plan.topology.size / chip.peak
     limits = {
         "the collectives": plan.sending,
         "memory traffic and what is not a product": seconds - at_peak,
@@ -106,7 +106,7 @@ def verdict(plan: Plan) -> str:
 
 def as_text(plan: Plan) -> str:
     """The whole report."""
-    count, chip, compiled = plan.topology.count, plan.topology.chip, plan.compiled
+    count, chip, compiled = plan.topology.size, plan.topology.chip, plan.compiled
     per_step = sum(plan.flops.values())
     axes = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) + (" with ZeRO-1" if plan.zero1 else "")
     accumulated = f" x {plan.accumulate} in turn" if plan.accumulate > 1 else ""
@@ -152,18 +152,19 @@ def as_row(plan: Plan) -> str:
         ", ZeRO-1" if plan.zero1 else ""
     )
     sent = "; ".join(f"{n} {kind} {size / GIB:.2f}" for kind, (n, size, _) in by_kind(plan).items())
-    known = compiled is not None and compiled.seconds is not None
+    seconds = None if compiled is None else compiled.seconds
+    sending = None if seconds is None else plan.sending
     cells = [
         plan.config,
         plan.topology.text,
         mesh,
         f"{plan.rows}" + (f" (of {plan.largest})" if plan.largest is not None else ""),
-        "yes" if (compiled.fits if compiled else False) else "no",
+        "not compiled" if compiled is None else "yes" if compiled.fits else "no",
         f"{plan.needed / GIB:.1f}",
         f"{state / GIB:.2f}",
         sent or "-",
-        f"{1e3 * compiled.seconds:.0f}" if known and compiled else "-",
-        f"{1e3 * plan.sending:.0f}" if known and plan.sending is not None else "-",
+        "-" if seconds is None else f"{1e3 * seconds:.0f}",
+        "-" if sending is None else f"{1e3 * sending:.0f}",
         "-" if mfu is None or least is None else f"{100 * mfu:.0f} % ({100 * least:.0f} %)",
     ]
     return "| " + " | ".join(cells) + " |"
