@@ -29,7 +29,7 @@ from ldm_jax.parallel import (
 )
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
-from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer, scaled
+from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer, scaled, told_rate
 from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import TASKS, plain
@@ -114,6 +114,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     frozen_placed = shardings(task.frozen, mesh)
     frozen = jax.device_put(task.frozen, frozen_placed)
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in state.params.items()}
+    LOG.info(told_rate(config.optim, config.batch_size))
     LOG.info(
         "%.2f M parameters (%s)", sum(counts.values()) / 1e6, ", ".join(f"{k} {v / 1e6:.2f}" for k, v in counts.items())
     )

@@ -1,6 +1,5 @@
 """The optimiser: AdamW or Adafactor with warm-up, decay and clipping, from a config."""
 
-import logging
 from typing import Any
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 import optax
 
 KINDS = ("adamw", "adafactor")
-LOG = logging.getLogger(__name__)
 
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
@@ -68,15 +66,18 @@ def cycles(config: Any, shape: str) -> optax.Schedule:
 
 
 def scaled(config: Any, batch_size: int) -> Any:
-    """The optimiser's config with the learning rate that is meant, which is said: ``lr``, times the global batch's size where ``scale_lr`` is on
-    (the original's default)."""
+    """The optimiser's config with the learning rate that is meant: times the global batch's size where ``scale_lr`` is on (the original's default)."""
     if not config.scale_lr:
-        LOG.info("learning rate %.4g", config.lr)
         return config
     config = config.copy_and_resolve_references()
-    LOG.info("learning rate %.4g = %.4g x %d pictures in a batch", config.lr * batch_size, config.lr, batch_size)
     config.lr = config.lr * batch_size
     return config
+
+
+def told_rate(config: Any, batch_size: int) -> str:
+    """The learning rate that is meant, for people."""
+    meant = f"learning rate {scaled(config, batch_size).lr:.4g}"
+    return f"{meant} = {config.lr:.4g} x {batch_size} pictures in a batch" if config.scale_lr else meant
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:

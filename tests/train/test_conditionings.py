@@ -47,7 +47,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch) -> None:
-    monkeypatch.setattr(loop, "make_mesh", lambda: make_mesh(1))
+    monkeypatch.setattr(loop, "make_mesh", lambda **axes: make_mesh(1))
 
 
 @pytest.fixture(scope="module")
