@@ -66,7 +66,7 @@ def cycles(config: Any, shape: str) -> optax.Schedule:
 
 
 def scaled(config: Any, batch_size: int) -> Any:
-    """The optimiser's config with the learning rate that is meant: times the global batch's size where ``scale_lr`` is on (the original's default)."""
+    """The optimiser's config with the learning rate that is meant: times the global batch's size where ``scale_lr`` is on (the original's way)."""
     if not config.scale_lr:
         return config
     config = config.copy_and_resolve_references()
