@@ -29,8 +29,8 @@ def is_diffusers(path: str | Path) -> bool:
     if (path / "model_index.json").is_file():
         return True
     try:
-        return class_of(json.loads((path / "config.json").read_text())) in COMPONENTS
-    except (OSError, ValueError, AttributeError):
+        return class_of(read_json(path / "config.json")) in COMPONENTS
+    except TargetError:
         return False
 
 
