@@ -365,6 +365,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no number": (lambda p: change(p / "vqvae" / "config.json", scaling_factor="x"), "is not understood: could not convert string"),
     "no weights": (lambda p: (p / "bert" / "model.safetensors").unlink(), "a folder without a checkpoint"),
     "no JSON": (lambda p: (p / "model_index.json").write_text("{"), "cannot be read"),
+    "nested": (lambda p: (p / "unet" / "config.json").write_text("[" * 10**5), "nested too deeply"),
     "vocabulary": (spoil_vocabulary, "its vocabulary is not the one that ldm_jax ships .30522 entries. but has 30521 entries"),
 }  # fmt: skip
 
@@ -375,6 +376,24 @@ def test_a_spoilt_folder_is_told_in_words(name: str, folder: Path) -> None:
     spoil(folder)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
+
+
+def test_what_is_no_folder_of_diffusers(tmp_path: Path) -> None:
+    assert not is_diffusers(tmp_path)
+    for text in (
+        "{",
+        "[1]",
+        '{"kind": "latent_diffusion"}',
+        '{"architectures": 5}',
+        '{"architectures": []}',
+        "[" * 10**5,
+    ):
+        (tmp_path / "config.json").write_text(text)
+        assert not is_diffusers(tmp_path)
+    assert not is_diffusers(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TargetError, match="None is not supported here"):
+        from_diffusers(tmp_path)
 
 
 def test_what_diffusers_has_no_pipeline_for_is_refused(model: dict[str, Any], written: Path, tmp_path: Path) -> None:

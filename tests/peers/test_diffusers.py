@@ -237,7 +237,7 @@ def unconditional(scheduler: Any) -> Any:
     return diffusers.LDMPipeline(vqvae=random(diffusers.VQModel(**VQ)), unet=random(unet), scheduler=scheduler)
 
 
-def ours(pipe: Pipeline, noise: np.ndarray, prompts: list[str], guidance: float, steps: int = 10) -> np.ndarray:
+def ours(pipe: Pipeline, noise: np.ndarray, prompts: Any, guidance: float, steps: int = 10) -> np.ndarray:
     """Pixels in [0, 1], by the model's own sampler and grid, from handed-in noise."""
     model, chosen = pipe.model, pipe.defaults
     sampler = SAMPLERS[chosen.sampler]
@@ -306,6 +306,29 @@ def test_unconditional_pipeline(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "pipeline")
     pipe = ldm_jax.load(tmp_path / "pipeline", dtype="float32", devices=1)
     assert np.abs(ours(pipe, noise, ["", ""], 1.0) - expected).max() <= 1e-4
+
+
+def test_super_resolution_pipeline(tmp_path: Path) -> None:
+    unet = diffusers.UNet2DModel(**PLAIN_UNET | {"in_channels": 6})
+    coder = diffusers.VQModel(**VQ | {"vq_embed_dim": 3})
+    ends = {"set_alpha_to_one": False, "steps_offset": 1}
+    scheduler = diffusers.DDIMScheduler(**SCHEDULE, **ends)
+    theirs = diffusers.LDMSuperResolutionPipeline(vqvae=random(coder), unet=random(unet), scheduler=scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    small = np.tanh(normal(2, 8, 8, 3))
+    options = {"num_inference_steps": 10, "output_type": "np"}
+    expected = theirs(nchw(small), generator=torch.Generator().manual_seed(0), **options).images
+    noise = nhwc(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    theirs.save_pretrained(tmp_path / "pipeline")
+    pipe = ldm_jax.load(tmp_path / "pipeline", dtype="float32", devices=1)
+    assert expected.std() > 0.01
+    assert np.abs(ours(pipe, noise, small, 1.0) - expected).max() <= 1e-4
+    config, params, *_ = from_diffusers(tmp_path / "pipeline")
+    to_diffusers(config, params, tmp_path / "back")
+    again = type(theirs).from_pretrained(tmp_path / "back")
+    again.set_progress_bar_config(disable=True)
+    images = again(nchw(small), generator=torch.Generator().manual_seed(0), **options).images
+    np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ldm_jax.conditioning import CONDITIONERS
 from ldm_jax.convert.diffusers import configs, unets
 from ldm_jax.convert.diffusers.configs import Config
+from ldm_jax.convert.reader import MAX_JSON
 from ldm_jax.convert.targets import TargetError
 from ldm_jax.latent import build_first_stage, construct
 from ldm_jax.models.autoencoder import Autoencoder
@@ -67,10 +68,17 @@ def class_of(config: Mapping[str, Any]) -> str:
 
 
 def read_json(file: Path) -> Config:
+    """The JSON object of a file; TargetError where there is none."""
     try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
+        if file.stat().st_size > MAX_JSON:
+            raise TargetError(f"{file} is larger than {MAX_JSON >> 20} MiB, which no configuration is")
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise TargetError(f"{file} is missing; copy the folder whole") from None
+    except RecursionError:
+        raise TargetError(f"{file} cannot be read: it is nested too deeply") from None
+    except TargetError:
+        raise
     except (OSError, ValueError) as error:
         raise TargetError(f"{file} cannot be read: {error}") from None
     if not isinstance(config, dict):

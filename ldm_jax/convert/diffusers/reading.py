@@ -29,8 +29,8 @@ def is_diffusers(path: str | Path) -> bool:
     if (path / "model_index.json").is_file():
         return True
     try:
-        return class_of(json.loads((path / "config.json").read_text())) in COMPONENTS
-    except (OSError, ValueError, AttributeError):
+        return class_of(read_json(path / "config.json")) in COMPONENTS
+    except TargetError:
         return False
 
 
@@ -143,7 +143,7 @@ def _pipeline(path: Path, dtype: str | None) -> Read:
     extra = config["unet"]["in_channels"] - config["first_stage"]["embed_dim"]
     if name == "LDMSuperResolutionPipeline":
         config["scale_factor"] = 1.0  # that pipeline does not scale
-        config["conditioner"] = {"kind": "rescale", "n_stages": 0, "in_channels": extra, "size": [latents, latents]}
+        config["conditioner"] = {"kind": "joined", "channels": extra, "of": "picture", "size": [latents, latents]}
     elif extra:
         raise TargetError(f"{path}: its UNet takes {extra} channels beside the latent's, which {name} does not give it")
     if config["conditioner"]["kind"] in TOKENIZERS and (path / "tokenizer").is_dir():

@@ -1,10 +1,10 @@
 """The tokenizers of text pipelines, which ship with ldm_jax: a folder's is compared with ours, never used."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ldm_jax.conditioning import bert_tokenizer, clip_tokenizer
+from ldm_jax.convert.diffusers.components import read_json
 from ldm_jax.convert.targets import TargetError
 
 TOKENIZERS = {"bert": bert_tokenizer, "clip": clip_tokenizer}
@@ -12,17 +12,16 @@ TOKENIZERS = {"bert": bert_tokenizer, "clip": clip_tokenizer}
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """{entry: token} of a tokenizer folder in any form that transformers has written, or None where there is none of them."""
-    file = folder
+    if (file := folder / "vocab.json").is_file():
+        return read_json(file)
     try:
-        if (file := folder / "vocab.json").is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
         if (file := folder / "vocab.txt").is_file():
             return {entry: i for i, entry in enumerate(file.read_text(encoding="utf-8").splitlines())}
         if (file := folder / "tokenizer.json").is_file():
-            tokenizer = json.loads(file.read_text(encoding="utf-8"))
+            tokenizer = read_json(file)
             return tokenizer["model"]["vocab"] | {added["content"]: added["id"] for added in tokenizer["added_tokens"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TargetError(f"{file} cannot be read: {error}") from None
+    except (OSError, UnicodeDecodeError, LookupError, TypeError) as error:
+        raise TargetError(f"{file} cannot be read: {type(error).__name__} {error}") from None
     return None
 
 

@@ -13,7 +13,7 @@ from ldm_jax.convert.diffusers.components import MODULES, PIPELINES, component_o
 from ldm_jax.convert.diffusers.configs import Config
 from ldm_jax.convert.diffusers.schedulers import schedule_to
 from ldm_jax.convert.diffusers.tables import TABLES, split_qkv
-from ldm_jax.convert.diffusers.vocabulary import save_tokenizer
+from ldm_jax.convert.diffusers.vocabulary import TOKENIZERS, save_tokenizer
 from ldm_jax.convert.tables import to_theirs
 from ldm_jax.convert.targets import TargetError
 from ldm_jax.latent import LatentDiffusion, build
@@ -59,7 +59,12 @@ def _write_json(file: Path, content: Config) -> None:
 
 def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder: Path) -> None:
     kind = config["conditioner"]["kind"]
-    pipelines = {"clip": "StableDiffusionPipeline", "bert": "LDMTextToImagePipeline", "none": "LDMPipeline"}
+    pipelines = {
+        "clip": "StableDiffusionPipeline",
+        "bert": "LDMTextToImagePipeline",
+        "none": "LDMPipeline",
+        "joined": "LDMSuperResolutionPipeline",
+    }
     if kind not in pipelines or config["first_stage"]["kind"] == "identity":
         raise TargetError(
             f"diffusers has no pipeline for conditioner {kind!r} with first stage {config['first_stage']['kind']!r}"
@@ -69,7 +74,10 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
     model: LatentDiffusion = build(config, None, None)
     unet, stage = component_of(model.unet), model.first_stage.module
     assert stage is not None
-    if (kind == "none") != (unet["_class_name"] == "UNet2DModel"):
+    scale = float(config.get("scale_factor", 1.0))
+    if kind == "joined" and (config["conditioner"].get("of", "picture"), scale) != ("picture", 1.0):
+        raise TargetError(f"{name} joins a picture and has scale_factor 1, which this model does not")
+    if (kind in ("none", "joined")) != (unet["_class_name"] == "UNet2DModel"):
         raise TargetError(
             f"{name} cannot hold a {unet['_class_name']}: with {kind!r} the UNet has other attention there"
         )
@@ -78,7 +86,6 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
     folders, factor = PIPELINES[name].folders, stage.downsampling
     size = min(config.get("sampling", {}).get("size") or [64 * factor])
     _write_component(model.unet, params["unet"], folder / "unet", sample_size=size // factor)
-    scale = float(config.get("scale_factor", 1.0))
     _write_component(stage, params["first_stage"], folder / folders["first_stage"], scaling_factor=scale)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     first_stage = component_of(stage)["_class_name"]
@@ -88,7 +95,7 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
         folders["first_stage"]: ["diffusers", first_stage],
     }
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    if kind != "none":
+    if kind in TOKENIZERS:
         module = getattr(model.conditioner, "module")  # noqa: B009 - those two have one
         _write_component(module, params["conditioner"], folder / folders["conditioner"])
         save_tokenizer(folder / "tokenizer", kind, module)
