@@ -85,14 +85,15 @@ def checked(model: LatentDiffusion, given: Given) -> Given:
     if given.toward is not None and wanted not in (None, "prompts", "classes"):
         raise RequestError("interpolation needs a model of text, of classes, or without a condition")
 
-    joined, masked = isinstance(conditioner, Joined), given.mask is not None or given.outpaint is not None
+    joined = conditioner.of if isinstance(conditioner, Joined) else None
+    masked = given.mask is not None or given.outpaint is not None
     for name in ("mask", "outpaint", "strength", "variation"):
         if getattr(given, name) is not None and given.image is None:
             raise RequestError(f"{name} needs an image: give one")
-    if joined and masked != (conditioner.of == "masked"):
+    if joined and masked != (joined == "masked"):
         raise RequestError(
             "this model makes a masked part of an image anew: give a mask or outpaint with the image"
-            if conditioner.of == "masked"
+            if joined == "masked"
             else "this model enlarges an image: it takes no mask and no outpaint"
         )
     started = [name for name in ("strength", "variation") if getattr(given, name) is not None]

@@ -191,7 +191,7 @@ def walk(rows: list[dict[str, Any]], frames: int) -> list[dict[str, Any]]:
     name = next((name for name in ("prompt", "class") if name in rows[0]), None)
     negative = {"negative": rows[0]["negative"]} if "negative" in rows[0] else {}
     found = []
-    for frame in interpolation([row.get(name) for row in rows], [row["seed"] for row in rows], frames):
+    for frame in interpolation([row.get(name or "") for row in rows], [row["seed"] for row in rows], frames):
         subject, toward = frame.pop("subject"), frame.pop("toward_subject")
         found.append(({name: subject, f"toward_{name}": toward} if name else {}) | frame | negative)
     return found

@@ -33,8 +33,9 @@ def image_to_image(pipe: Pipeline, start: np.ndarray) -> np.ndarray:
 
 def inpainting(pipe: Pipeline, start: np.ndarray) -> np.ndarray:
     """Its right half made anew, and its borders grown."""
-    mask = np.zeros(start.shape[:2], np.uint8)
-    mask[:, mask.shape[1] // 2 :] = 255
+    height, width, _ = start.shape
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :] = 255
     hidden = np.where(mask[:, :, None] > 0, np.uint8(127), start)
     half = pipe(START, image=start, mask=mask, seeds=SEEDS)
     other = pipe(OTHER, image=start, mask=mask, seeds=SEEDS)

@@ -64,6 +64,7 @@ def test_every_picture_has_its_own_scale():
 
 
 def test_the_networks_gradient_is_that_of_its_log_probability():
+    """Groups of several channels: alone, a channel's mean over pixels, which the head reads, is always the same."""
     net = EncoderUNet(
         in_channels=2,
         out_channels=3,
@@ -72,6 +73,7 @@ def test_the_networks_gradient_is_that_of_its_log_probability():
         attention_resolutions=(),
         channel_mult=(1,),
         num_heads=2,
+        norm_groups=8,
     )
     x, t = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 2)), jnp.float32), jnp.int32(300)
     shapes = jax.eval_shape(net.init, jax.random.key(0), x, jnp.full(2, t))
