@@ -3,13 +3,11 @@
 import json
 import tracemalloc
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hostile
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -29,9 +27,9 @@ from ldm_jax.convert.verify import outputs_of
 from ldm_jax.convert.whole import BUFFERS, EMA, Whole, whole_from_config
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.diffusion.schedule import make_betas
-from ldm_jax.latent import generate
+from ldm_jax.generation import Form, Rows, generate
 from ldm_jax.pictures import read_settings
-from ldm_jax.pipeline import RequestError
+from ldm_jax.pipeline import Given, RequestError
 
 EMBEDDERS = "ldm.modules.encoders.modules"
 UNET: dict[str, Any] = {
@@ -342,26 +340,28 @@ def test_a_ckpt_loads_and_samples_like_its_model_directory(written, tmp_path, qu
 def test_every_kind_of_condition_reaches_its_network(written, name, given):
     source = written(name)
     pipe = ldm_jax.load(source, config=source.with_suffix(".yaml"), devices=1)
-    pipe.check_conditions()
     chosen, conditioner = pipe.settings(steps=2), pipe.model.conditioner
     encoded, null = conditioner.encode([given]), conditioner.encode_null(1)
-    rest = {"nodes": pipe.nodes(chosen), "encoded": encoded, "null": null, "seeds": np.zeros(1, np.uint32)}
-    made = partial(generate, sampler=SAMPLERS["ddim"], size=(16, 16), guidance=jnp.float32(2))
-    picture = jax.eval_shape(lambda model, rest: made(model, **rest), pipe.model, rest)  # traced, not compiled
+    plan, rows = pipe.plan(chosen, Given()), Rows(np.zeros(1, np.uint32), encoded, null, np.full(1, 2, np.float32))
+
+    def made(model, plan, rows):
+        return generate(model, SAMPLERS["ddim"], plan, rows, Form((16, 16))).images
+
+    picture = jax.eval_shape(made, pipe.model, plan, rows)  # traced, not compiled
     assert (picture.shape, picture.dtype) == ((1, 16, 16, 3), np.uint8)
 
 
 def test_sample_takes_a_checkpoint_and_its_yaml(written, tmp_path, script):
     source, out = written("class", ema=True), tmp_path / "out"
     flags = [f"--model={source}", f"--model_config={source.with_suffix('.yaml')}", "--num=1", "--steps=2"]
-    ran = script("sample.py", f"--out={out}", "--prompt=3", *flags)
+    ran = script("sample.py", f"--out={out}", "--class=3", *flags)
     assert (ran.status, len(list(out.iterdir()))) == (0, 1), ran.stderr
     (picture,) = out.iterdir()
     assert read_settings(picture)["model_config"] == str(source.with_suffix(".yaml"))
     assert script("sample.py", f"--out={out}", f"--replay={picture}").status == 0
     again = next(path for path in out.iterdir() if path != picture)
     assert (np.asarray(Image.open(again)) == np.asarray(Image.open(picture))).all()
-    ran = script("sample.py", f"--out={out}", "--prompt=3", f"--model={written('kl')}")
+    ran = script("sample.py", f"--out={out}", "--class=3", f"--model={written('kl')}")
     assert (ran.status, len(ran.lines)) == (2, 1)
     assert "is a first_stage" in ran.stderr
 
