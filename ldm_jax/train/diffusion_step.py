@@ -35,10 +35,8 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
         def uniform(purpose: int) -> jax.Array:
             return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, purpose)))(keys)
 
-        at = uniform(TIMESTEP)
-        if train and config.timestep_shift != 1:  # an evaluation looks at all timesteps alike
-            at = config.timestep_shift * at / (1 + (config.timestep_shift - 1) * at)
-        t = jnp.minimum((at * schedule.timesteps).astype(jnp.int32), schedule.timesteps - 1)
+        # An evaluation looks at all timesteps alike.
+        t = draw_timesteps(uniform(TIMESTEP), schedule.timesteps, config.timestep_shift if train else 1.0)
         noise = normal_rows(keys, NOISE, shape)
         if config.offset_noise:
             noise = noise + config.offset_noise * normal_rows(keys, OFFSET, (1, 1, first_stage.channels))
@@ -65,6 +63,13 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
         )
 
     return loss
+
+
+def draw_timesteps(u: jax.Array, timesteps: int, shift: float) -> jax.Array:
+    """``u`` [b], uniform in [0, 1) -> timesteps int32 [b]; with ``shift`` s > 1 more of them are high: s u / (1 + (s - 1) u) of all (Esser et al.
+    2024, equation 23). Half of them lie above s / (1 + s) of all."""
+    at = shift * u / (1 + (shift - 1) * u)
+    return jnp.minimum((at * timesteps).astype(jnp.int32), timesteps - 1)
 
 
 def conditions(model: LatentDiffusion, first_stage: Any, batch: Any) -> Any:

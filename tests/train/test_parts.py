@@ -291,6 +291,16 @@ def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_ste
     assert not dropped(0.3, train=False).any()
 
 
+def test_a_shift_moves_timesteps_up():
+    u = np.linspace(0, 1, 100_000, endpoint=False, dtype=np.float32)
+    plain = np.asarray(diffusion_step.draw_timesteps(u, 1000, 1.0))
+    assert (np.bincount(plain, minlength=1000) == 100).mean() > 0.95
+    for shift in (1.0, 3.0):
+        t = np.asarray(diffusion_step.draw_timesteps(u, 1000, shift))
+        assert (t.min(), t.max()) == (0, 999)
+        assert np.median(t) == pytest.approx(1000 * shift / (1 + shift), abs=1.5)
+
+
 def test_scale_factor_brings_latents_to_unit_spread(setups):
     model = setups["diffusion"].model
     unscaled = FirstStage(model.first_stage.params, 1.0, model.first_stage.module)
