@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
 
-    config = emoji.get_config()
+    config: Any = emoji.get_config()
     config.model.first_stage.path = "pkg:assets/emoji"
     task = DiffusionTask(config)
     task.use({"scale_factor": 1.0})
@@ -48,7 +49,7 @@ def main() -> None:
     flops = {}
     for name, batch in batches.items():
         compiled = step.lower(state, task.frozen, batch).compile()
-        flops[name] = compiled.cost_analysis()["flops"]
+        flops[name] = (compiled.cost_analysis() or {})["flops"]
         jax.block_until_ready(step(state, task.frozen, batch))
     times: dict[str, list[float]] = {name: [] for name in batches}
     for _ in range(args.rounds):

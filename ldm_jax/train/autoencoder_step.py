@@ -1,5 +1,6 @@
 """The first stage: an autoencoder, KL or VQ, learns to reconstruct, and where it has an adversary to deceive it as well."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -261,8 +262,9 @@ def make_step(
         if carry["collections"]:
             extra = extra | {"collections": carry["collections"]}
         if "usage" in extra:
-            extra = extra | {"usage": used(extra["usage"], results["share"])}
-            metrics |= code_metrics(results["share"]) | {"codebook_use": jnp.mean(extra["usage"] > USED)}
+            usage = used(extra["usage"], results["share"])
+            extra = extra | {"usage": usage}
+            metrics |= code_metrics(results["share"]) | {"codebook_use": jnp.mean(usage > USED)}
             if config.restart_codes:
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), OF_STEP + CODES)
                 state, extra, count = restart_codes(state, extra, carry["candidates"], key, axis_name)
@@ -270,6 +272,6 @@ def make_step(
         if "guard" in extra:
             guard = watched(extra["guard"], metrics["rec_loss"], at)
             extra, metrics["rise"] = extra | {"guard": guard}, guard["recent"] / guard["lowest"]
-        return (state.replace(extra=extra) if extra else state), metrics
+        return (dataclasses.replace(state, extra=extra) if extra else state), metrics
 
     return step

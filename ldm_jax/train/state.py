@@ -1,5 +1,6 @@
 """The training state, its exponential moving average, and one update of both."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ def apply_gradients(state: TrainState, grads: Any, tx: optax.GradientTransformat
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     ema = None if state.ema is None else ema_update(state.ema, params, step, decay)
-    return state.replace(step=step, params=params, ema=ema, opt_state=opt_state)
+    return dataclasses.replace(state, step=step, params=params, ema=ema, opt_state=opt_state)
 
 
 def in_parts(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int) -> tuple[Any, Any]:

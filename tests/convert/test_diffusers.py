@@ -291,7 +291,9 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "fields", "message"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("function", "fields", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", None) or str(value)[:40]
+)
 def test_what_has_no_word_on_the_other_side_is_refused(function: Any, fields: dict[str, Any], message: str) -> None:
     given: Any = fields
     if function is unets.unet_to:
