@@ -193,7 +193,8 @@ def make_step(
     name, weight = penalty_of(module, config)
 
     def step(state: TrainState, frozen: Any, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, dict]:
-        extra, at = extra_of(state), state.step
+        extra: dict[str, Any] = extra_of(state)
+        at = state.step
         rollbacks = extra["guard"]["rollbacks"] if "guard" in extra else 0
         critic = None if adversary is None else adversary.on_axis(axis_name)
         net = module if isinstance(module, AutoencoderKL) else module.clone(axis_name=axis_name)
@@ -260,7 +261,7 @@ def make_step(
 
         # --------------------------------------------------------------------------------------------- the codes, the guard
         if carry["collections"]:
-            extra = extra | {"collections": carry["collections"]}
+            extra = {**extra, "collections": carry["collections"]}
         if "usage" in extra:
             usage = used(extra["usage"], results["share"])
             extra = extra | {"usage": usage}
