@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from ldm_jax.train.state import TrainState
 
 CANDIDATES = 16  # encodings of each picture that may become codes
-MEMORY = 0.99  # decay of the average use of a code: about the last hundred steps
-USED = 0.01  # a code that is chosen less than this, of an equal share, is dead
+MEMORY = 0.97  # decay of the average use of a code: about the last thirty steps
+USED = 0.03  # a code that is chosen less than this, of an equal share, is dead
 
 
 def used(usage: jax.Array, share: jax.Array) -> jax.Array:
     """The moving average of each code's use [n], in units of an equal share, after a batch in which it had ``share`` [n].
 
-    It starts at 1, as if all were in equal use, so that no code dies before it had some 450 steps to be chosen.
+    It starts at 1, as if all were in equal use, so that no code dies before it had 115 steps to be chosen.
     """
     return MEMORY * usage + (1 - MEMORY) * share * len(share)
 
