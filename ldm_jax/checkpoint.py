@@ -35,7 +35,7 @@ def find_model(name: str | Path) -> Path:
     if str(name) not in shipped:
         near = difflib.get_close_matches(str(name), shipped, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(shipped)})"
-        raise CheckpointError(f"model {str(name)!r} is neither a folder or file nor one that ships with ldm_jax{hint}")
+        raise CheckpointError(f"model {str(name)!r} is neither a folder nor one that ships with ldm_jax{hint}")
     return ASSETS / str(name)
 
 
