@@ -81,9 +81,7 @@ def plms(b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
             yield Row(to, to, b.x + (to - sigma) * (b.m[0] + b.m[1]) / 2, step=False)
             continue
         w = adams[min(i + 1, 4)]
-        outputs = [
-            b.m[j if j < i else j + 1] for j in range(len(w))
-        ]  # eps of the first step lies one call further back
+        outputs = [b.m[j + (0 < i == j)] for j in range(len(w))]  # eps of the first step lies one call further back
         yield Row(sigma, to, b.x + (to - sigma) * sum(wj * m for wj, m in zip(w, outputs, strict=True)))
 
 

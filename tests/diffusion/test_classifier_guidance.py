@@ -87,9 +87,9 @@ def test_the_networks_gradient_is_that_of_its_log_probability():
         logs = [jax.nn.log_softmax(net.apply(params, x + e, jnp.full(2, t))) for e in (step, -step)]
         return correct(jnp.zeros_like(x), x, t), logs[0] - logs[1]
 
-    step = 2e-3 * jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+    step = 2e-2 * jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
     eps, difference = both(x, step)
     s = level(SCHEDULE, t, x)[1]
     slope = -(eps / s * step).sum((1, 2, 3))
-    np.testing.assert_allclose(2 * slope, difference[jnp.arange(2), labels], rtol=0.02, atol=1e-5)
-    assert np.abs(slope).min() > 1e-3
+    np.testing.assert_allclose(2 * slope, difference[jnp.arange(2), labels], rtol=0.03, atol=3e-6)
+    assert np.abs(slope).min() > 1e-4
