@@ -1,5 +1,6 @@
 """The first stage: an autoencoder, KL or VQ, learns to reconstruct, and where it has an adversary to deceive it as well."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -192,7 +193,8 @@ def make_step(
     name, weight = penalty_of(module, config)
 
     def step(state: TrainState, frozen: Any, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, dict]:
-        extra, at = extra_of(state), state.step
+        extra: dict[str, Any] = extra_of(state)
+        at = state.step
         rollbacks = extra["guard"]["rollbacks"] if "guard" in extra else 0
         critic = None if adversary is None else adversary.on_axis(axis_name)
         net = module if isinstance(module, AutoencoderKL) else module.clone(axis_name=axis_name)
@@ -255,21 +257,23 @@ def make_step(
                 results["disc"] = over_devices(judged, axis_name)
             grads, of_both = results["disc"]
             updated, norm = update_discriminator({**extra["discriminator"], **carry["discriminator"]}, grads, disc_tx)
-            extra, metrics = extra | {"discriminator": updated}, metrics | of_both | norm
+            extra = {**extra, "discriminator": updated}
+            metrics |= of_both | norm
 
         # --------------------------------------------------------------------------------------------- the codes, the guard
         if carry["collections"]:
-            extra = extra | {"collections": carry["collections"]}
+            extra = {**extra, "collections": carry["collections"]}
         if "usage" in extra:
-            extra = extra | {"usage": used(extra["usage"], results["share"])}
-            metrics |= code_metrics(results["share"]) | {"codebook_use": jnp.mean(extra["usage"] > USED)}
+            usage = used(extra["usage"], results["share"])
+            extra = {**extra, "usage": usage}
+            metrics |= code_metrics(results["share"]) | {"codebook_use": jnp.mean(usage > USED)}
             if config.restart_codes:
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), OF_STEP + CODES)
                 state, extra, count = restart_codes(state, extra, carry["candidates"], key, axis_name)
                 metrics["restarted"] = count
         if "guard" in extra:
             guard = watched(extra["guard"], metrics["rec_loss"], at)
-            extra, metrics["rise"] = extra | {"guard": guard}, guard["recent"] / guard["lowest"]
-        return (state.replace(extra=extra) if extra else state), metrics
+            extra, metrics["rise"] = {**extra, "guard": guard}, guard["recent"] / guard["lowest"]
+        return (dataclasses.replace(state, extra=extra) if extra else state), metrics
 
     return step

@@ -1,5 +1,6 @@
 """Codes that nothing chooses any more: how they are noticed, and how they start again."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -51,5 +52,5 @@ def restart_codes(
         extra["collections"] = {"codebook": {"quantize": book}}
     else:
         average = None if state.ema is None else put_params(state.ema)
-        state = state.replace(params=put_params(state.params), ema=average)
+        state = dataclasses.replace(state, params=put_params(state.params), ema=average)
     return state, extra, new.sum().astype(jnp.float32)

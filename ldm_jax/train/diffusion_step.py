@@ -72,7 +72,8 @@ def make_step(
 
     def step(state: TrainState, frozen: Any, batch: Any, *, axis_name: str | None = None) -> tuple[TrainState, dict]:
         grads, metrics = accumulate(lambda p, b: loss(p, frozen, b, state.step), state.params, batch, parts)
-        return descend(state, *over_devices((grads, metrics), axis_name), tx, ema)
+        grads, metrics = over_devices((grads, metrics), axis_name)
+        return descend(state, grads, metrics, tx, ema)
 
     return step
 

@@ -1,5 +1,6 @@
 """The training state, its exponential moving average, and one update of both."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ def apply_gradients(state: TrainState, grads: Any, tx: optax.GradientTransformat
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
     ema = None if state.ema is None else ema_update(state.ema, params, step, decay)
-    return state.replace(step=step, params=params, ema=ema, opt_state=opt_state)
+    return dataclasses.replace(state, step=step, params=params, ema=ema, opt_state=opt_state)
 
 
 def in_parts(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int) -> tuple[Any, Any]:
@@ -106,7 +107,7 @@ def descend(
     state: TrainState, grads: Any, metrics: dict, tx: optax.GradientTransformation, ema: float
 ) -> tuple[TrainState, dict]:
     """One update by gradients that are those of the whole batch, and the metrics with their norm."""
-    return apply_gradients(state, grads, tx, ema), metrics | {"grad_norm": optax.global_norm(grads)}
+    return apply_gradients(state, grads, tx, ema), metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 def row_keys(seed: int, step: jax.Array, rows: jax.Array) -> jax.Array:

@@ -146,7 +146,7 @@ class AutoencoderTask(Task):
     def recover(self, state: TrainState, rollbacks: int) -> TrainState:
         guard = extra_of(state)["guard"]
         number = jax.device_put(np.int32(rollbacks), guard["rollbacks"].sharding)
-        return state.replace(extra=extra_of(state) | {"guard": guard | {"rollbacks": number}})
+        return dataclasses.replace(state, extra=extra_of(state) | {"guard": guard | {"rollbacks": number}})
 
     def make_step(self, tx: Any, *, seed: int, ema: float, parts: int) -> Callable[..., Any]:
         return autoencoder_step.make_step(
