@@ -197,4 +197,4 @@ def update_discriminator(
     """The next {"params", "batch_stats", "opt_state"}."""
     updates, opt_state = tx.update(grads, discriminator["opt_state"], discriminator["params"])
     params = optax.apply_updates(discriminator["params"], updates)
-    return discriminator | {"params": params, "opt_state": opt_state}, {"disc_grad_norm": optax.global_norm(grads)}
+    return discriminator | {"params": params, "opt_state": opt_state}, {"disc_grad_norm": optax.tree.norm(grads)}

@@ -257,14 +257,15 @@ def make_step(
                 results["disc"] = over_devices(judged, axis_name)
             grads, of_both = results["disc"]
             updated, norm = update_discriminator({**extra["discriminator"], **carry["discriminator"]}, grads, disc_tx)
-            extra, metrics = extra | {"discriminator": updated}, metrics | of_both | norm
+            extra = {**extra, "discriminator": updated}
+            metrics |= of_both | norm
 
         # --------------------------------------------------------------------------------------------- the codes, the guard
         if carry["collections"]:
             extra = {**extra, "collections": carry["collections"]}
         if "usage" in extra:
             usage = used(extra["usage"], results["share"])
-            extra = extra | {"usage": usage}
+            extra = {**extra, "usage": usage}
             metrics |= code_metrics(results["share"]) | {"codebook_use": jnp.mean(usage > USED)}
             if config.restart_codes:
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), OF_STEP + CODES)
@@ -272,7 +273,7 @@ def make_step(
                 metrics["restarted"] = count
         if "guard" in extra:
             guard = watched(extra["guard"], metrics["rec_loss"], at)
-            extra, metrics["rise"] = extra | {"guard": guard}, guard["recent"] / guard["lowest"]
+            extra, metrics["rise"] = {**extra, "guard": guard}, guard["recent"] / guard["lowest"]
         return (dataclasses.replace(state, extra=extra) if extra else state), metrics
 
     return step

@@ -107,7 +107,7 @@ def descend(
     state: TrainState, grads: Any, metrics: dict, tx: optax.GradientTransformation, ema: float
 ) -> tuple[TrainState, dict]:
     """One update by gradients that are those of the whole batch, and the metrics with their norm."""
-    return apply_gradients(state, grads, tx, ema), metrics | {"grad_norm": optax.global_norm(grads)}
+    return apply_gradients(state, grads, tx, ema), metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 def row_keys(seed: int, step: jax.Array, rows: jax.Array) -> jax.Array:
