@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from ldm_jax.data import Mask
 from ldm_jax.latent import ConfigError
 from ldm_jax.parallel import AXES, ROWS, compile_step, make_mesh, mesh_sizes, row_shards, shardings, state_shardings
 from ldm_jax.plan.chips import PlanError, Topology, find_devices
@@ -20,7 +21,7 @@ from ldm_jax.plan.hlo import Collective, collectives
 from ldm_jax.train.loop import check_config, check_rows, over_rows
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
-from ldm_jax.train.tasks import TASKS, plain
+from ldm_jax.train.tasks import TASKS, DiffusionTask, plain
 
 # At its default effort the TPU compiler takes several times as long; its estimates must be compared at equal effort only.
 _QUICK = {"exec_time_optimization_effort": -1.0}
@@ -174,7 +175,8 @@ class Step:
         self.task.use({"scale_factor": 1.0})
         self.tx = make_optimizer(config.optim, config.steps)
         self.state = jax.eval_shape(
-            lambda key: create_state(self.task.init(key), self.tx, ema=config.ema > 0), jax.random.key(0)
+            lambda key: create_state(self.task.init(key), self.tx, config.ema > 0, self.task.extra(key)),
+            jax.random.key(0),
         )
         self.frozen = jax.tree.map(_shape, self.task.frozen)
         self.placed = state_shardings(self.state, mesh, zero1)
@@ -183,6 +185,12 @@ class Step:
     def batch(self, rows: int) -> Any:
         """Shapes of a batch of ``rows`` pictures."""
         raw: dict[str, Any] = {"image": np.zeros((1, *self.config.data.size, 3), np.uint8), "caption": [""]}
+        if isinstance(self.task, DiffusionTask) and self.task.conditions.condition is not None:
+            # No data are read: the null condition has the shapes of any other, but for masks, which the step turns into latents.
+            masked = isinstance(self.task.conditions.condition, Mask)
+            raw["encoded"] = (
+                np.zeros((1, *self.config.data.size, 1), np.uint8) if masked else self.task.conditions.null()
+            )
         if self.cached:
             pixels = jax.ShapeDtypeStruct(raw["image"].shape, jnp.float32)
             moments = jax.eval_shape(lambda stage, x: stage.moments(x), self.frozen["first_stage"], pixels)
