@@ -320,7 +320,7 @@ def test_a_ckpt_loads_and_samples_like_its_model_directory(written, tmp_path, qu
     assert "left out" in report["beside the weights"]["optimizer_states"]
     assert report["inert classes"] == {"pytorch_lightning.callbacks.ModelCheckpoint": 1}
 
-    request = {"prompts": ["0", "3"], "seeds": 0, "steps": 2, "guidance": 2.0}
+    request = {"classes": [0, 3], "seeds": 0, "steps": 2, "guidance": 2.0}
     before = sorted(tmp_path.iterdir())
     pictures = ldm_jax.load(file, config=source.with_suffix(".yaml"), devices=1)(**request)
     assert sorted(tmp_path.iterdir()) == before  # nothing is written
