@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 
 from ldm_jax.conditioning import BertTokens, ClassLabel, Joined, RescaledMap, Unconditional
+from ldm_jax.data.layouts import layout_tokens
 from ldm_jax.fitting import Canvas, RequestError, picture_canvas, semantic_maps, small_canvas
 from ldm_jax.generation import Rows, Toward
 from ldm_jax.latent import LatentDiffusion
@@ -216,38 +216,26 @@ def class_numbers(given: Sequence[int | str], count: int, names: Sequence[str] |
     return found
 
 
-def layout_tokens(
+def checked_layout(
     boxes: Sequence[tuple[int | str, Sequence[float]]],
     *,
     length: int,
     vocabulary: int,
     names: Sequence[str] | None = None,
 ) -> list[int]:
-    """Boxes (label, (left, top, width, height)) in fractions of the picture -> ``length`` tokens.
-
-    As taming-transformers' ObjectsBoundingBoxConditionalBuilder: a triple for each box (label, first corner, last corner), the last token of the
-    vocabulary for those that are not there, and, where the length leaves two over, the corners of the crop: the whole. A corner is its place,
-    row by row, on a square grid of as many cells as the vocabulary has room for.
-    """
-    side, none = math.isqrt(vocabulary), vocabulary - 1
-    most = length // 3
-    if len(boxes) > most:
-        raise RequestError(f"{len(boxes)} boxes in the layout; this model takes at most {most}")
-
-    def corner(x: float, y: float) -> int:
-        return round(y * (side - 1)) * side + round(x * (side - 1))
-
-    tokens = []
+    """Boxes (label, (left, top, width, height)) in fractions of the picture -> ``length`` tokens: see `ldm_jax.data.layouts.layout_tokens`."""
+    if len(boxes) > length // 3:
+        raise RequestError(f"{len(boxes)} boxes in the layout; this model takes at most {length // 3}")
+    numbered = []
     for label, box in boxes:
         if len(box) != 4 or not all(0 <= v <= 1 for v in (*box, box[0] + box[2] - 1e-6, box[1] + box[3] - 1e-6)):
             raise RequestError(
                 f"box {list(box)} of {label!r}: give left, top, width, height as parts of 1, inside the picture"
             )
+        (number,) = class_numbers([label], vocabulary - 1, names)
         x, y, w, h = (float(v) for v in box)
-        (number,) = class_numbers([label], none, names)
-        tokens += [number, corner(x, y), corner(min(x + w, 1.0), min(y + h, 1.0))]
-    tokens += [none] * (3 * most - len(tokens))
-    return tokens + ([corner(0, 0), corner(1, 1)] if length % 3 == 2 else [none] * (length % 3))
+        numbered.append((number, (x, y, w, h)))
+    return layout_tokens(numbered, length=length, vocabulary=vocabulary)
 
 
 # ------------------------------------------------------------------------------------------------------------ a request in arrays
@@ -340,7 +328,7 @@ def subjects_of(model: LatentDiffusion, given: Given) -> list[Any]:
     if isinstance(conditioner, BertTokens):
         assert given.layout is not None
         length, vocabulary = conditioner.max_length, conditioner.module.vocab_size
-        return [layout_tokens(given.layout, length=length, vocabulary=vocabulary, names=names)]
+        return [checked_layout(given.layout, length=length, vocabulary=vocabulary, names=names)]
     return [None] if isinstance(conditioner, Unconditional | Joined) else as_list(given.prompts)
 
 

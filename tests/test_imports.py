@@ -19,7 +19,7 @@ ALLOWED = {
     "latent": {"nn", "models", "conditioning", "diffusion"},
     "generation": {"conditioning", "latent", "diffusion"},
     "fitting": {"conditioning", "data"},
-    "requests": {"conditioning", "latent", "generation", "fitting"},
+    "requests": {"conditioning", "latent", "generation", "fitting", "data"},
     "train": {"nn", "models", "conditioning", "latent", "generation", *LEAVES},
     "convert": {"", "models", "conditioning", "latent", "configs", *LEAVES},
     "pipeline": {"nn", "models", "conditioning", "latent", "generation", "requests", "convert", *LEAVES},

@@ -17,7 +17,7 @@ from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.generation import Form, decode, decode_tiled, slerp, tile_ramp, tile_starts, whole_cells
 from ldm_jax.latent import masked_condition, to_float, to_uint8
 from ldm_jax.pipeline import RequestError
-from ldm_jax.requests import Given, class_numbers, interpolation, layout_tokens
+from ldm_jax.requests import Given, checked_layout, class_numbers, interpolation
 
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
@@ -319,12 +319,12 @@ def test_a_model_of_semantic_maps(quick_compiling, tmp_path):
 
 def test_layouts_become_the_originals_tokens():
     """16 tokens of a corner: rows of 4, as in the builder's own example, where (2/3, 1/3) is 6 and the last corner 15."""
-    tokens = layout_tokens([("cup", (2 / 3, 1 / 3, 1 / 3, 2 / 3))], length=8, vocabulary=16, names=["table", "cup"])
+    tokens = checked_layout([("cup", (2 / 3, 1 / 3, 1 / 3, 2 / 3))], length=8, vocabulary=16, names=["table", "cup"])
     assert tokens == [1, 6, 15, 15, 15, 15, 0, 15]
     with pytest.raises(RequestError, match="at most 2"):
-        layout_tokens([(0, (0, 0, 1, 1))] * 3, length=8, vocabulary=16)
+        checked_layout([(0, (0, 0, 1, 1))] * 3, length=8, vocabulary=16)
     with pytest.raises(RequestError, match="inside the picture"):
-        layout_tokens([(0, (0.5, 0, 0.6, 1))], length=8, vocabulary=16)
+        checked_layout([(0, (0.5, 0, 0.6, 1))], length=8, vocabulary=16)
 
 
 def test_a_model_of_layouts(quick_compiling):
