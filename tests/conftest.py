@@ -94,6 +94,15 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(cache, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """A command run in this process sets up the log for people; the next test wants to read it."""
+    ours = logging.getLogger("ldm_jax")
+    kept = ours.handlers, ours.propagate, ours.level
+    yield
+    ours.handlers, ours.propagate, ours.level = kept
+
+
 @pytest.fixture(scope="session")
 def quick_compiling() -> Iterator[None]:
     """On a CPU nearly all the time goes into compiling programs that run for an instant; unoptimised ones are no less exact."""
