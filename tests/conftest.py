@@ -26,6 +26,7 @@ from ldm_jax.checkpoint import save_model
 from ldm_jax.latent import build, init_params
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.pipeline import Pipeline, load
+from ldm_jax.train.tasks import DiffusionTask
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,12 +96,18 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_log() -> Iterator[None]:
-    """A command run in this process sets up the log for people; the next test wants to read it."""
+def own_log() -> None:
+    """A command run in this process sets up the log for people; a test wants to read it."""
     ours = logging.getLogger("ldm_jax")
-    kept = ours.handlers, ours.propagate, ours.level
-    yield
-    ours.handlers, ours.propagate, ours.level = kept
+    ours.handlers, ours.propagate, ours.disabled = [], True, False
+    ours.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def no_preview(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process show nothing: compiling a preview takes longer than the run."""
+    blank = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(DiffusionTask, "preview", lambda *_: blank)
 
 
 @pytest.fixture(scope="session")

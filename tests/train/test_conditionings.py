@@ -127,7 +127,7 @@ def test_a_step_of_every_kind(make, kind, monkeypatch):
     assert seen[0].crossattn is None if context is None else seen[0].crossattn.shape == (8, context, 16)
 
 
-def test_a_run_of_classes_ends_in_a_model_that_knows_their_names(make, tmp_path):
+def test_a_run_of_classes_ends_in_a_model_that_knows_their_names(make, tmp_path, no_preview):
     saved, params = load_model(train(make("class"), tmp_path / "run"))
     assert saved["classes"] == sorted(NAMES)
     assert saved["conditioner"] == {"kind": "class", "embed_dim": 16, "n_classes": 4}  # the last is the null class
@@ -164,7 +164,7 @@ def test_the_masked_picture_and_its_mask_are_what_is_joined():
     np.testing.assert_allclose(found[..., :4], stage.encode(to_float(black)) / 0.5, rtol=1e-5, atol=1e-6)
 
 
-def test_a_frozen_conditioner_is_read_and_kept_but_not_trained(make, tmp_path):
+def test_a_frozen_conditioner_is_read_and_kept_but_not_trained(make, tmp_path, no_preview):
     config = make("text")
     made = {"unet": {}, "conditioner": jax.jit(DiffusionTask(config).init)(jax.random.key(7))["conditioner"]}
     save_model(tmp_path / "text", {"kind": "latent_diffusion", "conditioner": dict(BERT)}, made)

@@ -332,7 +332,7 @@ def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(gu
     noise = [
         line
         for line in stderr.splitlines()
-        if not line.startswith(("step ", "validation ", "finished", "20 pictures", "0."))
+        if not line.startswith(("step ", "validation ", "finished", "20 pictures", "0.", "learning rate "))
     ]
     assert not noise
 

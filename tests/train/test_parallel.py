@@ -140,7 +140,7 @@ def reached(workdir: Path, step: int, *processes) -> None:
         time.sleep(0.005)
 
 
-def test_two_processes_are_one_run_and_it_goes_on_anywhere(config, tmp_path, monkeypatch):
+def test_two_processes_are_one_run_and_it_goes_on_anywhere(config, tmp_path, monkeypatch, no_preview):
     train(config, tmp_path / "one")
     expected = metrics(tmp_path / "one")
 
