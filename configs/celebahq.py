@@ -7,20 +7,10 @@ Not trained here: it needs accelerators.
 
 import ml_collections
 
-from configs.released import diffusion, finish
+from configs.released import UNCONDITIONAL, diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
-    config = diffusion(
-        "vq_f4",
-        linear_end=0.0195,
-        batch=48,
-        steps=410_000,
-        lr=9.6e-5,
-        model_channels=224,
-        attention_resolutions=(8, 4, 2),
-        channel_mult=(1, 2, 3, 4),
-        num_head_channels=32,
-    )
+    config = diffusion("vq_f4", linear_end=0.0195, batch=48, steps=410_000, lr=9.6e-5, **UNCONDITIONAL)
     return finish(config, variant)

@@ -18,9 +18,8 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.steps = 100_000
     config.batch_size = 32
     config.dtype = "float32"  # of products; parameters are always float32
-    config.remat = (
-        "none"  # or "blocks": the backward pass computes each block again instead of keeping what is inside it
-    )
+    # Or "blocks": the backward pass computes each block again instead of keeping what is inside it.
+    config.remat = "none"
     config.ema = 0.9999  # decay of the average of parameters; 0 keeps none
     config.parallel = "jit"  # or "pmap": one host, everything replicated
     config.mesh = section()  # sizes of the axes; -1 is what the others leave
@@ -43,9 +42,8 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.flip = False
     config.data.caption = "{text}"  # a template over the columns of metadata.jsonl
     config.data.cache = ""  # a latent cache of these data, made by python -m ldm_jax.data encode
-    config.data.condition = (
-        section()
-    )  # of its class in ldm_jax/data/conditions.py, where the model's conditioner needs more than a caption
+    # Of its class in ldm_jax/data/conditions.py, where the model's conditioner needs more than a caption.
+    config.data.condition = section()
     config.data.num_workers = 0  # processes that decode; 0 decodes in threads
 
     config.optim = section()
@@ -88,9 +86,8 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.adversary.layers = 3
         config.adversary.channels = 64
         config.adversary.actnorm = False  # in place of batch normalisation
-        config.adversary.ramp = (
-            0  # steps over which the generator's part grows after start; 0: at once, as the original
-        )
+        # Steps over which the generator's part grows after start; 0: at once, as the original.
+        config.adversary.ramp = 0
         config.adversary.cap = 0.0  # highest d_weight; 0: the original's 1e4 * weight
         config.adversary.alarm = 0.0  # a d_weight above this is said in the log; 0: never
 
@@ -109,9 +106,18 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.loss.logvar_init = 0.0
         config.loss.learn_logvar = False
         config.loss.min_snr_gamma = 0.0  # 0 weighs every timestep alike
-        config.loss.timestep_shift = (
-            1.0  # above 1 more of training is spent where there is much noise (Esser et al. 2024, equation 23)
-        )
+        # Above 1 more of training is spent where there is much noise (Esser et al. 2024, equation 23).
+        config.loss.timestep_shift = 1.0
         config.loss.caption_dropout = 0.1  # of conditions of any kind, for classifier-free guidance
         config.loss.offset_noise = 0.0  # standard deviation of noise that is equal over a channel
     return config
+
+
+def short(config: ml_collections.ConfigDict, steps: int = 20) -> None:
+    """Makes a run of a few steps on the pictures that ship with the package, each kind of output made twice: what all smoke variants share."""
+    config.steps, config.batch_size = steps, 8
+    config.log_every = config.save_every = config.eval_every = config.preview_every = steps // 2
+    config.eval_batches = 1
+    config.data.path = "pkg:assets/emoji_subset.zip"
+    if "scale_factor_batches" in config:
+        config.scale_factor_batches = 2

@@ -9,7 +9,7 @@ loss_simple 0.328, 8 % of the concepts found again, and far from done: see ldm_j
 
 import ml_collections
 
-from configs.common import base, section
+from configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -53,10 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         pairs=section(columns=("hexcode", "style"), holdout=0.05, seed=0),
     )
     if variant == "smoke":
-        config.steps, config.batch_size = 30, 8
-        config.log_every = config.save_every = config.eval_every = config.preview_every = 10
-        config.eval_batches, config.scale_factor_batches = 1, 4
-        config.data.path = "pkg:assets/emoji_subset.zip"
+        short(config, steps=30)
         model.first_stage.path = "pkg:assets/emoji"
         model.unet.update(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
     elif variant:

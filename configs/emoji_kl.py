@@ -7,7 +7,7 @@
 
 import ml_collections
 
-from configs.common import base, section
+from configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -34,10 +34,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         out_ch=3,
     )
     if variant == "smoke":
-        config.steps, config.batch_size = 30, 8
-        config.log_every = config.save_every = config.eval_every = config.preview_every = 10
-        config.eval_batches = 1
-        config.data.path = "pkg:assets/emoji_subset.zip"
+        short(config, steps=30)
     elif variant:
         raise ValueError(f"emoji_kl has no variant {variant!r}; there is smoke")
     return config

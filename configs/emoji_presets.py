@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import base, section
+from configs.common import base, section, short
 
 LATENT = (16, 16)  # of the demo's first stage: 64 / 4
 CHANNELS = 8
@@ -46,10 +46,7 @@ def emoji_diffusion(
 def smoke(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
     """``config`` as it is, or for the ``variant`` "smoke" a short run of a smaller UNet on the pictures that ship with the package."""
     if variant == "smoke":
-        config.steps, config.batch_size = 20, 8
-        config.log_every = config.save_every = config.eval_every = config.preview_every = 10
-        config.eval_batches, config.scale_factor_batches = 1, 4
-        config.data.path = "pkg:assets/emoji_subset.zip"
+        short(config)
         config.model.first_stage.path = "pkg:assets/emoji"
         config.model.unet.update(model_channels=32, channel_mult=(1, 2), attention_resolutions=(2,))
     elif variant:

@@ -8,7 +8,7 @@ in its UNet.
 
 import ml_collections
 
-from configs.common import base, section
+from configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -39,10 +39,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         out_ch=3,
     )
     if variant == "smoke":
-        config.steps, config.batch_size = 20, 8
-        config.log_every = config.save_every = config.eval_every = config.preview_every = 10
-        config.eval_batches = 1
-        config.data.path = "pkg:assets/emoji_subset.zip"
+        short(config)
         config.adversary.update(start=10, ramp=5, channels=8)
     elif variant:
         raise ValueError(f"emoji_vq has no variant {variant!r}; there is smoke")

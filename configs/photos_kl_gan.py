@@ -9,7 +9,7 @@ fiftieth picture or so is held out, by name. Not trained in full yet.
 
 import ml_collections
 
-from configs.common import base, section
+from configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -51,8 +51,7 @@ def as_the_original(config: ml_collections.ConfigDict) -> None:
 
 def smoke(config: ml_collections.ConfigDict) -> None:
     """A minute on the emoji that ship, without the perceptual term."""
-    config.steps, config.batch_size, config.eval_batches = 8, 8, 1
-    config.log_every = config.save_every = config.eval_every = config.preview_every = 4
-    config.data.update(path="pkg:assets/emoji_subset.zip", size=(32, 32))
+    short(config, steps=8)
+    config.data.size = (32, 32)
     config.adversary.update(start=4, ramp=2, layers=2, channels=8)
     config.model.first_stage.update(ch=32, num_res_blocks=1)

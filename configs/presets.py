@@ -4,8 +4,8 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import section
-from configs.kl_f8 import KL_F8
+from configs.common import section, short
+from configs.released import FIRST_STAGES
 
 
 def sd_unet(context_dim: int) -> ml_collections.ConfigDict:
@@ -39,7 +39,7 @@ def text_to_image(
     model.objective = "eps"
     model.scale_factor = 0.18215
     model.schedule = section(beta_schedule="linear", linear_start=0.00085, linear_end=0.012, timesteps=1000)
-    model.first_stage = section(path="runs/kl_f8/model", **KL_F8)
+    model.first_stage = section(path="runs/kl_f8/model", **FIRST_STAGES["kl_f8"])
     model.conditioner = section()
     model.unet = unet
     model.sampling = section(size=size, steps=50, guidance=guidance)
@@ -47,12 +47,10 @@ def text_to_image(
 
 def smoke(config: Any) -> None:
     """A narrow UNet for a run of a minute, on the first stage and the pictures that ship with the package."""
-    config.update(steps=20, batch_size=8, dtype="float32")
-    config.log_every = config.save_every = config.eval_every = config.preview_every = 10
-    config.eval_batches = 1
-    config.data.update(path="pkg:assets/emoji_subset.zip", size=(64, 64), num_workers=0)
+    short(config)
+    config.dtype = "float32"
+    config.data.update(size=(64, 64), num_workers=0)
     config.optim.warmup = 0
-    config.scale_factor_batches = 2
     del config.model.scale_factor  # measured
     config.model.first_stage = section(path="pkg:assets/emoji")
     narrow = {"model_channels": 32, "channel_mult": (1, 2), "attention_resolutions": (2,), "num_res_blocks": 1}

@@ -4,9 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import base, section
-
-SUBSET = "pkg:assets/emoji_subset.zip"
+from configs.common import base, section, short
 
 
 def _coder(kind: str, channels: int, ch_mult: tuple[int, ...], attention: tuple[int, ...] = (), **more: Any) -> dict:
@@ -34,6 +32,14 @@ FIRST_STAGES: dict[str, dict] = {
     "vqgan_f16": _coder("vq", 256, (1, 1, 2, 2, 4), (16,), n_embed=1024),
 }
 
+# The UNet of the unconditional models on vq_f4: faces and bedrooms.
+UNCONDITIONAL = {
+    "model_channels": 224,
+    "attention_resolutions": (8, 4, 2),
+    "channel_mult": (1, 2, 3, 4),
+    "num_head_channels": 32,
+}
+
 
 def first_stage(name: str, variant: str, *, weight: float, start: int, **adversary: Any) -> ml_collections.ConfigDict:
     """The training of a row of `FIRST_STAGES`, on 256x256 crops, with the discriminator at ``weight`` from step ``start``.
@@ -47,11 +53,14 @@ def first_stage(name: str, variant: str, *, weight: float, start: int, **adversa
     config.data.update(path="pictures", size=(256, 256), crop="random", flip=True)
     config.optim.update(lr=4.5e-6, scale_lr=True, b1=0.5, b2=0.9)
     config.loss.update(kind="l1", perceptual_weight=1.0, vgg16="vgg16.safetensors", lpips_heads="lpips.safetensors")
-    config.adversary.update(weight=weight, start=start, ramp=5000, cap=100.0, alarm=1000.0, **adversary)
+    # The reconstruction loss of KL is a sum over pixels, hence a d_weight of thousands, which the original's own limit is made for.
+    limits = {"kl": {"cap": 0.0, "alarm": 4500.0}, "vq": {"cap": 10.0, "alarm": 100.0}}[FIRST_STAGES[name]["kind"]]
+    config.adversary.update(weight=weight, start=start, ramp=5000, **limits, **adversary)
     config.guard.update(rollbacks=3, rise=2.0)
     config.model.first_stage = section(**FIRST_STAGES[name])
     if variant == "smoke":
-        _short(config)
+        short(config, steps=4)
+        config.optim.update(lr=1e-4, scale_lr=False)
         config.data.size = (32, 32)
         config.loss.update(perceptual_weight=0.0, vgg16="", lpips_heads="")
         config.adversary.update(start=2, ramp=2, layers=1, channels=8)
@@ -91,8 +100,8 @@ def finish(config: ml_collections.ConfigDict, variant: str) -> ml_collections.Co
     if variant not in ("", "smoke"):
         raise ValueError(f"there is no variant {variant!r}; there is smoke")
     if variant:
-        _short(config)
-        config.scale_factor_batches = 2
+        short(config, steps=4)
+        config.optim.lr = 1e-4
         config.data.size = (64, 64)
         model, unet = config.model, config.model.unet
         more = unet.in_channels - unet.out_channels  # channels of a joined condition
@@ -101,11 +110,3 @@ def finish(config: ml_collections.ConfigDict, variant: str) -> ml_collections.Co
         unet.update(attention_resolutions=(2,), num_heads=2, num_head_channels=-1)
         model.sampling.update(size=(64, 64), steps=5)
     return config
-
-
-def _short(config: ml_collections.ConfigDict) -> None:
-    config.steps, config.batch_size = 4, 8
-    config.log_every = config.save_every = config.eval_every = config.preview_every = 2
-    config.eval_batches = 1
-    config.data.path = SUBSET
-    config.optim.update(lr=1e-4, scale_lr=False)

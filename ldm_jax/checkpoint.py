@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.parallel import barrier, is_first
+
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 
@@ -51,11 +53,11 @@ def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str
         raise CheckpointError(f"{path} is not empty; give a new folder or remove it first")
     # Written beside its place and renamed, so that a killed run leaves no half of a model.
     partial = path.with_name(f".{path.name}.partial")
-    first = jax.process_index() == 0
+    first = is_first()
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _together("model folder")
+    barrier("model folder")
     if dtype is not None:
         params = jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
     # Orbax would copy a host's arrays first, for the sake of saving in the background, and hold what it writes until a file of 2 GiB is full: a large
@@ -70,15 +72,7 @@ def save_model(path: str | Path, config: dict[str, Any], params: Any, dtype: str
     if first:
         (partial / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1) + "\n")
         os.replace(partial, path)
-    _together("model written")
-
-
-def _together(name: str) -> None:
-    """Waits for the other processes, where there are any."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+    barrier("model written")
 
 
 def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:

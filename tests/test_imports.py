@@ -13,6 +13,7 @@ LEAVES = {"parallel", "checkpoint", "data", "metrics", "pictures", "diffusion"}
 # part -> the parts of ldm_jax that it may import, besides itself
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
+    "checkpoint": {"parallel"},  # several processes write one checkpoint
     "nn": set(),
     "models": {"nn"},
     "conditioning": {"nn", "models"},

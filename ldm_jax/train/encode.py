@@ -116,7 +116,7 @@ def encode(config: Any, folder: str | Path, *, dtype: str = "float16", shard_siz
         missing = [(name, places) for name, places in mine if count_records(folder / name) != len(places)]
         if len(missing) < len(mine):
             LOG.info("%s: %d of %d shards are there already", part, len(mine) - len(missing), len(mine))
-        with tqdm(total=sum(len(places) for _, places in missing), desc=part, unit=" pictures") as bar:
+        with tqdm(total=sum(len(places) for _, places in missing), desc=part, unit=" pictures", disable=None) as bar:
             for name, places in missing:
                 write_shard(folder / name, records(loader, places), info)
                 bar.update(len(places))
