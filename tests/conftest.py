@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import runpy
@@ -78,6 +79,8 @@ SMALL = {
 
 
 def pytest_configure() -> None:
+    gc.set_threshold(200_000, 20, 100)  # tracing makes very many objects and little garbage: looking for it takes a tenth of the time
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # nor are the lines of the code written into every program
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many tests, and their child processes, build the same programs

@@ -82,7 +82,7 @@ def make(data, first_stage):
     def config_of(kind: str) -> ConfigDict:
         conditioner, condition, joined, context = KINDS[kind]
         config = base("diffusion")
-        config.update(steps=2, batch_size=8, ema=0.9, save_every=1, eval_every=2, eval_batches=1, preview_every=2)
+        config.update(steps=2, batch_size=8, ema=0.9, save_every=1, eval_every=1000, eval_batches=1, preview_every=2)
         config.scale_factor_batches = 1
         config.data.update(path=str(data), size=(16, 16), condition=ConfigDict(condition))
         if kind == "map":

@@ -116,6 +116,7 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train(config, straight)
 
+    config.preview_every = 1000  # compiling one again would show nothing new
     shorter = config.copy_and_resolve_references()
     shorter.steps = 3
     train(shorter, stopped)
@@ -184,7 +185,7 @@ def quick(pictures, first_stage) -> ConfigDict:
 
 def test_a_run_under_pmap_on_8_devices_evaluates_saves_and_goes_on(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", make_mesh)
-    quick.update(parallel="pmap", steps=1, save_every=1, eval_every=1, preview_every=1)
+    quick.update(parallel="pmap", steps=1, save_every=1, eval_every=1, preview_every=2)
     train(quick, tmp_path)
     quick.steps = 2
     assert load_model(train(quick, tmp_path))[0]["trained_steps"] == 2
