@@ -7,9 +7,10 @@ a time, without PyTorch), converts it with `python -m ldm_jax.convert` in a proc
 text encoding, one UNet step and one decode from the result, on the CPU. Everything it wrote is deleted. Peak memory is
 the process's largest resident set as the system counts it; the time of a network is one run after its compilation.
 
-Seen once, on two CPU cores shared with much other work: txt2img-1p4B (6.15 GB) converts in 192 s with a peak of 6.92 GB,
-and runs in 8.66 GB: text encoding 3.2 s, UNet step 7.4 s, decode to 256x256 8.4 s. Stable Diffusion v1 (4.27 GB) converts
-in 125 s with a peak of 4.97 GB.
+Seen, on two CPU cores mostly busy with other work: txt2img-1p4B (6.15 GB) converts in 192 s with a peak of 6.92 GB, and
+runs in 8.66 GB: text encoding 3.2 s, UNet step 7.4 s, decode to 256x256 8.4 s. Stable Diffusion v1 (4.27 GB) converts in
+126 s with a peak of 5.18 GB; text encoding 2.4 s, and at 512x512, with most of the CPU taken, UNet
+step 80 s, decode 100 s.
 
 It needs as much disk as checkpoint and result together, and memory for a checkpoint's size and a half.
 """
