@@ -17,7 +17,7 @@ from PIL import Image
 
 import ldm_jax
 from configs.common import base
-from ldm_jax.checkpoint import TrainingCheckpoints, load_model, save_model
+from ldm_jax.checkpoint import BestCheckpoints, TrainingCheckpoints, load_model, save_model
 from ldm_jax.latent import ConfigError, FirstStage, build_first_stage
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
@@ -114,6 +114,7 @@ def metrics(workdir: Path) -> list[dict]:
 
 def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    config.best.update(keep=1, mode="max")  # of a loss that falls, so that the best is not the last
     train(config, straight)
 
     shorter = config.copy_and_resolve_references()
@@ -141,6 +142,16 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
     assert sorted(path.name for path in (straight / "previews").iterdir()) == ["0000003.png", "0000006.png"]
     assert list(straight.glob("events.out.tfevents*"))
 
+    # The best validation is kept beside the newest, in both runs, and is a model of its own.
+    losses = {m["step"]: m["loss"] for m in metrics(straight) if m["part"] == "validation"}
+    top = max(losses, key=losses.__getitem__)
+    for run in (straight, stopped):
+        assert [path.name for path in (run / "best").iterdir()] == [str(top)]
+        kept, kept_params = load_model(run / "model_best")
+        assert kept == {**found, "trained_steps": top}
+        kernel = next(v for k, v in final(straight, top).items() if k.startswith("['ema']") and "kernel" in k)
+        assert any(np.array_equal(kernel, a) for a in jax.tree.leaves(kept_params))
+
     # A finished run that is started again does nothing more.
     before = {path: path.stat().st_mtime_ns for path in model.rglob("*")}
     assert train(config, stopped) == model
@@ -167,7 +178,11 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
         assert stage.decode(stage.encode(np.zeros((1, 8, 8, 3), np.float32))).shape == (1, 8, 8, 3)
 
     # Another setting is another run.
-    for name, value, message in [("seed", 1, "seed=0, not 1"), ("optim.lr", 0.5, r"optim.lr=0.001, not 0.5")]:
+    for name, value, message in [
+        ("seed", 1, "seed=0, not 1"),
+        ("optim.lr", 0.5, r"optim.lr=0.001, not 0.5"),
+        ("best.metric", "los", "nothing that validation tells; did you mean 'loss'"),
+    ]:
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict({name: value})
         with pytest.raises(ConfigError, match=message):
@@ -351,6 +366,39 @@ def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(gu
     assert "resuming from step" in stderr
     assert_identical(final(killed, 16), final(straight, 16))
     assert [m["step"] for m in metrics(killed) if m["part"] == "train"] == list(range(1, 17))
+
+
+def test_the_best_validations_are_kept(tmp_path):
+    weights = {"x": np.arange(3.0)}
+
+    def offered(best: BestCheckpoints, step: int, loss: float, psnr: float) -> bool:
+        return best.offer(step, weights, {"scale_factor": 0.5}, {"loss": loss, "psnr": psnr})
+
+    def kept() -> list[int]:
+        return sorted(int(path.name) for path in (tmp_path / "best").iterdir())
+
+    with contextlib.closing(BestCheckpoints(tmp_path, 2, "loss", "min")) as best:
+        assert best.best() is None
+        assert not offered(best, 1, np.nan, 9.0)
+        assert [
+            offered(best, step, loss, psnr) for step, loss, psnr in [(2, 3.0, 1.0), (3, 1.0, 3.0), (4, 2.0, 2.0)]
+        ] == [
+            True,
+            True,
+            False,  # but better than that of step 2
+        ]
+        assert not offered(best, 5, 2.0, 9.0)  # as good as the second
+        assert best.best() == 3
+        assert kept() == [3, 4]
+        assert best.info(3) == {"scale_factor": 0.5}
+        np.testing.assert_array_equal(best.restore(3, weights)["x"], weights["x"])
+    # Gone on with, asked for fewer and for something else.
+    with contextlib.closing(BestCheckpoints(tmp_path, 1, "psnr", "max")) as best:
+        assert best.best() == 3
+        assert not offered(best, 6, 0.0, 2.5)
+        assert offered(best, 7, 9.0, 4.0)
+        assert best.best() == 7
+        assert kept() == [7]
 
 
 def test_a_model_half_written_by_a_killed_run_is_written_again(tmp_path):
