@@ -153,6 +153,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     def run(first: int, state: TrainState, preemption: Preemption) -> TrainState:
         """From step ``first`` to the last; TrainingDiverged before anything is saved that is no good."""
         report = Report(workdir, config, first)
+        asked = False  # to save as soon as there is something good
         unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
         batches = train_loader.iterate(first)
         with contextlib.closing(batches), contextlib.closing(report):
@@ -164,7 +165,8 @@ def train(config: Any, workdir: str | Path) -> Path:
                 unread = (step, metrics)
 
                 stopping = preemption.reached(step)
-                saving = step % config.save_every == 0 or step == config.steps or stopping
+                asked = preemption.save_wanted(step % config.log_every == 0) or asked
+                saving = step % config.save_every == 0 or step == config.steps or stopping or asked
                 if saving or step % config.eval_every == 0 or step % config.preview_every == 0:
                     report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
                     unread = None
@@ -172,6 +174,9 @@ def train(config: Any, workdir: str | Path) -> Path:
                 with report.pause():
                     if saving and (not report.doubt or step == config.steps):
                         checkpoints.save(step, state, prepared)
+                        if asked:
+                            LOG.info("SIGUSR1: step %d is saved", step)
+                        asked = False
                     if stopping and step < config.steps:
                         raise TrainingStopped(f"stopped at step {step}, which is saved; the same command goes on")
                     if step % config.eval_every == 0 or step == config.steps:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import os
 import random
 import re
 import signal
@@ -22,7 +24,7 @@ from ldm_jax.latent import ConfigError, FirstStage, build_first_stage
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
 from ldm_jax.train import autoencoder_step, loop, tasks
-from ldm_jax.train.loop import train
+from ldm_jax.train.loop import run_evaluation, train
 from ldm_jax.train.report import Report, TrainingDiverged, what_is_wrong
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -112,10 +114,23 @@ def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path):
+def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path, monkeypatch, caplog):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     config.best.update(keep=1, mode="max")  # of a loss that falls, so that the best is not the last
+
+    # In the validation of step 3 someone asks for a checkpoint: that of step 4 is one more, and changes nothing.
+    def asking(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return run_evaluation(*args)
+
+    monkeypatch.setattr(loop, "run_evaluation", asking)
+    caplog.set_level(logging.INFO, "ldm_jax")
     train(config, straight)
+    monkeypatch.setattr(loop, "run_evaluation", run_evaluation)
+    assert [record.getMessage() for record in caplog.records if "SIGUSR1" in record.getMessage()] == [
+        "SIGUSR1: step 4 is saved"
+    ]
+    assert sorted(int(path.name) for path in (straight / "checkpoints").iterdir()) == [3, 4, 6]
 
     shorter = config.copy_and_resolve_references()
     shorter.steps = 3
