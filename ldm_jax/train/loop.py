@@ -30,7 +30,7 @@ from ldm_jax.parallel import (
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer, scaled, told_rate
-from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped
+from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped, find_wandb
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import TASKS, Task, plain
 
@@ -49,6 +49,7 @@ FREE = (
     "best.keep",
     "best.metric",
     "best.mode",
+    "wandb.project",
     "data.num_workers",
     "adversary.alarm",
     "parallel",
@@ -64,7 +65,8 @@ def train(config: Any, workdir: str | Path) -> Path:
     """Trains ``config`` in ``workdir``, going on where an earlier run there stopped; returns the finished model's directory.
 
     In ``workdir``: config.json, checkpoints/, previews/*.png, TensorBoard's events, metrics.jsonl, and at the end model/; where ``config.best.keep``
-    says so also best/, the checkpoints of the best validations, and at the end model_best/, made of the best of them.
+    says so also best/, the checkpoints of the best validations, and at the end model_best/, made of the best of them; with ``config.wandb.project``
+    wandb_id.txt and wandb/.
     """
     workdir = Path(workdir).absolute()
     check_config(config)
@@ -301,6 +303,8 @@ def check_config(config: Any) -> None:
     for name, value, known in [(name, there[name], known) for name, known in choices.items() if name in there]:
         if value not in known:
             raise ConfigError(f"{name} {value!r} does not exist{nearest(value, known)}")
+    if config.wandb.project:
+        find_wandb()
     if config.data.cache and config.task != "diffusion":
         raise ConfigError("data.cache holds latents, which only a diffusion stage trains on: leave it empty")
 

@@ -7,7 +7,9 @@ import os
 import random
 import re
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -329,6 +331,70 @@ def test_a_step_half_way_to_diverged_is_no_good_to_go_back_to(guarded, tmp_path)
 )
 def test_what_is_wrong(metrics, said):
     assert what_is_wrong({"loss": 1.0, "grad_norm": 1.0, **metrics}, rise=2.0) == said
+
+
+class FakeWandb(types.ModuleType):
+    """Weights & Biases, as far as a run speaks to it."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.told, self.metrics, self.finished, self.Image = [], [], [], 0, np.shape
+
+    def init(self, **given):
+        self.runs.append(given)
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.metrics.append((name, step_metric))
+
+    def log(self, values):
+        self.told.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(quick, tmp_path, monkeypatch):
+    quick.wandb.project = "icons"
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for first in (0, 2):
+        with contextlib.closing(Report(tmp_path, quick, first)) as report:
+            report.step(first + 1, {"loss": 1.0, "grad_norm": 0.5}, lambda step: 0.1, None)
+            report.evaluation(first + 1, {"psnr": 20.0})
+            report.preview(first + 1, np.zeros((4, 6, 3), np.uint8))
+    for run in wandb.runs:
+        assert (run["project"], run["dir"], run["resume"]) == ("icons", str(tmp_path), "allow")
+        assert (run["config"]["optim"]["lr"], run["id"]) == (1e-3, wandb.runs[0]["id"])
+    assert [len(wandb.runs), wandb.finished] == [2, 2]
+    assert ("*", "step") in wandb.metrics
+    train_, validation, preview = wandb.told[:3]
+    assert {**train_, "train/images_per_second": 0.0} == {
+        "train/loss": 1.0,
+        "train/grad_norm": 0.5,
+        "train/learning_rate": 0.1,
+        "train/images_per_second": 0.0,
+        "step": 1,
+    }
+    assert validation == {"validation/psnr": 20.0, "step": 1}
+    assert preview == {"preview": (4, 6, 3), "step": 1}
+    assert [told["step"] for told in wandb.told] == [1, 1, 1, 3, 3, 3]
+
+    def refuse(**given):
+        raise RuntimeError("api_key not configured\nmore")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match=r"wandb cannot start \(api_key not configured\)"):
+        Report(tmp_path, quick, 0)
+
+
+@pytest.mark.parametrize("there", [None, types.ModuleType("wandb")])  # nothing, or a folder of that name
+def test_a_project_without_wandb_is_said_before_anything_is_done(quick, tmp_path, monkeypatch, there):
+    quick.wandb.project = "icons"
+    monkeypatch.setitem(sys.modules, "wandb", there)
+    with pytest.raises(ConfigError, match="wandb is not installed: pip install wandb"):
+        train(quick, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
