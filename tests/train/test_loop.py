@@ -177,6 +177,9 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
     if config.task == "diffusion":
         pipe = ldm_jax.load(model, devices=1)
         assert pipe("1", steps=2).shape == (1, 8, 8, 3)
+        preview = np.asarray(Image.open(straight / "previews/0000006.png"))
+        # A sample, eight pictures and their reconstructions, the sample on its way.
+        assert preview.shape == (4 * 10 + 2, 8 * 10 + 2, 3)
         std = float(pipe.model.first_stage.scale)
         assert std == pytest.approx(TrainingCheckpoints(straight).info(6)["scale_factor"])
         average = final(straight, 6)
