@@ -174,7 +174,8 @@ def test_two_processes_are_one_run_and_it_goes_on_anywhere(config, tmp_path, mon
 
 
 def test_signals_save_at_one_step_and_sigterm_says_how_to_go_on(config, tmp_path):
-    config.update(steps=2000, save_every=1000, eval_every=1000)
+    config.update(steps=2000, save_every=1000, eval_every=3, preview_every=1000)
+    config.best.keep = 1
     file = write(config, tmp_path)
     processes = together(file, tmp_path / "run")
     reached(tmp_path / "run", 3, *processes)
@@ -191,7 +192,9 @@ def test_signals_save_at_one_step_and_sigterm_says_how_to_go_on(config, tmp_path
         line.split(" at step ")[1].split(",")[0] for text in said for line in text.splitlines() if "stopped at" in line
     }
     assert len(steps) == 1
-    assert (tmp_path / "run" / "checkpoints" / steps.pop() / "state").is_dir()
+    assert (saved / steps.pop() / "state").is_dir()
+    losses = {m["step"]: m["loss"] for m in metrics(tmp_path / "run") if m["part"] == "validation"}
+    assert [p.name for p in (tmp_path / "run" / "best").iterdir()] == [str(min(losses, key=losses.__getitem__))]
 
 
 def test_every_picture_of_an_epoch_is_seen_once_by_any_number_of_processes(config):
