@@ -33,6 +33,12 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.eval_batches = 8
     config.preview_every = 1000
     config.keep = 3  # newest checkpoints
+    config.best = section()  # beside them those of the best validations
+    config.best.keep = 0  # how many; 0: none
+    config.best.metric = "loss"  # which of validation's means
+    config.best.mode = "min"  # or max: which of its values is the best
+    config.wandb = section()
+    config.wandb.project = ""  # of Weights & Biases, where the run is told too; "" for none
 
     config.data = section()
     config.data.source = "image_folder"  # a name in ldm_jax.data.SOURCES

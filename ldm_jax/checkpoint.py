@@ -5,6 +5,7 @@ A model directory describes itself: ``config.json`` says what the model is, ``pa
 
 import difflib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -115,26 +116,29 @@ class TrainingCheckpoints:
     Writing is asynchronous and atomic: a killed run finds its last complete step. ``keep`` newest steps stay.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 3):
+    folder = "checkpoints"
+
+    def __init__(self, workdir: str | Path, keep: int = 3, **options: Any):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self.path = Path(workdir).absolute() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        self.path = Path(workdir).absolute() / self.folder
+        self._manager = ocp.CheckpointManager(
+            self.path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, **options)
+        )
 
     def latest(self) -> int | None:
         """The newest complete step, or None; waits for one that is being written."""
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, info: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Saves in the background; a step that is already there is left as it is."""
         if step not in self._manager.all_steps():
             args = self._ocp.args.Composite(
                 state=self._ocp.args.StandardSave(state), info=self._ocp.args.JsonSave(info)
             )
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def info(self, step: int) -> dict[str, Any]:
         """The JSON object of a step."""
@@ -154,3 +158,40 @@ class TrainingCheckpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class BestCheckpoints(TrainingCheckpoints):
+    """The ``keep`` best of a run's validations under ``workdir/best``, one a step, written as the regular checkpoints are.
+
+    Each holds what was validated (the averaged parameters, and an averaged codebook) and nothing to go on from; beside it all the means, so that a
+    resumed run may ask for another ``metric``, the highest ("max") or lowest ("min") of which is the best.
+    """
+
+    folder = "best"
+
+    def __init__(self, workdir: str | Path, keep: int, metric: str, mode: str):
+        self.keep, self.metric, self._sign = keep, metric, 1.0 if mode == "max" else -1.0
+        super().__init__(workdir, keep, best_fn=self._score, best_mode="max")
+
+    def _score(self, means: dict[str, float]) -> float:
+        """Higher is better; what is not finite is worst."""
+        score = self._sign * means.get(self.metric, math.nan)
+        return score if math.isfinite(score) else -math.inf
+
+    def best(self) -> int | None:
+        """The best step, or None; waits for one that is being written."""
+        self._manager.wait_until_finished()
+        return self._manager.best_step()
+
+    def offer(self, step: int, weights: Any, info: dict[str, Any], means: dict[str, float]) -> bool:
+        """Saves what was validated at ``step`` where it is among the best, and says whether it is the best of all.
+
+        A step that is there already is left as it is; of two that are equal the earlier stays.
+        """
+        self._manager.wait_until_finished()
+        there, score = self._manager.all_steps(), self._score(means)
+        others = [self._score(self._manager.metrics(other) or {}) for other in there]
+        if step in there or score == -math.inf or sum(other >= score for other in others) >= self.keep:
+            return False
+        self.save(step, weights, info, means)
+        return score > max(others, default=-math.inf)

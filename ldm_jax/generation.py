@@ -63,14 +63,18 @@ class Plan(NamedTuple):
 class Form:
     """What is compiled in beside the sampler.
 
-    ``size`` (H, W) in pixels; the calls of the model whose predicted x0 are shown as ``progress``; how to decode: ``decode_batch`` pictures at a
-    time (a divisor of the batch; 0 is all), in tiles of ``tile`` pixels where a side is longer (0 is never).
+    ``size`` (H, W) in pixels; the calls of the model whose predicted x0 are shown as ``progress``, of the first ``progress_rows`` pictures (0 is
+    all); how to decode: ``decode_batch`` pictures at a
+    time (a divisor of the batch; 0 is all), in tiles of ``tile`` pixels where a side is longer (0 is never). ``quantize`` brings each predicted x0
+    to the nearest codes, where the first stage has any.
     """
 
     size: tuple[int, int]
     progress: tuple[int, ...] = ()
+    progress_rows: int = 0
     decode_batch: int = 0
     tile: int = 0
+    quantize: bool = False
 
 
 class Made(NamedTuple):
@@ -109,7 +113,8 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
 
     def predict(*guidance: Any, **options: Any) -> Predict:
         denoise = model.denoiser(encoded, *guidance, toward=parts, **options)
-        return predictor(denoise, model.schedule, model.objective, clip=stage.module is None)
+        codes = stage.quantized if form.quantize else None
+        return predictor(denoise, model.schedule, model.objective, clip=stage.module is None, quantize=codes)
 
     if rows.variation is not None:
         # The noise that leads to the picture, without guidance, which could not be inverted; then part of the way to that of the seed.
@@ -136,10 +141,14 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
     def show(z: jax.Array) -> jax.Array:
         out = decode(stage, z, form)
         if rows.image is not None and rows.mask is not None:  # the rest stays as it was
-            out = jnp.where(rows.mask > 0, out, to_float(rows.image))
+            out = jnp.where(rows.mask[: len(z)] > 0, out, to_float(rows.image[: len(z)]))
         return to_uint8(out)
 
-    progress = None if steps is None else jnp.stack([show(steps.x0[i]) for i in form.progress], axis=1)
+    progress = None
+    if steps is not None:
+        # One after the other, so that the decoder is compiled once more and not once for each.
+        shown = steps.x0[np.array(form.progress)][:, : form.progress_rows or len(x)]
+        progress = jnp.swapaxes(jax.lax.map(show, shown), 0, 1)
     return Made(show(z), progress)
 
 

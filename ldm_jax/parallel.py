@@ -226,29 +226,35 @@ def barrier(name: str) -> None:
 
 
 class Preemption:
-    """Notices that this run is asked to stop (SIGTERM, or the cluster's notice), at one step on all processes."""
+    """Notices that this run is asked to stop (SIGTERM, or the cluster's notice), or to save and go on (SIGUSR1), at one step on all processes."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._save_asked = False
 
     @contextlib.contextmanager
     def watch(self) -> Iterator["Preemption"]:
-        """Takes SIGTERM while inside. Under jax.distributed its own handler notices, and tells the other processes."""
+        """Takes both signals while inside. Under jax.distributed its own handler notices SIGTERM, and tells the other processes."""
         import signal
         import threading
 
-        if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-
-        def asked(*_: Any) -> None:
+        def stop(*_: Any) -> None:
             self._asked = True
 
-        before = signal.signal(signal.SIGTERM, asked)
+        def save(*_: Any) -> None:
+            self._save_asked = True
+
+        taken: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            if hasattr(signal, "SIGUSR1"):  # not on Windows
+                taken[signal.SIGUSR1] = save
+            if jax.process_count() == 1:
+                taken[signal.SIGTERM] = stop
+        before = {number: signal.signal(number, handler) for number, handler in taken.items()}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after ``step``; every process asks at every step, and all get the same answer."""
@@ -257,6 +263,21 @@ class Preemption:
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def save_wanted(self, meeting: bool) -> bool:
+        """Whether any process was asked to save since this last said so. Several processes agree where they are ``meeting``, which all say at the
+        same steps; it makes them wait for one another, and so is not for every step."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            if not meeting:
+                return False
+            wanted = bool(np.any(multihost_utils.process_allgather(np.array(self._save_asked))))
+        else:
+            wanted = self._save_asked
+        if wanted:
+            self._save_asked = False
+        return wanted
 
 
 STOPPED = os.EX_TEMPFAIL  # exit status of a run that saved and can be started again

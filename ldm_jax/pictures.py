@@ -78,6 +78,16 @@ def grid(images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, 
     return sheet
 
 
+def sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
+    """Rows of pictures, uint8 [n, H, W, 3] each, of their own number and size -> one picture, one below the other, on white."""
+    lines = [grid(row, columns=len(row), gap=gap) for row in rows]
+    lines = [lines[0], *(line[gap:] for line in lines[1:])]  # what is between two belongs to the upper
+    width = max(line.shape[1] for line in lines)
+    return np.concatenate(
+        [np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
+    )
+
+
 def labelled_grid(
     images: np.ndarray | Sequence[np.ndarray], rows: Sequence[str], columns: Sequence[str], zoom: int = 1, gap: int = 6
 ) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ldm_jax.checkpoint import CheckpointError, TrainingCheckpoints, read_config, save_model
+from ldm_jax.checkpoint import BestCheckpoints, CheckpointError, TrainingCheckpoints, read_config, save_model
 from ldm_jax.latent import DTYPES, REMATS, ConfigError, nearest
 from ldm_jax.nn.layers import rows_over
 from ldm_jax.parallel import (
@@ -30,9 +30,9 @@ from ldm_jax.parallel import (
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer, scaled, told_rate
-from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped
+from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped, find_wandb
 from ldm_jax.train.state import TrainState, create_state
-from ldm_jax.train.tasks import TASKS, plain
+from ldm_jax.train.tasks import TASKS, Task, plain
 
 LOG = logging.getLogger(__name__)
 
@@ -46,6 +46,10 @@ FREE = (
     "eval_batches",
     "preview_every",
     "keep",
+    "best.keep",
+    "best.metric",
+    "best.mode",
+    "wandb.project",
     "data.num_workers",
     "adversary.alarm",
     "parallel",
@@ -60,7 +64,9 @@ FREE = (
 def train(config: Any, workdir: str | Path) -> Path:
     """Trains ``config`` in ``workdir``, going on where an earlier run there stopped; returns the finished model's directory.
 
-    In ``workdir``: config.json, checkpoints/, previews/*.png, TensorBoard's events, metrics.jsonl, and at the end model/.
+    In ``workdir``: config.json, checkpoints/, previews/*.png, TensorBoard's events, metrics.jsonl, and at the end model/; where ``config.best.keep``
+    says so also best/, the checkpoints of the best validations, and at the end model_best/, made of the best of them; with ``config.wandb.project``
+    wandb_id.txt and wandb/.
     """
     workdir = Path(workdir).absolute()
     check_config(config)
@@ -94,11 +100,20 @@ def train(config: Any, workdir: str | Path) -> Path:
     shapes = jax.eval_shape(init, jax.random.key(config.seed))
     placed = state_shardings(shapes, mesh, config.mesh.zero1)
 
+    if config.best.keep:
+        batch = task.host_batch(first_batches(eval_loader, 1)[0])
+        told = jax.eval_shape(task.evaluate, task.weights(shapes), task.frozen, batch)
+        if config.best.metric not in told:
+            raise ConfigError(
+                f"best.metric {config.best.metric!r} is nothing that validation tells{nearest(config.best.metric, told)}"
+            )
+
     # ------------------------------------------------------------------------------------ begin, or resume
     if is_first():  # only now: a mistake above leaves nothing behind that holds on to it
         claim_workdir(workdir, plain(config))
     barrier("claimed")
     checkpoints = TrainingCheckpoints(workdir, config.keep)
+    best = BestCheckpoints(workdir, **config.best) if config.best.keep else None
     like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
     first = checkpoints.latest()
     if first is None:
@@ -140,6 +155,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     def run(first: int, state: TrainState, preemption: Preemption) -> TrainState:
         """From step ``first`` to the last; TrainingDiverged before anything is saved that is no good."""
         report = Report(workdir, config, first)
+        asked = False  # to save as soon as there is something good
         unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
         batches = train_loader.iterate(first)
         with contextlib.closing(batches), contextlib.closing(report):
@@ -151,7 +167,8 @@ def train(config: Any, workdir: str | Path) -> Path:
                 unread = (step, metrics)
 
                 stopping = preemption.reached(step)
-                saving = step % config.save_every == 0 or step == config.steps or stopping
+                asked = preemption.save_wanted(step % config.log_every == 0) or asked
+                saving = step % config.save_every == 0 or step == config.steps or stopping or asked
                 if saving or step % config.eval_every == 0 or step % config.preview_every == 0:
                     report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
                     unread = None
@@ -159,16 +176,25 @@ def train(config: Any, workdir: str | Path) -> Path:
                 with report.pause():
                     if saving and (not report.doubt or step == config.steps):
                         checkpoints.save(step, state, prepared)
+                        if asked:
+                            LOG.info("SIGUSR1: step %d is saved", step)
+                        asked = False
                     if stopping and step < config.steps:
                         raise TrainingStopped(f"stopped at step {step}, which is saved; the same command goes on")
                     if step % config.eval_every == 0 or step == config.steps:
                         means = run_evaluation(evaluate, weights, frozen, task, eval_loader, config, mesh)
                         report.evaluation(step, means)
+                        if best is not None and best.offer(step, weights, prepared, means):
+                            LOG.info("the best so far: %s %.4f at step %d", best.metric, means[best.metric], step)
                     if step % config.preview_every == 0 or step == config.steps:
                         report.preview(step, task.preview(weights, frozen, first_batches(preview_loader, 1)[0]))
         return state
 
-    with contextlib.closing(checkpoints), Preemption().watch() as preemption:
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(contextlib.closing(checkpoints))
+        if best is not None:
+            opened.enter_context(contextlib.closing(best))
+        preemption = opened.enter_context(Preemption().watch())
         rollbacks = task.rollbacks(state)
         while True:
             try:
@@ -188,17 +214,26 @@ def train(config: Any, workdir: str | Path) -> Path:
                     task.most_rollbacks,
                 )
 
-    # ----------------------------------------------------------------------------------------------- export
-    trained = int(state.step)
-    if exported_steps(model_dir) != trained:  # there is none yet, or that of a shorter run
-        barrier("export")
-        if is_first():
-            shutil.rmtree(model_dir, ignore_errors=True)
-        barrier("removed")
-        exported, arrays = task.export(task.weights(state))
-        save_model(model_dir, {**exported, "trained_steps": trained}, arrays)
+        # ------------------------------------------------------------------------------------------- export
+        checkpoints.latest()  # waits: what is still being written is in memory
+        export(task, model_dir, int(state.step), lambda: task.weights(state))
+        if best is not None and (step := best.best()) is not None:
+            export(task, workdir / "model_best", step, lambda: best.restore(step, task.weights(like)))
+            LOG.info("the best by %s, of step %d, is in %s", best.metric, step, workdir / "model_best")
     LOG.info("finished: the model is in %s", model_dir)
     return model_dir
+
+
+def export(task: Task, model_dir: Path, trained: int, weights: Callable[[], Any]) -> None:
+    """Writes ``weights()`` as a model of ``trained`` steps, in the place of one of other steps; leaves one of as many as it is."""
+    if exported_steps(model_dir) == trained:
+        return
+    barrier("export")
+    if is_first():
+        shutil.rmtree(model_dir, ignore_errors=True)
+    barrier("removed")
+    exported, arrays = task.export(weights())
+    save_model(model_dir, {**exported, "trained_steps": trained}, arrays)
 
 
 def mesh_of(config: Any) -> jax.sharding.Mesh:
@@ -252,12 +287,15 @@ def check_config(config: Any) -> None:
     for name, value in [(name, config[name]) for name in least_one] + [("optim.accumulate", config.optim.accumulate)]:
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
+    if config.best.keep < 0:
+        raise ConfigError(f"best.keep must be at least 0, not {config.best.keep}")
     choices = {
         "dtype": DTYPES,
         "remat": REMATS,
         "optim.kind": KINDS,
         "optim.mu_dtype": ("float32", "bfloat16"),
         "parallel": ("jit", "pmap"),
+        "best.mode": ("min", "max"),
         "loss.kind": ("l1", "l2"),
         "loss.posterior": ("sample", "mode"),
     }
@@ -265,6 +303,8 @@ def check_config(config: Any) -> None:
     for name, value, known in [(name, there[name], known) for name, known in choices.items() if name in there]:
         if value not in known:
             raise ConfigError(f"{name} {value!r} does not exist{nearest(value, known)}")
+    if config.wandb.project:
+        find_wandb()
     if config.data.cache and config.task != "diffusion":
         raise ConfigError("data.cache holds latents, which only a diffusion stage trains on: leave it empty")
 

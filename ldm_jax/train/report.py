@@ -1,10 +1,12 @@
-"""How a run says how it goes: a progress line, TensorBoard, metrics.jsonl, preview pictures, and a stop when it goes wrong."""
+"""How a run says how it goes: a progress line, TensorBoard, metrics.jsonl, Weights & Biases, preview pictures, and a stop when it goes wrong."""
 
 import contextlib
+import importlib
 import json
 import logging
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +16,7 @@ import numpy as np
 
 from ldm_jax import pictures
 from ldm_jax.checkpoint import TrainingCheckpoints
+from ldm_jax.latent import ConfigError
 from ldm_jax.parallel import is_first
 
 LOG = logging.getLogger(__name__)
@@ -41,7 +44,7 @@ class TrainingStopped(RuntimeError):
 
 
 class Report:
-    """Says how it goes: a progress line, TensorBoard, metrics.jsonl, preview pictures."""
+    """Says how it goes: a progress line, TensorBoard, metrics.jsonl, Weights & Biases where a project is named, preview pictures."""
 
     def __init__(self, workdir: Path, config: Any, first: int):
         import tensorboardX
@@ -54,6 +57,7 @@ class Report:
             purge = first + 1 if first else None
             self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=purge, flush_secs=30)
             self.jsonl = reopen_metrics(workdir / "metrics.jsonl", first)
+            self.wandb = open_wandb(workdir, config)
         self.terminal = self.speaks and sys.stderr.isatty()
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not self.terminal, dynamic_ncols=True)
         self.since, self.last = time.perf_counter(), first
@@ -125,6 +129,8 @@ class Report:
             return
         pictures.save_png(self.previews / f"{step:07d}.png", image)
         self.board.add_image("preview", image, step, dataformats="HWC")
+        if self.wandb is not None:
+            self.wandb.log({"preview": find_wandb().Image(image), "step": step})
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -136,6 +142,8 @@ class Report:
     def _write(self, step: int, part: str, values: dict[str, float]) -> None:
         for key, value in values.items():
             self.board.add_scalar(f"{part}/{key}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({f"{part}/{key}": value for key, value in values.items()} | {"step": step})
         rounded = {k: float(f"{v:.6g}") for k, v in values.items()}
         self.jsonl.write(json.dumps({"step": step, "part": part, **rounded}) + "\n")
         self.jsonl.flush()
@@ -145,6 +153,8 @@ class Report:
         if self.speaks:
             self.board.close()
             self.jsonl.close()
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 def what_is_wrong(metrics: dict[str, Any], rise: float = 0.0) -> str:
@@ -167,6 +177,47 @@ def reopen_metrics(file: Path, first: int) -> TextIO:
             if json.loads(line)["step"] <= first:
                 opened.write(line + "\n")
     return opened
+
+
+def find_wandb() -> Any:
+    """The module; ConfigError where it is not installed."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        wandb = None
+    if not hasattr(wandb, "init"):  # a folder of that name, as its runs leave behind, imports too
+        raise ConfigError("wandb.project: wandb is not installed: pip install wandb, or leave the project empty")
+    return wandb
+
+
+def open_wandb(workdir: Path, config: Any) -> Any:
+    """The run of this ``workdir`` in the project that the config names, gone on with where it is one already; None without a project.
+
+    Points are placed by their own "step": its counter would drop those of steps that a killed run has told and this one takes again.
+    """
+    if not config.wandb.project:
+        return None
+    wandb, file = find_wandb(), workdir / "wandb_id.txt"
+    name = file.read_text().strip() if file.exists() else ""
+    if not name:
+        name = uuid.uuid4().hex
+        file.write_text(name + "\n")
+    try:
+        run = wandb.init(
+            project=config.wandb.project,
+            dir=str(workdir),
+            name=workdir.name,
+            id=name,
+            resume="allow",
+            config=json.loads(config.to_json_best_effort()),
+            allow_val_change=True,  # of what a resumed run may change
+        )
+    except Exception as error:  # its own errors: no account, no network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"wandb.project: wandb cannot start ({reason[:200]}): see to it, or leave it empty") from None
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def clock(seconds: float) -> str:

@@ -15,7 +15,7 @@ from ldm_jax import pictures
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model, read_config
 from ldm_jax.data import Mask, draw_conditions
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
-from ldm_jax.generation import Form, Plan, Rows, generate
+from ldm_jax.generation import Form, Made, Plan, Rows, generate
 from ldm_jax.latent import (
     DTYPES,
     ConfigError,
@@ -31,6 +31,7 @@ from ldm_jax.latent import (
 )
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.discriminator import PatchDiscriminator
+from ldm_jax.models.vqgan import VQModelInterface
 from ldm_jax.parallel import fetch
 from ldm_jax.train import autoencoder_step, diffusion_step
 from ldm_jax.train.adversarial import DISCRIMINATOR_LOSSES, Adversary
@@ -39,6 +40,7 @@ from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import TrainState, averaged, extra_of
 
 LOG = logging.getLogger(__name__)
+COLUMNS = 8  # of a preview
 
 
 class Task(Protocol):
@@ -184,9 +186,7 @@ class AutoencoderTask(Task):
 
     def preview(self, weights: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
         images = raw["image"][:16]
-        made = fetch(self._reconstruct(weights, images / np.float32(127.5) - 1))
-        rows = [row for i in range(0, len(images), 8) for row in (images[i : i + 8], made[i : i + 8])]
-        return pictures.grid(np.concatenate(rows), columns=min(8, len(images)))
+        return pictures.sheet(_rows(images, fetch(self._reconstruct(weights, images / np.float32(127.5) - 1))))
 
     def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
         """An averaged codebook is exported as what it now is, a plain one."""
@@ -296,36 +296,38 @@ class DiffusionTask(Task):
         return loss(weights, frozen, batch, jnp.int32(0), train=False)[1]
 
     def preview(self, weights: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
+        """Rows of eight held-out pictures: their conditions, where those can be drawn, samples made of them, the pictures, what the first stage
+        keeps of them. Samples of ``preview_captions`` go before. Then, of a first stage with a codebook, the first eight samples again, each step
+        brought to the codes; and last the first sample on its way, the x0 that its steps predict."""
         sampling = self.model_config["sampling"]
         params = weights | ({} if self.conditioner_params is None else {"conditioner": frozen["conditioner"]})
         raw = {name: values[:16] for name, values in raw.items()}
-        if self.config.preview_captions and self.conditions.condition is None:
-            raw = {"caption": list(self.config.preview_captions)}
-        encoded = self.conditions.encode(raw)
+        captions = list(self.config.preview_captions) if self.conditions.condition is None else []
+        asked = {"caption": captions} if captions else raw
+        encoded = self.conditions.encode(asked)
         if isinstance(self.conditions.condition, Mask):
             encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded)
-        n = len(raw["caption"])
-        sampler = SAMPLERS["ddim"]
-        nodes = sampler.nodes(
-            self.model.schedule,
-            step_grid("uniform", min(25, self.model.schedule.timesteps), self.model.schedule.timesteps),
-        )
-        images = _preview(
-            dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"]),
-            nodes,
-            encoded,
-            self.model.conditioner.encode_null(n),
-            np.arange(n, dtype=np.uint32),
-            np.full(n, sampling["guidance"], np.float32),
-            tuple(sampling["size"]),
-        )
-        made = fetch(images)
+        n = len(asked["caption"])
+        steps = min(25, self.model.schedule.timesteps)
+        nodes = SAMPLERS["ddim"].nodes(self.model.schedule, step_grid("uniform", steps, self.model.schedule.timesteps))
+        null, seeds = self.model.conditioner.encode_null(n), np.arange(n, dtype=np.uint32)
+        rows_in = encoded, null, seeds, np.full(n, sampling["guidance"], np.float32)
+        model = dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"])
+        form = Form(tuple(sampling["size"]), progress=_spread(steps, COLUMNS), progress_rows=1)
+        made = _preview(model, nodes, *rows_in, form)
+        samples = fetch(made.images)
+        pixels = {name: raw[name] for name in ("image", "moments") if name in raw}
+        kept = None if self.model.first_stage.module is None else fetch(_reconstruct(frozen["first_stage"], pixels))
         shown = draw_conditions(self.conditions.condition, raw)
-        if shown is None:
-            return pictures.grid(made)
-        # What was asked for, what was made, and what was asked about, one above the other.
-        columns = [np.concatenate(column) for column in zip(shown, made, raw["image"], strict=True)]
-        return pictures.grid(columns, columns=min(8, n))
+        rows = (
+            _rows(samples) + _rows(raw.get("image"), kept)
+            if captions
+            else _rows(shown, samples, raw.get("image"), kept)
+        )
+        if isinstance(self.model.first_stage.module, VQModelInterface):
+            first = jax.tree.map(lambda a: a[:COLUMNS], rows_in)
+            rows.append(fetch(_preview(model, nodes, *first, Form(form.size, quantize=True)).images))
+        return pictures.sheet([*rows, fetch(made.progress)[0]])
 
     def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
         kept = {} if self.conditioner_params is None else {"conditioner": self.conditioner_params}
@@ -358,10 +360,24 @@ _masked = jax.jit(masked_condition)
 
 
 @jax.jit(static_argnums=6)
-def _preview(
-    model: Any, nodes: Any, encoded: Any, null: Any, seeds: Any, guidance: Any, size: tuple[int, int]
-) -> jax.Array:
-    return generate(model, SAMPLERS["ddim"], Plan(nodes), Rows(seeds, encoded, null, guidance), Form(size)).images
+def _preview(model: Any, nodes: Any, encoded: Any, null: Any, seeds: Any, guidance: Any, form: Form) -> Made:
+    return generate(model, SAMPLERS["ddim"], Plan(nodes), Rows(seeds, encoded, null, guidance), form)
+
+
+@jax.jit
+def _reconstruct(stage: Any, batch: Any) -> jax.Array:
+    return to_uint8(stage.decode(stage.latents(diffusion_step.read_moments(stage, batch))))
+
+
+def _spread(n: int, most: int) -> tuple[int, ...]:
+    """At most so many of 0 ... n - 1, evenly spread, the first and the last among them."""
+    return tuple(int(i) for i in np.linspace(0, n - 1, min(n, most)).round())
+
+
+def _rows(*kinds: np.ndarray | None) -> list[np.ndarray]:
+    """Pictures of several kinds, uint8 [n, H, W, 3] or None each -> rows of `COLUMNS`, what belongs together one above the other."""
+    there = [kind for kind in kinds if kind is not None]
+    return [kind[i : i + COLUMNS] for i in range(0, len(there[0]) if there else 0, COLUMNS) for kind in there]
 
 
 def plain(config: Any) -> dict[str, Any]:

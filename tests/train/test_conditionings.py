@@ -17,7 +17,7 @@ from ldm_jax.data import DataError
 from ldm_jax.latent import ConfigError, FirstStage, build_first_stage, masked_condition, to_float
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
-from ldm_jax.train import diffusion_step, loop
+from ldm_jax.train import diffusion_step, loop, tasks
 from ldm_jax.train.conditions import load_frozen
 from ldm_jax.train.encode import check_cache, encode
 from ldm_jax.train.loaders import make_loader
@@ -144,8 +144,47 @@ def test_a_run_of_inpainting_goes_on_and_shows_what_it_makes(make, tmp_path):
     assert saved["conditioner"]["of"] == "masked"
     assert saved["trained_steps"] == 2
     preview = np.asarray(Image.open(tmp_path / "run/previews/0000002.png"))
-    assert preview.shape == (3 * 16 + 4, 8 * 18 + 2, 3)  # masked, made and true, of eight pictures
-    assert (preview[2:18] == 127).all(-1).any()
+    assert preview.shape == (
+        5 * 18 + 2,
+        8 * 18 + 2,
+        3,
+    )  # masked, made, true and reconstructed, of eight pictures; and one on its way
+    masked, true = preview[2:18], preview[38:54]
+    shown = (masked != 127).any(-1)
+    assert not shown.all()
+    np.testing.assert_array_equal(masked[shown], true[shown])
+
+
+def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
+    """What is on it; traced and not compiled."""
+    stage = {**KL, "kind": "vq", "n_embed": 12}
+    shapes = jax.eval_shape(lambda: init_autoencoder(build_first_stage({"first_stage": stage}), jax.random.key(0)))
+    save_model(tmp_path, {"kind": "first_stage", "first_stage": stage}, {"first_stage": random_params(shapes, 1)})
+    config = make("text")
+    config.model.first_stage.path = str(tmp_path)
+    config.preview_captions = ("1", "2", "3")
+    task, forms, compiled, shades = DiffusionTask(config), [], tasks._preview, iter(range(50, 250, 50))
+
+    def traced(*args):
+        *arrays, form = args
+        forms.append(form)
+        shade = next(shades)
+        shapes = jax.eval_shape(lambda *arrays: compiled(*arrays, form), *arrays)
+        return jax.tree.map(lambda s: np.full(s.shape, shade, s.dtype), shapes)
+
+    monkeypatch.setattr(tasks, "_preview", traced)
+    monkeypatch.setattr(tasks, "_reconstruct", lambda stage, batch: 255 - batch["image"])
+    raw = next(make_loader(config, "validation").batches(1))
+    sheet = task.preview(jax.eval_shape(task.init, jax.random.key(0)), task.frozen, raw)
+    assert sheet.shape == (5 * 18 + 2, 8 * 18 + 2, 3)
+    made, true, kept, quantized, way = (sheet[2 + 18 * i : 18 + 18 * i] for i in range(5))
+    assert (made[:, 2:18] == 50).all()
+    assert (made[:, 3 * 18 + 2 :] == 255).all()  # three captions
+    np.testing.assert_array_equal(true[:, 2:18], raw["image"][0])
+    np.testing.assert_array_equal(kept[:, 2:18], 255 - raw["image"][0])
+    assert (quantized[:, 2:18] == 100).all()
+    assert (way[:, -18:-2] == 50).all()  # eight of its ten steps
+    assert [(form.quantize, form.progress) for form in forms] == [(False, (0, 1, 3, 4, 5, 6, 8, 9)), (True, ())]
 
 
 def test_the_masked_picture_and_its_mask_are_what_is_joined():

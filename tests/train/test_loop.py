@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import logging
+import os
 import random
 import re
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -17,12 +21,12 @@ from PIL import Image
 
 import ldm_jax
 from configs.common import base
-from ldm_jax.checkpoint import TrainingCheckpoints, load_model, save_model
+from ldm_jax.checkpoint import BestCheckpoints, TrainingCheckpoints, load_model, save_model
 from ldm_jax.latent import ConfigError, FirstStage, build_first_stage
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
 from ldm_jax.train import autoencoder_step, loop, tasks
-from ldm_jax.train.loop import train
+from ldm_jax.train.loop import run_evaluation, train
 from ldm_jax.train.report import Report, TrainingDiverged, what_is_wrong
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -112,9 +116,23 @@ def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path):
+def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path, monkeypatch, caplog):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    config.best.update(keep=1, mode="max")  # of a loss that falls, so that the best is not the last
+
+    # In the validation of step 3 someone asks for a checkpoint: that of step 4 is one more, and changes nothing.
+    def asking(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return run_evaluation(*args)
+
+    monkeypatch.setattr(loop, "run_evaluation", asking)
+    caplog.set_level(logging.INFO, "ldm_jax")
     train(config, straight)
+    monkeypatch.setattr(loop, "run_evaluation", run_evaluation)
+    assert [record.getMessage() for record in caplog.records if "SIGUSR1" in record.getMessage()] == [
+        "SIGUSR1: step 4 is saved"
+    ]
+    assert sorted(int(path.name) for path in (straight / "checkpoints").iterdir()) == [3, 4, 6]
 
     config.preview_every = 1000  # compiling one again would show nothing new
     shorter = config.copy_and_resolve_references()
@@ -142,6 +160,16 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
     assert sorted(path.name for path in (straight / "previews").iterdir()) == ["0000003.png", "0000006.png"]
     assert list(straight.glob("events.out.tfevents*"))
 
+    # The best validation is kept beside the newest, in both runs, and is a model of its own.
+    losses = {m["step"]: m["loss"] for m in metrics(straight) if m["part"] == "validation"}
+    top = max(losses, key=losses.__getitem__)
+    for run in (straight, stopped):
+        assert [path.name for path in (run / "best").iterdir()] == [str(top)]
+        kept, kept_params = load_model(run / "model_best")
+        assert kept == {**found, "trained_steps": top}
+        kernel = next(v for k, v in final(straight, top).items() if k.startswith("['ema']") and "kernel" in k)
+        assert any(np.array_equal(kernel, a) for a in jax.tree.leaves(kept_params))
+
     # A finished run that is started again does nothing more.
     before = {path: path.stat().st_mtime_ns for path in model.rglob("*")}
     assert train(config, stopped) == model
@@ -150,6 +178,9 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
     if config.task == "diffusion":
         pipe = ldm_jax.load(model, devices=1)
         assert pipe("1", steps=2).shape == (1, 8, 8, 3)
+        preview = np.asarray(Image.open(straight / "previews/0000006.png"))
+        # A sample, eight pictures and their reconstructions, the sample on its way.
+        assert preview.shape == (4 * 10 + 2, 8 * 10 + 2, 3)
         std = float(pipe.model.first_stage.scale)
         assert std == pytest.approx(TrainingCheckpoints(straight).info(6)["scale_factor"])
         average = final(straight, 6)
@@ -168,7 +199,11 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
         assert stage.decode(stage.encode(np.zeros((1, 8, 8, 3), np.float32))).shape == (1, 8, 8, 3)
 
     # Another setting is another run.
-    for name, value, message in [("seed", 1, "seed=0, not 1"), ("optim.lr", 0.5, r"optim.lr=0.001, not 0.5")]:
+    for name, value, message in [
+        ("seed", 1, "seed=0, not 1"),
+        ("optim.lr", 0.5, r"optim.lr=0.001, not 0.5"),
+        ("best.metric", "los", "nothing that validation tells; did you mean 'loss'"),
+    ]:
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict({name: value})
         with pytest.raises(ConfigError, match=message):
@@ -302,6 +337,70 @@ def test_what_is_wrong(metrics, said):
     assert what_is_wrong({"loss": 1.0, "grad_norm": 1.0, **metrics}, rise=2.0) == said
 
 
+class FakeWandb(types.ModuleType):
+    """Weights & Biases, as far as a run speaks to it."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.told, self.metrics, self.finished, self.Image = [], [], [], 0, np.shape
+
+    def init(self, **given):
+        self.runs.append(given)
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        self.metrics.append((name, step_metric))
+
+    def log(self, values):
+        self.told.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(quick, tmp_path, monkeypatch):
+    quick.wandb.project = "icons"
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for first in (0, 2):
+        with contextlib.closing(Report(tmp_path, quick, first)) as report:
+            report.step(first + 1, {"loss": 1.0, "grad_norm": 0.5}, lambda step: 0.1, None)
+            report.evaluation(first + 1, {"psnr": 20.0})
+            report.preview(first + 1, np.zeros((4, 6, 3), np.uint8))
+    for run in wandb.runs:
+        assert (run["project"], run["dir"], run["resume"]) == ("icons", str(tmp_path), "allow")
+        assert (run["config"]["optim"]["lr"], run["id"]) == (1e-3, wandb.runs[0]["id"])
+    assert [len(wandb.runs), wandb.finished] == [2, 2]
+    assert ("*", "step") in wandb.metrics
+    train_, validation, preview = wandb.told[:3]
+    assert {**train_, "train/images_per_second": 0.0} == {
+        "train/loss": 1.0,
+        "train/grad_norm": 0.5,
+        "train/learning_rate": 0.1,
+        "train/images_per_second": 0.0,
+        "step": 1,
+    }
+    assert validation == {"validation/psnr": 20.0, "step": 1}
+    assert preview == {"preview": (4, 6, 3), "step": 1}
+    assert [told["step"] for told in wandb.told] == [1, 1, 1, 3, 3, 3]
+
+    def refuse(**given):
+        raise RuntimeError("api_key not configured\nmore")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match=r"wandb cannot start \(api_key not configured\)"):
+        Report(tmp_path, quick, 0)
+
+
+@pytest.mark.parametrize("there", [None, types.ModuleType("wandb")])  # nothing, or a folder of that name
+def test_a_project_without_wandb_is_said_before_anything_is_done(quick, tmp_path, monkeypatch, there):
+    quick.wandb.project = "icons"
+    monkeypatch.setitem(sys.modules, "wandb", there)
+    with pytest.raises(ConfigError, match="wandb is not installed: pip install wandb"):
+        train(quick, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
     report = Report.__new__(Report)
     report.last, report.rise = 0, 0.0
@@ -352,6 +451,39 @@ def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(gu
     assert "resuming from step" in stderr
     assert_identical(final(killed, 16), final(straight, 16))
     assert [m["step"] for m in metrics(killed) if m["part"] == "train"] == list(range(1, 17))
+
+
+def test_the_best_validations_are_kept(tmp_path):
+    weights = {"x": np.arange(3.0)}
+
+    def offered(best: BestCheckpoints, step: int, loss: float, psnr: float) -> bool:
+        return best.offer(step, weights, {"scale_factor": 0.5}, {"loss": loss, "psnr": psnr})
+
+    def kept() -> list[int]:
+        return sorted(int(path.name) for path in (tmp_path / "best").iterdir())
+
+    with contextlib.closing(BestCheckpoints(tmp_path, 2, "loss", "min")) as best:
+        assert best.best() is None
+        assert not offered(best, 1, np.nan, 9.0)
+        assert [
+            offered(best, step, loss, psnr) for step, loss, psnr in [(2, 3.0, 1.0), (3, 1.0, 3.0), (4, 2.0, 2.0)]
+        ] == [
+            True,
+            True,
+            False,  # but better than that of step 2
+        ]
+        assert not offered(best, 5, 2.0, 9.0)  # as good as the second
+        assert best.best() == 3
+        assert kept() == [3, 4]
+        assert best.info(3) == {"scale_factor": 0.5}
+        np.testing.assert_array_equal(best.restore(3, weights)["x"], weights["x"])
+    # Gone on with, asked for fewer and for something else.
+    with contextlib.closing(BestCheckpoints(tmp_path, 1, "psnr", "max")) as best:
+        assert best.best() == 3
+        assert not offered(best, 6, 0.0, 2.5)
+        assert offered(best, 7, 9.0, 4.0)
+        assert best.best() == 7
+        assert kept() == [7]
 
 
 def test_a_model_half_written_by_a_killed_run_is_written_again(tmp_path):

@@ -173,18 +173,28 @@ def test_two_processes_are_one_run_and_it_goes_on_anywhere(config, tmp_path, mon
         assert np.abs(ours_end[name].astype(np.float64) - expected_array).max() < 1e-5, name
 
 
-def test_sigterm_saves_at_one_step_and_says_how_to_go_on(config, tmp_path):
-    config.update(steps=2000, save_every=1000, eval_every=1000)
+def test_signals_save_at_one_step_and_sigterm_says_how_to_go_on(config, tmp_path):
+    config.update(steps=2000, save_every=1000, eval_every=3, preview_every=1000)
+    config.best.keep = 1
     file = write(config, tmp_path)
     processes = together(file, tmp_path / "run")
     reached(tmp_path / "run", 3, *processes)
+    processes[1].send_signal(signal.SIGUSR1)  # one is told, both save
+    saved = tmp_path / "run" / "checkpoints"
+    while all(p.poll() is None for p in processes) and sum(p.name.isdigit() for p in saved.iterdir()) < 2:
+        time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
     said = ended(*processes, status=75)
+    asked = [re.findall(r"SIGUSR1: step (\d+) is saved", text) for text in said]
+    assert (len(asked[0]), asked[1]) == (1, [])  # the first speaks for both
+    assert (saved / asked[0][0] / "state").is_dir()
     steps = {
         line.split(" at step ")[1].split(",")[0] for text in said for line in text.splitlines() if "stopped at" in line
     }
     assert len(steps) == 1
-    assert (tmp_path / "run" / "checkpoints" / steps.pop() / "state").is_dir()
+    assert (saved / steps.pop() / "state").is_dir()
+    losses = {m["step"]: m["loss"] for m in metrics(tmp_path / "run") if m["part"] == "validation"}
+    assert [p.name for p in (tmp_path / "run" / "best").iterdir()] == [str(min(losses, key=losses.__getitem__))]
 
 
 def test_every_picture_of_an_epoch_is_seen_once_by_any_number_of_processes(config):
