@@ -289,6 +289,46 @@ class Joined:
 
 
 @dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """Ready-made vectors as the context: CLIP's of a prompt, of retrieved neighbours (the original's retrieval-augmented models).
+
+    ``dim``: of a vector. ``count``: how many a picture has in training and in `encode_null`; sampling takes any number of them.
+    """
+
+    dim: int
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.count) < 1:
+            raise ValueError(f"dim {self.dim} and count {self.count} must be at least 1")
+
+    def encode(self, given: Sequence[Any]) -> np.ndarray:
+        """Arrays [m, dim], all of one m, or [dim], one vector each -> float32 [b, m, dim]; ValueError for others, or for what is not finite."""
+        shapes = {np.shape(one) for one in given}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"embeddings of the shapes {' and '.join(map(str, sorted(shapes)))}: all need equally many"
+            )
+        vectors = np.asarray(given, np.float32)
+        vectors = vectors[:, None] if vectors.ndim == 2 else vectors
+        if vectors.ndim != 3 or vectors.shape[-1] != self.dim or not vectors.size:
+            raise ValueError(f"embeddings of shape {vectors.shape[1:]}, expected (m, {self.dim})")
+        if not np.isfinite(vectors).all():
+            raise ValueError("embeddings must be finite numbers")
+        return vectors
+
+    def encode_null(self, n: int) -> np.ndarray:
+        """Zeros."""
+        return np.zeros((n, self.count, self.dim), np.float32)
+
+    def init(self, key: jax.Array) -> dict:
+        return {}
+
+    def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
+        return Cond(crossattn=encoded)
+
+
+@dataclasses.dataclass(frozen=True)
 class Unconditional:
     """No condition at all."""
 
@@ -343,5 +383,6 @@ CONDITIONERS = {
     "class": lambda **fields: ClassLabel(ClassEmbedder(**fields)),
     "rescale": rescaler,
     "joined": lambda dtype, **fields: Joined(**fields),
+    "embeddings": lambda dtype, **fields: Embeddings(**fields),
     "none": lambda dtype: Unconditional(),
 }

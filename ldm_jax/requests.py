@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.conditioning import BertTokens, ClassLabel, Joined, RescaledMap, Unconditional
+from ldm_jax.conditioning import BertTokens, ClassLabel, Embeddings, Joined, RescaledMap, Unconditional
 from ldm_jax.data.layouts import layout_tokens
-from ldm_jax.fitting import Canvas, RequestError, picture_canvas, semantic_maps, small_canvas
+from ldm_jax.fitting import Canvas, RequestError, picture_canvas, read_embeddings, semantic_maps, small_canvas
 from ldm_jax.generation import Rows, Toward
 from ldm_jax.latent import LatentDiffusion
 
@@ -26,6 +26,7 @@ class Given:
       classes: for a class-conditional model: numbers, or names where it has them.
       semantic_map: for a model of semantic maps: a picture whose pixels are label numbers.
       layout: for a model of layouts: boxes (label, (left, top, width, height)) in fractions of the picture, the same for all pictures.
+      embeddings: for a model of ready-made embeddings: vectors [m, dim], an array or the path of a .npy file; one, or a list of one for each.
       negative: prompts to be guided away from instead of from no prompt.
       image: a picture to begin with; for a super-resolution model, the small picture.
       mask: white where ``image`` is to be made anew.
@@ -39,6 +40,7 @@ class Given:
     classes: int | str | Sequence[int | str] | None = None
     semantic_map: Any = None
     layout: Sequence[tuple[int | str, Sequence[float]]] | None = None
+    embeddings: Any = None
     negative: str | Sequence[str] | None = None
     image: Any = None
     mask: Any = None
@@ -73,13 +75,15 @@ def checked(model: LatentDiffusion, given: Given) -> Given:
     conditioner = model.conditioner
     wanted = needs(conditioner)
     sentence = "this model takes no condition" if wanted is None else f"this model is asked by {wanted}"
-    for name in ("prompts", "classes", "semantic_map", "layout"):
+    for name in ("prompts", "classes", "semantic_map", "layout", "embeddings"):
         if getattr(given, name) is not None and name != wanted:
             raise RequestError(f"{sentence}, not by {name}")
     if wanted not in (None, "prompts") and getattr(given, wanted) is None:
         raise RequestError(f"{sentence}: give {wanted}")
     if wanted == "prompts" and not as_list(given.prompts):
         raise RequestError("there is no prompt; give at least one")
+    if wanted == "embeddings" and not as_list(given.embeddings):
+        raise RequestError("there are no embeddings; give at least one array")
     if given.negative is not None and wanted != "prompts":
         raise RequestError("negative prompts need a model of text")
     if given.toward is not None and wanted not in (None, "prompts", "classes"):
@@ -131,7 +135,13 @@ def check_conditions(model: LatentDiffusion) -> None:
 
 def needs(conditioner: Any) -> str | None:
     """The field of Given that a conditioner encodes; None for no condition."""
-    table = {ClassLabel: "classes", BertTokens: "layout", RescaledMap: "semantic_map", Joined: "image"}
+    table = {
+        ClassLabel: "classes",
+        BertTokens: "layout",
+        RescaledMap: "semantic_map",
+        Joined: "image",
+        Embeddings: "embeddings",
+    }
     if isinstance(conditioner, Unconditional):
         return None
     return next((name for kind, name in table.items() if isinstance(conditioner, kind)), "prompts")
@@ -287,6 +297,8 @@ def arrays(
                 "this model has no condition that means anything to be guided away from: leave guidance at 1"
             )
         return canvas, rows
+    if isinstance(conditioner, Embeddings):  # nothing in the place of just as many
+        conditioner = dataclasses.replace(conditioner, count=rows.encoded.shape[1])
     negative = as_list(given.negative)
     return canvas, rows._replace(
         null=conditioner.encode(each(negative, n, "negative prompts"))
@@ -321,7 +333,7 @@ def prepared(
 
 
 def subjects_of(model: LatentDiffusion, given: Given) -> list[Any]:
-    """Prompts, class numbers or tokens of a layout; None for a model that is asked by none of them."""
+    """Prompts, class numbers, tokens of a layout or embeddings; None for a model that is asked by none of them."""
     conditioner, names = model.conditioner, model.config.get("classes")
     if isinstance(conditioner, ClassLabel):
         return class_numbers(as_list(given.classes), conditioner.module.n_classes, names)
@@ -329,6 +341,13 @@ def subjects_of(model: LatentDiffusion, given: Given) -> list[Any]:
         assert given.layout is not None
         length, vocabulary = conditioner.max_length, conditioner.module.vocab_size
         return [checked_layout(given.layout, length=length, vocabulary=vocabulary, names=names)]
+    if isinstance(conditioner, Embeddings):
+        found = [read_embeddings(one, conditioner.dim) for one in as_list(given.embeddings)]
+        if len({len(vectors) for vectors in found}) > 1:
+            raise RequestError(
+                f"embeddings of {' and '.join(str(len(v)) for v in found)} vectors: every picture needs equally many"
+            )
+        return found
     return [None] if isinstance(conditioner, Unconditional | Joined) else as_list(given.prompts)
 
 

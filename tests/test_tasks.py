@@ -17,7 +17,7 @@ from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.generation import Form, decode, decode_tiled, slerp, tile_ramp, tile_starts, whole_cells
 from ldm_jax.latent import masked_condition, to_float, to_uint8
 from ldm_jax.pipeline import RequestError
-from ldm_jax.requests import Given, checked_layout, class_numbers, interpolation
+from ldm_jax.requests import Given, arrays, checked_layout, class_numbers, interpolation
 
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
@@ -334,6 +334,47 @@ def test_a_model_of_layouts(quick_compiling):
     assert (images[0] != images[1]).any()
     with pytest.raises(RequestError, match="asked by layout, not by prompts"):
         pipe(RED)
+
+
+def test_a_model_of_ready_made_embeddings(quick_compiling, tmp_path):
+    pipe = pipeline_of({**TINY, "conditioner": {"kind": "embeddings", "dim": 16}})
+    vectors = RNG.standard_normal((2, 3, 16)).astype(np.float32)
+    np.save(tmp_path / "one.npy", vectors[1])
+    images = pipe(embeddings=[vectors[0], tmp_path / "one.npy"], seeds=[0, 0], steps=2)
+    again = pipe(embeddings=str(tmp_path / "one.npy"), seeds=[1, 0], steps=2)
+    assert (again[1] == images[1]).all()
+    assert off(images[0], images[1]) > 1
+    assert pipe.defaults.guidance == 3.0  # away from as many zeros
+    for given, m in ((vectors[0, 0], 1), (vectors[0, :2], 2)):
+        _, rows = arrays(pipe.model, Given(embeddings=given), pipe.defaults, 0, None)
+        assert rows.encoded.shape == rows.null.shape == (1, m, 16)
+        assert not rows.null.any()
+
+    (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "many.npz", vectors[0])
+    for given, message in [
+        ({}, "this model is asked by embeddings: give embeddings"),
+        ({"prompts": "x"}, "this model is asked by embeddings, not by prompts"),
+        ({"embeddings": []}, "there are no embeddings; give at least one array"),
+        ({"embeddings": vectors}, "embeddings of shape (2, 3, 16): give vectors of this model's 16 numbers, (m, 16)"),
+        ({"embeddings": vectors[0, :, :8]}, "embeddings of shape (3, 8): give vectors of this model's 16 numbers"),
+        (
+            {"embeddings": [vectors[0], vectors[1, :2]]},
+            "embeddings of 3 and 2 vectors: every picture needs equally many",
+        ),
+        ({"embeddings": vectors[0] * np.nan}, "embeddings must be finite numbers"),
+        ({"embeddings": list(vectors), "seeds": [1, 2, 3]}, "2 embeddings and 3 seeds do not pair up"),
+        ({"embeddings": tmp_path / "none.npy"}, "none.npy cannot be read: No such file or directory"),
+        *(
+            ({"embeddings": tmp_path / name}, f"{name}: this is no .npy file of numbers")
+            for name in ("text.npy", "objects.npy", "many.npz")
+        ),
+    ]:
+        with pytest.raises(RequestError) as caught:
+            pipe.stream(**given)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- mistakes

@@ -96,7 +96,7 @@ def config_of(original: Original, modules: Mapping[str, Any], scale_factor: floa
     factor = getattr(stage, "downsampling", 1)
     size = params.get("image_size", 256 // factor)  # of the latents
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    conditioner = _conditioner_section(params, modules.get("conditioner"), (height, width))
+    conditioner = _conditioner_section(params, modules, (height, width))
     return {
         "kind": "latent_diffusion",
         "objective": objective,
@@ -128,10 +128,14 @@ _KINDS = {
 }
 
 
-def _conditioner_section(params: Mapping[str, Any], module: Any, size: tuple[int, int]) -> dict[str, Any]:
+def _conditioner_section(
+    params: Mapping[str, Any], modules: Mapping[str, Any], size: tuple[int, int]
+) -> dict[str, Any]:
+    module, section, dim = modules.get("conditioner"), params.get("cond_stage_config"), modules["unet"].context_dim
     if module is None:
-        return {"kind": "none"}
-    section = params["cond_stage_config"]
+        ready = isinstance(section, Mapping) and conditioning_key(params) == "crossattn" and dim
+        return {"kind": "embeddings", "dim": dim} if ready else {"kind": "none"}
+    assert section is not None
     if section["target"] not in _KINDS:
         raise TargetError(f"{section['target']} is not supported as a conditioner (have {', '.join(_KINDS)})")
     kind, way = _KINDS[section["target"]]
@@ -154,7 +158,7 @@ def conditioning_key(params: Mapping[str, Any]) -> str | None:
 
 
 # The guidance that the original's own scripts sample with; without a condition there is nothing to guide.
-_GUIDANCE = {"bert": 5.0, "clip": 7.5, "class": 3.0}
+_GUIDANCE = {"bert": 5.0, "clip": 7.5, "class": 3.0, "embeddings": 5.0}
 
 
 def _remembered(original: Original) -> dict[str, Any]:
@@ -248,6 +252,10 @@ def _same(name: str) -> Callable[[Any, str | None], dict[str, Any]]:
     return lambda module, target: {"target": target or f"{_EMBEDDERS}.{name}", "params": fields_of(module)}
 
 
+def _embeddings(module: Any, target: str | None) -> dict[str, Any]:
+    return {"target": target or IDENTITIES[0]}
+
+
 def _unconditional(module: Any, target: str | None) -> Any:
     return {"target": target} if target in IDENTITIES else target or UNCONDITIONAL
 
@@ -259,5 +267,6 @@ _CONDITIONERS: dict[str, Callable[[Any, str | None], Any]] = {
     "clip": _clip,
     "class": _same("ClassEmbedder"),
     "rescale": _same("SpatialRescaler"),
+    "embeddings": _embeddings,
     "none": _unconditional,
 }

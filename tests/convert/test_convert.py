@@ -131,6 +131,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         LATENT_DIFFUSION,
         model(KL, "__is_unconditional__", {"conv_resample": False}, learn_logvar=True, scale_by_std=True),
     ),
+    "ready-made": (
+        LATENT_DIFFUSION,
+        model(KL, {"target": "torch.nn.Identity"}, crossattn(12), conditioning_key="crossattn", scale_factor=1.0),
+    ),
     "kl": (KL["target"], KL["params"]),
     "vqgan": (
         "taming.models.vqgan.VQModel",
@@ -190,6 +194,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
         ("rescale", np.float32, True),
         ("held twice", np.float32, False),
         ("unconditional", np.float16, False),
+        ("ready-made", np.float32, False),
         ("kl", np.float32, False),
         ("vqgan", np.float16, True),
         ("gumbel", np.float32, False),
@@ -335,7 +340,13 @@ def test_a_ckpt_loads_and_samples_like_its_model_directory(written, tmp_path, qu
 
 @pytest.mark.parametrize(
     ("name", "given"),
-    [("text", "red apple"), ("unconditional", ""), ("rescale", np.ones((16, 16, 3), np.float32)), ("class", 2)],
+    [
+        ("text", "red apple"),
+        ("unconditional", ""),
+        ("rescale", np.ones((16, 16, 3), np.float32)),
+        ("class", 2),
+        ("ready-made", np.ones((1, 12))),
+    ],
 )
 def test_every_kind_of_condition_reaches_its_network(written, name, given):
     source = written(name)
