@@ -8,7 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.conditioning import BertTokens, ClassLabel, Embeddings, Joined, RescaledMap, Unconditional
+from ldm_jax.conditioning import (
+    BertTokens,
+    ClassLabel,
+    Embeddings,
+    Hybrid,
+    Joined,
+    RescaledMap,
+    Unconditional,
+    joined_of,
+)
 from ldm_jax.data.layouts import layout_tokens
 from ldm_jax.fitting import Canvas, RequestError, picture_canvas, read_embeddings, semantic_maps, small_canvas
 from ldm_jax.generation import Rows, Toward
@@ -29,7 +38,7 @@ class Given:
       embeddings: for a model of ready-made embeddings: vectors [m, dim], an array or the path of a .npy file; one, or a list of one for each.
       negative: prompts to be guided away from instead of from no prompt.
       image: a picture to begin with; for a super-resolution model, the small picture.
-      mask: white where ``image`` is to be made anew.
+      mask: white where ``image`` is to be made anew; models trained for that need both.
       outpaint: pixels to be added at its (top, right, bottom, left).
       strength: how much of ``image`` goes: the part of the steps that are made, above 0 and up to 1 (default: 0.75).
       variation: how far to go from ``image`` by way of its inverted noise, from 0 to 1; one, or one for each.
@@ -89,20 +98,21 @@ def checked(model: LatentDiffusion, given: Given) -> Given:
     if given.toward is not None and wanted not in (None, "prompts", "classes"):
         raise RequestError("interpolation needs a model of text, of classes, or without a condition")
 
-    joined = conditioner.of if isinstance(conditioner, Joined) else None
+    joined = joined_of(conditioner)
     masked = given.mask is not None or given.outpaint is not None
     for name in ("mask", "outpaint", "strength", "variation"):
         if getattr(given, name) is not None and given.image is None:
             raise RequestError(f"{name} needs an image: give one")
-    if joined and masked != (joined == "masked"):
+    if joined and masked != joined.masked:
         raise RequestError(
             "this model makes a masked part of an image anew: give a mask or outpaint with the image"
-            if joined == "masked"
+            if joined.masked
             else "this model enlarges an image: it takes no mask and no outpaint"
         )
     started = [name for name in ("strength", "variation") if getattr(given, name) is not None]
     if joined and started:
-        raise RequestError(f"this model is asked by image alone, without {started[0]}")
+        alone = "prompts, image and mask" if wanted == "prompts" else "image alone"
+        raise RequestError(f"this model is asked by {alone}, without {started[0]}")
     if given.variation is not None and (masked or given.strength is not None):
         raise RequestError("variation takes the whole image: leave out mask, outpaint and strength")
     if given.strength is not None and not 0 < given.strength <= 1:
@@ -118,8 +128,8 @@ def checked(model: LatentDiffusion, given: Given) -> Given:
 def check_conditions(model: LatentDiffusion) -> None:
     """RequestError for a model that is told more than its conditioner says."""
     conditioner, told = model.conditioner, 0
-    if isinstance(conditioner, Joined):
-        told = conditioner.channels
+    if (joined := joined_of(conditioner)) is not None:
+        told = joined.channels
     elif isinstance(conditioner, RescaledMap):
         told = conditioner.module.out_channels or conditioner.module.in_channels
     if extra := model.unet.in_channels - model.first_stage.channels - told:
@@ -260,6 +270,8 @@ def arrays(
 ) -> tuple[Canvas, Rows]:
     """(the canvas, host arrays [n, ...] of n pictures) of what was `checked`; ``size`` is what was asked for, if anything was."""
     conditioner, what = model.conditioner, needs(model.conditioner)
+    if isinstance(conditioner, Hybrid):  # what it joins is made of the image, in the program
+        conditioner = conditioner.text
     canvas, subjects = prepared(model, given, chosen.size, size)
     pictures = max((len(part) for part in (canvas.image, canvas.mask) if part is not None), default=1)
     many = "pictures" if what is None else what if what.endswith("s") else f"{what}s"
@@ -353,6 +365,6 @@ def subjects_of(model: LatentDiffusion, given: Given) -> list[Any]:
 
 def encode(conditioner: Any, subjects: list[Any]) -> Any:
     """What the conditioner makes of them; nothing where the program itself does (the masked pictures of inpainting models)."""
-    if isinstance(conditioner, Joined) and conditioner.of == "masked":
+    if isinstance(conditioner, Joined) and conditioner.masked:
         return None
     return conditioner.encode(subjects)

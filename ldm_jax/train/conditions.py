@@ -32,7 +32,9 @@ def make_condition(config: Mapping[str, Any]) -> Condition | None:
     kind = conditioner.get("of", "picture") if conditioner.get("kind") == "joined" else conditioner.get("kind")
     if kind == "class":
         return construct(ClassOf, "data.condition", settings, names=_names(config))
-    if kind == "masked":
+    if kind == "hybrid":
+        raise ConfigError("model.conditioner.kind 'hybrid' is of converted models: it cannot be trained yet")
+    if kind in ("masked", "masked_sd"):
         return construct(Mask, "data.condition", settings)
     if kind == "picture":
         return construct(SmallPicture, "data.condition", settings, size=tuple(conditioner.get("size", Joined.size)))

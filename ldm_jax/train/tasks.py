@@ -303,7 +303,8 @@ class DiffusionTask(Task):
             raw = {"caption": list(self.config.preview_captions)}
         encoded = self.conditions.encode(raw)
         if isinstance(self.conditions.condition, Mask):
-            encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded)
+            of = self.model_config["conditioner"]["of"]
+            encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded, of)
         n = len(raw["caption"])
         sampler = SAMPLERS["ddim"]
         nodes = sampler.nodes(
@@ -354,7 +355,7 @@ def frozen_shapes(conditioner: dict[str, Any]) -> Any:
     return jax.eval_shape(build_conditioner({"conditioner": conditioner}).init, jax.random.key(0))
 
 
-_masked = jax.jit(masked_condition)
+_masked = jax.jit(masked_condition, static_argnums=3)
 
 
 @jax.jit(static_argnums=6)
