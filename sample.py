@@ -26,6 +26,7 @@ flags.DEFINE_list("outpaint", None, "TOP,RIGHT,BOTTOM,LEFT: pixels to be added a
 flags.DEFINE_float("variation", None, "How far to go from --image by its inverted noise, from 0 to 1.")
 flags.DEFINE_string("semantic_map", None, "A picture whose pixels are label numbers.")
 flags.DEFINE_string("layout", None, 'A JSON file of boxes: [{"label": "cup", "box": [left, top, width, height]}, ...].')
+flags.DEFINE_string("embeddings", None, "A .npy file of vectors [m, dim], for a model of ready-made embeddings.")
 
 # how
 flags.DEFINE_string(

@@ -258,17 +258,23 @@ class RescaledMap:
 class Joined:
     """Channels joined to the latent as they are.
 
-    ``of`` says what they are: a "picture" of the latent's size (the original's super-resolution), or a "masked" picture's unscaled latents and
-    the mask, -1 and 1 (the original's inpainting). ``size``: height and width of the latents, for `encode_null`.
+    ``of`` says what they are: a "picture" of the latent's size (the original's super-resolution), or what `ldm_jax.latent.masked_condition` makes of
+    a picture and its mask, "masked" (the original's inpainting) or "masked_sd" (Stable Diffusion's). ``size``: height and width of the latents, for
+    `encode_null`.
     """
 
     channels: int
-    of: Literal["picture", "masked"] = "picture"
+    of: Literal["picture", "masked", "masked_sd"] = "picture"
     size: tuple[int, int] = (64, 64)
 
     def __post_init__(self) -> None:
         if self.of not in get_args(Joined.__annotations__["of"]):
-            raise ValueError(f"of {self.of!r} is neither 'picture' nor 'masked'")
+            raise ValueError(f"of {self.of!r} is neither 'picture' nor 'masked' nor 'masked_sd'")
+
+    @property
+    def masked(self) -> bool:
+        """Whether they are made of a picture and its mask, by the first stage inside the compiled program."""
+        return self.of != "picture"
 
     def encode(self, given: Sequence[Any]) -> np.ndarray:
         """Arrays [h, w, channels], all of one size -> float32 [b, h, w, channels]; ValueError for other channels."""
@@ -286,6 +292,84 @@ class Joined:
 
     def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
         return Cond(concat=encoded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid:
+    """Text as the context and channels joined to the latent (Stable Diffusion's inpainting). Its parameters are those of the text.
+
+    What is encoded is {"text", "joined"}, as each of them encodes it. Guidance leads away from another text, with the same channels.
+    """
+
+    text: BertText | ClipText
+    joined: Joined
+
+    @property
+    def module(self) -> TransformerEncoder | CLIPText:
+        """The text encoder."""
+        return self.text.module
+
+    def encode(self, given: Sequence[tuple[str, Any]]) -> dict[str, np.ndarray]:
+        """Captions with arrays [h, w, channels]."""
+        captions, arrays = zip(*given, strict=True)
+        return {"text": self.text.encode(captions), "joined": self.joined.encode(arrays)}
+
+    def encode_null(self, n: int) -> dict[str, np.ndarray]:
+        """The empty caption, and zeros."""
+        return {"text": self.text.encode_null(n), "joined": self.joined.encode_null(n)}
+
+    def init(self, key: jax.Array) -> dict:
+        return self.text.init(key)
+
+    def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
+        text = self.text(params, encoded["text"], train=train, rngs=rngs)
+        return Cond(crossattn=text.crossattn, concat=encoded["joined"])
+
+
+def joined_of(conditioner: Any) -> Joined | None:
+    """What a conditioner joins to the latent as it is, if anything."""
+    part = conditioner.joined if isinstance(conditioner, Hybrid) else conditioner
+    return part if isinstance(part, Joined) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """Ready-made vectors as the context: CLIP's of a prompt, of retrieved neighbours (the original's retrieval-augmented models).
+
+    ``dim``: of a vector. ``count``: how many a picture has in training and in `encode_null`; sampling takes any number of them.
+    """
+
+    dim: int
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.count) < 1:
+            raise ValueError(f"dim {self.dim} and count {self.count} must be at least 1")
+
+    def encode(self, given: Sequence[Any]) -> np.ndarray:
+        """Arrays [m, dim], all of one m, or [dim], one vector each -> float32 [b, m, dim]; ValueError for others, or for what is not finite."""
+        shapes = {np.shape(one) for one in given}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"embeddings of the shapes {' and '.join(map(str, sorted(shapes)))}: all need equally many"
+            )
+        vectors = np.asarray(given, np.float32)
+        vectors = vectors[:, None] if vectors.ndim == 2 else vectors
+        if vectors.ndim != 3 or vectors.shape[-1] != self.dim or not vectors.size:
+            raise ValueError(f"embeddings of shape {vectors.shape[1:]}, expected (m, {self.dim})")
+        if not np.isfinite(vectors).all():
+            raise ValueError("embeddings must be finite numbers")
+        return vectors
+
+    def encode_null(self, n: int) -> np.ndarray:
+        """Zeros."""
+        return np.zeros((n, self.count, self.dim), np.float32)
+
+    def init(self, key: jax.Array) -> dict:
+        return {}
+
+    def __call__(self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None) -> Cond:
+        return Cond(crossattn=encoded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +419,14 @@ def rescaler(size: tuple[int, int] = (256, 256), **fields: Any) -> RescaledMap:
     return RescaledMap(SpatialRescaler(**fields), size)
 
 
+def hybrid(text: dict[str, Any], joined: dict[str, Any], dtype: Any = jnp.float32) -> Hybrid:
+    """``text`` are the kind of text, "bert" or "clip", and its entries; ``joined`` the fields of `Joined`."""
+    text, joined = ({k: tuple(v) if isinstance(v, list) else v for k, v in part.items()} for part in (text, joined))
+    if (kind := text.pop("kind", None)) not in ("bert", "clip"):
+        raise ValueError(f"text.kind {kind!r} is neither 'bert' nor 'clip'")
+    return Hybrid(CONDITIONERS[kind](**text, dtype=dtype), Joined(**joined))
+
+
 # kind -> from the other entries of a model config's "conditioner"
 CONDITIONERS = {
     "bert": bert,
@@ -343,5 +435,7 @@ CONDITIONERS = {
     "class": lambda **fields: ClassLabel(ClassEmbedder(**fields)),
     "rescale": rescaler,
     "joined": lambda dtype, **fields: Joined(**fields),
+    "hybrid": hybrid,
+    "embeddings": lambda dtype, **fields: Embeddings(**fields),
     "none": lambda dtype: Unconditional(),
 }

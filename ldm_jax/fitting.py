@@ -62,6 +62,24 @@ def read_labels(given: Any) -> np.ndarray:
     return labels
 
 
+def read_embeddings(given: Any, dim: int) -> np.ndarray:
+    """Vectors [m, dim], or a single one [dim], as an array or the path of a .npy file -> float32 [m, dim]."""
+    name = f"embeddings {given}" if isinstance(given, str | Path) else "embeddings"
+    try:
+        vectors = np.load(given, allow_pickle=False) if isinstance(given, str | Path) else given
+        vectors = np.atleast_2d(np.asarray(vectors, np.float32))
+    except OSError as error:
+        raise RequestError(f"{name} cannot be read: {error.strerror or error}") from None
+    except Exception:  # whatever a damaged file, another kind of file, or an array of no numbers makes NumPy raise
+        what = "no .npy file of numbers" if isinstance(given, str | Path) else "no array of numbers"
+        raise RequestError(f"{name}: this is {what}") from None
+    if vectors.ndim != 2 or vectors.shape[1] != dim or not len(vectors):
+        raise RequestError(f"{name} of shape {vectors.shape}: give vectors of this model's {dim} numbers, (m, {dim})")
+    if not np.isfinite(vectors).all():
+        raise RequestError(f"{name} must be finite numbers")
+    return vectors
+
+
 def fit(picture: np.ndarray, size: tuple[int, int], what: str, resample: str = "bicubic") -> np.ndarray:
     """uint8 [h, w, 3] cut to the size's aspect ratio around its middle and resized, which is said; nothing is done to one that fits."""
     h, w = picture.shape[:2]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning import Joined
+from ldm_jax.conditioning import Hybrid, joined_of
 from ldm_jax.diffusion.guidance import Predict, predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, AnySampler, Known, initial_noise, sample
 from ldm_jax.diffusion.schedule import lift, q_sample
@@ -32,9 +32,9 @@ class Toward(NamedTuple):
 class Rows(NamedTuple):
     """What is asked for, one row for each picture: every leaf is [b, ...].
 
-    ``encoded`` and ``null`` are conditions as the model's conditioner encodes them; ``interval`` [b, 2] are the first and the last timestep that
-    is guided. ``image`` uint8 [b, H, W, 3] is a picture to begin with, ``mask`` uint8 [b, H, W, 1] is 1 where it is to be made anew, ``variation``
-    [b] in [0, 1] is how far to go from it.
+    ``encoded`` and ``null`` are conditions as the model's conditioner encodes them, of a `Hybrid` the text alone; ``interval`` [b, 2] are the first
+    and the last timestep that is guided. ``image`` uint8 [b, H, W, 3] is a picture to begin with, ``mask`` uint8 [b, H, W, 1] is 1 where it is to be
+    made anew, ``variation`` [b] in [0, 1] is how far to go from it.
     """
 
     seeds: Array
@@ -96,25 +96,36 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
     if toward is not None:
         x = slerp(x, initial_noise(jax.vmap(jax.random.key)(toward.seeds), shape), toward.mix)
 
-    encoded, joined = rows.encoded, isinstance(model.conditioner, Joined)
+    joined, masked = joined_of(model.conditioner), None
     z0 = known = None
     if rows.image is not None:
         pixels = to_float(rows.image)
-        if joined:
+        if joined is not None:
             assert rows.mask is not None
-            encoded = masked_condition(stage, pixels, rows.mask).astype(jnp.float32)
+            masked = masked_condition(stage, pixels, rows.mask, joined.of).astype(jnp.float32)
         else:
             # The posterior's mode, not a sample of it as in the original: a picture stays what it is under every seed.
             z0 = stage.encode(pixels).astype(jnp.float32)
             known = None if rows.mask is None else Known(z0, 1.0 - whole_cells(rows.mask, f))
 
-    parts = None if toward is None else (toward.encoded, toward.mix)
+    def told(encoded: Any) -> Any:
+        """A row's condition with the masked picture, which is the same for what is asked for and what is guided away from."""
+        if isinstance(model.conditioner, Hybrid):
+            return {"text": encoded, "joined": masked}
+        return encoded if masked is None else masked
+
+    parts = None if toward is None else (told(toward.encoded), toward.mix)
     options = {"interval": None if rows.interval is None else tuple(rows.interval.T), "rescale": rows.rescale}
 
     def predict(*guidance: Any, **options: Any) -> Predict:
+<<<<<<< HEAD
         denoise = model.denoiser(encoded, *guidance, toward=parts, **options)
         codes = stage.quantized if form.quantize else None
         return predictor(denoise, model.schedule, model.objective, clip=stage.module is None, quantize=codes)
+=======
+        denoise = model.denoiser(told(rows.encoded), *guidance, toward=parts, **options)
+        return predictor(denoise, model.schedule, model.objective, clip=stage.module is None)
+>>>>>>> rdm
 
     if rows.variation is not None:
         # The noise that leads to the picture, without guidance, which could not be inverted; then part of the way to that of the seed.
@@ -125,7 +136,7 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
         assert z0 is not None
         x = q_sample(model.schedule, z0, plan.level, x)
 
-    guided = predict(rows.null, rows.guidance, **options)
+    guided = predict(None if rows.null is None else told(rows.null), rows.guidance, **options)
     z, steps = sample(
         sampler,
         guided,

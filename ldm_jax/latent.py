@@ -262,12 +262,19 @@ def check_params(model: LatentDiffusion) -> None:
             raise ConfigError(f"the parameters do not fit this config: {name} {found}")
 
 
-def masked_condition(stage: FirstStage, pixels: jax.Array, mask: jax.Array) -> jax.Array:
-    """What the original's inpainting model is told (scripts/inpaint.py): the unscaled latents of the picture, black where the mask [b, H, W, 1] is 1,
-    and that mask as -1 and 1 by nearest neighbours: [b, h, w, c + 1]."""
+def masked_condition(stage: FirstStage, pixels: jax.Array, mask: jax.Array, of: str = "masked") -> jax.Array:
+    """What an inpainting model is told of a picture and the mask [b, H, W, 1], 1 where it is to be made anew: [b, h, w, c + 1].
+
+    "masked", as in the original's scripts/inpaint.py: the unscaled latents of the picture, black there, and then the mask as -1 and 1. "masked_sd",
+    as in its LatentInpaintDiffusion: the mask as 0 and 1, and then the scaled latents of the picture, grey there. Masks shrink by nearest neighbours.
+    """
     f, hole = stage.downsampling, mask.astype(pixels.dtype)
+    small = hole[:, ::f, ::f]
+    if of == "masked_sd":
+        z = stage.encode(jnp.where(hole > 0, 0.0, pixels))
+        return jnp.concatenate([small.astype(z.dtype), z], axis=-1)
     z = stage.encode(jnp.where(hole > 0, -1.0, pixels)) / stage.scale
-    return jnp.concatenate([z, (2 * hole - 1)[:, ::f, ::f].astype(z.dtype)], axis=-1)
+    return jnp.concatenate([z, (2 * small - 1).astype(z.dtype)], axis=-1)
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

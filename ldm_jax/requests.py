@@ -8,9 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.conditioning import BertTokens, ClassLabel, Joined, RescaledMap, Unconditional
+from ldm_jax.conditioning import (
+    BertTokens,
+    ClassLabel,
+    Embeddings,
+    Hybrid,
+    Joined,
+    RescaledMap,
+    Unconditional,
+    joined_of,
+)
 from ldm_jax.data.layouts import layout_tokens
-from ldm_jax.fitting import Canvas, RequestError, picture_canvas, semantic_maps, small_canvas
+from ldm_jax.fitting import Canvas, RequestError, picture_canvas, read_embeddings, semantic_maps, small_canvas
 from ldm_jax.generation import Rows, Toward
 from ldm_jax.latent import LatentDiffusion
 
@@ -26,9 +35,10 @@ class Given:
       classes: for a class-conditional model: numbers, or names where it has them.
       semantic_map: for a model of semantic maps: a picture whose pixels are label numbers.
       layout: for a model of layouts: boxes (label, (left, top, width, height)) in fractions of the picture, the same for all pictures.
+      embeddings: for a model of ready-made embeddings: vectors [m, dim], an array or the path of a .npy file; one, or a list of one for each.
       negative: prompts to be guided away from instead of from no prompt.
       image: a picture to begin with; for a super-resolution model, the small picture.
-      mask: white where ``image`` is to be made anew.
+      mask: white where ``image`` is to be made anew; models trained for that need both.
       outpaint: pixels to be added at its (top, right, bottom, left).
       strength: how much of ``image`` goes: the part of the steps that are made, above 0 and up to 1 (default: 0.75).
       variation: how far to go from ``image`` by way of its inverted noise, from 0 to 1; one, or one for each.
@@ -39,6 +49,7 @@ class Given:
     classes: int | str | Sequence[int | str] | None = None
     semantic_map: Any = None
     layout: Sequence[tuple[int | str, Sequence[float]]] | None = None
+    embeddings: Any = None
     negative: str | Sequence[str] | None = None
     image: Any = None
     mask: Any = None
@@ -73,32 +84,35 @@ def checked(model: LatentDiffusion, given: Given) -> Given:
     conditioner = model.conditioner
     wanted = needs(conditioner)
     sentence = "this model takes no condition" if wanted is None else f"this model is asked by {wanted}"
-    for name in ("prompts", "classes", "semantic_map", "layout"):
+    for name in ("prompts", "classes", "semantic_map", "layout", "embeddings"):
         if getattr(given, name) is not None and name != wanted:
             raise RequestError(f"{sentence}, not by {name}")
     if wanted not in (None, "prompts") and getattr(given, wanted) is None:
         raise RequestError(f"{sentence}: give {wanted}")
     if wanted == "prompts" and not as_list(given.prompts):
         raise RequestError("there is no prompt; give at least one")
+    if wanted == "embeddings" and not as_list(given.embeddings):
+        raise RequestError("there are no embeddings; give at least one array")
     if given.negative is not None and wanted != "prompts":
         raise RequestError("negative prompts need a model of text")
     if given.toward is not None and wanted not in (None, "prompts", "classes"):
         raise RequestError("interpolation needs a model of text, of classes, or without a condition")
 
-    joined = conditioner.of if isinstance(conditioner, Joined) else None
+    joined = joined_of(conditioner)
     masked = given.mask is not None or given.outpaint is not None
     for name in ("mask", "outpaint", "strength", "variation"):
         if getattr(given, name) is not None and given.image is None:
             raise RequestError(f"{name} needs an image: give one")
-    if joined and masked != (joined == "masked"):
+    if joined and masked != joined.masked:
         raise RequestError(
             "this model makes a masked part of an image anew: give a mask or outpaint with the image"
-            if joined == "masked"
+            if joined.masked
             else "this model enlarges an image: it takes no mask and no outpaint"
         )
     started = [name for name in ("strength", "variation") if getattr(given, name) is not None]
     if joined and started:
-        raise RequestError(f"this model is asked by image alone, without {started[0]}")
+        alone = "prompts, image and mask" if wanted == "prompts" else "image alone"
+        raise RequestError(f"this model is asked by {alone}, without {started[0]}")
     if given.variation is not None and (masked or given.strength is not None):
         raise RequestError("variation takes the whole image: leave out mask, outpaint and strength")
     if given.strength is not None and not 0 < given.strength <= 1:
@@ -114,8 +128,8 @@ def checked(model: LatentDiffusion, given: Given) -> Given:
 def check_conditions(model: LatentDiffusion) -> None:
     """RequestError for a model that is told more than its conditioner says."""
     conditioner, told = model.conditioner, 0
-    if isinstance(conditioner, Joined):
-        told = conditioner.channels
+    if (joined := joined_of(conditioner)) is not None:
+        told = joined.channels
     elif isinstance(conditioner, RescaledMap):
         told = conditioner.module.out_channels or conditioner.module.in_channels
     if extra := model.unet.in_channels - model.first_stage.channels - told:
@@ -131,7 +145,13 @@ def check_conditions(model: LatentDiffusion) -> None:
 
 def needs(conditioner: Any) -> str | None:
     """The field of Given that a conditioner encodes; None for no condition."""
-    table = {ClassLabel: "classes", BertTokens: "layout", RescaledMap: "semantic_map", Joined: "image"}
+    table = {
+        ClassLabel: "classes",
+        BertTokens: "layout",
+        RescaledMap: "semantic_map",
+        Joined: "image",
+        Embeddings: "embeddings",
+    }
     if isinstance(conditioner, Unconditional):
         return None
     return next((name for kind, name in table.items() if isinstance(conditioner, kind)), "prompts")
@@ -250,6 +270,8 @@ def arrays(
 ) -> tuple[Canvas, Rows]:
     """(the canvas, host arrays [n, ...] of n pictures) of what was `checked`; ``size`` is what was asked for, if anything was."""
     conditioner, what = model.conditioner, needs(model.conditioner)
+    if isinstance(conditioner, Hybrid):  # what it joins is made of the image, in the program
+        conditioner = conditioner.text
     canvas, subjects = prepared(model, given, chosen.size, size)
     pictures = max((len(part) for part in (canvas.image, canvas.mask) if part is not None), default=1)
     many = "pictures" if what is None else what if what.endswith("s") else f"{what}s"
@@ -287,6 +309,8 @@ def arrays(
                 "this model has no condition that means anything to be guided away from: leave guidance at 1"
             )
         return canvas, rows
+    if isinstance(conditioner, Embeddings):  # nothing in the place of just as many
+        conditioner = dataclasses.replace(conditioner, count=rows.encoded.shape[1])
     negative = as_list(given.negative)
     return canvas, rows._replace(
         null=conditioner.encode(each(negative, n, "negative prompts"))
@@ -321,7 +345,7 @@ def prepared(
 
 
 def subjects_of(model: LatentDiffusion, given: Given) -> list[Any]:
-    """Prompts, class numbers or tokens of a layout; None for a model that is asked by none of them."""
+    """Prompts, class numbers, tokens of a layout or embeddings; None for a model that is asked by none of them."""
     conditioner, names = model.conditioner, model.config.get("classes")
     if isinstance(conditioner, ClassLabel):
         return class_numbers(as_list(given.classes), conditioner.module.n_classes, names)
@@ -329,11 +353,18 @@ def subjects_of(model: LatentDiffusion, given: Given) -> list[Any]:
         assert given.layout is not None
         length, vocabulary = conditioner.max_length, conditioner.module.vocab_size
         return [checked_layout(given.layout, length=length, vocabulary=vocabulary, names=names)]
+    if isinstance(conditioner, Embeddings):
+        found = [read_embeddings(one, conditioner.dim) for one in as_list(given.embeddings)]
+        if len({len(vectors) for vectors in found}) > 1:
+            raise RequestError(
+                f"embeddings of {' and '.join(str(len(v)) for v in found)} vectors: every picture needs equally many"
+            )
+        return found
     return [None] if isinstance(conditioner, Unconditional | Joined) else as_list(given.prompts)
 
 
 def encode(conditioner: Any, subjects: list[Any]) -> Any:
     """What the conditioner makes of them; nothing where the program itself does (the masked pictures of inpainting models)."""
-    if isinstance(conditioner, Joined) and conditioner.of == "masked":
+    if isinstance(conditioner, Joined) and conditioner.masked:
         return None
     return conditioner.encode(subjects)

@@ -14,7 +14,7 @@ from ldm_jax.cli import say
 # What every picture's settings have, and what they have of a task.
 MODEL = ("model", "model_config", "dtype", "batch")  # what a whole run has in common
 REPLAYED = ("model", "seed", "steps", "guidance", "eta", "sampler", "size", "dtype", "batch")
-FILES = ("image", "mask", "semantic_map", "layout")
+FILES = ("image", "mask", "semantic_map", "layout", "embeddings")
 TASK = (*FILES, "outpaint", "strength", "variation")
 SETTINGS = ("eta", "sampler", "grid", "size", "guidance_rescale", "guidance_interval", "decode_batch", "tile")
 

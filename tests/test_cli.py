@@ -149,6 +149,25 @@ def test_a_task_is_made_again_from_its_picture(sample, tmp_path):
     assert read_settings(again) == kept
 
 
+def test_embeddings_are_remembered_by_their_file(sample, tiny_dir, tmp_path):
+    model, file = shutil.copytree(tiny_dir, tmp_path / "model"), tmp_path / "vectors.npy"
+    told = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(told | {"conditioner": {"kind": "embeddings", "dim": 16}}))
+    np.save(file, np.random.default_rng(0).standard_normal((3, 16)))
+    assert sample(f"--embeddings={file}", "--num=1", "--steps=3", model=model).status == 0
+    path, again = (tmp_path / "out" / f"0000{i}-picture-0.png" for i in range(2))
+    assert read_settings(path)["embeddings"] == str(file)
+    assert sample(f"--replay={path}").status == 0
+    assert (pixels(again) == pixels(path)).all()
+    np.save(file, np.zeros((3, 16)))
+    ran = sample(f"--replay={path}")
+    assert ran.status == 2
+    assert "was made from the embeddings" in ran.lines[0]
+    ran = sample(f"--embeddings={tmp_path / 'none.npy'}", model=model)
+    assert (ran.status, len(ran.lines)) == (2, 1)
+    assert "none.npy cannot be read: No such file or directory" in ran.lines[0]
+
+
 def test_a_sweep_is_one_labelled_grid(sample, tmp_path):
     assert sample("--prompt=red apple", "--num=1", "--steps=3,4", "--guidance=1,3").status == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())

@@ -11,13 +11,13 @@ import pytest
 from conftest import KL, SMALL, TINY, pipeline_of
 from PIL import Image
 
-from ldm_jax.diffusion.guidance import classifier_free, predictor
+from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, step_grid
 from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.generation import Form, decode, decode_tiled, slerp, tile_ramp, tile_starts, whole_cells
-from ldm_jax.latent import masked_condition, to_float, to_uint8
+from ldm_jax.latent import ConfigError, build_conditioner, masked_condition, to_float, to_uint8
 from ldm_jax.pipeline import RequestError
-from ldm_jax.requests import Given, checked_layout, class_numbers, interpolation
+from ldm_jax.requests import Given, arrays, checked_layout, class_numbers, interpolation
 
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
@@ -291,6 +291,70 @@ def test_a_model_that_inpaints_by_concatenation(quick_compiling):
             pipe.stream(**request)
 
 
+def test_a_model_that_inpaints_by_a_prompt(quick_compiling, compilations):
+    joined = {"channels": 5, "of": "masked_sd", "size": [8, 8]}
+    conditioner = {"kind": "hybrid", "text": TINY["conditioner"], "joined": joined}
+    pipe = pipeline_of(
+        {**SMALL, "first_stage": KL, "conditioner": conditioner, "unet": {**SMALL["unet"], "in_channels": 9}}
+    )
+    request = {"image": PICTURE, "mask": HALF, "seeds": [0, 0], "steps": 2, "guidance": 3.0}
+    images = pipe([RED, BLUE], **request)
+    assert (images[:, :, :8] == PICTURE[:, :8]).all()
+    assert off(*images[:, :, 8:]) > 0.5
+    before = len(compilations)
+    away = pipe([RED, RED], **request, negative=[BLUE, RED])
+    other = pipe([RED, BLUE], **request | {"image": PICTURE[::-1].copy()})
+    assert len(compilations) == before
+    assert off(away[0, :, 8:], images[0, :, 8:]) > 0.5
+    assert off(other[:, ::-1, 8:], images[:, :, 8:]) > 0.5
+
+    # By hand: the picture and its mask are the same on both sides of the guidance, which therefore leaves a prompt against itself alone.
+    model, keys = pipe.model, jax.vmap(jax.random.key)(np.zeros(1, np.uint32))
+    nodes = SAMPLERS["ddim"].nodes(model.schedule, step_grid("uniform", 2, 10))
+
+    @jax.jit
+    def by_hand(model, nodes, encoded):
+        concat = masked_condition(model.first_stage, to_float(PICTURE[None]), HALF[None, :, :, None] > 0, "masked_sd")
+        cond = model.conditioner(model.params["conditioner"], {"text": encoded, "joined": concat})
+        denoise = unguided(lambda x, t, c: model.apply(model.params, x, t, c), cond)
+        x = initial_noise(keys, (8, 8, 4))
+        z, _ = sample(SAMPLERS["ddim"], predictor(denoise, model.schedule, "eps"), x, nodes, keys=keys)
+        return to_uint8(model.first_stage.decode(z))
+
+    assert near(away[1, :, 8:], by_hand(model, nodes, model.conditioner.text.encode([RED]))[0, :, 8:])
+    for wrong, message in [
+        ({}, "give a mask or outpaint with the image"),
+        ({"image": PICTURE}, "give a mask or outpaint with the image"),
+        ({"mask": HALF}, "mask needs an image: give one"),
+        ({"image": PICTURE, "mask": HALF, "strength": 0.5}, "asked by prompts, image and mask, without strength"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            pipe.stream(RED, **wrong)
+    with pytest.raises(RequestError, match="there is no prompt"):
+        pipe.stream(image=PICTURE, mask=HALF)
+
+
+def test_what_stable_diffusion_s_inpainting_is_told(pipe):
+    stage, hole = pipe.model.first_stage, (HALF > 0)[None, :, :, None]
+    told = np.asarray(masked_condition(stage, to_float(PICTURE[None]), jnp.asarray(hole), "masked_sd"))
+    assert (told[0, :, :, 0] == np.where(np.arange(8) < 4, 0, 1)).all()
+    grey = np.where(hole, 0.0, to_float(PICTURE[None]))
+    np.testing.assert_allclose(told[..., 1:], stage.encode(grey), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("conditioner", "message"),
+    [
+        ({"text": {"kind": "class"}, "joined": {"channels": 5}}, "text.kind 'class' is neither 'bert' nor 'clip'"),
+        ({"text": SMALL["conditioner"], "joined": {"channels": 5, "of": "mask"}}, "of 'mask' is neither 'picture'"),
+        ({"text": SMALL["conditioner"]}, "missing 1 required positional argument: 'joined'"),
+    ],
+)
+def test_a_hybrid_that_is_not_said_well(conditioner, message):
+    with pytest.raises(ConfigError, match=message):
+        build_conditioner({"conditioner": {"kind": "hybrid", **conditioner}})
+
+
 def test_a_model_that_enlarges_pictures(quick_compiling, caplog):
     unet = {**PLAIN, "in_channels": 7, "channel_mult": [1, 1]}
     pipe = pipeline_of({**SMALL, "first_stage": KL, "conditioner": {"kind": "joined", "channels": 3}, "unet": unet})
@@ -334,6 +398,47 @@ def test_a_model_of_layouts(quick_compiling):
     assert (images[0] != images[1]).any()
     with pytest.raises(RequestError, match="asked by layout, not by prompts"):
         pipe(RED)
+
+
+def test_a_model_of_ready_made_embeddings(quick_compiling, tmp_path):
+    pipe = pipeline_of({**TINY, "conditioner": {"kind": "embeddings", "dim": 16}})
+    vectors = RNG.standard_normal((2, 3, 16)).astype(np.float32)
+    np.save(tmp_path / "one.npy", vectors[1])
+    images = pipe(embeddings=[vectors[0], tmp_path / "one.npy"], seeds=[0, 0], steps=2)
+    again = pipe(embeddings=str(tmp_path / "one.npy"), seeds=[1, 0], steps=2)
+    assert (again[1] == images[1]).all()
+    assert off(images[0], images[1]) > 1
+    assert pipe.defaults.guidance == 3.0  # away from as many zeros
+    for given, m in ((vectors[0, 0], 1), (vectors[0, :2], 2)):
+        _, rows = arrays(pipe.model, Given(embeddings=given), pipe.defaults, 0, None)
+        assert rows.encoded.shape == rows.null.shape == (1, m, 16)
+        assert not rows.null.any()
+
+    (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "many.npz", vectors[0])
+    for given, message in [
+        ({}, "this model is asked by embeddings: give embeddings"),
+        ({"prompts": "x"}, "this model is asked by embeddings, not by prompts"),
+        ({"embeddings": []}, "there are no embeddings; give at least one array"),
+        ({"embeddings": vectors}, "embeddings of shape (2, 3, 16): give vectors of this model's 16 numbers, (m, 16)"),
+        ({"embeddings": vectors[0, :, :8]}, "embeddings of shape (3, 8): give vectors of this model's 16 numbers"),
+        (
+            {"embeddings": [vectors[0], vectors[1, :2]]},
+            "embeddings of 3 and 2 vectors: every picture needs equally many",
+        ),
+        ({"embeddings": vectors[0] * np.nan}, "embeddings must be finite numbers"),
+        ({"embeddings": list(vectors), "seeds": [1, 2, 3]}, "2 embeddings and 3 seeds do not pair up"),
+        ({"embeddings": tmp_path / "none.npy"}, "none.npy cannot be read: No such file or directory"),
+        *(
+            ({"embeddings": tmp_path / name}, f"{name}: this is no .npy file of numbers")
+            for name in ("text.npy", "objects.npy", "many.npz")
+        ),
+    ]:
+        with pytest.raises(RequestError) as caught:
+            pipe.stream(**given)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- mistakes

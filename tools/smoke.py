@@ -23,19 +23,23 @@ STEPS = ["--num=1", "--steps=3"]
 def inputs(folder: Path) -> dict[str, list[str]]:
     """What a model is asked by, by the kind of its conditioner, as flags of sample.py."""
     rng = np.random.default_rng(0)
-    files = {name: str(folder / name) for name in ("picture.png", "mask.png", "labels.png", "boxes.json")}
+    files = {
+        name: str(folder / name) for name in ("picture.png", "mask.png", "labels.png", "boxes.json", "vectors.npy")
+    }
     Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(files["picture.png"])
     mask = np.zeros((64, 64), np.uint8)
     mask[16:48, 16:48] = 255
     Image.fromarray(mask).save(files["mask.png"])
     Image.fromarray(mask // 255).save(files["labels.png"])
     Path(files["boxes.json"]).write_text(json.dumps([{"label": 1, "box": [0.1, 0.1, 0.5, 0.5]}]))
+    np.save(files["vectors.npy"], rng.uniform(size=(2, 7)))  # as those of the scenes
     return {
         "bert": ["--prompt=red apple"],
         "clip": ["--prompt=red apple"],
         "class": ["--class=0"],
         "none": [],
         "tokens": [f"--layout={files['boxes.json']}"],
+        "embeddings": [f"--embeddings={files['vectors.npy']}"],
         "rescale": [f"--semantic_map={files['labels.png']}"],
         "masked": [f"--image={files['picture.png']}", f"--mask={files['mask.png']}"],
         "picture": [f"--image={files['picture.png']}"],

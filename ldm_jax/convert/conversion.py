@@ -188,7 +188,8 @@ def to_compvis(config: Mapping[str, Any], params: Mapping[str, Any], out: Path) 
         original.params["learn_logvar"] = True
     if original.params.get("scale_by_std"):
         tree["scale_factor"] = np.float32(config["scale_factor"])
-    if config.get("conditioner", {}).get("kind") in ("bert", "tokens") and "to_logits" not in tree["conditioner"]:
+    section = config.get("conditioner", {})
+    if section.get("text", section).get("kind") in ("bert", "tokens") and "to_logits" not in tree["conditioner"]:
         # The original holds the projection that nothing calls.
         vocabulary, dim = tree["conditioner"]["token_emb"]["embedding"].shape
         zeros = {"kernel": np.zeros((dim, vocabulary), np.float32), "bias": np.zeros(vocabulary, np.float32)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ldm_jax.convert.infer import LATENT_DIFFUSION, Original
+from ldm_jax.convert.infer import INPAINTING, LATENT_DIFFUSION, Original
 from ldm_jax.convert.targets import TargetError
 from ldm_jax.convert.whole import IDENTITIES, UNCONDITIONAL
 from ldm_jax.latent import build, build_first_stage
@@ -96,7 +96,8 @@ def config_of(original: Original, modules: Mapping[str, Any], scale_factor: floa
     factor = getattr(stage, "downsampling", 1)
     size = params.get("image_size", 256 // factor)  # of the latents
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    conditioner = _conditioner_section(params, modules.get("conditioner"), (height, width))
+    conditioner = _conditioner_section(original, modules, (height, width))
+    text = conditioner.get("text", conditioner)
     return {
         "kind": "latent_diffusion",
         "objective": objective,
@@ -105,7 +106,7 @@ def config_of(original: Original, modules: Mapping[str, Any], scale_factor: floa
         "first_stage": {"kind": "identity"} if stage is None else _first_stage_section(stage),
         "conditioner": conditioner,
         "unet": fields_of(modules["unet"]),
-        "sampling": {"size": [height * factor, width * factor], "guidance": _GUIDANCE.get(conditioner["kind"], 1.0)},
+        "sampling": {"size": [height * factor, width * factor], "guidance": _GUIDANCE.get(text["kind"], 1.0)},
         "original": _remembered(original),
     }
 
@@ -128,10 +129,13 @@ _KINDS = {
 }
 
 
-def _conditioner_section(params: Mapping[str, Any], module: Any, size: tuple[int, int]) -> dict[str, Any]:
+def _conditioner_section(original: Original, modules: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    params, unet = original.params, modules["unet"]
+    module, section, dim = modules.get("conditioner"), params.get("cond_stage_config"), unet.context_dim
     if module is None:
-        return {"kind": "none"}
-    section = params["cond_stage_config"]
+        ready = isinstance(section, Mapping) and conditioning_key(params) == "crossattn" and dim
+        return {"kind": "embeddings", "dim": dim} if ready else {"kind": "none"}
+    assert section is not None
     if section["target"] not in _KINDS:
         raise TargetError(f"{section['target']} is not supported as a conditioner (have {', '.join(_KINDS)})")
     kind, way = _KINDS[section["target"]]
@@ -143,7 +147,17 @@ def _conditioner_section(params: Mapping[str, Any], module: Any, size: tuple[int
     fields = fields_of(module)
     if kind == "rescale":  # how large maps are in pixels, which only an empty map needs
         fields["size"] = [round(side / module.multiplier**module.n_stages) for side in size]
-    return {"kind": kind, **fields}
+    told = {"kind": kind, **fields}
+    # What is joined to the latents, of the original's classes that one alone says; all else is refused where it would be needed.
+    order = tuple(params.get("concat_keys") or _CONCAT_KEYS)
+    if key == "hybrid" and way == "crossattn" and (original.target, order) == (INPAINTING, _CONCAT_KEYS):
+        joined = {"channels": unet.in_channels - unet.out_channels, "of": "masked_sd", "size": list(size)}
+        if kind in ("bert", "clip") and joined["channels"] == unet.out_channels + 1:
+            return {"kind": "hybrid", "text": told, "joined": joined}
+    return told
+
+
+_CONCAT_KEYS = ("mask", "masked_image")  # of LatentInpaintDiffusion
 
 
 def conditioning_key(params: Mapping[str, Any]) -> str | None:
@@ -154,7 +168,7 @@ def conditioning_key(params: Mapping[str, Any]) -> str | None:
 
 
 # The guidance that the original's own scripts sample with; without a condition there is nothing to guide.
-_GUIDANCE = {"bert": 5.0, "clip": 7.5, "class": 3.0}
+_GUIDANCE = {"bert": 5.0, "clip": 7.5, "class": 3.0, "embeddings": 5.0}
 
 
 def _remembered(original: Original) -> dict[str, Any]:
@@ -187,9 +201,11 @@ def original_of(config: Mapping[str, Any]) -> Original:
         raise TargetError("the original cannot hold a schedule with zero terminal SNR")
     section = dict(config["conditioner"])
     kind = section["kind"]
+    if kind == "hybrid" and section["joined"].get("of") != "masked_sd":
+        raise TargetError("the original cannot hold text with joined channels other than 'masked_sd'")
     module = getattr(model.conditioner, "module", None)
-    conditioner = _CONDITIONERS[kind](module, kept.get("conditioner"))
-    way = {"none": None, "rescale": "concat"}.get(kind, "crossattn")
+    conditioner = _CONDITIONERS[section.get("text", section)["kind"]](module, kept.get("conditioner"))
+    way = {"none": None, "rescale": "concat", "hybrid": "hybrid"}.get(kind, "crossattn")
     stage, inside = _first_stage_of(model.first_stage.module, kept.get("first_stage"))
     params: dict[str, Any] = {
         **schedule,
@@ -208,7 +224,7 @@ def original_of(config: Mapping[str, Any]) -> Original:
         "first_stage_config": {"target": stage, "params": inside},
         "cond_stage_config": conditioner,
     }
-    return Original(kept.get("target", LATENT_DIFFUSION), params)
+    return Original(kept.get("target", INPAINTING if kind == "hybrid" else LATENT_DIFFUSION), params)
 
 
 def _first_stage_of(module: Autoencoder | None, target: str | None, alone: bool = False) -> tuple[str, dict[str, Any]]:
@@ -248,6 +264,10 @@ def _same(name: str) -> Callable[[Any, str | None], dict[str, Any]]:
     return lambda module, target: {"target": target or f"{_EMBEDDERS}.{name}", "params": fields_of(module)}
 
 
+def _embeddings(module: Any, target: str | None) -> dict[str, Any]:
+    return {"target": target or IDENTITIES[0]}
+
+
 def _unconditional(module: Any, target: str | None) -> Any:
     return {"target": target} if target in IDENTITIES else target or UNCONDITIONAL
 
@@ -259,5 +279,6 @@ _CONDITIONERS: dict[str, Callable[[Any, str | None], Any]] = {
     "clip": _clip,
     "class": _same("ClassEmbedder"),
     "rescale": _same("SpatialRescaler"),
+    "embeddings": _embeddings,
     "none": _unconditional,
 }

@@ -136,7 +136,10 @@ def condition_of(model: LatentDiffusion, given: Arrays) -> Cond:
     others = [a for name, a in given.items() if name not in parts and not name.startswith("uncond_")]
     if len(others) != 1:
         return Cond()
-    encoded = jnp.asarray(nhwc(others[0])) if others[0].ndim == 4 else jnp.asarray(others[0], jnp.int32)
+    if kind == "hybrid":
+        raise TargetError("a case with one input for a hybrid condition cannot be verified")
+    plain = jnp.float32 if kind == "embeddings" else jnp.int32
+    encoded = jnp.asarray(nhwc(others[0])) if others[0].ndim == 4 else jnp.asarray(others[0], plain)
     if kind == "none":
         return Cond(concat=encoded)
     return jax.jit(model.conditioner)(model.params["conditioner"], encoded)

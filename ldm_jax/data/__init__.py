@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.data.conditions import ClassOf, Condition, LabelMap, Layout, Mask, SmallPicture, class_names
+from ldm_jax.data.conditions import ClassOf, Condition, LabelMap, Layout, Mask, SmallPicture, Vectors, class_names
 from ldm_jax.data.drawing import contact_sheet, draw_conditions
 from ldm_jax.data.latents import LatentLoader, LatentSource
 from ldm_jax.data.loader import Loader
@@ -36,6 +36,7 @@ __all__ = [
     "Source",
     "Subset",
     "UnreadablePicture",
+    "Vectors",
     "caption_template",
     "class_names",
     "contact_sheet",

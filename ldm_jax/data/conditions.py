@@ -1,4 +1,4 @@
-"""Conditions that come from the data beside the picture: classes, masks, small pictures, maps of labels, boxes.
+"""Conditions that come from the data beside the picture: classes, masks, small pictures, maps of labels, boxes, vectors.
 
 A `Condition` runs where pictures are decoded, in the loader's workers, and draws from the sample's own generator: what it makes of a row is the
 same on every machine and after a resume. It is picklable.
@@ -172,6 +172,52 @@ class Layout:
         objects = [objects[i] for i in rng.permutation(len(objects))]
         shown = clip_box(crop, WHOLE, mirror) or WHOLE
         return np.array(layout_tokens(objects, length=self.length, vocabulary=self.vocabulary, crop=shown), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """``count`` of the vectors in a ``column``, float32 [count, dim]: where a row has more, so many at random, in their order.
+
+    A row holds a list of lists of ``dim`` numbers, one such list, or the bytes of a .npy file [m, dim].
+    """
+
+    column: str
+    count: int
+    dim: int
+
+    def read(self, row: dict[str, Any]) -> None:
+        value = _column(row, self.column)
+        if isinstance(value, bytes):
+            try:
+                row[self.column] = np.load(io.BytesIO(value), allow_pickle=False)
+            except Exception as error:  # whatever a damaged file makes NumPy raise
+                raise UnreadablePicture("its vectors are no .npy file") from error
+
+    def __call__(self, row: Mapping[str, Any], image: np.ndarray, view: View, rng: np.random.Generator) -> np.ndarray:
+        vectors = vectors_of(row, self.column, self.dim)
+        if len(vectors) < self.count:
+            raise DataError(
+                f"{self.column}: {row.get('file_name', 'a row')} has {len(vectors)} vectors, model.conditioner.count is {self.count}"
+            )
+        if len(vectors) == self.count:
+            return vectors
+        return vectors[np.sort(rng.choice(len(vectors), self.count, replace=False))]
+
+
+def vectors_of(row: Mapping[str, Any], column: str, dim: int) -> np.ndarray:
+    """The vectors of a row, float32 [m, dim]; DataError where they are not as `Vectors` wants them."""
+    name, value = row.get("file_name", "a row"), _column(row, column)
+    try:
+        vectors = np.atleast_2d(np.asarray(value, np.float32))
+    except (TypeError, ValueError):  # texts; lists of several lengths
+        raise DataError(f"{column}: what {name} has is no list of vectors, lists of {dim} numbers each") from None
+    if vectors.ndim != 2 or vectors.shape[1] != dim:
+        raise DataError(
+            f"{column}: {name} has vectors of the shape {vectors.shape}, not (m, {dim}), model.conditioner.dim"
+        )
+    if not np.isfinite(vectors).all():
+        raise DataError(f"{column}: {name} has vectors that are not finite")
+    return vectors
 
 
 def boxes_of(row: Mapping[str, Any], column: str) -> list[tuple[Any, Box]]:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from ldm_jax.checkpoint import find_model, load_model
-from ldm_jax.conditioning import Conditioner, Joined, RescaledMap
-from ldm_jax.data import ClassOf, Condition, LabelMap, Layout, Mask, SmallPicture, class_names, make_source
+from ldm_jax.conditioning import Conditioner, Embeddings, Joined, RescaledMap
+from ldm_jax.data import ClassOf, Condition, LabelMap, Layout, Mask, SmallPicture, Vectors, class_names, make_source
 from ldm_jax.latent import ConfigError, LatentDiffusion, construct
 
 # Settings of data that say how it is read, not where it lies.
@@ -32,7 +32,9 @@ def make_condition(config: Mapping[str, Any]) -> Condition | None:
     kind = conditioner.get("of", "picture") if conditioner.get("kind") == "joined" else conditioner.get("kind")
     if kind == "class":
         return construct(ClassOf, "data.condition", settings, names=_names(config))
-    if kind == "masked":
+    if kind == "hybrid":
+        raise ConfigError("model.conditioner.kind 'hybrid' is of converted models: it cannot be trained yet")
+    if kind in ("masked", "masked_sd"):
         return construct(Mask, "data.condition", settings)
     if kind == "picture":
         return construct(SmallPicture, "data.condition", settings, size=tuple(conditioner.get("size", Joined.size)))
@@ -45,6 +47,9 @@ def make_condition(config: Mapping[str, Any]) -> Condition | None:
     if kind == "tokens":
         sizes = {"length": conditioner.get("max_seq_len", 77), "vocabulary": conditioner.get("vocab_size", 30522)}
         return construct(Layout, "data.condition", settings, **sizes, names=_names(config))
+    if kind == "embeddings":
+        sizes = {"count": conditioner.get("count", Embeddings.count), "dim": conditioner.get("dim", 0)}
+        return construct(Vectors, "data.condition", settings, **sizes)
     if settings:
         raise ConfigError(f"data.condition: a conditioner of the kind {kind!r} takes none: leave it empty")
     return None

@@ -74,8 +74,10 @@ def draw_timesteps(u: jax.Array, timesteps: int, shift: float) -> jax.Array:
 
 def conditions(model: LatentDiffusion, first_stage: Any, batch: Any) -> Any:
     """The batch's "encoded" conditions; those of inpainting are masks, and become the masked pictures' latents by the first stage."""
-    if isinstance(model.conditioner, Joined) and model.conditioner.of == "masked":
-        return jax.lax.stop_gradient(masked_condition(first_stage, to_float(batch["image"]), batch["encoded"]))
+    joined = model.conditioner
+    if isinstance(joined, Joined) and joined.masked:
+        told = masked_condition(first_stage, to_float(batch["image"]), batch["encoded"], joined.of)
+        return jax.lax.stop_gradient(told)
     return batch["encoded"]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ldm_jax.data import Loader
+from ldm_jax.data import Loader, Vectors
 from ldm_jax.data.latents import CacheInfo, check_key, claim, count_records, fingerprint, read_info, write_shard
 from ldm_jax.latent import ConfigError, to_float
 from ldm_jax.parallel import compile_step, make_mesh
@@ -32,13 +32,15 @@ def cache_key(config: Any, task: DiffusionTask) -> dict[str, Any]:
     for path, leaf in jax.tree.leaves_with_path(task.model.first_stage.params):
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
-    conditioner = task.model.conditioner
+    conditioner, condition = task.model.conditioner, task.conditions.condition
+    vectors = {"vectors": [condition.count, condition.dim]} if isinstance(condition, Vectors) else {}
     return {
         **{f"data.{name}": value for name, value in data.items()},
         "model.classes": task.model_config.get("classes"),
         "model.conditioner.kind": task.model_config["conditioner"]["kind"],
         "tokens per caption": getattr(conditioner, "max_length", None),
         "first stage sha256": digest.hexdigest(),
+        **vectors,
     }
 
 
@@ -89,7 +91,9 @@ def encode(config: Any, folder: str | Path, *, dtype: str = "float16", shard_siz
     fields: dict[str, Any] = {"moments": {"dtype": dtype, "shape": shapes.shape[1:]}}
     if encoded is not None:
         fields["encoded"] = {"dtype": str(encoded.dtype), "shape": encoded.shape[1:]}
-    if task.conditions.condition is not None:
+    if isinstance(condition := task.conditions.condition, Vectors):  # of more than are asked for, one choice for good
+        fields["condition"] = {"dtype": "float32", "shape": (condition.count, condition.dim)}
+    elif condition is not None:
         fields["condition"] = {"dtype": "int64", "shape": ()}  # a class
     fields["valid"] = {"dtype": "bool", "shape": (1,)}
     info = CacheInfo(key, fields, {part: loader.count for part, loader in loaders.items()}, shard_size)

@@ -3,7 +3,7 @@
 import contextlib
 from typing import Any
 
-from ldm_jax.data import ClassOf, Condition, ImageTransform, LatentLoader, Loader, make_source
+from ldm_jax.data import ClassOf, Condition, ImageTransform, LatentLoader, Loader, Vectors, make_source
 from ldm_jax.latent import ConfigError
 from ldm_jax.train.conditions import make_condition, source_settings
 from ldm_jax.train.tasks import plain
@@ -43,9 +43,9 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
 
 def check_cached(condition: Condition | None) -> None:
     """ConfigError for conditions that a latent cache does not hold."""
-    if condition is not None and not isinstance(condition, ClassOf):
+    if condition is not None and not isinstance(condition, ClassOf | Vectors):
         raise ConfigError(
-            "a latent cache holds captions and classes only: leave data.cache empty, this condition is made of the pictures"
+            "a latent cache holds captions, classes and vectors only: leave data.cache empty, this condition is made of the pictures"
         )
 
 

@@ -28,8 +28,9 @@ from ldm_jax.convert.whole import BUFFERS, EMA, Whole, whole_from_config
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.diffusion.schedule import make_betas
 from ldm_jax.generation import Form, Rows, generate
+from ldm_jax.latent import build
 from ldm_jax.pictures import read_settings
-from ldm_jax.pipeline import Given, RequestError
+from ldm_jax.pipeline import Given, Pipeline, RequestError
 
 EMBEDDERS = "ldm.modules.encoders.modules"
 UNET: dict[str, Any] = {
@@ -131,6 +132,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         LATENT_DIFFUSION,
         model(KL, "__is_unconditional__", {"conv_resample": False}, learn_logvar=True, scale_by_std=True),
     ),
+    "ready-made": (
+        LATENT_DIFFUSION,
+        model(KL, {"target": "torch.nn.Identity"}, crossattn(12), conditioning_key="crossattn", scale_factor=1.0),
+    ),
     "kl": (KL["target"], KL["params"]),
     "vqgan": (
         "taming.models.vqgan.VQModel",
@@ -190,6 +195,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
         ("rescale", np.float32, True),
         ("held twice", np.float32, False),
         ("unconditional", np.float16, False),
+        ("ready-made", np.float32, False),
         ("kl", np.float32, False),
         ("vqgan", np.float16, True),
         ("gumbel", np.float32, False),
@@ -229,7 +235,7 @@ def test_there_and_back_is_the_same_to_the_bit(written, tmp_path, name, dtype, w
 
 def without_size(section: Any) -> Any:
     """How large its maps are, a file does not tell."""
-    return {k: v for k, v in section.items() if k != "size"} if isinstance(section, dict) else section
+    return {k: without_size(v) for k, v in section.items() if k != "size"} if isinstance(section, dict) else section
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -335,7 +341,13 @@ def test_a_ckpt_loads_and_samples_like_its_model_directory(written, tmp_path, qu
 
 @pytest.mark.parametrize(
     ("name", "given"),
-    [("text", "red apple"), ("unconditional", ""), ("rescale", np.ones((16, 16, 3), np.float32)), ("class", 2)],
+    [
+        ("text", "red apple"),
+        ("unconditional", ""),
+        ("rescale", np.ones((16, 16, 3), np.float32)),
+        ("class", 2),
+        ("ready-made", np.ones((1, 12))),
+    ],
 )
 def test_every_kind_of_condition_reaches_its_network(written, name, given):
     source = written(name)
@@ -387,17 +399,28 @@ def test_the_losses_of_a_first_stage_are_left_out_by_name(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "keys", "message"),
     [
-        ("held twice", "joins 5 channels to its latents"),
-        ("clip inpainting", "joins 5 channels to its latents"),
+        ("held twice", None, "joins 5 channels to its latents"),
+        ("clip inpainting", None, "give a mask or outpaint with the image"),
+        ("clip inpainting", ["masked_image", "mask"], "joins 5 channels to its latents"),
     ],
 )
-def test_what_cannot_be_sampled_yet_loads_and_says_so(written, name, message):
-    pipe = ldm_jax.load(written(name), devices=1)
+def test_what_lacks_something_or_cannot_be_sampled_loads_and_says_so(written, name, keys, message):
+    target, params = MODELS[name]
+    config = None if keys is None else Original(target, params | {"concat_keys": keys})
+    read = read_model(written(name), config=config)
+    model = build(read.config, {"conditioner": {}, **read.params}, read.params["first_stage"])
     with pytest.raises(RequestError) as error:
-        pipe("x")
+        Pipeline(model, devices=1).stream("x")
     assert message in str(error.value)
+
+
+def test_text_and_channels_of_stable_diffusion_s_inpainting_are_told_apart(written):
+    config = read_model(written("clip inpainting")).config
+    assert config["conditioner"]["text"]["kind"] == "clip"
+    assert config["conditioner"]["joined"] == {"channels": 5, "of": "masked_sd", "size": [256, 256]}
+    assert config["sampling"]["guidance"] == 7.5
 
 
 def test_reading_takes_no_more_memory_than_the_parameters(tmp_path):

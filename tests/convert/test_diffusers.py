@@ -151,6 +151,32 @@ def test_a_pipeline_comes_back_to_the_bit(model: dict[str, Any], written: Path) 
         assert file.read_bytes() == (written.parent / "again" / file.relative_to(written)).read_bytes()
 
 
+def test_an_inpainting_pipeline_comes_back_to_the_bit(tmp_path: Path) -> None:
+    text = {"kind": "clip", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    joined = {"channels": 5, "of": "masked_sd", "size": [8, 8]}
+    config = MODEL | {"conditioner": {"kind": "hybrid", "text": text, "joined": joined}}
+    config["unet"] = MODEL["unet"] | {"in_channels": 9}
+    shapes = jax.eval_shape(partial(init_params, build(config, None, None)), jax.random.key(0))
+    params = {**filled(shapes), "first_stage": part_params("first_stage", KL)}
+    to_diffusers(config, params, tmp_path / "pipeline")
+    read = from_diffusers(tmp_path / "pipeline")
+    assert digests(read.params) == digests(params)
+    assert read.config["conditioner"]["joined"] == joined
+    assert build(read.config, None, None).conditioner == build(config, None, None).conditioner
+    assert read.config["sampling"]["guidance"] == 7.5
+    for section, message in [
+        ({"text": MODEL["conditioner"], "joined": joined}, "reads 'clip' and joins 'masked_sd'"),
+        ({"text": text, "joined": joined | {"of": "masked"}}, "reads 'clip' and joins 'masked_sd'"),
+    ]:
+        with pytest.raises(TargetError, match=message):
+            to_diffusers(config | {"conditioner": {"kind": "hybrid", **section}}, params, tmp_path / "other")
+    change(tmp_path / "pipeline" / "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(
+        TargetError, match="takes 5 channels beside the latent's, which StableDiffusionPipeline does not"
+    ):
+        from_diffusers(tmp_path / "pipeline")
+
+
 def test_a_pipeline_is_loaded_and_makes_pictures(written: Path) -> None:
     pipe = load(written, dtype="float32", devices=1)
     assert pipe.defaults.sampler == "ddim_x0"

@@ -18,6 +18,7 @@ from ldm_jax.data import (
     Mask,
     SmallPicture,
     UnreadablePicture,
+    Vectors,
     class_names,
     degrade,
     draw_conditions,
@@ -224,6 +225,40 @@ def test_boxes_follow_crop_and_mirror():
 def test_wrong_boxes_are_named(boxes, message):
     with pytest.raises(DataError, match=message):
         Layout("boxes", 6, 16, ("a", "b"))({"boxes": boxes}, PICTURE, VIEW, rng())
+
+
+def test_vectors_are_all_or_a_choice_in_their_order():
+    rows = np.arange(8.0).reshape(4, 2)
+    np.testing.assert_array_equal(Vectors("v", 4, 2)({"v": rows.tolist()}, PICTURE, VIEW, rng()), rows)
+    assert Vectors("v", 1, 2)({"v": [3, 4]}, PICTURE, VIEW, rng()).tolist() == [[3, 4]]
+    found = {tuple(Vectors("v", 2, 2)({"v": rows}, PICTURE, VIEW, rng(seed))[:, 0]) for seed in range(60)}
+    assert found == {(0, 2), (0, 4), (0, 6), (2, 4), (2, 6), (4, 6)}
+    file, row = io.BytesIO(), {}
+    np.save(file, rows)
+    row["v"] = file.getvalue()
+    Vectors("v", 4, 2).read(row)
+    np.testing.assert_array_equal(row["v"], rows)
+    with pytest.raises(UnreadablePicture, match=r"no \.npy file"):
+        Vectors("v", 4, 2).read({"v": pickle.dumps(rows)})
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ([[1, 2]], r"a\.png has 1 vectors, model\.conditioner\.count is 2"),
+        ([[1, 2, 3]] * 2, r"vectors of the shape \(2, 3\), not \(m, 2\)"),
+        ([[1, 2], [1]], "no list of vectors"),
+        ("red", "no list of vectors"),
+        ([[1, float("nan")]] * 2, "a.png has vectors that are not finite"),
+        ({"a": 1}, "no list of vectors"),
+    ],
+)
+def test_wrong_vectors_are_named(vectors, message):
+    with pytest.raises(DataError, match=message) as caught:
+        Vectors("v", 2, 2)({"v": vectors, "file_name": "a.png"}, PICTURE, VIEW, rng())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="there is no column 'w'"):
+        Vectors("w", 2, 2).read({"v": vectors})
 
 
 def test_classes_are_the_sorted_names_or_the_numbers_themselves():

@@ -316,6 +316,7 @@ def test_scenes_have_exact_maps_and_boxes(scenes):
                 bounds = [x.min(), y.min(), x.max() + 1 - x.min(), y.max() + 1 - y.min()]
                 np.testing.assert_allclose(np.array(boxes[0]) * 32, bounds)
                 seen.add(label)
+                np.testing.assert_allclose(row["vectors"], [[*np.array(colour) / 255, *boxes[0]]])
     assert seen == {"a", "b"}
     again = pickle.loads(pickle.dumps(make_source(scenes)))
     np.testing.assert_array_equal(again[3]["map"], source[3]["map"])

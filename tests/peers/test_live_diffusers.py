@@ -14,11 +14,12 @@ import pytest
 
 import ldm_jax
 from ldm_jax.checkpoint import CheckpointError
-from ldm_jax.conditioning import bert_tokenizer, clip_tokenizer
+from ldm_jax.conditioning import Hybrid, bert_tokenizer, clip_tokenizer
 from ldm_jax.convert.diffusers import from_diffusers, to_diffusers
 from ldm_jax.convert.diffusers.components import MODULES
 from ldm_jax.diffusion.guidance import predictor
-from ldm_jax.diffusion.samplers import SAMPLERS, sample, time_grid
+from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, time_grid
+from ldm_jax.latent import masked_condition
 from ldm_jax.pipeline import Pipeline
 
 torch = pytest.importorskip("torch")
@@ -239,21 +240,26 @@ def unconditional(scheduler: Any) -> Any:
 
 def ours(pipe: Pipeline, noise: np.ndarray, prompts: Any, guidance: float, steps: int = 10) -> np.ndarray:
     """Pixels in [0, 1], by the model's own sampler and grid, from handed-in noise."""
+    conditioner = pipe.model.conditioner
+    return run(pipe, noise, conditioner.encode(prompts), conditioner.encode_null(len(prompts)), guidance, steps)
+
+
+def run(pipe: Pipeline, noise: np.ndarray, encoded: Any, null: Any, guidance: float, steps: int = 10) -> np.ndarray:
+    """`ours`, of conditions as the conditioner encodes them."""
     model, chosen = pipe.model, pipe.defaults
     sampler = SAMPLERS[chosen.sampler]
     schedule = jax.device_get(model.schedule)
     nodes = sampler.nodes(schedule, time_grid(chosen.grid, steps, schedule))
-    conditioner = model.conditioner
 
     @jax.jit
-    def run(model: Any, x: jax.Array, encoded: Any, null: Any) -> jax.Array:
+    def made(model: Any, x: jax.Array, encoded: Any, null: Any) -> jax.Array:
         predict = predictor(model.denoiser(encoded, null, guidance), model.schedule, model.objective)
         z, _ = sample(
             sampler, predict, x, nodes, noise=jnp.zeros((nodes.t.shape[0], 1, *x.shape)) if sampler.draws else None
         )
         return jnp.clip(model.first_stage.decode(z) / 2 + 0.5, 0, 1)
 
-    return np.asarray(run(model, noise, conditioner.encode(prompts), conditioner.encode_null(len(prompts))))
+    return np.asarray(made(model, noise, encoded, null))
 
 
 ORIGINAL = {"set_alpha_to_one": False, "steps_offset": 1}  # the ends and steps of the original's samplers
@@ -328,6 +334,54 @@ def test_super_resolution_pipeline(tmp_path: Path) -> None:
     again = type(theirs).from_pretrained(tmp_path / "back")
     again.set_progress_bar_config(disable=True)
     images = again(nchw(small), generator=torch.Generator().manual_seed(0), **options).images
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+
+
+def test_inpainting_pipeline(tmp_path: Path) -> None:
+    """A UNet of nine channels: latents, mask, latents of the masked picture."""
+    parts = stable_diffusion(SCHEDULERS["ddim"]()).components
+    parts["unet"] = random(diffusers.UNet2DConditionModel(**SD_UNET | {"in_channels": 9}))
+    with torch.no_grad():  # there the masked picture's latents are a sample, here the mode: a spread of next to nothing
+        parts["vae"].quant_conv.weight[4:] = 0
+        parts["vae"].quant_conv.bias[4:] = -30
+    theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    noise, picture = normal(2, 8, 8, 4), np.tanh(normal(2, 16, 16, 3, seed=3))
+    mask = np.zeros((2, 16, 16, 1), np.float32)
+    mask[0, :, 8:] = mask[1, 3:9, 2:13] = 1
+    options = {"num_inference_steps": 10, "guidance_scale": 3.0, "strength": 1.0, "output_type": "np"}
+    options |= {"height": 16, "width": 16, "latents": nchw(noise)}
+    expected = theirs(PROMPTS, image=nchw(picture), mask_image=nchw(mask), **options).images
+    without = theirs(PROMPTS, image=nchw(picture), mask_image=nchw(np.ones_like(mask)), **options).images
+    assert np.abs(without - expected).max() > 0.01
+    theirs.save_pretrained(tmp_path / "pipeline")
+    pipe = ldm_jax.load(tmp_path / "pipeline", dtype="float32", devices=1)
+    model, conditioner = pipe.model, pipe.model.conditioner
+    assert isinstance(conditioner, Hybrid)
+    joined = masked_condition(model.first_stage, picture, mask, conditioner.joined.of)
+    encoded, null = conditioner.text.encode(PROMPTS), conditioner.text.encode_null(2)
+    made = run(pipe, noise, {"text": encoded, "joined": joined}, {"text": null, "joined": joined}, 3.0)
+    assert np.abs(made - expected).max() <= 1e-4
+
+    # Through the pipeline itself, from its own noise: the compiled program makes the same of pixels.
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    hole = np.zeros((16, 16), np.uint8)
+    hole[:, 8:] = 255
+    images = pipe(PROMPTS[:1], image=pixels, mask=hole, steps=10, guidance=3.0, seeds=[7])
+    options["latents"] = nchw(np.asarray(initial_noise(jax.random.key(7)[None], (8, 8, 4))))
+    image, mask_image = torch.from_numpy(pixels / 127.5 - 1).float(), torch.from_numpy(hole / 255).float()
+    (whole,) = theirs(
+        PROMPTS[:1], image=image.permute(2, 0, 1)[None], mask_image=mask_image[None, None], **options
+    ).images
+    assert np.abs(images[0, :, 8:] - 255 * whole[:, 8:]).max() <= 1
+    assert (images[0, :, :8] == pixels[:, :8]).all()
+
+    config, params, *_ = from_diffusers(tmp_path / "pipeline")
+    to_diffusers(config, params, tmp_path / "back")
+    again = type(theirs).from_pretrained(tmp_path / "back")
+    again.set_progress_bar_config(disable=True)
+    options["latents"] = nchw(noise)
+    images = again(PROMPTS, image=nchw(picture), mask_image=nchw(mask), **options).images
     np.testing.assert_allclose(images, expected, atol=1e-5)
 
 

@@ -18,6 +18,7 @@ from ldm_jax.latent import ConfigError, FirstStage, build_first_stage, masked_co
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
 from ldm_jax.train import diffusion_step, loop, tasks
+from ldm_jax.train.check import check
 from ldm_jax.train.conditions import load_frozen
 from ldm_jax.train.encode import check_cache, encode
 from ldm_jax.train.loaders import make_loader
@@ -42,6 +43,7 @@ KINDS = {
         None,
     ),
     "layout": ({**BERT, "kind": "tokens", "max_seq_len": 8, "vocab_size": 64}, {"column": "boxes"}, 0, 8),
+    "vectors": ({"kind": "embeddings", "dim": 16, "count": 2}, {"column": "vectors"}, 0, 2),
 }
 
 
@@ -52,7 +54,7 @@ def one_device(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twelve pictures with a caption, a class, a map of labels and boxes each."""
+    """Twelve pictures with a caption, a class, a map of labels, boxes and two or three vectors each."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     (folder / "maps").mkdir()
     rows = []
@@ -61,6 +63,7 @@ def data(tmp_path_factory):
         Image.fromarray(rng.integers(0, 5, (16, 16)).astype(np.uint8)).save(folder / "maps" / f"{i:02d}.png")
         boxes = [{"label": NAMES[i % 3], "box": [0.25, 0.5, 0.25, 0.25]}]
         columns = {"shape": NAMES[i % 3], "map": f"maps/{i:02d}.png", "boxes": boxes, "number": i % 3}
+        columns["vectors"] = np.full((2 + i % 2, 16), float(i)).tolist()
         rows.append({"file_name": f"{i:02d}.png", "text": f"{i % 10}", **columns})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -101,7 +104,10 @@ def make(data, first_stage):
 
 
 def test_every_kind_of_conditioner_is_here():
-    assert {c["kind"] for c, *_ in KINDS.values()} == set(CONDITIONERS) - {"clip"}  # which is text, like bert
+    assert {c["kind"] for c, *_ in KINDS.values()} == set(CONDITIONERS) - {
+        "clip",
+        "hybrid",
+    }  # text, like bert; not trained
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,6 +257,8 @@ def test_frozen_conditioners_that_are_not_said_well(tmp_path):
         ("text", {"data.condition.column": "shape"}, "kind 'bert' takes none"),
         ("masked", {"data.condition.column": "shape"}, "field 'column' does not exist"),
         ("layout", {"data.condition.column": "shape"}, "is no box"),
+        ("none", {"model.conditioner.kind": "hybrid"}, "is of converted models: it cannot be trained yet"),
+        ("vectors", {"model.conditioner.count": 0}, "dim 16 and count 0 must be at least 1"),
         ("class", {"data.condition.column": "number"}, "n_classes is missing: the classes have no names"),
         ("class", {"model.conditioner.n_classes": 3}, "there are 3 classes, and loss.caption_dropout needs one more"),
         ("class", {"data.cache": "x", "data.condition.column": "colour"}, "no column 'colour'"),
@@ -300,8 +308,32 @@ def test_classes_are_cached_and_masks_cannot_be(make, tmp_path):
         check_cache(config, DiffusionTask(config))
     config = make("masked")
     config.data.cache = "somewhere"
-    with pytest.raises(ConfigError, match="holds captions and classes only"):
+    with pytest.raises(ConfigError, match="holds captions, classes and vectors only"):
         make_loader(config, "train")
+
+
+def test_vectors_are_cached_and_dropped_for_zeros(make, tmp_path):
+    config = make("vectors")
+    pictures = next(make_loader(config, "train").iterate())
+    assert pictures["condition"].shape == (8, 2, 16)
+    np.testing.assert_array_equal(pictures["condition"][:, 0, 0], pictures["index"])
+    assert not DiffusionTask(config).conditions.null().any()
+    config.data.cache = str(encode(config, tmp_path / "cache", shard_size=64))
+    check_cache(config, DiffusionTask(config))
+    latents = next(make_loader(config, "train").iterate())
+    np.testing.assert_array_equal(latents["condition"], pictures["condition"])
+    np.testing.assert_array_equal(DiffusionTask(config).host_batch(latents)["encoded"], pictures["condition"])
+    config.model.conditioner.count = 1
+    with pytest.raises(DataError, match=r"made with vectors=\[2, 16\], not \[1, 16\]"):
+        check_cache(config, DiffusionTask(config))
+
+
+def test_a_check_of_the_data_names_pictures_with_too_few_vectors(make, tmp_path):
+    config = make("vectors")
+    config.model.conditioner.count = 3
+    (problem,) = check(config, tmp_path / "sheet.png")
+    assert "6 of 12 pictures stop a training" in problem
+    assert "has 2 vectors, model.conditioner.count is 3" in problem
 
 
 def test_offset_noise_moves_whole_channels(make, monkeypatch):

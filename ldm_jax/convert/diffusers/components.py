@@ -45,6 +45,7 @@ _LDM = {"unet": "unet", "first_stage": "vqvae"}
 PIPELINES = {
     "StableDiffusionPipeline": Roles(_SD, 7.5),
     "StableDiffusionImg2ImgPipeline": Roles(_SD, 7.5),
+    "StableDiffusionInpaintPipeline": Roles(_SD, 7.5),
     "LDMTextToImagePipeline": Roles(_LDM | {"conditioner": "bert"}, 5.0),
     "LDMPipeline": Roles(_LDM),
     "LDMSuperResolutionPipeline": Roles(_LDM),

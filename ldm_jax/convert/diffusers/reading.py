@@ -22,6 +22,8 @@ from ldm_jax.convert.targets import TargetError
 from ldm_jax.latent import DTYPES, ConfigError
 from ldm_jax.models.unet import UNet
 
+_INPAINTING = "StableDiffusionInpaintPipeline"
+
 
 def is_diffusers(path: str | Path) -> bool:
     """Whether a path is a pipeline folder, or a folder with one component that is known here."""
@@ -144,10 +146,13 @@ def _pipeline(path: Path, dtype: str | None) -> Read:
     if name == "LDMSuperResolutionPipeline":
         config["scale_factor"] = 1.0  # that pipeline does not scale
         config["conditioner"] = {"kind": "joined", "channels": extra, "of": "picture", "size": [latents, latents]}
-    elif extra:
+    elif extra and (name, extra) != (_INPAINTING, config["first_stage"]["embed_dim"] + 1):
         raise TargetError(f"{path}: its UNet takes {extra} channels beside the latent's, which {name} does not give it")
     if config["conditioner"]["kind"] in TOKENIZERS and (path / "tokenizer").is_dir():
         check_vocabulary(path / "tokenizer", config["conditioner"]["kind"])
+    if extra and name == _INPAINTING:  # else the mask is a matter of sampling alone
+        joined = {"channels": extra, "of": "masked_sd", "size": [latents, latents]}
+        config["conditioner"] = {"kind": "hybrid", "text": config["conditioner"], "joined": joined}
     config["sampling"] |= {"size": [latents * pixels] * 2, "guidance": roles.guidance}
     return Read(config, params, entries, left_out, tuple(assumed))
 

@@ -58,12 +58,13 @@ def _write_json(file: Path, content: Config) -> None:
 
 
 def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder: Path) -> None:
-    kind = config["conditioner"]["kind"]
+    kind, section = config["conditioner"]["kind"], config["conditioner"]
     pipelines = {
         "clip": "StableDiffusionPipeline",
         "bert": "LDMTextToImagePipeline",
         "none": "LDMPipeline",
         "joined": "LDMSuperResolutionPipeline",
+        "hybrid": "StableDiffusionInpaintPipeline",
     }
     if kind not in pipelines or config["first_stage"]["kind"] == "identity":
         raise TargetError(
@@ -77,11 +78,14 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
     scale = float(config.get("scale_factor", 1.0))
     if kind == "joined" and (config["conditioner"].get("of", "picture"), scale) != ("picture", 1.0):
         raise TargetError(f"{name} joins a picture and has scale_factor 1, which this model does not")
+    if kind == "hybrid" and (section["text"]["kind"], section["joined"].get("of")) != ("clip", "masked_sd"):
+        raise TargetError(f"{name} reads 'clip' and joins 'masked_sd', which this model does not")
     if (kind in ("none", "joined")) != (unet["_class_name"] == "UNet2DModel"):
         raise TargetError(
             f"{name} cannot hold a {unet['_class_name']}: with {kind!r} the UNet has other attention there"
         )
-    if kind == "clip" and config["first_stage"]["kind"] != "kl":
+    text = section.get("text", section)["kind"]
+    if text == "clip" and config["first_stage"]["kind"] != "kl":
         raise TargetError(f"{name} cannot hold a VQ first stage, only 'kl'")
     folders, factor = PIPELINES[name].folders, stage.downsampling
     size = min(config.get("sampling", {}).get("size") or [64 * factor])
@@ -95,14 +99,16 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
         folders["first_stage"]: ["diffusers", first_stage],
     }
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    if kind in TOKENIZERS:
-        module = getattr(model.conditioner, "module")  # noqa: B009 - those two have one
+    if text in TOKENIZERS:
+        module = getattr(model.conditioner, "module")  # noqa: B009 - those have one
         _write_component(module, params["conditioner"], folder / folders["conditioner"])
-        save_tokenizer(folder / "tokenizer", kind, module)
-    if kind == "clip":
+        save_tokenizer(folder / "tokenizer", text, module)
+    if text == "clip":
         index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
         index |= {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
         index["requires_safety_checker"] = False
-    elif kind == "bert":
+        if kind == "hybrid":  # without a version it would be taken for one of before 0.5.1
+            index["_diffusers_version"] = "0.42.1"
+    elif text == "bert":
         index |= {"bert": ["latent_diffusion", "LDMBertModel"], "tokenizer": ["transformers", "BertTokenizer"]}
     _write_json(folder / "model_index.json", index)

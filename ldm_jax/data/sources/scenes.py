@@ -30,7 +30,8 @@ class Scenes:
 
     A cut-out is what is opaque, or in a picture without transparency what is not joined to its border by white. Objects overlap little; what lies
     behind is not in its map. Scene i is the same for the same arguments everywhere. Columns: "map", labels uint8 [size, size], 0 is the background
-    and 1 + n the n-th class in sorted order; "boxes", see `ldm_jax.data.Layout`; "text"; "scene", i.
+    and 1 + n the n-th class in sorted order; "boxes", see `ldm_jax.data.Layout`; "vectors", for each object the mean r, g, b in [0, 1] of its
+    cut-out and its box; "text"; "scene", i.
 
     Args:
       path: as of `ImageFolder`; its metadata have the column of classes.
@@ -66,6 +67,7 @@ class Scenes:
         self._labels = [self.classes.index(str(row[column])) for row in self._pictures.rows]
         self._scenes = [self._compose(np.random.default_rng([_STREAM_SCENE, seed, i]), objects) for i in range(count)]
         self._seed = seed
+        self._colours: dict[int, list[float]] = {}
         self.rows = [self._row(i) for i in range(count)]
 
     def __len__(self) -> int:
@@ -99,8 +101,16 @@ class Scenes:
             }
             for p in placed
         ]
+        vectors = [[*self._colour(p.picture), *box["box"]] for p, box in zip(placed, boxes, strict=True)]
         text = ", ".join(str(rows[p.picture].get("text", "")) for p in placed)
-        return {"file_name": self.name(index), "text": text, "boxes": boxes, "scene": index}
+        return {"file_name": self.name(index), "text": text, "boxes": boxes, "vectors": vectors, "scene": index}
+
+    def _colour(self, picture: int) -> list[float]:
+        """The mean colour of a cut-out, [r, g, b] in [0, 1]."""
+        if picture not in self._colours:
+            cut = cut_out(self.path, self._pictures, picture).astype(np.float64) / 255
+            self._colours[picture] = np.average(cut[:, :, :3], (0, 1), np.repeat(cut[:, :, 3:], 3, 2)).tolist()
+        return self._colours[picture]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns the row with the picture uint8 [size, size, 3] as "image" and its "map"."""
