@@ -118,14 +118,9 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
     options = {"interval": None if rows.interval is None else tuple(rows.interval.T), "rescale": rows.rescale}
 
     def predict(*guidance: Any, **options: Any) -> Predict:
-<<<<<<< HEAD
-        denoise = model.denoiser(encoded, *guidance, toward=parts, **options)
+        denoise = model.denoiser(told(rows.encoded), *guidance, toward=parts, **options)
         codes = stage.quantized if form.quantize else None
         return predictor(denoise, model.schedule, model.objective, clip=stage.module is None, quantize=codes)
-=======
-        denoise = model.denoiser(told(rows.encoded), *guidance, toward=parts, **options)
-        return predictor(denoise, model.schedule, model.objective, clip=stage.module is None)
->>>>>>> rdm
 
     if rows.variation is not None:
         # The noise that leads to the picture, without guidance, which could not be inverted; then part of the way to that of the seed.

@@ -13,7 +13,7 @@ import numpy as np
 from ldm_jax.convert.lazy import ReaderError
 from ldm_jax.convert.schedules import schedule_params
 from ldm_jax.convert.targets import TargetError
-from ldm_jax.convert.whole import CONDITIONER, FIRST_STAGE, INNER, UNCONDITIONAL, UNET
+from ldm_jax.convert.whole import CONDITIONER, FIRST_STAGE, INNER, IS_FIRST_STAGE, UNCONDITIONAL, UNET
 from ldm_jax.models.clip import CLIPText
 
 LATENT_DIFFUSION, INPAINTING = (
@@ -100,7 +100,7 @@ def _latent_diffusion(names: Names, tensors: Mapping[str, Any]) -> Original:
 
     config, told = _conditioner(names.under(CONDITIONER), names.under(FIRST_STAGE), factor)
     key = "adm" if "num_classes" in unet else None
-    if config == "__is_first_stage__" or (in_channels > channels and not isinstance(config, dict)):
+    if config == IS_FIRST_STAGE or (in_channels > channels and not isinstance(config, dict)):
         config, key = config if config != UNCONDITIONAL else {"target": "torch.nn.Identity"}, "concat"
     elif config == UNCONDITIONAL and unet.get("context_dim", outer) != outer:
         config, key = {"target": "torch.nn.Identity"}, "crossattn"  # fed with something ready made
@@ -182,7 +182,7 @@ def _conditioner(names: Names, stage: Names, factor: int) -> tuple[Any, list[str
     if not names:
         return UNCONDITIONAL, []
     if names == stage:
-        return "__is_first_stage__", []
+        return IS_FIRST_STAGE, []
     if "embedding.weight" in names:
         classes, dim = names["embedding.weight"]
         return {"target": f"{_EMBEDDERS}.ClassEmbedder", "params": {"n_classes": classes, "embed_dim": dim}}, []

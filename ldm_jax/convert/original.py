@@ -14,7 +14,7 @@ import yaml
 
 from ldm_jax.convert.infer import INPAINTING, LATENT_DIFFUSION, Original
 from ldm_jax.convert.targets import TargetError
-from ldm_jax.convert.whole import IDENTITIES, UNCONDITIONAL
+from ldm_jax.convert.whole import IDENTITIES, IS_FIRST_STAGE, UNCONDITIONAL
 from ldm_jax.latent import build, build_first_stage
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL
 from ldm_jax.models.vqgan import VQModel
@@ -133,8 +133,15 @@ def _conditioner_section(original: Original, modules: Mapping[str, Any], size: t
     params, unet = original.params, modules["unet"]
     module, section, dim = modules.get("conditioner"), params.get("cond_stage_config"), unet.context_dim
     if module is None:
-        ready = isinstance(section, Mapping) and conditioning_key(params) == "crossattn" and dim
-        return {"kind": "embeddings", "dim": dim} if ready else {"kind": "none"}
+        ready, key = isinstance(section, Mapping), conditioning_key(params)
+        if ready and key == "crossattn" and dim:
+            return {"kind": "embeddings", "dim": dim}
+        joined = {"kind": "joined", "channels": unet.in_channels - unet.out_channels, "size": list(size)}
+        if section == IS_FIRST_STAGE and key == "concat" and joined["channels"] == unet.out_channels + 1:
+            return {**joined, "of": "masked"}  # as in scripts/inpaint.py
+        if ready and key == "concat" and joined["channels"] == 3:
+            return {**joined, "of": "picture"}  # a small picture, to be enlarged
+        return {"kind": "none"}
     assert section is not None
     if section["target"] not in _KINDS:
         raise TargetError(f"{section['target']} is not supported as a conditioner (have {', '.join(_KINDS)})")
@@ -203,9 +210,12 @@ def original_of(config: Mapping[str, Any]) -> Original:
     kind = section["kind"]
     if kind == "hybrid" and section["joined"].get("of") != "masked_sd":
         raise TargetError("the original cannot hold text with joined channels other than 'masked_sd'")
+    if kind == "joined" and section.get("of") == "masked_sd":
+        raise TargetError("the original cannot hold 'masked_sd' without a text")
     module = getattr(model.conditioner, "module", None)
-    conditioner = _CONDITIONERS[section.get("text", section)["kind"]](module, kept.get("conditioner"))
-    way = {"none": None, "rescale": "concat", "hybrid": "hybrid"}.get(kind, "crossattn")
+    target = kept.get("conditioner") or (IS_FIRST_STAGE if kind == "joined" and section.get("of") == "masked" else None)
+    conditioner = _CONDITIONERS[section.get("text", section)["kind"]](module, target)
+    way = {"none": None, "rescale": "concat", "joined": "concat", "hybrid": "hybrid"}.get(kind, "crossattn")
     stage, inside = _first_stage_of(model.first_stage.module, kept.get("first_stage"))
     params: dict[str, Any] = {
         **schedule,
@@ -264,8 +274,8 @@ def _same(name: str) -> Callable[[Any, str | None], dict[str, Any]]:
     return lambda module, target: {"target": target or f"{_EMBEDDERS}.{name}", "params": fields_of(module)}
 
 
-def _embeddings(module: Any, target: str | None) -> dict[str, Any]:
-    return {"target": target or IDENTITIES[0]}
+def _ready_made(module: Any, target: str | None) -> Any:
+    return target if target == IS_FIRST_STAGE else {"target": target or IDENTITIES[0]}
 
 
 def _unconditional(module: Any, target: str | None) -> Any:
@@ -279,6 +289,7 @@ _CONDITIONERS: dict[str, Callable[[Any, str | None], Any]] = {
     "clip": _clip,
     "class": _same("ClassEmbedder"),
     "rescale": _same("SpatialRescaler"),
-    "embeddings": _embeddings,
+    "embeddings": _ready_made,
+    "joined": _ready_made,
     "none": _unconditional,
 }

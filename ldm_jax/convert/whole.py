@@ -20,7 +20,7 @@ from ldm_jax.models.perceptual import LPIPS, VGG16_WIDTHS
 UNET, FIRST_STAGE, CONDITIONER, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "model_ema."
 # Sections that stand for no network at all.
 IDENTITIES = ("torch.nn.Identity", "ldm.models.autoencoder.IdentityFirstStage")
-UNCONDITIONAL = "__is_unconditional__"
+UNCONDITIONAL, IS_FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
 # What conditioners hold between their prefix and the network of our module.
 INNER = {
     "ldm.modules.encoders.modules.BERTEmbedder": "transformer.",
@@ -188,7 +188,7 @@ def latent_diffusion(
         modules, table, shapes = modules | stage.modules, table + stage.table, shapes | stage.shapes
 
     conditioner = params.get("cond_stage_config", UNCONDITIONAL)
-    if conditioner == "__is_first_stage__":
+    if conditioner == IS_FIRST_STAGE:
         names = [entry.source for entry in table if entry.source.startswith(FIRST_STAGE)]
         table += [Duplicate(CONDITIONER + name.removeprefix(FIRST_STAGE), name) for name in names]
     elif conditioner not in (None, UNCONDITIONAL) and conditioner["target"] not in IDENTITIES:

@@ -306,8 +306,8 @@ class DiffusionTask(Task):
         asked = {"caption": captions} if captions else raw
         encoded = self.conditions.encode(asked)
         if isinstance(self.conditions.condition, Mask):
-<<<<<<< HEAD
-            encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded)
+            of = self.model_config["conditioner"]["of"]
+            encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded, of)
         n = len(asked["caption"])
         steps = min(25, self.model.schedule.timesteps)
         nodes = SAMPLERS["ddim"].nodes(self.model.schedule, step_grid("uniform", steps, self.model.schedule.timesteps))
@@ -319,26 +319,6 @@ class DiffusionTask(Task):
         samples = fetch(made.images)
         pixels = {name: raw[name] for name in ("image", "moments") if name in raw}
         kept = None if self.model.first_stage.module is None else fetch(_reconstruct(frozen["first_stage"], pixels))
-=======
-            of = self.model_config["conditioner"]["of"]
-            encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded, of)
-        n = len(raw["caption"])
-        sampler = SAMPLERS["ddim"]
-        nodes = sampler.nodes(
-            self.model.schedule,
-            step_grid("uniform", min(25, self.model.schedule.timesteps), self.model.schedule.timesteps),
-        )
-        images = _preview(
-            dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"]),
-            nodes,
-            encoded,
-            self.model.conditioner.encode_null(n),
-            np.arange(n, dtype=np.uint32),
-            np.full(n, sampling["guidance"], np.float32),
-            tuple(sampling["size"]),
-        )
-        made = fetch(images)
->>>>>>> rdm
         shown = draw_conditions(self.conditions.condition, raw)
         rows = (
             _rows(samples) + _rows(raw.get("image"), kept)

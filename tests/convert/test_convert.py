@@ -128,6 +128,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "held twice": (LATENT_DIFFUSION, model(VQ, "__is_first_stage__", {"in_channels": 9}, concat_mode=True)),
+    "small picture": (
+        LATENT_DIFFUSION,
+        model(VQ, {"target": "torch.nn.Identity"}, {"in_channels": 7}, conditioning_key="concat", scale_factor=1.0),
+    ),
     "unconditional": (
         LATENT_DIFFUSION,
         model(KL, "__is_unconditional__", {"conv_resample": False}, learn_logvar=True, scale_by_std=True),
@@ -194,6 +198,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
         ("clip inpainting", np.float16, False),
         ("rescale", np.float32, True),
         ("held twice", np.float32, False),
+        ("small picture", np.float16, False),
         ("unconditional", np.float16, False),
         ("ready-made", np.float32, False),
         ("kl", np.float32, False),
@@ -401,7 +406,8 @@ def test_the_losses_of_a_first_stage_are_left_out_by_name(written, tmp_path):
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
-        ("held twice", None, "joins 5 channels to its latents"),
+        ("held twice", None, "this model is asked by image, not by prompts"),
+        ("small picture", None, "this model is asked by image, not by prompts"),
         ("clip inpainting", None, "give a mask or outpaint with the image"),
         ("clip inpainting", ["masked_image", "mask"], "joins 5 channels to its latents"),
     ],
@@ -421,6 +427,15 @@ def test_text_and_channels_of_stable_diffusion_s_inpainting_are_told_apart(writt
     assert config["conditioner"]["text"]["kind"] == "clip"
     assert config["conditioner"]["joined"] == {"channels": 5, "of": "masked_sd", "size": [256, 256]}
     assert config["sampling"]["guidance"] == 7.5
+
+
+def test_masked_and_small_pictures_are_told_apart(written):
+    assert read_model(written("held twice")).config["conditioner"] == {
+        "kind": "joined", "channels": 5, "of": "masked", "size": [128, 128]
+    }  # fmt: skip
+    assert read_model(written("small picture")).config["conditioner"] == {
+        "kind": "joined", "channels": 3, "of": "picture", "size": [128, 128]
+    }  # fmt: skip
 
 
 def test_reading_takes_no_more_memory_than_the_parameters(tmp_path):
