@@ -123,8 +123,15 @@ class TrainingCheckpoints:
 
         self._ocp = ocp
         self.path = Path(workdir).absolute() / self.folder
+        # Else all that is read is in memory beside what is made of it.
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(restore_concurrent_gb=1),
+            "info": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(
-            self.path, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, **options)
+            self.path,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, **options),
+            item_handlers=handlers,
         )
 
     def latest(self) -> int | None:

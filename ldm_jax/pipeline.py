@@ -117,11 +117,8 @@ class Pipeline:
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
         own = model.config.get("sampling", {})
-        if needs(model.conditioner) not in (
-            "prompts",
-            "classes",
-            "embeddings",
-        ):  # trained without a condition to be guided away from
+        guided = needs(model.conditioner) in ("prompts", "classes", "embeddings")
+        if not guided:  # trained without a condition to be guided away from
             own = own | {"guidance": 1.0}
         self.defaults: Settings = construct(Settings, "sampling", own)
         self._schedule = jax.device_get(model.schedule)
