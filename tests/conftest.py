@@ -104,7 +104,7 @@ def own_log() -> None:
     """A command run in this process sets up the log for people; a test wants to read it."""
     ours = logging.getLogger("ldm_jax")
     ours.handlers, ours.propagate, ours.disabled = [], True, False
-    ours.setLevel(logging.NOTSET)
+    ours.setLevel(logging.WARNING)  # not what it inherits: absl, where it is used, sets the root's to its own
 
 
 @pytest.fixture

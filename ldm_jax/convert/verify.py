@@ -127,7 +127,7 @@ def condition_of(model: LatentDiffusion, given: Arrays) -> Cond:
     """The condition that recorded inputs make: a masked picture and its mask, else what is neither picture, latent nor timestep."""
     kind = model.config["conditioner"]["kind"]
     if "masked_image" in given:
-        if kind != "none":
+        if kind not in ("none", "joined"):
             raise TargetError(f"a case with a picture beside a condition of kind {kind} cannot be verified")
         stage = FirstStage(model.first_stage.params, 1.0, model.first_stage.module)
         f, code = stage.downsampling, jax.jit(stage.encode)(nhwc(given["masked_image"]))
@@ -140,7 +140,7 @@ def condition_of(model: LatentDiffusion, given: Arrays) -> Cond:
         raise TargetError("a case with one input for a hybrid condition cannot be verified")
     plain = jnp.float32 if kind == "embeddings" else jnp.int32
     encoded = jnp.asarray(nhwc(others[0])) if others[0].ndim == 4 else jnp.asarray(others[0], plain)
-    if kind == "none":
+    if kind in ("none", "joined"):
         return Cond(concat=encoded)
     return jax.jit(model.conditioner)(model.params["conditioner"], encoded)
 
