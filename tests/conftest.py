@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +83,8 @@ def pytest_configure() -> None:
     gc.set_threshold(100_000, 20, 10)
     jax.config.update("jax_traceback_in_locations_limit", 0)  # nor are the lines of the code written into every program
     jax.config.update("jax_num_cpu_devices", 8)
+    # Nearly all the time goes into compiling programs that run for an instant; unoptimised ones are no less exact.
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many tests, and their child processes, build the same programs
         cache = tempfile.mkdtemp(prefix="ldm_jax_xla_")
@@ -112,14 +114,6 @@ def no_preview(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process show nothing: compiling a preview takes longer than the run."""
     blank = np.zeros((8, 8, 3), np.uint8)
     monkeypatch.setattr(DiffusionTask, "preview", lambda *_: blank)
-
-
-@pytest.fixture(scope="session")
-def quick_compiling() -> Iterator[None]:
-    """On a CPU nearly all the time goes into compiling programs that run for an instant; unoptimised ones are no less exact."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_params(shapes: Any, seed: int) -> Any:
@@ -164,7 +158,7 @@ def pipeline_of(config: dict) -> Pipeline:
 
 
 @pytest.fixture(scope="session")
-def pipe(tiny_dir: Path, quick_compiling: None) -> Pipeline:
+def pipe(tiny_dir: Path) -> Pipeline:
     """The tiny model on one device."""
     return load(tiny_dir, devices=1)
 
@@ -233,8 +227,6 @@ def child(script: str, *argv: Any, devices: int = 1, **popen: Any) -> subprocess
 
 
 @pytest.fixture
-def script(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quick_compiling: None
-) -> Callable[..., Ran]:
+def script(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """``script("sample.py", "--prompt=x", ...)`` -> what it left behind."""
     return partial(run_here, capfd=capfd, monkeypatch=monkeypatch)

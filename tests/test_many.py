@@ -107,7 +107,7 @@ def test_another_request_needs_another_folder(pipe, whole, tmp_path):
     assert json.loads((folder / "run.json").read_text())["num"] == 50
 
 
-def test_labels_stand_beside_pictures_of_classes(quick_compiling, tmp_path):
+def test_labels_stand_beside_pictures_of_classes(tmp_path):
     config = {
         **TINY,
         "conditioner": {"kind": "class", "embed_dim": 16, "n_classes": 4},

@@ -18,7 +18,7 @@ RED, BLUE = "red apple", "blue boat"
 
 
 @pytest.fixture(scope="module")
-def exact(tiny_dir, quick_compiling) -> Iterator[pytest.MonkeyPatch]:
+def exact(tiny_dir) -> Iterator[pytest.MonkeyPatch]:
     """Pictures come out as they leave the decoder, not rounded to 8 bits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "to_uint8", lambda x: x)

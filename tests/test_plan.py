@@ -19,8 +19,6 @@ from ldm_jax.plan.planner import Compiled, Step, largest_batch, out_of_memory, p
 from ldm_jax.plan.report import as_dict, as_row, as_text
 from ldm_jax.train.tasks import TASKS
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 # SMALL_KL: seven residual blocks of two 3x3 convolutions 32 -> 32, and convolutions 3 -> 32, 32 -> 8, 4 -> 32, 32 -> 3.
 KERNELS = 9 * (14 * 32 * 32 + 3 * 32 + 32 * 8 + 4 * 32 + 32 * 3)
 BIASES = 14 * 32 + 32 + 8 + 32 + 3

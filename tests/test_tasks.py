@@ -230,7 +230,7 @@ CLASSES = {
 }
 
 
-def test_classes_by_number_and_by_name(quick_compiling):
+def test_classes_by_number_and_by_name():
     pipe = pipeline_of(CLASSES)
     images = pipe(classes=[1, "goldfish", "Tinca Tinca"], seeds=[0, 0, 0], steps=2)
     assert (images[0] == images[1]).all()
@@ -252,7 +252,7 @@ def test_classes_without_names_are_numbers():
         class_numbers(["cat"], 3)
 
 
-def test_an_unconditional_model_needs_no_prompt(quick_compiling):
+def test_an_unconditional_model_needs_no_prompt():
     pipe = pipeline_of(
         {**SMALL, "conditioner": {"kind": "none"}, "unet": {**SMALL["unet"], "use_spatial_transformer": False}}
     )
@@ -268,7 +268,7 @@ def test_an_unconditional_model_needs_no_prompt(quick_compiling):
 PLAIN = {**SMALL["unet"], "use_spatial_transformer": False, "context_dim": None}
 
 
-def test_a_model_that_inpaints_by_concatenation(quick_compiling):
+def test_a_model_that_inpaints_by_concatenation():
     conditioner = {"kind": "joined", "channels": 5, "of": "masked"}
     pipe = pipeline_of({**SMALL, "first_stage": KL, "conditioner": conditioner, "unet": {**PLAIN, "in_channels": 9}})
     images = pipe(image=PICTURE, mask=HALF, seeds=[0, 1], steps=2)
@@ -291,7 +291,7 @@ def test_a_model_that_inpaints_by_concatenation(quick_compiling):
             pipe.stream(**request)
 
 
-def test_a_model_that_inpaints_by_a_prompt(quick_compiling, compilations):
+def test_a_model_that_inpaints_by_a_prompt(compilations):
     joined = {"channels": 5, "of": "masked_sd", "size": [8, 8]}
     conditioner = {"kind": "hybrid", "text": TINY["conditioner"], "joined": joined}
     pipe = pipeline_of(
@@ -355,7 +355,7 @@ def test_a_hybrid_that_is_not_said_well(conditioner, message):
         build_conditioner({"conditioner": {"kind": "hybrid", **conditioner}})
 
 
-def test_a_model_that_enlarges_pictures(quick_compiling, caplog):
+def test_a_model_that_enlarges_pictures(caplog):
     unet = {**PLAIN, "in_channels": 7, "channel_mult": [1, 1]}
     pipe = pipeline_of({**SMALL, "first_stage": KL, "conditioner": {"kind": "joined", "channels": 3}, "unet": unet})
     with caplog.at_level(logging.INFO, logger="ldm_jax"):
@@ -367,7 +367,7 @@ def test_a_model_that_enlarges_pictures(quick_compiling, caplog):
         pipe.stream(image=PICTURE, mask=HALF)
 
 
-def test_a_model_of_semantic_maps(quick_compiling, tmp_path):
+def test_a_model_of_semantic_maps(tmp_path):
     conditioner = {"kind": "rescale", "n_stages": 1, "in_channels": 5, "out_channels": 2, "size": [16, 16]}
     pipe = pipeline_of({**SMALL, "first_stage": KL, "conditioner": conditioner, "unet": {**PLAIN, "in_channels": 6}})
     labels = Image.fromarray(RNG.integers(0, 5, (12, 20), np.uint8))
@@ -391,7 +391,7 @@ def test_layouts_become_the_originals_tokens():
         checked_layout([(0, (0.5, 0, 0.6, 1))], length=8, vocabulary=16)
 
 
-def test_a_model_of_layouts(quick_compiling):
+def test_a_model_of_layouts():
     conditioner = {**TINY["conditioner"], "kind": "tokens", "vocab_size": 30, "max_seq_len": 8}
     pipe = pipeline_of({**TINY, "conditioner": conditioner})
     images = [pipe(layout=[(3, (0, 0, 0.5, y))], seeds=[0], steps=2) for y in (0.5, 1.0)]
@@ -400,7 +400,7 @@ def test_a_model_of_layouts(quick_compiling):
         pipe(RED)
 
 
-def test_a_model_of_ready_made_embeddings(quick_compiling, tmp_path):
+def test_a_model_of_ready_made_embeddings(tmp_path):
     pipe = pipeline_of({**TINY, "conditioner": {"kind": "embeddings", "dim": 16}})
     vectors = RNG.standard_normal((2, 3, 16)).astype(np.float32)
     np.save(tmp_path / "one.npy", vectors[1])

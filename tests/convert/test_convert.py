@@ -318,7 +318,7 @@ def ckpt(arrays: dict[str, np.ndarray], **beside: bytes) -> bytes:
     return hostile.archive(hostile.mapping(state_dict=hostile.mapping(**state), **beside), storages)
 
 
-def test_a_ckpt_loads_and_samples_like_its_model_directory(written, tmp_path, quick_compiling):
+def test_a_ckpt_loads_and_samples_like_its_model_directory(written, tmp_path):
     source = written("class", ema=True)
     file = tmp_path / "last.ckpt"
     callback = hostile.name("pytorch_lightning.callbacks", "ModelCheckpoint")

@@ -25,8 +25,6 @@ from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
 from ldm_jax.train.tasks import DiffusionTask
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 NAMES = ("circle", "square", "star")
 BERT = {**SMALL["conditioner"], "vocab_size": 1100}
 # kind -> conditioner, data.condition, channels joined to the latents, length of the context

@@ -21,8 +21,6 @@ from ldm_jax.train.adversarial import Adversary, generator_gradients, make_nll
 from ldm_jax.train.codebook import USED, restart_codes, used
 from ldm_jax.train.state import TrainState, create_state
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 VQ = {**SMALL_KL, "kind": "vq", "n_embed": 12, "quantizer": "ema"}
 
 
@@ -221,7 +219,7 @@ def run_steps(setup, devices, mode, n=3):
 
 
 @pytest.fixture(scope="module")
-def on_one_device(quick_compiling):
+def on_one_device():
     setups = {name: make() for name, make in SETUPS.items()}
     return {name: (setup, *run_steps(setup, 1, "jit")) for name, setup in setups.items()}
 

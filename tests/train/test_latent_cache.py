@@ -18,8 +18,6 @@ from ldm_jax.train.encode import encode
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch) -> None:

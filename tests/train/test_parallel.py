@@ -22,8 +22,6 @@ from ldm_jax.train import loop
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 
 @pytest.fixture(scope="module")
 def unet_shapes():

@@ -19,9 +19,6 @@ from ldm_jax.train.loop import over_rows
 from ldm_jax.train.optim import learning_rate, make_optimizer, scaled, told_rate
 from ldm_jax.train.state import accumulate, apply_gradients, create_state
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
-
 # ------------------------------------------------------------------------------------------------------------------ learning rate
 
 
@@ -139,7 +136,7 @@ class Setup(SimpleNamespace):
 
 
 @pytest.fixture(scope="module")
-def setups(quick_compiling):
+def setups():
     rng, key = np.random.default_rng(0), jax.random.key(0)
     images = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
     rows = np.arange(8, dtype=np.int32)
