@@ -1,6 +1,7 @@
 """Training from cached latents is training from the pictures."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -25,8 +26,7 @@ def one_device(monkeypatch) -> None:
     monkeypatch.setattr(encoding, "BATCH", 8)
 
 
-@pytest.fixture
-def config(pictures, first_stage):  # noqa: F811
+def run_of(pictures, first_stage):  # noqa: F811
     config = make_config("diffusion", pictures, first_stage)
     config.preview_every = 1000
     config.data.update(split_column="text", holdout=0.3)
@@ -34,8 +34,21 @@ def config(pictures, first_stage):  # noqa: F811
 
 
 @pytest.fixture
-def cache(config, tmp_path):
-    return encode(config, tmp_path / "cache", shard_size=8)
+def config(pictures, first_stage):  # noqa: F811
+    return run_of(pictures, first_stage)
+
+
+@pytest.fixture(scope="module")
+def encoded(pictures, first_stage, tmp_path_factory):  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "BATCH", 8)
+        return encode(run_of(pictures, first_stage), tmp_path_factory.mktemp("encoded") / "cache", shard_size=8)
+
+
+@pytest.fixture
+def cache(encoded, tmp_path):
+    """A copy, which a test may damage."""
+    return shutil.copytree(encoded, tmp_path / "cache")
 
 
 def with_cache(config, folder):

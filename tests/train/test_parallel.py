@@ -97,7 +97,7 @@ def test_rows_are_split_over_data_and_fsdp():
 def config(pictures, first_stage, tmp_path):  # noqa: F811
     """A diffusion run of eight steps on eight devices, split three ways."""
     config = make_config("diffusion", pictures, first_stage)
-    config.update(steps=8, save_every=2, eval_every=4, preview_every=8)
+    config.update(steps=8, save_every=2, eval_every=8, preview_every=8)
     config.optim.lr = (
         1e-4  # Adam divides by a gradient's size: where it is nearly zero, rounding decides the sign of a step
     )
