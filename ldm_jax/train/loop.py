@@ -180,7 +180,10 @@ def train(config: Any, workdir: str | Path) -> Path:
                             LOG.info("SIGUSR1: step %d is saved", step)
                         asked = False
                     if stopping and step < config.steps:
-                        raise TrainingStopped(f"stopped at step {step}, which is saved; the same command goes on")
+                        saved = checkpoints.latest()  # an earlier one, where there was a doubt
+                        raise TrainingStopped(
+                            f"stopped at step {step}, and step {saved} is saved; the same command goes on from there"
+                        )
                     if step % config.eval_every == 0 or step == config.steps:
                         means = run_evaluation(evaluate, weights, frozen, task, eval_loader, config, mesh)
                         report.evaluation(step, means)
