@@ -64,9 +64,8 @@ class Form:
     """What is compiled in beside the sampler.
 
     ``size`` (H, W) in pixels; the calls of the model whose predicted x0 are shown as ``progress``, of the first ``progress_rows`` pictures (0 is
-    all); how to decode: ``decode_batch`` pictures at a
-    time (a divisor of the batch; 0 is all), in tiles of ``tile`` pixels where a side is longer (0 is never). ``quantize`` brings each predicted x0
-    to the nearest codes, where the first stage has any.
+    all); how to decode: ``decode_batch`` pictures at a time (a divisor of the batch; 0 is all), in tiles of ``tile`` pixels where a side is longer
+    (0 is never). ``quantize`` brings each predicted x0 to the nearest codes, where the first stage has any.
     """
 
     size: tuple[int, int]
