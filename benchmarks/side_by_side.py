@@ -1,0 +1,172 @@
+"""Ours against PyTorch's in one process: the two take turns, so that whatever else the machine does falls on both.
+
+    python -m benchmarks.side_by_side forward.json train.json ...
+
+prints the table of docs/performance.md from what the benchmarks wrote with --json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+
+# TFLOP/s in bfloat16 that utilisation is given of: for the H200 what large products sustain on one, else what the maker states.
+PEAKS = {"H200": 790.0, "H100": 989.0, "A100": 312.0}
+
+
+class Side(NamedTuple):
+    """One of those compared: ``run`` does the work and waits for it; ``temporary`` bytes it needs beside weights and inputs, None if unknown."""
+
+    run: Callable[[], Any]
+    temporary: float | None = None
+
+
+def compare(sides: Mapping[str, Side], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each run, by side; the order turns round every time."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(-warmup, repeats):
+        for name in list(sides)[:: 1 if repeat % 2 else -1]:
+            began = time.perf_counter()
+            sides[name].run()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def summary(what: str, sides: Mapping[str, Side], seconds: Mapping[str, list[float]], flops: float) -> dict[str, Any]:
+    """Medians, the ratio ours / theirs of each pair of turns (median and quartiles), temporary memory, arithmetic a second."""
+    ours, *others = seconds
+    peak = next((p for name, p in PEAKS.items() if name in jax.devices()[0].device_kind), None)
+    result: dict[str, Any] = {"what": what, "device": device_name(), "gflop": round(flops / 1e9, 2), "sides": {}}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        entry: dict[str, Any] = {"ms": round(1e3 * median, 2), "gflop_per_s": round(flops / median / 1e9, 1)}
+        if peak is not None:
+            entry["utilisation"] = round(flops / median / 1e12 / peak, 3)
+        if (temporary := sides[name].temporary) is not None:
+            entry["temporary_mib"] = round(temporary / 2**20, 1)
+        if name != ours:
+            ratios = sorted(a / b for a, b in zip(seconds[ours], times, strict=True))
+            entry["ratio"] = round(statistics.median(ratios), 3)
+            entry["ratio_quartiles"] = [round(float(q), 3) for q in np.quantile(ratios, [0.25, 0.75])]
+        result["sides"][name] = entry
+    if not others:
+        raise ValueError("compare: one side alone")
+    return result
+
+
+def device_name() -> str:
+    """What both sides ran on."""
+    return f"{torch.get_num_threads()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+
+
+def show(results: list[dict[str, Any]], path: Path | None) -> None:
+    """A markdown table of the results, and the same as JSON at ``path``."""
+    print(table(results))
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One row for each pair."""
+    head = "| | against | ours, ms | theirs, ms | ratio (quartiles) | ours, GFLOP/s | temporary MiB, ours / theirs |"
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for result in results:
+        (_, ours), *others = result["sides"].items()
+        for name, other in others:
+            low, high = other["ratio_quartiles"]
+            memory = " / ".join(str(side.get("temporary_mib", "?")) for side in (ours, other))
+            speed = f"{ours['gflop_per_s']}" + (
+                f" ({100 * ours['utilisation']:.0f} %)" if "utilisation" in ours else ""
+            )
+            lines.append(
+                f"| {result['what']} | {name} | {ours['ms']} | {other['ms']} | {other['ratio']} ({low} to {high})"
+                f" | {speed} | {memory} |"
+            )
+    return "\n".join(lines)
+
+
+def jitted(function: Callable[..., Any], *args: Any) -> tuple[Side, float, Any]:
+    """(side, floating-point operations as the compiler counts them, result) of a function compiled for ``args``."""
+    compiled = jax.jit(function).lower(*args).compile()
+    costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    temporary = None if memory is None else float(memory.temp_size_in_bytes)
+    side = Side(lambda: jax.block_until_ready(compiled(*args)), temporary)
+    return side, float(costs.get("flops", float("nan")) if costs else float("nan")), compiled(*args)
+
+
+def in_torch(function: Callable[[], Any]) -> Side:
+    """A side in PyTorch; its memory is the most that one run holds at once beside what there was before it."""
+    cuda = torch.cuda.is_available()
+
+    def run() -> None:
+        function()
+        if cuda:
+            torch.cuda.synchronize()
+
+    run()
+    if cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return Side(run, float(torch.cuda.max_memory_allocated() - before))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return Side(run, float(max(0, np.cumsum([size for _, size in changes]).max(initial=0))))
+
+
+def as_torch(array: Any, dtype: Any = None) -> torch.Tensor:
+    """A copy of an array where PyTorch computes; [b, h, w, c] becomes [b, c, h, w] in channels_last memory."""
+    tensor = torch.from_numpy(np.array(array))
+    if tensor.ndim == 4:
+        tensor = tensor.permute(0, 3, 1, 2)  # strides of channels_last already
+    if dtype is not None:
+        tensor = tensor.to(dtype)
+    return tensor.cuda() if torch.cuda.is_available() else tensor
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Back, [b, c, h, w] as [b, h, w, c]."""
+    tensor = tensor.detach().float().cpu()
+    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).numpy()
+
+
+def check_same(ours: Any, theirs: np.ndarray, tolerance: float) -> None:
+    """ValueError where the two do not compute the same: a benchmark of different things says nothing."""
+    ours = np.asarray(ours, np.float32)
+    off = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    if not off <= tolerance:
+        raise ValueError(f"the two differ by {off:.2g} of the largest value, more than {tolerance:.2g}")
+
+
+def common_arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of every pair."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="PyTorch's side through torch.compile as well as eager")
+    parser.add_argument("--threads", type=int, default=0, help="PyTorch's threads (default: the cores of this process)")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    return parser
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """One number of threads for both, and TF32 for neither."""
+    torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+if __name__ == "__main__":
+    print(table([result for path in sys.argv[1:] for result in json.loads(Path(path).read_text())]))

@@ -1,0 +1,47 @@
+"""How long does the UNet take, ours and PyTorch's? python -m benchmarks.unet_forward [--case emoji sd_v1_quarter] [--batch 1 8] [--json out.json]
+
+Same weights, same inputs; the results are compared before anything is timed. Needs PyTorch: pip install -e ".[parity]".
+"""
+
+from typing import Any
+
+import torch  # pyright: ignore[reportMissingImports]
+
+from benchmarks.side_by_side import (
+    as_numpy,
+    check_same,
+    common_arguments,
+    compare,
+    in_torch,
+    jitted,
+    set_up,
+    show,
+    summary,
+)
+from benchmarks.unets import CASES, pair
+
+
+def measure(name: str, batch: int, args: Any) -> dict[str, Any]:
+    """One case at one batch."""
+    made = pair(name, batch, args.dtype)
+    ours, flops, out = jitted(lambda p, *a: made.unet.apply({"params": p}, *a), made.params, *made.inputs)
+    twin = made.twin.eval().requires_grad_(False)
+    check_same(out, as_numpy(twin(*made.torch_inputs)), 1e-4 if args.dtype == "float32" else 5e-2)
+    sides = {"ours": ours, "eager": in_torch(lambda: twin(*made.torch_inputs))}
+    if args.compile:
+        faster = torch.compile(twin)
+        sides["torch.compile"] = in_torch(lambda: faster(*made.torch_inputs))
+    what = f"{name} forward, batch {batch}, {args.dtype}"
+    return summary(what, sides, compare(sides, args.repeats), flops)
+
+
+def main() -> None:
+    parser = common_arguments(__doc__)
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=["emoji", "sd_v1_quarter"])
+    args = parser.parse_args()
+    set_up(args)
+    show([measure(name, batch, args) for name in args.case for batch in args.batch], args.json)
+
+
+if __name__ == "__main__":
+    main()
