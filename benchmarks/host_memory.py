@@ -3,7 +3,7 @@
     python -m benchmarks.host_memory [--config txt2img_1p4b] [--devices 8] [--folder DIR] [--json out.json]
 
 Each of the two runs in a process of its own, on simulated CPU devices that share the host's memory, with the mesh's fsdp axis over all of
-them. "made": the parameters of the training task, drawn by the one program that every run begins with. "restored": the same from a checkpoint
+them. "made": the parameters of the training task, drawn as every run begins. "restored": the same from a checkpoint
 that the first process wrote. Prints the process's largest resident set, imports and compiler included, over the bytes of the parameters. Needs
 disk for the parameters, and memory for twice as much while they are written.
 """
@@ -32,7 +32,7 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
     import jax
 
     from ldm_jax.checkpoint import TrainingCheckpoints
-    from ldm_jax.parallel import make_mesh, shardings
+    from ldm_jax.parallel import make_mesh, make_placed, shardings
     from ldm_jax.train.tasks import DiffusionTask
 
     config = __import__(f"configs.{name}", fromlist=["get_config"]).get_config()
@@ -44,7 +44,7 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
     checkpoints = TrainingCheckpoints(folder, keep=1)
     before, began = peak(), time.perf_counter()
     if part == "made":
-        state = jax.block_until_ready(jax.jit(task.init, out_shardings=placed)(jax.random.key(0)))
+        state = make_placed(task.init, jax.random.key(0), placed)
     else:
         like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
         state = jax.block_until_ready(checkpoints.restore(0, like))

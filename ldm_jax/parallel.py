@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -120,6 +121,31 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh, zero1: bool = False) 
 
 
 # ---------------------------------------------------------------------------------------------------------------- compiled steps
+
+
+def make_placed(make: Callable[[jax.Array], Any], key: jax.Array, placed: Any, most: int = 2**29) -> Any:
+    """``make(key)`` as arrays placed by ``placed``, about ``most`` bytes of it at a time.
+
+    One program for all of a large model would hold the random numbers of many parameters beside those that are done. Each program here draws the
+    numbers of its own leaves alone; a model of up to ``most`` bytes takes one program.
+    """
+    closed, shapes = jax.make_jaxpr(make, return_shape=True)(key)
+    leaves, tree = jax.tree.flatten(shapes)
+    where, run = tree.flatten_up_to(placed), jax.extend.core.jaxpr_as_fun(closed)
+    groups: list[list[int]] = []
+    room = 0
+    for i, leaf in enumerate(leaves):
+        size = leaf.size * leaf.dtype.itemsize
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(i)
+        room -= size
+    made: list[Any] = []
+    for group in groups:
+        some = jax.jit(lambda key, group=group: [run(key)[i] for i in group], out_shardings=[where[i] for i in group])
+        made += jax.block_until_ready(some(key))
+    return tree.unflatten(made)
 
 
 def compile_step(

@@ -20,7 +20,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import jaxlib
 
-if jaxlib.__version__.startswith("0.10."):  # a quarter less compiling; XLA ends the process where it does not know a flag
+if jaxlib.__version__.startswith(
+    "0.10."
+):  # a quarter less compiling; XLA ends the process where it does not know a flag
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax

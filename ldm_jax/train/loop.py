@@ -23,6 +23,7 @@ from ldm_jax.parallel import (
     global_rows,
     is_first,
     make_mesh,
+    make_placed,
     row_shards,
     shardings,
     state_shardings,
@@ -119,7 +120,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     if first is None:
         # Every process measures on all rows, and so gets the same.
         first, prepared = 0, task.prepare(lambda n: first_batches(make_loader(config, "train"), n))
-        state = jax.jit(init, out_shardings=placed)(jax.random.key(config.seed))
+        state = make_placed(init, jax.random.key(config.seed), placed)
         checkpoints.save(0, state, prepared)
     else:
         prepared = checkpoints.info(first)
