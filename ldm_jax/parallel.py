@@ -10,7 +10,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.extend
@@ -148,6 +149,31 @@ def make_placed(make: Callable[[jax.Array], Any], key: jax.Array, placed: Any, m
     return tree.unflatten(made)
 
 
+class Target(NamedTuple):
+    """What a program is traced for: a platform ("cpu", "gpu", "tpu"; "" for none in particular), and the mesh that splits it, None for one device."""
+
+    platform: str
+    mesh: Mesh | None = None
+
+
+_TARGET: ContextVar[Target | None] = ContextVar("target", default=None)
+
+
+def target() -> Target | None:
+    """What the program that is being traced is for; None where nobody said so."""
+    return _TARGET.get()
+
+
+@contextlib.contextmanager
+def compiled_for(told: Target) -> Iterator[None]:
+    """While a program is traced inside, `target` is ``told``: kernels are chosen by it, and split as its mesh splits rows."""
+    token = _TARGET.set(told)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
 def compile_step(
     step: Callable[..., Any],
     mesh: Mesh,
@@ -164,12 +190,18 @@ def compile_step(
     shapes, so that callers need not know the mode. ``axis_name`` is given under pmap, where the step must average over it what it shares.
     """
 
+    told = Target(mesh.devices.flat[0].platform, mesh if mode == "jit" and mesh.size > 1 else None)
+
+    def traced(*args: Any, **options: Any) -> Any:
+        with compiled_for(told):
+            return step(*args, **options)
+
     def place(flag: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec() if flag else ROWS) if isinstance(flag, bool) else flag
 
     if mode == "jit":
         return jax.jit(
-            step,
+            traced,
             in_shardings=jax.tree.map(place, shared),
             out_shardings=jax.tree.map(place, out_shared),
             donate_argnums=donate,
@@ -177,7 +209,7 @@ def compile_step(
 
     n = mesh.devices.size
     mapped = jax.pmap(
-        lambda *args: step(*args, axis_name=AXIS),
+        lambda *args: traced(*args, axis_name=AXIS),
         axis_name=AXIS,
         in_axes=tuple(None if flag else 0 for flag in shared),
         out_axes=jax.tree.map(lambda flag: None if flag else 0, out_shared),

@@ -14,7 +14,7 @@ LEAVES = {"parallel", "checkpoint", "data", "metrics", "pictures", "diffusion"}
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
     "checkpoint": {"parallel"},  # several processes write one checkpoint
-    "nn": set(),
+    "nn": {"parallel"},  # which form of attention a program gets depends on what it is compiled for
     "models": {"nn"},
     "conditioning": {"nn", "models"},
     "latent": {"nn", "models", "conditioning", "diffusion"},

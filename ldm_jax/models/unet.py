@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
+from ldm_jax.nn.kernels import SAVED
 from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, dense, keep_rows, timestep_embedding
 from ldm_jax.nn.resnet import Downsample, ResBlock, Upsample
 
@@ -76,7 +78,10 @@ class Trunk(nn.Module):
         """Runs one row of blocks; called inside ``__call__``, whose submodules these become."""
 
         def make(cls: Any, *args: Any, remat_static: tuple[int, ...] = (), **fields: Any) -> Any:
-            cls = nn.remat(cls, static_argnums=remat_static) if self.remat else cls
+            if self.remat:
+                cls = nn.remat(
+                    cls, static_argnums=remat_static, policy=jax.checkpoint_policies.save_only_these_names(SAVED)
+                )
             return cls(*args, norm_groups=self.norm_groups, dtype=self.dtype, **fields)
 
         for j, block in enumerate(row):

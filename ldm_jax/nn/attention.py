@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.nn.kernels import attend, plain
 from ldm_jax.nn.layers import Array, Dtype, GroupNorm, dense, gelu, layer_norm
 
 
@@ -13,14 +14,10 @@ def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask:
     """softmax(scale q k^T) v (Vaswani et al. 2017). q [b, n, h, d], k [b, m, h, d], v [b, m, h, e] -> [b, n, h, e].
 
     ``scale`` defaults to 1/sqrt(d). ``mask`` is boolean, broadcastable to [b, h, n, m]; a row masked whole attends uniformly.
-    The softmax is float32 whatever the inputs are.
+    The softmax is float32 whatever the inputs are. Without a mask it may be a kernel: see `ldm_jax.nn.kernels`.
     """
-    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnm,bmhe->bnhe", weights, v)
+    by = q.shape[-1] ** -0.5 if scale is None else scale
+    return attend(q, k, v, by) if mask is None else plain(q, k, v, by, mask)
 
 
 def split_heads(x: Array, heads: int) -> Array:
