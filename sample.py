@@ -46,6 +46,10 @@ flags.DEFINE_list(
 flags.DEFINE_list("guidance_interval", None, "FIRST,LAST timestep that is guided (default: all).")
 flags.DEFINE_float("guidance_rescale", None, "How far to bring guided outputs back to their spread, from 0 to 1.")
 flags.DEFINE_float("eta", None, "Noise of the DDIM sampler, from 0 (deterministic) to 1.")
+flags.DEFINE_integer(
+    "cache_interval", None, "Calls of the UNet of which one is full, the others reuse its deep features (default: 1)."
+)
+flags.DEFINE_integer("cache_depth", None, "First and last rows of the UNet that run in every call (default: 1).")
 flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels, e.g. 64x96 (default: as trained, or as the image is).")
 flags.DEFINE_integer("batch", None, "Pictures made at a time (default: at most 8, with --format 64).", lower_bound=1)
 flags.DEFINE_integer("decode_batch", None, "Pictures decoded at a time on a device (default: the batch).")

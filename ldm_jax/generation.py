@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.conditioning import Hybrid, joined_of
+from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.guidance import Predict, predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, AnySampler, Known, initial_noise, sample
 from ldm_jax.diffusion.schedule import lift, q_sample
@@ -66,6 +67,7 @@ class Form:
     ``size`` (H, W) in pixels; the calls of the model whose predicted x0 are shown as ``progress``, of the first ``progress_rows`` pictures (0 is
     all); how to decode: ``decode_batch`` pictures at a time (a divisor of the batch; 0 is all), in tiles of ``tile`` pixels where a side is longer
     (0 is never). ``quantize`` brings each predicted x0 to the nearest codes, where the first stage has any.
+    Of ``cache_interval`` calls of the UNet only the first is a full one, the others run its first and last ``cache_depth`` rows (1: all are full).
     """
 
     size: tuple[int, int]
@@ -74,6 +76,8 @@ class Form:
     decode_batch: int = 0
     tile: int = 0
     quantize: bool = False
+    cache_interval: int = 1
+    cache_depth: int = 1
 
 
 class Made(NamedTuple):
@@ -114,7 +118,10 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
         return encoded if masked is None else masked
 
     parts = None if toward is None else (told(toward.encoded), toward.mix)
-    options = {"interval": None if rows.interval is None else tuple(rows.interval.T), "rescale": rows.rescale}
+    options: dict[str, Any] = {
+        "interval": None if rows.interval is None else tuple(rows.interval.T),
+        "rescale": rows.rescale,
+    }
 
     def predict(*guidance: Any, **options: Any) -> Predict:
         denoise = model.denoiser(told(rows.encoded), *guidance, toward=parts, **options)
@@ -130,6 +137,9 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
         assert z0 is not None
         x = q_sample(model.schedule, z0, plan.level, x)
 
+    cache = FeatureCache(form.cache_interval) if form.cache_interval > 1 else None
+    if cache is not None:  # which holds features of all rows, those of the null condition too
+        options |= {"cache": cache, "cache_depth": form.cache_depth, "skip": False}
     guided = predict(None if rows.null is None else told(rows.null), rows.guidance, **options)
     z, steps = sample(
         sampler,
@@ -141,6 +151,7 @@ def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows
         known=known,
         start=plan.start,
         trace=bool(form.progress),
+        cache=cache,
     )
 
     def show(z: jax.Array) -> jax.Array:

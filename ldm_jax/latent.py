@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.conditioning import CONDITIONERS, Cond, Conditioner
+from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.guidance import Denoiser, classifier_free, unguided
 from ldm_jax.diffusion.objective import get_objective
 from ldm_jax.diffusion.schedule import Schedule, lift, make_schedule
@@ -119,24 +120,35 @@ class LatentDiffusion:
         """The config that this was built from."""
         return json.loads(self.config_json)
 
-    def apply(
-        self, params: Any, x: jax.Array, t: jax.Array, cond: Cond, *, train: bool = False, rngs: dict | None = None
-    ) -> jax.Array:
-        """The UNet's output [b, h, w, c] at latents ``x`` and timesteps ``t`` [b]."""
+    def apply(self, params: Any, x: jax.Array, t: jax.Array, cond: Cond, **options: Any) -> Any:
+        """The UNet's output [b, h, w, c] at latents ``x`` and timesteps ``t`` [b]; ``options`` are those of `UNet` and of Flax (``rngs``)."""
         if cond.concat is not None:
             x = jnp.concatenate([x, cond.concat], axis=-1)
-        return apply(self.unet, params["unet"], x, t, cond.crossattn, cond.vector, train=train, rngs=rngs)
+        return apply(self.unet, params["unet"], x, t, cond.crossattn, cond.vector, **options)
 
     def denoiser(
-        self, encoded: Any, null: Any = None, guidance: Any = None, *, toward: Any = None, **options: Any
+        self,
+        encoded: Any,
+        null: Any = None,
+        guidance: Any = None,
+        *,
+        toward: Any = None,
+        cache: FeatureCache | None = None,
+        cache_depth: int = 1,
+        **options: Any,
     ) -> Denoiser:
         """The network under host-encoded conditions, guided away from ``null`` by ``guidance`` ([] or [b]) where that is given.
 
-        ``toward`` (encoded, mix [b]) goes part of the way to other conditions; ``options`` are those of `classifier_free`.
+        ``toward`` (encoded, mix [b]) goes part of the way to other conditions; ``cache`` keeps what enters the last ``cache_depth`` rows of the UNet;
+        ``options`` are those of `classifier_free`.
         """
 
         def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-            return self.apply(self.params, x, t, cond)
+            if cache is None:
+                return self.apply(self.params, x, t, cond)
+            return cache.call(
+                lambda *args: self.apply(self.params, *args[:3], depth=cache_depth, deep=args[3]), x, t, cond
+            )
 
         condition = partial(self.conditioner, self.params["conditioner"])
         cond = condition(encoded)

@@ -22,6 +22,7 @@ from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
 from ldm_jax.generation import Form, Made, Plan, Rows, generate
 from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, nearest
+from ldm_jax.models.unet import layout
 from ldm_jax.parallel import Mode, compile_step, make_mesh
 from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs
 
@@ -95,8 +96,8 @@ class Batch:
 class Pipeline:
     """A person's request to pictures. Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are done.
 
-    Which task it is follows from what is given (`Given`). Only the number of steps, the batch, the size, the sampler and the kind of task are
-    compiled in; prompts, seeds, pictures, masks, strength, guidance and eta are traced.
+    Which task it is follows from what is given (`Given`). Only the number of steps, the batch, the size, the sampler, its cache and the kind of
+    task are compiled in; prompts, seeds, pictures, masks, strength, guidance and eta are traced.
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class Pipeline:
         if progress_every and not shown:
             raise RequestError(f"progress_every {progress_every}: {chosen.sampler} shows no such step here")
         made = [i for i, call in enumerate(shown) if plan.start is None or call >= plan.start]
-        form = Form(canvas.size, shown, *self.check_decoding(chosen, count))
+        form = self.form(chosen, canvas.size, count, shown)
         program, (height, width) = self.program(chosen.sampler, form), canvas.keep
 
         def batches() -> Iterator[Batch]:
@@ -233,8 +234,8 @@ class Pipeline:
             raise RequestError(f"size {'x'.join(map(str, size))}: height and width must be multiples of {factor}")
         return size[0], size[1]
 
-    def check_decoding(self, chosen: Settings, rows: int) -> tuple[int, int]:
-        """(pictures decoded at a time, tile) for batches of ``rows``; under jit the first is that of all devices together."""
+    def form(self, chosen: Settings, size: tuple[int, int], rows: int, progress: tuple[int, ...] = ()) -> Form:
+        """What is compiled in for batches of ``rows``, or a RequestError. Under jit, ``decode_batch`` is that of all devices together."""
         tile, least = chosen.tile, 4 * self.model.first_stage.downsampling
         if tile and (tile < least or tile % self.model.first_stage.downsampling):
             raise RequestError(f"tile must be 0 or a multiple of {least // 4} from {least} pixels on, not {tile}")
@@ -243,7 +244,16 @@ class Pipeline:
         devices = self.mesh.devices.size
         local = rows // devices
         most = max((d for d in range(1, local + 1) if local % d == 0 and d <= chosen.decode_batch), default=0)
-        return most * (devices if self.parallel == "jit" else 1), tile
+        most *= devices if self.parallel == "jit" else 1
+        interval, depth, deepest = chosen.cache_interval, chosen.cache_depth, len(layout(self.model.unet).input)
+        if interval < 1:
+            raise RequestError(f"cache_interval must be at least 1, not {interval}")
+        if not 1 <= depth <= deepest:
+            raise RequestError(f"cache_depth must be from 1 to {deepest}, not {depth}")
+        if interval > 1 and isinstance(SAMPLERS[chosen.sampler], DPMAdaptive):
+            raise RequestError(f"{chosen.sampler} chooses its own steps: leave cache_interval at 1")
+        form = Form(size, progress, decode_batch=most, tile=tile)
+        return form if interval == 1 else dataclasses.replace(form, cache_interval=interval, cache_depth=depth)
 
     def program(self, sampler: str, form: Form) -> Callable[..., Made]:
         """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task."""

@@ -73,6 +73,10 @@ class Settings:
     guidance_interval: Sequence[float] | None = None  # the first and the last timestep that is guided
     decode_batch: int = 0  # pictures decoded at a time on a device; 0 is a whole batch
     tile: int = 0  # decode pictures with a longer side in tiles of as many pixels; 0 is never, which is exact
+    cache_interval: int = (
+        1  # of so many calls of the UNet one is full, the others reuse its deep features; 1 is off, which is exact
+    )
+    cache_depth: int = 1  # the first and last rows of the UNet that run in every call
 
 
 # ------------------------------------------------------------------------------------------------------------ what a model takes
@@ -300,9 +304,7 @@ def arrays(
     scales, rescale = (
         numbers(v, n, w) for v, w in ((chosen.guidance, "guidance scales"), (chosen.guidance_rescale, "rescales"))
     )
-    interval = chosen.guidance_interval
-    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
-        raise RequestError(f"guidance_interval {list(interval)}: give the first and the last timestep that is guided")
+    interval = guided_steps(chosen)
     if isinstance(conditioner, Unconditional | Joined | RescaledMap):
         if (scales != 1).any():
             raise RequestError(
@@ -317,9 +319,17 @@ def arrays(
         if negative
         else jax.tree.map(spread, conditioner.encode_null(1)),
         guidance=scales,
-        interval=None if interval is None else spread(np.asarray([interval], np.float32)),
+        interval=None if interval is None else spread(interval),
         rescale=rescale if rescale.any() else None,
     )
+
+
+def guided_steps(chosen: Settings) -> np.ndarray | None:
+    """The first and the last timestep that is guided, float32 [1, 2]; None for all."""
+    interval = chosen.guidance_interval
+    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
+        raise RequestError(f"guidance_interval {list(interval)}: give the first and the last timestep that is guided")
+    return None if interval is None else np.asarray([interval], np.float32)
 
 
 def prepared(

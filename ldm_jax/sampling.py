@@ -16,7 +16,18 @@ MODEL = ("model", "model_config", "dtype", "batch")  # what a whole run has in c
 REPLAYED = ("model", "seed", "steps", "guidance", "eta", "sampler", "size", "dtype", "batch")
 FILES = ("image", "mask", "semantic_map", "layout", "embeddings")
 TASK = (*FILES, "outpaint", "strength", "variation")
-SETTINGS = ("eta", "sampler", "grid", "size", "guidance_rescale", "guidance_interval", "decode_batch", "tile")
+SETTINGS = (
+    "eta",
+    "sampler",
+    "grid",
+    "size",
+    "guidance_rescale",
+    "guidance_interval",
+    "decode_batch",
+    "tile",
+    "cache_interval",
+    "cache_depth",
+)
 
 
 class Run(NamedTuple):
@@ -145,7 +156,7 @@ def asked(args: Any) -> list[Run]:
             raise ValueError(f"--size {args.size!r}: write HEIGHTxWIDTH, for example 64x96")
         size = [int(match[1]), int(match[2])]
     guidance, steps = numbers(args.guidance, "guidance", float), numbers(args.steps, "steps", int)
-    plain = ("eta", "sampler", "guidance_rescale", "decode_batch", "tile")
+    plain = ("eta", "sampler", "guidance_rescale", "decode_batch", "tile", "cache_interval", "cache_depth")
     settings: dict[str, Any] = {name: getattr(args, name) for name in plain}
     settings |= {"size": size, "grid": grid_of(args.timesteps)}
     settings["guidance_interval"] = numbers(args.guidance_interval, "guidance_interval", float) or None

@@ -100,6 +100,7 @@ def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
         (["--replay={tmp}/moved.png"], "was made from the image {tmp}/none.png, which is missing"),
         (["--replay={tmp}/changed.png"], "was made from the image {tmp}/foreign.png, which has changed since"),
         (["--prompt=x", "--num=0"], "--num=0"),
+        (["--prompt=x", "--cache_interval=0"], "cache_interval must be at least 1, not 0"),
         (["--prompt=x", "--sampler=dimm"], "sampler 'dimm' does not exist; did you mean 'ddim'?"),
         (["--prompt=x", "--sampler=ddpm", "--eta=0.5"], "the ddpm sampler has no eta"),
         (["--prompt=x", "--dtype=float23"], "dtype 'float23' does not exist; did you mean 'float32'?"),
@@ -137,11 +138,13 @@ def test_each_mistake_is_one_line_and_writes_nothing(sample, tmp_path, argv, mes
 def test_a_task_is_made_again_from_its_picture(sample, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "photo.png")
     task = [f"--image={tmp_path / 'photo.png'}", "--strength=0.5", "--negative=blue boat"]
+    task += ["--cache_interval=2", "--cache_depth=2"]
     assert sample("--prompt=red apple", "--num=1", "--steps=4", *task).status == 0
     path = tmp_path / "out" / "00000-red-apple-0.png"
     kept = read_settings(path)
     assert kept["image"] == str(tmp_path / "photo.png")
     assert (kept["strength"], kept["negative"], kept["size"]) == (0.5, "blue boat", None)
+    assert (kept["cache_interval"], kept["cache_depth"]) == (2, 2)
     assert pixels(path).shape == (16, 24, 3)
     assert sample(f"--replay={path}").status == 0
     again = tmp_path / "out" / "00001-red-apple-0.png"

@@ -24,6 +24,7 @@ ALLOWED = {
     "train": {"nn", "models", "conditioning", "latent", "generation", *LEAVES},
     "convert": {"", "models", "conditioning", "latent", "configs", *LEAVES},
     "pipeline": {"nn", "models", "conditioning", "latent", "generation", "requests", "convert", *LEAVES},
+    "export": {"", "conditioning", "latent", "generation", "requests", "pipeline", *LEAVES},
     "many": {"requests", "pipeline", *LEAVES},
     "sampling": {"cli", "requests", "pipeline", "many", *LEAVES},
     "cli": {"nn", "models", "conditioning", "latent", "train", "pipeline", *LEAVES},

@@ -200,7 +200,7 @@ def test_decoding_in_parts_changes_nothing_and_in_tiles_little(pipe):
     )
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
     assert 1e-4 < np.abs(tiled - whole).mean() / whole.std() < 0.5
-    assert pipe.check_decoding(dataclasses.replace(pipe.defaults, decode_batch=5), 8) == (4, 0)
+    assert pipe.form(pipe.settings(decode_batch=5), (32, 32), 8) == Form((32, 32), decode_batch=4)
 
 
 @pytest.mark.parametrize(("length", "tile"), [(16, 8), (17, 8), (8, 8), (23, 9)])

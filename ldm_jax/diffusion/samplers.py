@@ -16,6 +16,7 @@ import numpy as np
 
 from ldm_jax.diffusion import solvers, stochastic
 from ldm_jax.diffusion.adaptive import DPMAdaptive
+from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.grids import step_grid, time_grid
 from ldm_jax.diffusion.guidance import Predict
 from ldm_jax.diffusion.schedule import Array, Schedule, log_sigmas, q_sample, sigma_to_t, t_to_sigma
@@ -26,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 Carry = Any
+State = tuple[Carry, jax.Array, Any]  # of the loop: the sampler's, x, and the features of a cache
 
 
 # ----------------------------------------------------------------------------------------------------------------------- samplers
@@ -214,20 +216,22 @@ def sample(
     known: Known | None = None,
     start: jax.Array | None = None,
     trace: bool = False,
+    cache: FeatureCache | None = None,
 ) -> tuple[jax.Array, Trace | None]:
     """Runs ``sampler`` over ``nodes`` from ``x`` [b, ...], as one `jax.lax.scan`: (the last x, a Trace if asked for).
 
     Step noise comes from ``keys`` [b], one typed PRNG key per image, or is handed in as ``noise`` [S, draws, b, ...]. ``known`` needs the
     ``schedule``. Rows before ``start`` [], traced, are skipped and cost nothing (see `padded`); a Trace holds x in their places.
+    ``cache`` is the one by which ``predict`` calls its network.
     """
     if keys is None and ((sampler.draws and noise is None) or (known is not None and known.noise is None)):
         raise ValueError("sample: give keys, or every noise that the run needs")
     if known is not None and schedule is None:
         raise ValueError("sample: a known region needs the schedule")
     if isinstance(sampler, DPMAdaptive):
-        if known is not None or start is not None or trace:
+        if known is not None or start is not None or trace or cache is not None:
             raise ValueError(
-                "sample: dpm_adaptive chooses its own steps, so it keeps no known region, skips none and leaves no trace"
+                "sample: dpm_adaptive chooses its own steps, so it keeps no known region, skips none, leaves no trace and has no cache"
             )
         return sampler.run(predict, x, nodes)[0], None
 
@@ -247,9 +251,11 @@ def sample(
         blended = known.mask * original + (1 - known.mask) * x
         return jnp.where(node.begin, blended, x) if hasattr(node, "begin") else blended
 
-    def body(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Trace | None]:
-        carry, x = state
+    def body(state: State, inputs: Any) -> tuple[State, Trace | None]:
+        carry, x, deep = state
         index, node, step_noise, known_noise = inputs
+        if cache is not None:
+            cache.begin(deep, index if start is None else index - start)
         if not sampler.blend_after:
             x = blend(x, node, index, known_noise)
         if step_noise is None and sampler.draws:
@@ -257,18 +263,19 @@ def sample(
         carry, x, x0 = sampler.step(carry, node, x, predict, step_noise)
         if sampler.blend_after:
             x = blend(x, node, index, known_noise)
-        return (carry, x), Trace(x, x0) if trace else None
+        return (carry, x, None if cache is None else cache.deep), Trace(x, x0) if trace else None
 
-    def skip(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Trace | None]:
+    def skip(state: State, inputs: Any) -> tuple[State, Trace | None]:
         return state, Trace(state[1], state[1]) if trace else None
 
-    def maybe(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Trace | None]:
+    def maybe(state: State, inputs: Any) -> tuple[State, Trace | None]:
         # A condition on one number for the whole batch: only the branch that is taken runs.
         return jax.lax.cond(inputs[0] >= start, body, skip, state, inputs)
 
     count = jax.tree.leaves(nodes)[0].shape[0]
     inputs = (jnp.arange(count), nodes, noise, None if known is None else known.noise)
-    (_, x), steps = jax.lax.scan(body if start is None else maybe, (sampler.init(x), x), inputs)
+    state = sampler.init(x), x, None if cache is None else cache.empty(predict, x)
+    (_, x, _), steps = jax.lax.scan(body if start is None else maybe, state, inputs)
     return x, steps
 
 

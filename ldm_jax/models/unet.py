@@ -122,9 +122,20 @@ class UNet(Trunk):
 
     @nn.compact
     def __call__(
-        self, x: Array, t: Array, context: Array | None = None, y: Array | None = None, train: bool = False
-    ) -> Array:
-        """``context`` [b, m, context_dim] feeds cross-attention; ``y`` [b] holds class indices where ``num_classes`` is set."""
+        self,
+        x: Array,
+        t: Array,
+        context: Array | None = None,
+        y: Array | None = None,
+        train: bool = False,
+        depth: int = 0,
+        deep: Array | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """``context`` [b, m, context_dim] feeds cross-attention; ``y`` [b] holds class indices where ``num_classes`` is set.
+
+        With a ``depth`` the result is (output, the deep feature [b, h', w', c'] that enters the last ``depth`` output rows). Given such a feature as
+        ``deep``, only the first and the last ``depth`` rows run, around it (Ma et al. 2023, arXiv:2312.00858, section 3.2).
+        """
         if (y is None) != (self.num_classes is None):
             raise ValueError("UNet: y must be given if and only if num_classes is set")
         if context is not None and not self.use_spatial_transformer:
@@ -133,23 +144,34 @@ class UNet(Trunk):
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(f"UNet: height and width {x.shape[1:3]} must be multiples of {factor}")
         plan = layout(self)
+        if not int(deep is not None) <= depth <= len(plan.input):
+            raise ValueError(
+                f"UNet: depth {depth} must be from {int(deep is not None)} to {len(plan.input)}, its input rows"
+            )
         emb = self.embed_time(t)
         if self.num_classes is not None:
             emb = emb + nn.Embed(self.num_classes, 4 * self.model_channels, dtype=self.dtype, name="label_emb")(y)
 
-        h, skips = x.astype(self.dtype), []
-        for i, row in enumerate(plan.input):
+        h, skips, reused, last = x.astype(self.dtype), [], deep is not None, len(plan.output) - depth
+        for i, row in enumerate(plan.input[:depth] if reused else plan.input):
             h = self.run(row, f"input_blocks_{i}", h, emb, context, train)
             skips.append(h)
-        h = self.run(plan.middle, "middle_block", h, emb, context, train)
+        if not reused:
+            h = self.run(plan.middle, "middle_block", h, emb, context, train)
         for i, row in enumerate(plan.output):
+            if i < last and reused:
+                continue
+            if i == last:
+                h = deep = h if deep is None else deep
             h = self.run(row, f"output_blocks_{i}", jnp.concatenate([h, skips.pop()], axis=-1), emb, context, train)
 
         if self.n_embed is not None:
             h = GroupNorm(1e-5, self.norm_groups, dtype=self.dtype, name="id_norm")(h)
-            return dense(self.n_embed, h, name="id_predictor", dtype=jnp.float32)(h)
-        h = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")(h)
-        return conv(self.out_channels, 3, h, zero=True, name="out_conv", dtype=self.dtype)(h).astype(jnp.float32)
+            out = dense(self.n_embed, h, name="id_predictor", dtype=jnp.float32)(h)
+        else:
+            h = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")(h)
+            out = conv(self.out_channels, 3, h, zero=True, name="out_conv", dtype=self.dtype)(h).astype(jnp.float32)
+        return out if deep is None else (out, deep)
 
 
 class TimeEmbedding(nn.Module):

@@ -1,0 +1,153 @@
+"""Feature reuse (DeepCache): what it computes, that it computes no more than that, and where it is refused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import generation
+from ldm_jax.conditioning import Cond
+from ldm_jax.diffusion.guidance import classifier_free
+from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise
+from ldm_jax.models.unet import layout
+from ldm_jax.pipeline import RequestError, load
+
+RED, BLUE = "red apple", "blue boat"
+RNG = np.random.default_rng(0)
+REQUEST = {"seeds": [5, 6], "guidance": 3.0}
+
+
+@pytest.fixture(scope="module")
+def exact_pipe(tiny_dir):
+    """Pictures come out as they leave the decoder, not rounded to 8 bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "to_uint8", lambda x: x)
+        yield load(tiny_dir, devices=1)
+
+
+def by_hand(model, prompts: list[str], seeds: list[int], guidance: float, full: list[bool], depth: int) -> np.ndarray:
+    """DDIM as a plain loop over the network: pixels [b, H, W, 3]. ``full`` says at which steps the whole network runs."""
+    nodes = SAMPLERS["ddim"].nodes(jax.device_get(model.schedule), np.array([1, 26, 51, 76]))
+    condition = jax.jit(lambda tokens: model.conditioner(model.params["conditioner"], tokens))
+    cond = condition(np.concatenate([model.conditioner.encode(["", ""]), model.conditioner.encode(prompts)]))
+    whole = jax.jit(lambda x, t, cond: model.apply(model.params, x, t, cond, depth=depth))
+    shallow = jax.jit(lambda x, t, cond, deep: model.apply(model.params, x, t, cond, depth=depth, deep=deep))
+    x, deep = np.asarray(initial_noise(jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32)), (8, 8, 4))), None
+    abar = np.asarray(model.schedule.alphas_cumprod)
+    for i, t in enumerate(nodes.t):
+        both, times = np.concatenate([x, x]), np.full(4, t)
+        if full[i]:
+            out, deep = whole(both, times, cond)
+        else:
+            out, _ = shallow(both, times, cond, deep)
+        null, prompted = np.split(np.asarray(out), 2)
+        eps = null + guidance * (prompted - null)
+        x0 = (x - np.sqrt(1 - abar[t]) * eps) / np.sqrt(abar[t])
+        x = nodes.sqrt_abar_prev[i] * x0 + nodes.direction[i] * eps
+    return np.asarray(jax.jit(model.first_stage.decode)(x))
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Relative to the spread of ``b``."""
+    return float(np.abs(a - b).max() / b.std())
+
+
+def test_interval_2_is_a_full_call_and_then_a_shallow_one(exact_pipe):
+    depth = 2
+    made = exact_pipe([RED, BLUE], **REQUEST, cache_interval=2, cache_depth=depth)
+    expected = by_hand(exact_pipe.model, [RED, BLUE], [5, 6], 3.0, [True, False, True, False], depth)
+    assert difference(made, expected) < 1e-4
+    assert difference(made, exact_pipe([RED, BLUE], **REQUEST)) > 0.01  # the reuse is not without effect
+
+
+def test_interval_1_changes_no_bit_and_no_program(pipe, compilations):
+    plain = pipe([RED, BLUE], **REQUEST)
+    before = len(compilations)
+    assert (pipe([RED, BLUE], **REQUEST, cache_interval=1, cache_depth=2) == plain).all()
+    assert len(compilations) == before
+
+
+def test_prompts_seeds_and_guidance_compile_nothing(pipe, compilations):
+    pipe([RED, BLUE], **REQUEST, cache_interval=3)
+    before = len(compilations)
+    pipe([BLUE, RED], seeds=[1, 2], guidance=1.5, eta=0.3, cache_interval=3)
+    assert len(compilations) == before
+
+
+def test_image_to_image_begins_with_a_full_call(exact_pipe):
+    """With a strength the first rows of the scan are skipped: the first call that is made must be full, whichever row that is."""
+    image, settings = RNG.integers(0, 256, (16, 16, 3), np.uint8), {"seeds": 5, "guidance": 3.0, "strength": 0.3}
+    one_step = exact_pipe(RED, image=image, **settings, cache_interval=2)
+    assert difference(one_step, exact_pipe(RED, image=image, **settings)) < 1e-5
+
+
+def test_every_sampler_takes_it_but_the_one_that_chooses_its_steps(exact_pipe):
+    for sampler in ("unipc", "heun"):
+        made = exact_pipe(RED, sampler=sampler, cache_interval=2)
+        assert difference(made, exact_pipe(RED, sampler=sampler)) > 0.001, sampler
+        assert np.isfinite(made).all(), sampler
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache_interval": 0}, "cache_interval must be at least 1, not 0"),
+        ({"cache_depth": 0}, "cache_depth must be from 1 to 4, not 0"),
+        ({"cache_interval": 2, "cache_depth": 5}, "cache_depth must be from 1 to 4, not 5"),
+        ({"cache_interval": 2, "sampler": "dpm_adaptive"}, "dpm_adaptive chooses its own steps: leave cache_interval"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(pipe, settings, message):
+    assert len(layout(pipe.model.unet).input) == 4
+    with pytest.raises(RequestError, match=message):
+        pipe.stream(RED, **settings)
+
+
+def test_the_unet_with_its_own_deep_feature_is_the_unet(pipe):
+    model = pipe.model
+    x, t = jnp.asarray(RNG.standard_normal((1, 8, 8, 4)), jnp.float32), jnp.array([50])
+    cond = Cond(crossattn=jnp.asarray(RNG.standard_normal((1, 12, 16)), jnp.float32))
+    apply = jax.jit(partial(model.apply, model.params), static_argnames="depth")
+    plain = apply(x, t, cond)
+    for depth in (1, 4):
+        out, deep = apply(x, t, cond, depth=depth)
+        again, kept = apply(x, t, cond, depth=depth, deep=deep)
+        assert difference(np.asarray(out), np.asarray(plain)) < 1e-5
+        assert difference(np.asarray(again), np.asarray(plain)) < 1e-5
+        assert (kept == deep).all()
+    with pytest.raises(ValueError, match="depth 5 must be from 0 to 4"):
+        apply(x, t, cond, depth=5)
+
+
+# --------------------------------------------------------------------------------------------------------- what is compiled in
+
+
+def test_decoding_settings_reach_the_program(pipe):
+    form = pipe.form(pipe.settings(decode_batch=2, tile=8), (16, 16), 4, (0, 1))
+    assert form == generation.Form((16, 16), progress=(0, 1), decode_batch=2, tile=8)
+
+
+def test_outside_the_guidance_interval_half_the_rows_run():
+    rows = []
+
+    def model(x, t, cond):
+        jax.debug.callback(lambda x: rows.append(len(x)), x)
+        return cond * x
+
+    interval = (np.float32(10.0), np.float32(20.0))
+    cond, null, x = np.full((2, 1), 3.0, np.float32), np.ones((2, 1), np.float32), np.ones((2, 1), np.float32)
+    out = {}
+    for skip in (True, False):
+        denoise = jax.jit(classifier_free(model, cond, null, np.float32(2.0), interval=interval, skip=skip))
+        out[skip] = [np.asarray(denoise(x, np.float32(t)))[0, 0] for t in (25, 15, 5)]
+        jax.effects_barrier()
+    assert rows == [2, 4, 2, 4, 4, 4]
+    assert out[True] == out[False] == [3.0, 5.0, 3.0]
+
+
+def test_a_picture_outside_every_interval_is_unguided_with_and_without_the_cache(exact_pipe):
+    late = {"guidance_interval": (200.0, 300.0)}  # later than the schedule
+    for cache in ({}, {"cache_interval": 2}):
+        assert difference(exact_pipe(RED, guidance=3.0, **late, **cache), exact_pipe(RED, guidance=1.0, **cache)) < 1e-4
