@@ -107,7 +107,7 @@ def main() -> None:
             kept, last = newest(killed), reported(killed)
             if kept >= 0 and not all(np.isfinite(a).all() for a in arrays(killed, kept).values()):
                 sys.exit(f"kill {kills}: the state of step {kept} is not readable as numbers")
-            if last - max(kept, 0) > 2 * EVERY:
+            if last - max(kept, 0) > EVERY:
                 sys.exit(f"kill {kills} at step {last}: the newest state is of step {kept}")
             print(f"kill {kills:2d} at step {last}: goes on from {max(kept, 0)}", flush=True)
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,12 @@ class TrainingCheckpoints:
     """Checkpoints of a run under ``workdir/checkpoints``, one a step: the state's arrays, and a JSON object beside them.
 
     Writing is asynchronous and atomic: a killed run finds its last complete step. ``keep`` newest steps stay.
+
+    What is written within ``patience`` seconds is waited for. Steps may be so quick that the next save is due before: a run that is killed then would
+    lose what lies between two saves, and once more. Larger states go on being written while the run does.
     """
+
+    patience = 5.0
 
     folder = "checkpoints"
 
@@ -140,12 +146,15 @@ class TrainingCheckpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, info: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Saves in the background; a step that is already there is left as it is."""
+        """Saves, in the background where that takes long; a step that is already there is left as it is."""
         if step not in self._manager.all_steps():
             args = self._ocp.args.Composite(
                 state=self._ocp.args.StandardSave(state), info=self._ocp.args.JsonSave(info)
             )
             self._manager.save(step, args=args, metrics=metrics, force=True)
+            until = time.monotonic() + self.patience
+            while self._manager.is_saving_in_progress() and time.monotonic() < until:
+                time.sleep(0.005)
 
     def info(self, step: int) -> dict[str, Any]:
         """The JSON object of a step."""

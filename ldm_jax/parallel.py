@@ -124,7 +124,7 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh, zero1: bool = False) 
 # ---------------------------------------------------------------------------------------------------------------- compiled steps
 
 
-def make_placed(make: Callable[[jax.Array], Any], key: jax.Array, placed: Any, most: int = 2**29) -> Any:
+def make_placed(make: Callable[[jax.Array], Any], key: jax.Array, placed: Any, most: int = 2**28) -> Any:
     """``make(key)`` as arrays placed by ``placed``, about ``most`` bytes of it at a time.
 
     One program for all of a large model would hold the random numbers of many parameters beside those that are done. Each program here draws the
@@ -132,7 +132,7 @@ def make_placed(make: Callable[[jax.Array], Any], key: jax.Array, placed: Any, m
     """
     closed, shapes = jax.make_jaxpr(make, return_shape=True)(key)
     leaves, tree = jax.tree.flatten(shapes)
-    where, run = tree.flatten_up_to(placed), jax.extend.core.jaxpr_as_fun(closed)
+    where = tree.flatten_up_to(placed)
     groups: list[list[int]] = []
     room = 0
     for i, leaf in enumerate(leaves):
@@ -144,9 +144,21 @@ def make_placed(make: Callable[[jax.Array], Any], key: jax.Array, placed: Any, m
         room -= size
     made: list[Any] = []
     for group in groups:
-        some = jax.jit(lambda key, group=group: [run(key)[i] for i in group], out_shardings=[where[i] for i in group])
+        some = jax.jit(_part(closed, group), out_shardings=[where[i] for i in group])
         made += jax.block_until_ready(some(key))
     return tree.unflatten(made)
+
+
+def _part(closed: Any, outputs: Sequence[int]) -> Callable[..., list[Any]]:
+    """A traced function with some of its outputs alone, and what they do not need left out: lowering a whole network each time takes minutes."""
+    wanted = [closed.jaxpr.outvars[i] for i in outputs]
+    needed, kept = {id(v) for v in wanted}, []
+    for equation in reversed(closed.jaxpr.eqns):
+        if any(id(v) in needed for v in equation.outvars):
+            needed.update(id(v) for v in equation.invars)
+            kept.append(equation)
+    part = closed.jaxpr.replace(eqns=kept[::-1], outvars=wanted)
+    return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, closed.consts))
 
 
 class Target(NamedTuple):
