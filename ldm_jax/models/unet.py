@@ -134,7 +134,7 @@ class UNet(Trunk):
         """``context`` [b, m, context_dim] feeds cross-attention; ``y`` [b] holds class indices where ``num_classes`` is set.
 
         With a ``depth`` the result is (output, the deep feature [b, h', w', c'] that enters the last ``depth`` output rows). Given such a feature as
-        ``deep``, only the first and the last ``depth`` rows run, around it (Ma et al. 2023, arXiv:2312.00858, section 3.2).
+        ``deep``, only the first and the last ``depth`` rows run, around it (Ma et al. 2023, arXiv:2312.00858).
         """
         if (y is None) != (self.num_classes is None):
             raise ValueError("UNet: y must be given if and only if num_classes is set")
