@@ -160,9 +160,12 @@ def train(config: Any, workdir: str | Path) -> Path:
         unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
         batches = train_loader.iterate(first)
         with contextlib.closing(batches), contextlib.closing(report):
-            for step, raw in zip(range(first + 1, config.steps + 1), batches, strict=False):
+            for step in range(first + 1, config.steps + 1):
+                # While the device is at the step before: a batch is read, encoded and brought there behind its back.
+                with report.waiting(None if unread is None else unread[1]):
+                    batch = global_rows(task.host_batch(next(batches), here[0] * local), mesh)
                 with report.pause() if step == first + 1 else contextlib.nullcontext():  # the first call compiles
-                    state, metrics = step_fn(state, frozen, global_rows(task.host_batch(raw, here[0] * local), mesh))
+                    state, metrics = step_fn(state, frozen, batch)
                 if unread is not None:
                     report.step(*unread, rate, checkpoints)
                 unread = (step, metrics)

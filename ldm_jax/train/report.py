@@ -61,6 +61,7 @@ class Report:
         self.terminal = self.speaks and sys.stderr.isatty()
         self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not self.terminal, dynamic_ncols=True)
         self.since, self.last = time.perf_counter(), first
+        self.waited = 0.0
         self.rise, self.doubt = config.guard.rise if "guard" in config else 0.0, False
         self.alarm, self.alarmed = config.adversary.alarm if "adversary" in config else 0.0, False
 
@@ -87,15 +88,19 @@ class Report:
         if step % self.config.log_every and step != self.config.steps:
             return
         now = time.perf_counter()
-        per_second = (step - self.last) * self.config.batch_size / max(now - self.since, 1e-9)
+        took = max(now - self.since, 1e-9)
+        per_second, waited = (step - self.last) * self.config.batch_size / took, min(self.waited / took, 1.0)
         left = (self.config.steps - step) * self.config.batch_size / per_second
-        self.since, self.last = now, step
+        self.since, self.last, self.waited = now, step, 0.0
         values = {k: float(v) for k, v in metrics.items()} | {
             "learning_rate": float(rate(step - 1)),
             "images_per_second": per_second,
+            "waited_for_data": waited,
         }
         self._write(step, "train", values)
         line = f"loss {loss:.4f}, {per_second:.1f} images/s, {clock(left)} left"
+        if waited > 0.05:
+            line += f"; waits {100 * waited:.0f} % of the time for data"
         if self.terminal:
             self.bar.set_postfix_str(line)
         else:
@@ -131,6 +136,17 @@ class Report:
         self.board.add_image("preview", image, step, dataformats="HWC")
         if self.wandb is not None:
             self.wandb.log({"preview": find_wandb().Image(image), "step": step})
+
+    @contextlib.contextmanager
+    def waiting(self, running: Any) -> Iterator[None]:
+        """A batch is read inside, while the device is at the step whose results are ``running``: it waited if they are there before the batch is.
+
+        Then all the time inside is counted, of which the device may have worked for a part.
+        """
+        began = time.perf_counter()
+        yield
+        if running is None or all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
+            self.waited += time.perf_counter() - began
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

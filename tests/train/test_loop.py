@@ -377,6 +377,7 @@ def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(quick, 
         "train/grad_norm": 0.5,
         "train/learning_rate": 0.1,
         "train/images_per_second": 0.0,
+        "train/waited_for_data": 0.0,
         "step": 1,
     }
     assert validation == {"validation/psnr": 20.0, "step": 1}
@@ -389,6 +390,23 @@ def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(quick, 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match=r"wandb cannot start \(api_key not configured\)"):
         Report(tmp_path, quick, 0)
+
+
+@pytest.mark.parametrize(("ready", "share"), [((True, True), 0.5), ((True, False), 0.0)])
+def test_waiting_for_data_is_said_where_the_device_waited_too(quick, tmp_path, monkeypatch, caplog, ready, share):
+    """A batch takes as long as all the rest; it costs nothing while the device is still at the step before."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    caplog.set_level(logging.INFO, "ldm_jax")
+    quick.steps = 1
+    running = [types.SimpleNamespace(is_ready=lambda value=value: value) for value in ready]
+    with contextlib.closing(Report(tmp_path, quick, 0)) as report:
+        with report.waiting(running):
+            now[0] += 3.0
+        now[0] += 3.0
+        report.step(1, {"loss": 1.0, "grad_norm": 0.5}, lambda step: 0.1, None)
+    assert metrics(tmp_path)[0]["waited_for_data"] == share
+    assert ("waits 50 % of the time for data" in caplog.text) == bool(share)
 
 
 @pytest.mark.parametrize("there", [None, types.ModuleType("wandb")])  # nothing, or a folder of that name
