@@ -161,7 +161,11 @@ class TrainingCheckpoints:
         return self._manager.restore(step, args=self._ocp.args.Composite(info=self._ocp.args.JsonRestore()))["info"]
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, placed as the arrays of ``like`` (or its ShapeDtypeStructs with shardings) are."""
+        """The state of a step, placed as the arrays of ``like`` (or its ShapeDtypeStructs with shardings) are.
+
+        CheckpointError where the step is damaged, or is a state of other arrays.
+        """
+        self._check(step, like)
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
         args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
         try:
@@ -169,6 +173,34 @@ class TrainingCheckpoints:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{self.path / str(step)} cannot be restored: {reason[:200]}") from None
+
+    def _check(self, step: int, like: Any) -> None:
+        """CheckpointError that says how the arrays of a step differ from those of ``like``."""
+        tree = self._ocp.tree
+        try:
+            kept = self._manager.item_metadata(step)["state"].tree
+        except Exception:  # damaged: reading it will say how
+            return
+        there, here = (
+            {"/".join(k): tuple(v.shape) for k, v in tree.to_flat_dict(part).items() if hasattr(v, "shape")}
+            for part in (kept, tree.serialize_tree(like, keep_empty_nodes=False))
+        )
+        reshaped = [k for k in here if k in there and here[k] != there[k]]
+        differing = {
+            "lacks": [k for k in here if k not in there],
+            "has beside them": [k for k in there if k not in here],
+            "has in another shape": [f"{k} {there[k]}, not {here[k]}" for k in reshaped],
+        }
+        told = [
+            f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for what, names in differing.items()
+            if names
+        ]
+        if told:
+            raise CheckpointError(
+                f"{self.path / str(step)} was written by other code: of the state's arrays it {'; it '.join(told)}. "
+                "Go on with the code that wrote it, or begin in another --workdir"
+            )
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import SMALL, SMALL_KL, child, random_params
 from ml_collections import ConfigDict
@@ -21,13 +22,14 @@ from PIL import Image
 
 import ldm_jax
 from configs.common import base
-from ldm_jax.checkpoint import BestCheckpoints, TrainingCheckpoints, load_model, save_model
+from ldm_jax.checkpoint import BestCheckpoints, CheckpointError, TrainingCheckpoints, load_model, save_model
 from ldm_jax.latent import ConfigError, FirstStage, build_first_stage
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
 from ldm_jax.train import autoencoder_step, loop, tasks
 from ldm_jax.train.loop import run_evaluation, train
 from ldm_jax.train.report import Report, TrainingDiverged, what_is_wrong
+from ldm_jax.train.state import create_state
 
 
 @pytest.fixture(autouse=True)
@@ -501,6 +503,27 @@ def test_the_best_validations_are_kept(tmp_path):
         assert offered(best, 7, 9.0, 4.0)
         assert best.best() == 7
         assert kept() == [7]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"a": {"kernel": (3, 5)}}, r"has in another shape ema/a/kernel \(3, 4\), not \(3, 5\) and 1 more"),
+        ({"a": {"kernel": (3, 4)}, "b": (2,)}, "lacks ema/b and 1 more"),
+        ({"c": (3, 4)}, "lacks ema/c and 1 more; it has beside them ema/a/kernel and 1 more"),
+    ],
+)
+def test_a_checkpoint_of_other_code_says_what_differs(tmp_path, other, said):
+    def state(shapes):
+        params = jax.tree.map(np.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+        return create_state(params, optax.sgd(0.1), ema=True)
+
+    with contextlib.closing(TrainingCheckpoints(tmp_path)) as checkpoints:
+        checkpoints.save(1, state({"a": {"kernel": (3, 4)}}), {})
+        same = checkpoints.restore(1, state({"a": {"kernel": (3, 4)}}))
+        assert same.params["a"]["kernel"].shape == (3, 4)
+        with pytest.raises(CheckpointError, match=f"was written by other code: .* it {said}"):
+            checkpoints.restore(1, state(other))
 
 
 def test_a_model_half_written_by_a_killed_run_is_written_again(tmp_path):
