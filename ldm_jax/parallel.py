@@ -17,6 +17,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Mode = Literal["jit", "pmap"]
@@ -151,13 +152,8 @@ def make_placed(make: Callable[[jax.Array], Any], key: jax.Array, placed: Any, m
 
 def _part(closed: Any, outputs: Sequence[int]) -> Callable[..., list[Any]]:
     """A traced function with some of its outputs alone, and what they do not need left out: lowering a whole network each time takes minutes."""
-    wanted = [closed.jaxpr.outvars[i] for i in outputs]
-    needed, kept = {id(v) for v in wanted}, []
-    for equation in reversed(closed.jaxpr.eqns):
-        if any(id(v) in needed for v in equation.outvars):
-            needed.update(id(v) for v in equation.invars)
-            kept.append(equation)
-    part = closed.jaxpr.replace(eqns=kept[::-1], outvars=wanted)
+    wanted = [i in outputs for i in range(len(closed.jaxpr.outvars))]
+    part, _ = dce_jaxpr(closed.jaxpr, wanted, instantiate=True)
     return jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(part, closed.consts))
 
 
