@@ -83,11 +83,10 @@ def test_image_to_image_begins_with_a_full_call(exact_pipe):
     assert difference(one_step, exact_pipe(RED, image=image, **settings)) < 1e-5
 
 
-def test_every_sampler_takes_it_but_the_one_that_chooses_its_steps(exact_pipe):
-    for sampler in ("unipc", "heun"):
-        made = exact_pipe(RED, sampler=sampler, cache_interval=2)
-        assert difference(made, exact_pipe(RED, sampler=sampler)) > 0.001, sampler
-        assert np.isfinite(made).all(), sampler
+def test_a_multistep_sampler_takes_it(exact_pipe):
+    made = exact_pipe(RED, sampler="unipc", cache_interval=2)  # it remembers, and corrects itself
+    assert difference(made, exact_pipe(RED, sampler="unipc")) > 0.001
+    assert np.isfinite(made).all()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,6 @@ def test_outside_the_guidance_interval_half_the_rows_run():
     assert out[True] == out[False] == [3.0, 5.0, 3.0]
 
 
-def test_a_picture_outside_every_interval_is_unguided_with_and_without_the_cache(exact_pipe):
-    late = {"guidance_interval": (200.0, 300.0)}  # later than the schedule
-    for cache in ({}, {"cache_interval": 2}):
-        assert difference(exact_pipe(RED, guidance=3.0, **late, **cache), exact_pipe(RED, guidance=1.0, **cache)) < 1e-4
+def test_a_picture_outside_every_interval_is_unguided_with_the_cache_too(exact_pipe):
+    late, cache = {"guidance_interval": (200.0, 300.0)}, {"cache_interval": 2}  # later than the schedule
+    assert difference(exact_pipe(RED, guidance=3.0, **late, **cache), exact_pipe(RED, guidance=1.0, **cache)) < 1e-4
