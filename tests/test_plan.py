@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import kl_f8, sd_v1, txt2img_1p4b
 from configs.common import base
 from ldm_jax.latent import ConfigError
+from ldm_jax.nn import kernels
 from ldm_jax.plan import chips
 from ldm_jax.plan.chips import GIB, PlanError, find_devices, parse_topology
 from ldm_jax.plan.flops import count_flops, peak_bytes
@@ -126,7 +127,7 @@ def test_a_frozen_conditioner_is_not_trained(diffusion):
     frozen = Step(diffusion, trained.mesh, False, True)
     assert frozen.parameters()["conditioner (frozen)"] == trained.parameters()["conditioner"]
     assert set(frozen.state.params) == {"unet"}
-    assert count_flops(frozen.trace(1))["product"] < count_flops(trained.trace(1))["product"]
+    assert count_flops(frozen.trace(1, ""))["product"] < count_flops(trained.trace(1, ""))["product"]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,30 @@ def test_arithmetic_is_counted_by_kind():
     backward = count_flops(jax.make_jaxpr(jax.grad(f, (0, 2)))(x, w, k).jaxpr)
     assert backward["convolution"] in (2 * forward, 3 * forward)  # of a sum the value itself may not be needed
     assert counted["other"] > 0
+
+
+def test_the_arithmetic_of_kernels_is_seen():
+    """Two products forwards; backwards the four that anyone needs, and the first again."""
+
+    def arithmetic(form, given):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda *qkv: form(*qkv, 0.2).sum(), (0, 1, 2)))(*given).jaxpr
+        return count_flops(jaxpr)
+
+    given = [jax.ShapeDtypeStruct((2, n, 3, 40), jnp.float32) for n in (256, 384, 384)]
+    once = 2 * 2 * 3 * 256 * 384
+    assert arithmetic(kernels.plain, given)["attention"] == 6 * once * 40
+    assert arithmetic(kernels.chunked, given)["attention"] == 0  # products of one head have no batch dimensions
+    assert arithmetic(kernels.chunked, given)["product"] == 7 * once * 40
+    splash = arithmetic(kernels.splash, given)
+    assert splash["attention"] == 7 * once * 40 + 2 * 2 * 3 * 256 * 40  # and the result's product with its gradient
+    assert splash["padded"] == 7 * once * 128  # a head of 40 fills the matrix unit no better than one of 128
+
+
+def test_the_arithmetic_of_cudnn_is_seen(monkeypatch):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    q = jax.ShapeDtypeStruct((2, 256, 3, 40), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: kernels.cudnn(q, q, q, 0.2).astype(jnp.float32).sum()))(q).jaxpr
+    assert count_flops(jaxpr)["attention"] == 7 * 2 * 2 * 3 * 256**2 * 40
 
 
 def test_the_peak_is_what_is_alive_at_once():
