@@ -229,6 +229,7 @@ ENTRY %main (a: bf16[8,128]) -> f32[] {
   %all-gather-done.1 = f32[32,4]{1,0} all-gather-done(%all-gather-start.1)
   %fusion = f32[4,128]{1,0} fusion(%z), kind=kCustom, calls=%fused_reduce-scatter.1
   %reduce-scatter.3 = f32[4,128]{1,0} reduce-scatter(%z), channel_id=5, replica_groups=[2,8]<=[16], dimensions={0}, to_apply=%add
+  %all-gather.4 = bf16[5]{0} all-gather(%z), channel_id=6, replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}, dimensions={0}
 }
 """
 
@@ -240,6 +241,7 @@ def test_collectives_are_read_from_the_compiled_text():
         ("collective-permute", 2 * 8 * 128, 16, 3),
         ("all-reduce", 4 * 11, 4, 1),
         ("all-gather", 4 * 32 * 4, 16, 1),
+        ("all-gather", 2 * 5, 8, 1),
         ("reduce-scatter", 4 * 64 * 128, 16, 1),
         ("reduce-scatter", 4 * 4 * 128 * 8, 8, 1),
     }

@@ -35,7 +35,11 @@ from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import TASKS, DiffusionTask, plain
 
 # At its default effort the TPU compiler takes several times as long; its estimates must be compared at equal effort only.
-_QUICK = {"exec_time_optimization_effort": -1.0}
+# It may also fold a gather of weights into a loop around the product that wants them, whose body its estimate counts once: not in a plan.
+_OPTIONS = {
+    "exec_time_optimization_effort": -1.0,
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+}
 # Pictures of a trace: enough that what grows with them outweighs what does not. Tracing more costs no more.
 _FEW = 64
 
@@ -240,7 +244,7 @@ class Step:
         traced = program.trace(self.state, self.frozen, batch)
         tpu = topology.kind.startswith("v")
         try:
-            compiled = traced.lower().compile(compiler_options=dict(_QUICK) if tpu else None)
+            compiled = traced.lower().compile(compiler_options=dict(_OPTIONS) if tpu else None)
         except Exception as error:  # RESOURCE_EXHAUSTED of whatever class
             return Compiled(fits=False, needed=out_of_memory(str(error)))
         text, memory, costs = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
