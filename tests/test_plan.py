@@ -74,6 +74,13 @@ def test_what_is_computed_again_is_not_useful(first_stage):
     assert again.per_picture < kept.per_picture
 
 
+def test_what_no_result_needs_is_not_counted(first_stage):
+    """d_weight takes the last layer's gradient of two more pull-backs through the decoder, and the compiler leaves the rest of them out."""
+    alone = plan(first_stage, parse_topology("cpu"), compile=False).flops["convolution"]
+    first_stage.adversary.update(weight=0.5, start=1, layers=1, channels=1)
+    assert alone < plan(first_stage, parse_topology("cpu"), compile=False).flops["convolution"] < 1.2 * alone
+
+
 def test_memory_options_reach_the_state(first_stage):
     first_stage.optim.mu_dtype = "bfloat16"
     made = plan(first_stage, parse_topology("cpu:8"), compile=False)
