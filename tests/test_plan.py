@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import kl_f8, sd_v1, txt2img_1p4b
 from configs.common import base
 from ldm_jax.latent import ConfigError
+from ldm_jax.nn import kernels
 from ldm_jax.plan import chips
 from ldm_jax.plan.chips import GIB, PlanError, find_devices, parse_topology
 from ldm_jax.plan.flops import count_flops, peak_bytes
@@ -73,6 +74,13 @@ def test_what_is_computed_again_is_not_useful(first_stage):
     assert again.per_picture < kept.per_picture
 
 
+def test_what_no_result_needs_is_not_counted(first_stage):
+    """d_weight takes the last layer's gradient of two more pull-backs through the decoder, and the compiler leaves the rest of them out."""
+    alone = plan(first_stage, parse_topology("cpu"), compile=False).flops["convolution"]
+    first_stage.adversary.update(weight=0.5, start=1, layers=1, channels=1)
+    assert alone < plan(first_stage, parse_topology("cpu"), compile=False).flops["convolution"] < 1.2 * alone
+
+
 def test_memory_options_reach_the_state(first_stage):
     first_stage.optim.mu_dtype = "bfloat16"
     made = plan(first_stage, parse_topology("cpu:8"), compile=False)
@@ -126,7 +134,7 @@ def test_a_frozen_conditioner_is_not_trained(diffusion):
     frozen = Step(diffusion, trained.mesh, False, True)
     assert frozen.parameters()["conditioner (frozen)"] == trained.parameters()["conditioner"]
     assert set(frozen.state.params) == {"unet"}
-    assert count_flops(frozen.trace(1))["product"] < count_flops(trained.trace(1))["product"]
+    assert count_flops(frozen.trace(1, ""))["product"] < count_flops(trained.trace(1, ""))["product"]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +177,30 @@ def test_arithmetic_is_counted_by_kind():
     assert counted["other"] > 0
 
 
+def test_the_arithmetic_of_kernels_is_seen():
+    """Two products forwards; backwards the four that anyone needs, and the first again."""
+
+    def arithmetic(form, given):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda *qkv: form(*qkv, 0.2).sum(), (0, 1, 2)))(*given).jaxpr
+        return count_flops(jaxpr)
+
+    given = [jax.ShapeDtypeStruct((2, n, 3, 40), jnp.float32) for n in (256, 384, 384)]
+    once = 2 * 2 * 3 * 256 * 384
+    assert arithmetic(kernels.plain, given)["attention"] == 6 * once * 40
+    assert arithmetic(kernels.chunked, given)["attention"] == 0  # products of one head have no batch dimensions
+    assert arithmetic(kernels.chunked, given)["product"] == 7 * once * 40
+    splash = arithmetic(kernels.splash, given)
+    assert splash["attention"] == 7 * once * 40 + 2 * 2 * 3 * 256 * 40  # and the result's product with its gradient
+    assert splash["padded"] == 7 * once * 128  # a head of 40 fills the matrix unit no better than one of 128
+
+
+def test_the_arithmetic_of_cudnn_is_seen(monkeypatch):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    q = jax.ShapeDtypeStruct((2, 256, 3, 40), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda q: kernels.cudnn(q, q, q, 0.2).astype(jnp.float32).sum()))(q).jaxpr
+    assert count_flops(jaxpr)["attention"] == 7 * 2 * 2 * 3 * 256**2 * 40
+
+
 def test_the_peak_is_what_is_alive_at_once():
     def f(x):
         a = x + 1
@@ -204,6 +236,7 @@ ENTRY %main (a: bf16[8,128]) -> f32[] {
   %all-gather-done.1 = f32[32,4]{1,0} all-gather-done(%all-gather-start.1)
   %fusion = f32[4,128]{1,0} fusion(%z), kind=kCustom, calls=%fused_reduce-scatter.1
   %reduce-scatter.3 = f32[4,128]{1,0} reduce-scatter(%z), channel_id=5, replica_groups=[2,8]<=[16], dimensions={0}, to_apply=%add
+  %all-gather.4 = bf16[5]{0} all-gather(%z), channel_id=6, replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}, dimensions={0}
 }
 """
 
@@ -215,6 +248,7 @@ def test_collectives_are_read_from_the_compiled_text():
         ("collective-permute", 2 * 8 * 128, 16, 3),
         ("all-reduce", 4 * 11, 4, 1),
         ("all-gather", 4 * 32 * 4, 16, 1),
+        ("all-gather", 2 * 5, 8, 1),
         ("reduce-scatter", 4 * 64 * 128, 16, 1),
         ("reduce-scatter", 4 * 4 * 128 * 8, 8, 1),
     }

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ldm_jax.nn.attention import CrossAttention, FeedForward
-from ldm_jax.nn.layers import Array, Dtype, dense, layer_norm
+from ldm_jax.nn.layers import Array, Dtype, dense, keep_rows, layer_norm
 
 
 class TransformerEncoder(nn.Module):
@@ -37,13 +37,13 @@ class TransformerEncoder(nn.Module):
         normal = nn.initializers.normal(self.embed_std)
         x = nn.Embed(self.vocab_size, self.dim, embedding_init=normal, dtype=self.dtype, name="token_emb")(tokens)
         x = x + self.param("pos_emb", normal, (self.max_seq_len, self.dim)).astype(self.dtype)[:n]
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = keep_rows(nn.Dropout(self.dropout, deterministic=not train)(x))
         pair = None if mask is None else mask[:, None, :, None] & mask[:, None, None, :]
         for i in range(self.depth):
             attn = CrossAttention(self.heads, self.head_dim, self.dropout, self.dtype, name=f"attn_{i}")
-            x = x + attn(layer_norm(f"attn_norm_{i}", self.dtype)(x), mask=pair, train=train)
+            x = keep_rows(x + attn(layer_norm(f"attn_norm_{i}", self.dtype)(x), mask=pair, train=train))
             ff = FeedForward(self.ff_mult, self.ff_glu, self.dropout, self.dtype, name=f"ff_{i}")
-            x = x + ff(layer_norm(f"ff_norm_{i}", self.dtype)(x), train=train)
+            x = keep_rows(x + ff(layer_norm(f"ff_norm_{i}", self.dtype)(x), train=train))
         x = layer_norm("norm", self.dtype)(x)
         if self.with_logits or logits:
             projected = dense(self.vocab_size, x, name="to_logits", dtype=self.dtype)(x)

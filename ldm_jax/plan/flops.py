@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 PRODUCTS = ("convolution", "product", "attention")
 KINDS = (*PRODUCTS, "other")
+_TILE = 128  # side of a TPU's matrix unit
 
 # What moves or names values computes nothing.
 _MOVES = re.compile(
@@ -26,25 +27,31 @@ def inner(eqn: Any) -> list[Jaxpr]:
     return [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
 
 
-def count_flops(jaxpr: Jaxpr) -> Counter[str]:
+def count_flops(jaxpr: Jaxpr, in_kernel: bool = False) -> Counter[str]:
     """FLOPs by kind: a multiply-add is two, loops count every turn.
 
-    "attention" are the products with batch dimensions (queries with keys, weights with values), "product" those without (dense layers, 1x1
-    convolutions), "other" is one for each element of what anything else computes or reduces.
+    "attention" are the products with batch dimensions (queries with keys, weights with values) and those of kernels, "product" those without (dense
+    layers, 1x1 convolutions), "other" is one for each element of what anything else computes or reduces. "padded", which is none of `KINDS`, are the
+    products of Pallas kernels as a TPU's matrix unit does them: contracted and resulting columns in multiples of 128.
     """
     total: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
         name, parts = eqn.primitive.name, inner(eqn)
         if name == "dot_general":
-            total[_kind_of_dot(eqn)] += _dot(eqn)
+            total["attention" if in_kernel else _kind_of_dot(eqn)] += _dot(eqn)
+            total["padded"] += in_kernel * _dot(eqn, _TILE)
         elif name == "conv_general_dilated":
             total["convolution"] += _conv(eqn)
+        elif name.startswith("dot_product_attention"):  # cuDNN's: two products forwards, five backwards
+            total["attention"] += _fused(eqn)
         elif name == "cond":
-            total += max((count_flops(part) for part in parts), key=lambda c: c.total())
+            total += max((count_flops(part, in_kernel) for part in parts), key=lambda c: c.total())
         elif parts:
-            times = eqn.params["length"] if name == "scan" else 1
+            kernel = name == "pallas_call"
+            times = math.prod(eqn.params["grid_mapping"].grid) if kernel else eqn.params.get("length", 1)
             for part in parts:
-                total += Counter({kind: times * n for kind, n in count_flops(part).items()})
+                counted = count_flops(part, in_kernel or kernel)
+                total += Counter({kind: times * n for kind, n in counted.items()})
         elif not _MOVES.fullmatch(name):
             total["other"] += max((_floats(v.aval) for v in (*eqn.invars, *eqn.outvars)), default=0)
     return total
@@ -55,10 +62,19 @@ def _kind_of_dot(eqn: Any) -> str:
     return "attention" if batch else "product"
 
 
-def _dot(eqn: Any) -> int:
+def _dot(eqn: Any, tile: int = 1) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracted)
+    lhs, (*rows, columns) = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    return 2 * math.prod(rows) * _ceil(columns, tile) * _ceil(math.prod(lhs[d] for d in contracted), tile)
+
+
+def _fused(eqn: Any) -> int:
+    q, k = (v.aval.shape for v in eqn.invars[:2])  # [b, n, h, d], [b, m, h, d]
+    return 2 * math.prod(q) * k[1] * (5 if "bwd" in eqn.primitive.name else 2)
+
+
+def _ceil(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _conv(eqn: Any) -> int:

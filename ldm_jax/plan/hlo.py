@@ -1,5 +1,6 @@
 """What a compiled program's text says about communication."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ _CALLED = re.compile(
     r"\b(body|condition|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_GROUP = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+_GROUP = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^]]*)\] \{([^}]*)\})")
 
 
 class Collective(NamedTuple):
@@ -48,8 +49,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 continue
             name, result, kind, start = match.groups()
             sizes = [_bytes(*array.groups()) for array in _ARRAY.finditer(result)]
-            group = _GROUP.search(line)
-            n = devices if group is None else int(group[1]) if group[1] else len([x for x in group[2].split(",") if x])
+            n = _group(line, devices)
             if start and kind in (
                 "all-gather",
                 "collective-permute",
@@ -59,6 +59,17 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 size = sum(sizes) * (n if kind == "reduce-scatter" else 1)
             found.append(Collective(_really(kind, computation), name, size, n, times[computation]))
     return found
+
+
+def _group(line: str, devices: int) -> int:
+    """Devices that take part: [groups,devices], {{first group},...} or mesh['axis'=size,...] {axes of it}; all where nothing is said."""
+    match = _GROUP.search(line)
+    if match is None:
+        return devices
+    each, listed, axes, over = match.groups()
+    if axes is not None:
+        return math.prod(int(size) for name, size in re.findall(r"('\w+')=(\d+)", axes) if name in over.split(","))
+    return int(each) if each else len([x for x in listed.split(",") if x])
 
 
 def _really(kind: str, computation: str) -> str:

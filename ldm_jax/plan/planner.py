@@ -10,11 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from ldm_jax.data import Mask
 from ldm_jax.latent import ConfigError
-from ldm_jax.parallel import AXES, ROWS, compile_step, make_mesh, mesh_sizes, row_shards, shardings, state_shardings
+from ldm_jax.parallel import (
+    AXES,
+    ROWS,
+    Target,
+    compile_step,
+    compiled_for,
+    make_mesh,
+    mesh_sizes,
+    row_shards,
+    shardings,
+    state_shardings,
+)
 from ldm_jax.plan.chips import PlanError, Topology, find_devices
 from ldm_jax.plan.flops import KINDS, PRODUCTS, count_flops, nbytes, peak_bytes
 from ldm_jax.plan.hlo import Collective, collectives
@@ -24,7 +36,11 @@ from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import TASKS, DiffusionTask, plain
 
 # At its default effort the TPU compiler takes several times as long; its estimates must be compared at equal effort only.
-_QUICK = {"exec_time_optimization_effort": -1.0}
+# It may also fold a gather of weights into a loop around the product that wants them, whose body its estimate counts once: not in a plan.
+_OPTIONS = {
+    "exec_time_optimization_effort": -1.0,
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+}
 # Pictures of a trace: enough that what grows with them outweighs what does not. Tracing more costs no more.
 _FEW = 64
 
@@ -33,13 +49,15 @@ _FEW = 64
 class Compiled:
     """What the compiler says of a step on one chip: bytes ``needed`` in all and ``temporary`` among them, estimated ``seconds``, ``collectives``.
 
-    What it does not say is None, and so is all but ``needed`` where the step does not fit.
+    It takes Pallas ``kernels`` to need no time: their products at the chip's peak, padded to its matrix unit, are seconds of our own, and part of
+    ``seconds``. What it does not say is None, and so is all but ``needed`` where the step does not fit.
     """
 
     fits: bool
     needed: float
     temporary: float | None = None
     seconds: float | None = None
+    kernels: float = 0.0
     collectives: Sequence[Collective] = ()
 
 
@@ -124,14 +142,15 @@ def plan(
     rows = config.batch_size // shards // parts
 
     step = Step(config, mesh, zero1, cached or bool(config.data.cache))
-    few, many = step.trace(_FEW), step.trace(2 * _FEW)
+    # A GPU's kernels can be traced only where there is one.
+    untold = "cpu" if topology.chip is None else "tpu" if topology.kind.startswith("v") else ""
+    platform = untold if devices is None else devices[0].platform
+    few, many = step.trace(_FEW, platform), step.trace(2 * _FEW, platform)
     arithmetic = partial(_line, count_flops(few), count_flops(many))
     flops = arithmetic(rows * parts)
-    kept = count_flops(few)
-    if config.remat != "none":
-        plainly = config.copy_and_resolve_references()
-        plainly.remat = "none"
-        kept = count_flops(Step(plainly, mesh, zero1, step.cached).trace(_FEW))
+    plainly = config.copy_and_resolve_references()
+    plainly.remat = "none"  # and no kernel, whose backward pass computes weights again
+    kept = count_flops(Step(plainly, mesh, zero1, step.cached).trace(_FEW, ""))
     useful = rows * parts / _FEW * sum(kept[kind] for kind in PRODUCTS)
     per_picture = (peak_bytes(many) - peak_bytes(few)) / _FEW
 
@@ -202,9 +221,14 @@ class Step:
     def function(self, parts: int) -> Callable[..., Any]:
         return self.task.make_step(self.tx, seed=self.config.seed, ema=self.config.ema, parts=parts)
 
-    def trace(self, rows: int) -> Any:
-        """The jaxpr of a step over ``rows`` pictures at once, on one device."""
-        return jax.make_jaxpr(self.function(1))(self.state, self.frozen, self.batch(rows)).jaxpr
+    def trace(self, rows: int, platform: str) -> Any:
+        """The jaxpr of a step over ``rows`` pictures at once on one device, with the kernels of a platform; "" has none.
+
+        Without what no result needs, which a compiler drops as well: a first stage's step pulls back twice for the last layer's gradient alone.
+        """
+        with compiled_for(Target(platform)):
+            jaxpr = jax.make_jaxpr(self.function(1))(self.state, self.frozen, self.batch(rows)).jaxpr
+        return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
     def compile(self, rows: int, *, topology: Topology, loops: float) -> Compiled:
         """The step compiled with ``rows`` pictures at a time on each chip.
@@ -222,21 +246,24 @@ class Step:
             out_shared=(self.placed, True),
         )
         batch = self.batch(rows * row_shards(mesh) * parts)
-        lowered = program.lower(self.state, self.frozen, batch)
+        traced = program.trace(self.state, self.frozen, batch)
         tpu = topology.kind.startswith("v")
         try:
-            compiled = lowered.compile(compiler_options=dict(_QUICK) if tpu else None)
+            compiled = traced.lower().compile(compiler_options=dict(_OPTIONS) if tpu else None)
         except Exception as error:  # RESOURCE_EXHAUSTED of whatever class
             return Compiled(fits=False, needed=out_of_memory(str(error)))
         text, memory, costs = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         needed += memory.temp_size_in_bytes
-        seconds = costs.get("optimal_seconds") if tpu and costs else None
+        seconds, kernels = costs.get("optimal_seconds") if tpu and costs else None, 0.0
         if seconds is not None:  # a ConcatBitcast counts as -1 s
             seconds = loops * (seconds + len(re.findall(r'custom_call_target="ConcatBitcast"', text)))
+            assert topology.chip is not None
+            kernels = count_flops(traced.jaxpr.jaxpr)["padded"] / topology.chip.peak
+            seconds += kernels
         fits = topology.chip is None or needed <= topology.chip.memory
         found = collectives(text, topology.size)
-        return Compiled(fits, needed, memory.temp_size_in_bytes, seconds, found)
+        return Compiled(fits, needed, memory.temp_size_in_bytes, seconds, kernels, found)
 
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters by part."""

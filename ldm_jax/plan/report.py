@@ -45,6 +45,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "bytes": compiled.needed,
             "temporary": compiled.temporary,
             "seconds": compiled.seconds,
+            "kernel_seconds": compiled.kernels,
             "sending_seconds": plan.sending,
             "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size, _) in by_kind(plan).items()},
             "largest_all_reduce": max((c.size for c in compiled.collectives if c.kind == "all-reduce"), default=0),
@@ -133,7 +134,9 @@ def as_text(plan: Plan) -> str:
         lines.append("collectives    " + ("; ".join(kinds) or "none"))
     if compiled is not None and compiled.seconds is not None and plan.sending is not None:
         lines.append(
-            f"speed          {1e3 * compiled.seconds:.1f} ms a step by the compiler's estimate, {1e3 * plan.sending:.1f} ms of sending at full speed"
+            f"speed          {1e3 * compiled.seconds:.1f} ms a step by the compiler's estimate"
+            + (f", {1e3 * compiled.kernels:.1f} ms of it kernels at the chip's peak" if compiled.kernels else "")
+            + f"; {1e3 * plan.sending:.1f} ms of sending at full speed"
         )
     elif chip is not None:
         lines.append(
