@@ -13,7 +13,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
 from benchmarks.models import pipeline
-from benchmarks.side_by_side import Side, as_torch, common_arguments, compare, in_torch, set_up, show, summary
+from benchmarks.side_by_side import Side, as_torch, common_arguments, compare, in_torch, products, set_up, show, summary
 from benchmarks.torch_twin import TorchDecoder, TorchText, TorchUNet, decoder_params, fill
 from ldm_jax.conditioning import BertText
 from ldm_jax.diffusion.samplers import initial_noise
@@ -118,9 +118,7 @@ def flops_of(model: Any, batch: int) -> float:
     x = jax.ShapeDtypeStruct((2 * batch, side, side, model.unet.in_channels), jnp.float32)
     t = jax.ShapeDtypeStruct((2 * batch,), jnp.int32)
     context = jax.ShapeDtypeStruct((2 * batch, 24, model.unet.context_dim), jnp.float32)
-    call = jax.jit(lambda p, *a: model.unet.apply({"params": p}, *a))
-    costs = call.lower(model.params["unet"], x, t, context).cost_analysis()
-    return float(costs["flops"]) if costs else float("nan")
+    return products(lambda p, *a: model.unet.apply({"params": p}, *a), model.params["unet"], x, t, context)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ class TrainingCheckpoints:
             return
         there, here = (
             {"/".join(k): tuple(v.shape) for k, v in tree.to_flat_dict(part).items() if hasattr(v, "shape")}
-            for part in (kept, tree.serialize_tree(like, keep_empty_nodes=False))
+            for part in (kept, tree.serialize_tree(like, keep_empty_nodes=True))
         )
         reshaped = [k for k in here if k in there and here[k] != there[k]]
         differing = {
