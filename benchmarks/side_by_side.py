@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,6 +170,20 @@ def common_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, help="PyTorch's threads (default: the cores of this process)")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     return parser
+
+
+def run_cases(
+    description: str | None,
+    cases: Iterable[str],
+    default: list[str],
+    measure: Callable[[str, int, Any], dict[str, Any]],
+) -> None:
+    """The command of a benchmark that is ``measure(case, batch, arguments)`` for each of both."""
+    parser = common_arguments(description)
+    parser.add_argument("--case", nargs="+", choices=list(cases), default=default)
+    args = parser.parse_args()
+    set_up(args)
+    show([measure(name, batch, args) for name in args.case for batch in args.batch], args.json)
 
 
 def set_up(args: argparse.Namespace) -> None:

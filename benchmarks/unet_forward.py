@@ -10,12 +10,10 @@ import torch  # pyright: ignore[reportMissingImports]
 from benchmarks.side_by_side import (
     as_numpy,
     check_same,
-    common_arguments,
     compare,
     in_torch,
     jitted,
-    set_up,
-    show,
+    run_cases,
     summary,
 )
 from benchmarks.unets import CASES, pair
@@ -35,13 +33,5 @@ def measure(name: str, batch: int, args: Any) -> dict[str, Any]:
     return summary(what, sides, compare(sides, args.repeats), flops)
 
 
-def main() -> None:
-    parser = common_arguments(__doc__)
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=["emoji", "sd_v1_quarter"])
-    args = parser.parse_args()
-    set_up(args)
-    show([measure(name, batch, args) for name in args.case for batch in args.batch], args.json)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, CASES, ["emoji", "sd_v1_quarter"], measure)

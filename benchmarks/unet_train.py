@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import torch  # pyright: ignore[reportMissingImports]
 
-from benchmarks.side_by_side import check_same, common_arguments, compare, in_torch, jitted, set_up, show, summary
+from benchmarks.side_by_side import check_same, compare, in_torch, jitted, run_cases, summary
 from benchmarks.unets import CASES, pair
 
 
@@ -39,13 +39,5 @@ def measure(name: str, batch: int, args: Any) -> dict[str, Any]:
     return summary(what, sides, compare(sides, args.repeats), flops)
 
 
-def main() -> None:
-    parser = common_arguments(__doc__)
-    parser.add_argument("--case", nargs="+", choices=list(CASES), default=["emoji", "sd_v1_quarter"])
-    args = parser.parse_args()
-    set_up(args)
-    show([measure(name, batch, args) for name in args.case for batch in args.batch], args.json)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, CASES, ["emoji", "sd_v1_quarter"], measure)
