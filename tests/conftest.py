@@ -30,7 +30,9 @@ import numpy as np
 import pytest
 from absl import app, flags
 
+from ldm_jax import generation
 from ldm_jax.checkpoint import save_model
+from ldm_jax.generation import Form
 from ldm_jax.latent import build, init_params
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.pipeline import Pipeline, load
@@ -174,6 +176,33 @@ def pipeline_of(config: dict) -> Pipeline:
 def pipe(tiny_dir: Path) -> Pipeline:
     """The tiny model on one device."""
     return load(tiny_dir, devices=1)
+
+
+class ExactPipeline(Pipeline):
+    """Its pictures come out as they leave the decoder, not rounded to 8 bits; other pipelines, compiled in between, are as ever."""
+
+    def program(self, sampler: str, form: Form) -> Callable[..., Any]:
+        rounded = super().program(sampler, form)
+
+        def program(*args: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(generation, "to_uint8", lambda x: x)
+                return rounded(*args)
+
+        return program
+
+
+def load_exact(path: Path, **options: Any) -> ExactPipeline:
+    """`load` for `ExactPipeline`."""
+    loaded = load(path, **options)
+    loaded.__class__ = ExactPipeline
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def exact_pipe(tiny_dir: Path) -> ExactPipeline:
+    """The tiny model on one device, with pictures float32."""
+    return load_exact(tiny_dir, devices=1)
 
 
 @pytest.fixture(scope="session")

@@ -7,24 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import generation
 from ldm_jax.conditioning import Cond
 from ldm_jax.diffusion.guidance import classifier_free
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise
+from ldm_jax.generation import Form
 from ldm_jax.models.unet import layout
-from ldm_jax.pipeline import RequestError, load
+from ldm_jax.pipeline import RequestError
 
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
 REQUEST = {"seeds": [5, 6], "guidance": 3.0}
-
-
-@pytest.fixture(scope="module")
-def exact_pipe(tiny_dir):
-    """Pictures come out as they leave the decoder, not rounded to 8 bits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "to_uint8", lambda x: x)
-        yield load(tiny_dir, devices=1)
 
 
 def by_hand(model, prompts: list[str], seeds: list[int], guidance: float, full: list[bool], depth: int) -> np.ndarray:
@@ -125,7 +117,7 @@ def test_the_unet_with_its_own_deep_feature_is_the_unet(pipe):
 
 def test_decoding_settings_reach_the_program(pipe):
     form = pipe.form(pipe.settings(decode_batch=2, tile=8), (16, 16), 4, (0, 1))
-    assert form == generation.Form((16, 16), progress=(0, 1), decode_batch=2, tile=8)
+    assert form == Form((16, 16), progress=(0, 1), decode_batch=2, tile=8)
 
 
 def test_outside_the_guidance_interval_half_the_rows_run():

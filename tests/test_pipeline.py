@@ -1,33 +1,18 @@
 """What a person asks a model for: the same seed means the same picture, however it is made."""
 
 import logging
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, load_exact
 
 import ldm_jax
-from ldm_jax import generation
 from ldm_jax.checkpoint import CheckpointError, save_model
 from ldm_jax.conditioning import bert
 from ldm_jax.pipeline import RequestError, load
 
 RED, BLUE = "red apple", "blue boat"
-
-
-@pytest.fixture(scope="module")
-def exact(tiny_dir) -> Iterator[pytest.MonkeyPatch]:
-    """Pictures come out as they leave the decoder, not rounded to 8 bits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "to_uint8", lambda x: x)
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def exact_pipe(exact, tiny_dir):
-    return load(tiny_dir, devices=1)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +53,8 @@ def test_the_same_seed_gives_the_same_picture_alone_and_in_a_batch(exact_pipe, b
 
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_the_same_seed_gives_the_same_picture_on_8_devices(exact, tiny_dir, batch_of_8, parallel):
-    spread = load(tiny_dir, parallel=parallel)
+def test_the_same_seed_gives_the_same_picture_on_8_devices(tiny_dir, batch_of_8, parallel):
+    spread = load_exact(tiny_dir, parallel=parallel)
     assert spread.mesh.devices.size == 8
     assert difference(spread([RED] * 8), batch_of_8) < 1e-5
 
@@ -195,8 +180,8 @@ def test_a_config_that_does_not_fit_its_parameters_says_so_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_bfloat16_gives_a_similar_picture(tiny_dir, exact, exact_pipe):
-    half = load(tiny_dir, devices=1, dtype="bfloat16")
+def test_bfloat16_gives_a_similar_picture(tiny_dir, exact_pipe):
+    half = load_exact(tiny_dir, devices=1, dtype="bfloat16")
     here, there = exact_pipe(RED), half(RED).astype(np.float32)
     assert 1e-4 < np.abs(there - here).mean() / here.std() < 0.1
 

@@ -1,6 +1,7 @@
 """The one training loop."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
@@ -10,9 +11,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
-from ldm_jax.checkpoint import BestCheckpoints, CheckpointError, TrainingCheckpoints, read_config, save_model
+from ldm_jax.checkpoint import (
+    BestCheckpoints,
+    CheckpointError,
+    TrainingCheckpoints,
+    find_model,
+    load_model,
+    read_config,
+    save_model,
+)
 from ldm_jax.latent import DTYPES, REMATS, ConfigError, nearest
 from ldm_jax.nn.layers import rows_over
 from ldm_jax.parallel import (
@@ -109,6 +119,8 @@ def train(config: Any, workdir: str | Path) -> Path:
                 f"best.metric {config.best.metric!r} is nothing that validation tells{nearest(config.best.metric, told)}"
             )
 
+    given = begin_with(config.init, task, shapes.params) if config.init and not is_run(workdir) else None
+
     # ------------------------------------------------------------------------------------ begin, or resume
     if is_first():  # only now: a mistake above leaves nothing behind that holds on to it
         claim_workdir(workdir, plain(config))
@@ -121,6 +133,8 @@ def train(config: Any, workdir: str | Path) -> Path:
         # Every process measures on all rows, and so gets the same.
         first, prepared = 0, task.prepare(lambda n: first_batches(make_loader(config, "train"), n))
         state = make_placed(init, jax.random.key(config.seed), placed)
+        if given is not None:
+            state = adopted(state, given)
         checkpoints.save(0, state, prepared)
     else:
         prepared = checkpoints.info(first)
@@ -231,6 +245,40 @@ def train(config: Any, workdir: str | Path) -> Path:
     return model_dir
 
 
+def begin_with(path: str, task: Task, like: Any) -> Any:
+    """Parameters, of the model directory at ``path``, that a state trains (shapes ``like``); ConfigError where one is missing or of another shape.
+
+    ``logvar`` of the loss alone may be missing: not every model has learnt one.
+    """
+    given, wanted = (
+        {"/".join(keys): leaf for keys, leaf in flatten_dict(tree).items()}
+        for tree in (task.adopt(*load_model(find_model(path))), like)
+    )
+    wrong = [
+        f"{name} {tuple(given[name].shape)}, not {tuple(leaf.shape)}" if name in given else f"no {name}"
+        for name, leaf in wanted.items()
+        if name != "logvar" and (name not in given or given[name].shape != leaf.shape)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more that do not fit" if len(wrong) > 1 else ""
+        raise ConfigError(f"init: {path} has {wrong[0]}{more}: give the model that it is in config.model")
+    return {tuple(name.split("/")): given[name] for name in wanted if name in given}
+
+
+def adopted(state: TrainState, given: Any) -> TrainState:
+    """``state`` with these parameters, and its average beginning at them."""
+
+    def placed(tree: Any) -> Any:
+        return unflatten_dict(
+            {
+                keys: jax.device_put(np.asarray(given[keys], leaf.dtype), leaf.sharding) if keys in given else leaf
+                for keys, leaf in flatten_dict(tree).items()
+            }
+        )
+
+    return dataclasses.replace(state, params=placed(state.params), ema=state.ema and placed(state.ema))
+
+
 def export(task: Task, model_dir: Path, trained: int, weights: Callable[[], Any]) -> None:
     """Writes ``weights()`` as a model of ``trained`` steps, in the place of one of other steps; leaves one of as many as it is."""
     if exported_steps(model_dir) == trained:
@@ -333,6 +381,11 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
             )
     elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and holds no run of ours: give another --workdir")
+
+
+def is_run(workdir: Path) -> bool:
+    """Whether ``workdir`` holds a step to go on from."""
+    return any(path.name.isdigit() for path in (workdir / TrainingCheckpoints.folder).glob("*"))
 
 
 def claim_workdir(workdir: Path, config: dict[str, Any]) -> None:

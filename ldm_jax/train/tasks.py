@@ -98,6 +98,10 @@ class Task(Protocol):
         """(config, params) of the model directory."""
         ...
 
+    def adopt(self, config: dict[str, Any], params: Any) -> Any:
+        """What `init` makes, of a model directory's (config, params); what the state does not train is left out."""
+        ...
+
 
 class AutoencoderTask(Task):
     """Trains a first stage, KL or VQ, with or without an adversary.
@@ -196,6 +200,9 @@ class AutoencoderTask(Task):
             fields["quantizer"] = "vq"
             params["quantize"] = {"embedding": weights["codebook"]["quantize"]["embedding"]}
         return {"kind": "first_stage", "first_stage": fields}, {"first_stage": params}
+
+    def adopt(self, config: dict[str, Any], params: Any) -> Any:
+        return params.get("first_stage", {})
 
 
 def make_adversary(config: Any) -> Adversary | None:
@@ -333,6 +340,12 @@ class DiffusionTask(Task):
     def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
         kept = {} if self.conditioner_params is None else {"conditioner": self.conditioner_params}
         return self.model_config, {**weights, **kept, "first_stage": self.frozen["first_stage"].params}
+
+    def adopt(self, config: dict[str, Any], params: Any) -> Any:
+        """Its scale factor too: the UNet has learnt latents of that size."""
+        if "scale_factor" in config:
+            self.model_config.setdefault("scale_factor", config["scale_factor"])
+        return {name: part for name, part in params.items() if name in ("unet", "conditioner", "logvar")}
 
 
 def first_stage_shapes(model: dict[str, Any], path: str | None) -> Any:
