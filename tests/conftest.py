@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["FLAX_PROFILE"] = "false"  # names of scopes, which nobody reads here: a tenth of all tracing
 
 import jaxlib
 

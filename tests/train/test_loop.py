@@ -23,7 +23,7 @@ from PIL import Image
 import ldm_jax
 from configs.common import base
 from ldm_jax.checkpoint import BestCheckpoints, CheckpointError, TrainingCheckpoints, load_model, save_model
-from ldm_jax.latent import ConfigError, FirstStage, build_first_stage
+from ldm_jax.latent import ConfigError, FirstStage, build, build_first_stage, init_params
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.parallel import make_mesh
 from ldm_jax.train import autoencoder_step, loop, tasks
@@ -217,6 +217,33 @@ def quick(pictures, first_stage) -> ConfigDict:
     config = make_config("autoencoder", pictures, first_stage)
     config.preview_every = config.eval_every = 1000
     return config
+
+
+def test_a_run_begins_with_a_models_parameters(quick, first_stage, tmp_path):
+    quick.update(init=str(first_stage), steps=1, save_every=1)
+    quick.optim.lr = 0.0
+    params = load_model(train(quick, tmp_path / "same"))[1]
+    jax.tree.map(np.testing.assert_array_equal, params, load_model(first_stage)[1])
+
+    quick.model.first_stage.z_channels = SMALL_KL["z_channels"] + 2
+    with pytest.raises(ConfigError, match=r"init: .* has .*conv_out/bias \(8,\), not \(12,\) and \d more"):
+        train(quick, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_diffusion_run_that_begins_with_a_model_takes_its_scale(pictures, first_stage, tmp_path):
+    config = make_config("diffusion", pictures, first_stage)
+    config.update(steps=1, save_every=1, eval_every=10, preview_every=10)
+    config.optim.lr = 0.0
+    before = {**SMALL, "kind": "latent_diffusion", "scale_factor": 0.123}
+    model, stage = build(before, None, None), load_model(first_stage)[1]["first_stage"]
+    params = random_params(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), 3)
+    save_model(tmp_path / "model", before, {**params, "first_stage": stage})
+
+    config.init = str(tmp_path / "model")
+    after, trained = load_model(train(config, tmp_path / "run"))
+    assert after["scale_factor"] == 0.123
+    jax.tree.map(np.testing.assert_array_equal, trained, {**params, "first_stage": stage})
 
 
 def test_a_run_under_pmap_on_8_devices_evaluates_saves_and_goes_on(quick, tmp_path, monkeypatch):
