@@ -12,7 +12,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.struct
@@ -27,6 +27,8 @@ from ldm_jax.diffusion.schedule import Schedule, lift, make_schedule
 from ldm_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian, init_autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModelInterface
+from ldm_jax.nn.layers import kept_rows
+from ldm_jax.parallel import target
 
 
 class ConfigError(ValueError):
@@ -34,8 +36,20 @@ class ConfigError(ValueError):
 
 
 def apply(module: Any, params: Any, *args: Any, **options: Any) -> Any:
-    """``module.apply`` on bare parameters."""
-    return module.apply({"params": params}, *args, **options)
+    """``module.apply`` on bare parameters. ``options`` that are a bool, int or str are compiled in.
+
+    Traced once for a module and shapes, however many programs and however many places in one (both calls of a Heun step) it is part of: tracing a
+    network in Python takes as long as compiling a small one.
+    """
+    fixed = {name: value for name, value in options.items() if isinstance(value, bool | int | str)}
+    given = {name: value for name, value in options.items() if name not in fixed}
+    return _apply(module, tuple(fixed.items()), (target(), kept_rows()), params, *args, **given)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _apply(module: Any, fixed: tuple[tuple[str, Any], ...], _: Any, params: Any, *args: Any, **given: Any) -> Any:
+    """The third is what tracing reads beside its arguments."""
+    return module.apply({"params": params}, *args, **dict(fixed), **given)
 
 
 @flax.struct.dataclass
@@ -257,21 +271,28 @@ def init_params(model: LatentDiffusion, key: jax.Array) -> dict:
 
 def check_params(model: LatentDiffusion) -> None:
     """ConfigError where the parameters are not those of the config: one is missing, or has another shape."""
-    key, module = jax.random.key(0), model.first_stage.module
-    expected = jax.eval_shape(lambda: init_params(model, key))
     there = dict(model.params)
-    if module is not None:
-        expected["first_stage"] = jax.eval_shape(lambda: init_autoencoder(module, key))
+    if model.first_stage.module is not None:
         there["first_stage"] = model.first_stage.params
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree.leaves_with_path(there)
     }
-    for path, leaf in jax.tree.leaves_with_path(expected):
+    for path, leaf in jax.tree.leaves_with_path(_param_shapes(model.config_json)):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if shapes.get(name) != leaf.shape:
             found = f"has the shape {shapes[name]}, not {leaf.shape}" if name in shapes else "is missing"
             raise ConfigError(f"the parameters do not fit this config: {name} {found}")
+
+
+@lru_cache(maxsize=4)
+def _param_shapes(config_json: str) -> dict[str, Any]:
+    """Shapes of the parameters of a config; finding them takes a second, and the same model is often loaded more than once."""
+    model, key = build(json.loads(config_json), None, None), jax.random.key(0)
+    expected, module = jax.eval_shape(lambda: init_params(model, key)), model.first_stage.module
+    if module is not None:
+        expected["first_stage"] = jax.eval_shape(lambda: init_autoencoder(module, key))
+    return expected
 
 
 def masked_condition(stage: FirstStage, pixels: jax.Array, mask: jax.Array, of: str = "masked") -> jax.Array:

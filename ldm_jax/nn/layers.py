@@ -120,12 +120,17 @@ def rows_over(sharding: jax.sharding.Sharding | None) -> Iterator[None]:
         _ROWS.reset(token)
 
 
+def kept_rows() -> jax.sharding.Sharding | None:
+    """What `rows_over` says where this is traced."""
+    return _ROWS.get()
+
+
 def keep_rows(x: Array) -> Array:
     """``x`` [b, ...], split over the mesh by rows alone.
 
     Left to itself the compiler may split activations by channel as the weights are, and gather the whole batch on every device.
     """
-    sharding = _ROWS.get()
+    sharding = kept_rows()
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 

@@ -59,7 +59,7 @@ def make_forward(module: FirstStageModule, config: Any, seed: int) -> Callable[.
         x = to_float(batch["image"])
         keys = row_keys(seed, step, batch["row"])
         noise = normal_rows(keys, purpose, latent_shape(module, x.shape[1], x.shape[2])) if train else None
-        y, posterior = apply(module, params, x, noise, train, rngs=_dropout(seed, step, purpose, train))
+        y, posterior = apply(module, params, x, noise, train=train, rngs=_dropout(seed, step, purpose, train))
         return (y, posterior.kl().mean()), Aux(collections)
 
     def vq(params: Any, collections: Any, batch: Any, step: jax.Array, purpose: int, train: bool) -> tuple[Any, Aux]:

@@ -4,7 +4,6 @@ in."""
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -207,19 +206,13 @@ def p_losses(case: Case) -> Results:
 # ------------------------------------------------------------------------------------------------------------- samplers
 
 
-@partial(jax.jit, static_argnums=0)
-def apply_unet(unet: UNet, params: Any, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-    """The network; a function of its own, so that the many cases of one model trace it once."""
-    if cond.concat is not None:
-        x = jnp.concatenate([x, cond.concat], axis=-1)
-    return unet.apply({"params": params}, x, t, cond.crossattn, cond.vector)
-
-
 def denoiser_of(case: Case, model: LatentDiffusion, scale: float) -> Denoiser:
     """The model under the case's condition, guided by ``scale`` unless that is 1 or there is nothing to guide away
     from."""
 
-    apply = partial(apply_unet, model.unet, model.params["unet"])
+    def apply(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+        return model.apply(model.params, x, t, cond)
+
     cond, null = condition_of(case), condition_of(case, "uc")
     if scale == 1.0 or not jax.tree.leaves(null):
         return unguided(apply, cond)
