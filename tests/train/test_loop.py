@@ -226,7 +226,9 @@ def test_a_run_begins_with_a_models_parameters(quick, first_stage, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, load_model(first_stage)[1])
 
     quick.model.first_stage.z_channels = SMALL_KL["z_channels"] + 2
-    with pytest.raises(ConfigError, match=r"init: .* has decoder/conv_in/kernel \(3, 3, 4, 32\), not \(3, 3, 6, 32\) and \d+ more"):
+    with pytest.raises(
+        ConfigError, match=r"init: .* has decoder/conv_in/kernel \(3, 3, 4, 32\), not \(3, 3, 6, 32\) and \d+ more"
+    ):
         train(quick, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
