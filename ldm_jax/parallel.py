@@ -33,6 +33,9 @@ TENSOR: tuple[tuple[str, int], ...] = (
     (r"(ff|ff_\d+)/proj_in/bias", 0),
     (r"(ff|ff_\d+)/proj_out/kernel", 0),
 )
+# Tables of words and classes: split by channels, each device looks up its channels of every row, and sends the rows where they belong. Split by words
+# each would look up zeros for those that others have, to be summed: a reduction of activations.
+_TABLES = re.compile(r"emb(edding)?/embedding$")
 _SMALL = 2**10  # values: what is not larger is on every device
 _LANES = 128  # of a TPU's registers: a split into multiples of it wastes nothing
 
@@ -83,7 +86,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str
     """How the array at ``path`` ("unet/middle_block_0/in_conv/kernel") is split.
 
     The tensor axis takes what `TENSOR` says, ``axis`` the largest other dimension that it divides, first among those that it cuts into multiples
-    of 128. Every array has a place: what is small or divides nowhere is on every device.
+    of 128; of a table of embeddings the channels. Every array has a place: what is small or divides nowhere is on every device.
     """
     named: list[str | None] = [None] * len(shape)
     if math.prod(shape) <= _SMALL:
@@ -93,8 +96,9 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str
         named[wide] = "tensor"
     n = mesh.shape[axis]
     free = [dim for dim, size in enumerate(shape) if named[dim] is None and size % n == 0 and size >= n]
+    table = _TABLES.search(path) is not None
     if n > 1 and free:
-        named[max(free, key=lambda dim: (shape[dim] // n % _LANES == 0, shape[dim]))] = axis
+        named[max(free, key=lambda dim: (table and dim == 1, shape[dim] // n % _LANES == 0, shape[dim]))] = axis
     return PartitionSpec(*named)
 
 

@@ -20,7 +20,7 @@ from ldm_jax.convert.tables import ConversionError
 from ldm_jax.convert.targets import TargetError
 from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
-from ldm_jax.generation import Form, Made, Plan, Rows, generate
+from ldm_jax.generation import Form, Made, Plan, Rows, decode_part, generate
 from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, nearest
 from ldm_jax.models.unet import layout
 from ldm_jax.parallel import Mode, compile_step, make_mesh
@@ -239,12 +239,11 @@ class Pipeline:
         tile, least = chosen.tile, 4 * self.model.first_stage.downsampling
         if tile and (tile < least or tile % self.model.first_stage.downsampling):
             raise RequestError(f"tile must be 0 or a multiple of {least // 4} from {least} pixels on, not {tile}")
-        if chosen.decode_batch < 0:
+        if chosen.decode_batch is not None and chosen.decode_batch < 0:
             raise RequestError(f"decode_batch must be at least 0, not {chosen.decode_batch}")
-        devices = self.mesh.devices.size
-        local = rows // devices
-        most = max((d for d in range(1, local + 1) if local % d == 0 and d <= chosen.decode_batch), default=0)
-        most *= devices if self.parallel == "jit" else 1
+        devices, platform = self.mesh.devices.size, self.mesh.devices.flat[0].platform
+        part = decode_part(platform, size, rows // devices, chosen.decode_batch)
+        part *= devices if self.parallel == "jit" else 1
         interval, depth, deepest = chosen.cache_interval, chosen.cache_depth, len(layout(self.model.unet).input)
         if interval < 1:
             raise RequestError(f"cache_interval must be at least 1, not {interval}")
@@ -252,7 +251,7 @@ class Pipeline:
             raise RequestError(f"cache_depth must be from 1 to {deepest}, not {depth}")
         if interval > 1 and isinstance(SAMPLERS[chosen.sampler], DPMAdaptive):
             raise RequestError(f"{chosen.sampler} chooses its own steps: leave cache_interval at 1")
-        form = Form(size, progress, decode_batch=most, tile=tile)
+        form = Form(size, progress, decode_batch=part, tile=tile)
         return form if interval == 1 else dataclasses.replace(form, cache_interval=interval, cache_depth=depth)
 
     def program(self, sampler: str, form: Form) -> Callable[..., Made]:

@@ -71,7 +71,9 @@ class Settings:
     size: Sequence[int] = (64, 64)  # height, width in pixels
     guidance_rescale: float | Sequence[float] = 0.0  # from 0 to 1 (Lin et al. 2023)
     guidance_interval: Sequence[float] | None = None  # the first and the last timestep that is guided
-    decode_batch: int = 0  # pictures decoded at a time on a device; 0 is a whole batch
+    decode_batch: int | None = (
+        None  # pictures decoded at a time on a device; 0 is a whole batch, None what `decode_part` says
+    )
     tile: int = 0  # decode pictures with a longer side in tiles of as many pixels; 0 is never, which is exact
     cache_interval: int = (
         1  # of so many calls of the UNet one is full, the others reuse its deep features; 1 is off, which is exact

@@ -28,7 +28,7 @@ ALLOWED = {
     "many": {"requests", "pipeline", *LEAVES},
     "sampling": {"cli", "requests", "pipeline", "many", *LEAVES},
     "cli": {"nn", "models", "conditioning", "latent", "train", "pipeline", *LEAVES},
-    "plan": {"nn", "models", "conditioning", "latent", "train", "cli", *LEAVES},
+    "plan": {"nn", "models", "conditioning", "latent", "generation", "train", "cli", *LEAVES},
     "": {"pipeline"},  # ldm_jax/__init__.py
     "__main__": {"train", "cli", *LEAVES},  # a leaf's command line is a script
 }

@@ -128,6 +128,36 @@ def test_a_diffusion_step_needs_no_file_and_no_encoder_with_cached_latents(diffu
     assert as_row(cached).count("|") == 12
 
 
+def test_a_call_of_the_unet_is_planned_from_weights_as_sampling_has_them(diffusion):
+    diffusion.mesh.update(data=1, fsdp=8)  # of the training
+    made = plan(diffusion, parse_topology("cpu:8"), what="forward", per_chip=2)
+    trained = plan(diffusion, parse_topology("cpu:8"), per_chip=2, compile=False, cached=True)
+    assert made.parameters == {"unet": trained.parameters["unet"]}
+    assert made.bytes["parameters"] == 4 * made.parameters["unet"]
+    assert 2 < trained.useful / made.useful < 4  # forwards and twice as much backwards, and the text
+    assert made.compiled is not None
+    assert made.compiled.collectives == []
+    assert made.batch == 16
+    diffusion.dtype = "bfloat16"
+    half = plan(diffusion, parse_topology("cpu:8"), what="forward", compile=False)
+    assert half.bytes["parameters"] == 2 * made.parameters["unet"]
+    assert half.rows == 1
+    assert "a call of the UNet" in as_row(half)
+    assert "a call of the UNet" in as_text(half)
+
+
+def test_an_accelerator_decodes_one_large_picture_after_the_other(diffusion):
+    diffusion.data.size = (512, 512)
+    pixels = 4 * 3 * 512**2  # floats of one picture; the widest layer has 32 channels instead of 3
+    chip = parse_topology("v5e:1x1")
+    one, eight = (plan(diffusion, chip, what="decode", per_chip=n, compile=False) for n in (1, 8))
+    assert one.parameters == eight.parameters == {"first_stage": PARAMETERS}
+    assert eight.useful == 8 * one.useful
+    grown = eight.bytes["activations"] - one.bytes["activations"]
+    assert 7 * pixels <= grown <= 7 * 3 * pixels  # what is done is kept, and turned into uint8
+    assert eight.bytes["batch"] == 8 * one.bytes["batch"] > 0
+
+
 def test_a_frozen_conditioner_is_not_trained(diffusion):
     trained = Step(diffusion, jax.sharding.AbstractMesh((8, 1, 1), ("data", "fsdp", "tensor")), False, True)
     diffusion.model.conditioner.frozen = True
@@ -237,6 +267,7 @@ ENTRY %main (a: bf16[8,128]) -> f32[] {
   %fusion = f32[4,128]{1,0} fusion(%z), kind=kCustom, calls=%fused_reduce-scatter.1
   %reduce-scatter.3 = f32[4,128]{1,0} reduce-scatter(%z), channel_id=5, replica_groups=[2,8]<=[16], dimensions={0}, to_apply=%add
   %all-gather.4 = bf16[5]{0} all-gather(%z), channel_id=6, replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}, dimensions={0}
+  %all-reduce.5 = bf16[7]{0} all-reduce(%z), replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_1'}, to_apply=%add
 }
 """
 
@@ -249,10 +280,11 @@ def test_collectives_are_read_from_the_compiled_text():
         ("all-reduce", 4 * 11, 4, 1),
         ("all-gather", 4 * 32 * 4, 16, 1),
         ("all-gather", 2 * 5, 8, 1),
+        ("all-reduce", 2 * 7, 2, 1),
         ("reduce-scatter", 4 * 64 * 128, 16, 1),
         ("reduce-scatter", 4 * 4 * 128 * 8, 8, 1),
     }
-    reduced = next(c for c in collectives(TEXT, 16) if c.kind == "all-reduce")
+    reduced = next(c for c in collectives(TEXT, 16) if c.name == "all-reduce.1")
     assert reduced.sent == 2 * 44 * 3 / 4
 
 
@@ -298,6 +330,10 @@ def test_mistakes_end_in_one_line(first_stage, diffusion):
     cpu = parse_topology("cpu:8")
     with pytest.raises(ConfigError, match="plan this one without --cached"):
         plan(first_stage, cpu, cached=True)
+    with pytest.raises(ConfigError, match="only a diffusion stage has pictures to sample"):
+        plan(first_stage, cpu, what="forward")
+    with pytest.raises(PlanError, match=r"what 'encode' cannot be planned \(known: train, forward, decode\)"):
+        plan(first_stage, cpu, what="encode")
     del diffusion.model.first_stage["kind"]
     with pytest.raises(ConfigError, match=r"give the architecture in model\.first_stage"):
         plan(diffusion, cpu)

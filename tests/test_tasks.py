@@ -14,7 +14,7 @@ from PIL import Image
 from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, step_grid
 from ldm_jax.diffusion.schedule import q_sample
-from ldm_jax.generation import Form, decode, decode_tiled, slerp, tile_ramp, tile_starts, whole_cells
+from ldm_jax.generation import Form, decode, decode_part, decode_tiled, slerp, tile_ramp, tile_starts, whole_cells
 from ldm_jax.latent import ConfigError, build_conditioner, masked_condition, to_float, to_uint8
 from ldm_jax.pipeline import RequestError
 from ldm_jax.requests import Given, arrays, checked_layout, class_numbers, interpolation
@@ -201,6 +201,35 @@ def test_decoding_in_parts_changes_nothing_and_in_tiles_little(pipe):
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
     assert 1e-4 < np.abs(tiled - whole).mean() / whole.std() < 0.5
     assert pipe.form(pipe.settings(decode_batch=5), (32, 32), 8) == Form((32, 32), decode_batch=4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "local", "wanted", "part"),
+    [
+        ("tpu", (512, 512), 8, None, 1),
+        ("gpu", (768, 768), 8, None, 1),
+        ("tpu", (256, 256), 8, None, 4),
+        ("tpu", (256, 256), 6, None, 3),  # a divisor
+        ("tpu", (64, 64), 8, None, 0),
+        ("tpu", (512, 512), 1, None, 0),
+        ("cpu", (512, 512), 8, None, 0),
+        ("tpu", (512, 512), 8, 0, 0),
+        ("cpu", (512, 512), 8, 3, 2),
+    ],
+)
+def test_how_many_pictures_are_decoded_at_a_time(platform, size, local, wanted, part):
+    assert decode_part(platform, size, local, wanted) == part
+
+
+def test_decoding_one_by_one_needs_what_one_picture_does(pipe):
+    def temporary(n, form):
+        z = jax.ShapeDtypeStruct((n, 16, 16, 4), jnp.float32)
+        run = jax.jit(partial(decode, form=form))
+        return run.lower(pipe.model.first_stage, z).compile().memory_analysis().temp_size_in_bytes
+
+    one, pixels = temporary(1, Form((32, 32))), 4 * 3 * 32 * 32
+    assert temporary(8, Form((32, 32), decode_batch=1)) < one + 3 * 8 * pixels
+    assert temporary(8, Form((32, 32))) > 3 * one
 
 
 @pytest.mark.parametrize(("length", "tile"), [(16, 8), (17, 8), (8, 8), (23, 9)])

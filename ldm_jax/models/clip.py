@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ldm_jax.models.gpt import causal_mask
 from ldm_jax.nn.attention import attention, merge_heads, split_heads
-from ldm_jax.nn.layers import Array, Dtype, gelu
+from ldm_jax.nn.layers import Array, Dtype, gelu, keep_rows
 
 
 def quick_gelu(x: Array) -> Array:
@@ -84,7 +84,7 @@ class CLIPText(nn.Module):
             self.vocab_size, self.hidden_size, embedding_init=normal, dtype=self.dtype, name="token_embedding"
         )
         positions = self.param("position_embedding", normal, (self.max_position_embeddings, self.hidden_size))
-        x = embed(tokens) + positions[:n].astype(self.dtype)
+        x = keep_rows(embed(tokens) + positions[:n].astype(self.dtype))
         mask, hidden = causal_mask(n), [x]
         for i in range(self.num_hidden_layers):
             layer = CLIPLayer(
@@ -95,7 +95,7 @@ class CLIPText(nn.Module):
                 self.dtype,
                 name=f"layers_{i}",
             )
-            x = layer(x, mask)
+            x = keep_rows(layer(x, mask))
             hidden.append(x)
         last = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="final_norm")(x)
         end = (tokens if self.eos_token_id is None else tokens == self.eos_token_id).argmax(1)

@@ -1,5 +1,6 @@
 """Whether a training fits and how fast it can be, before it starts: python -m ldm_jax.plan CONFIG --topology=v5e:4x4
 
+--what=forward and --what=decode plan sampling instead: a call of the UNet, the decoding of latents.
 CONFIG is as train.py takes it, and any field of it can be changed as there: --config.mesh.fsdp=16. No weights, no data and no device of the topology
 need be there; where the first stage is a model directory that does not exist, model.first_stage gives the architecture.
 """
@@ -19,10 +20,18 @@ config_flags.DEFINE_config_file("config", None, "The config file, also without -
 flags.DEFINE_string(
     "topology", "cpu", "KIND:SHAPE: v4, v5e, v5p, v6e (v5e:4x4), a100, h100, h200 (h200:8), cpu (cpu:8)."
 )
+flags.DEFINE_enum(
+    "what",
+    "train",
+    ["train", "forward", "decode"],
+    "A step of the training; or of sampling: a call of the UNet without guidance, the decoding of latents.",
+)
 flags.DEFINE_bool(
     "cached", False, "Train from a latent cache: no encoder in the step. So it is too with --config.data.cache=..."
 )
-flags.DEFINE_integer("per_chip", 0, "Pictures on a chip at a time, in place of config.batch_size.", lower_bound=0)
+flags.DEFINE_integer(
+    "per_chip", 0, "Pictures on a chip at a time, in place of config.batch_size (sampling: 1).", lower_bound=0
+)
 flags.DEFINE_bool("compile", True, "Ask the topology's compiler; --nocompile gives the analytic part, in seconds.")
 flags.DEFINE_bool(
     "find_batch", False, "Find the largest number of pictures that fit on a chip: up to three more compilations."
@@ -49,6 +58,7 @@ def main(args: Any) -> None:
         args.config,
         topology,
         name=_name(),
+        what=args.what,
         cached=args.cached,
         per_chip=args.per_chip,
         compile=args.compile,

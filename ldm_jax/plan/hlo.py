@@ -15,7 +15,9 @@ _CALLED = re.compile(
     r"\b(body|condition|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_GROUP = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^]]*)\] \{([^}]*)\})")
+_GROUP = re.compile(
+    r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^]]*)\](?:, device_ids=\(\S*\))? \{([^}]*)\})"
+)
 
 
 class Collective(NamedTuple):

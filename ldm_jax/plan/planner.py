@@ -1,11 +1,12 @@
-"""A training step's needs and speed, from shapes and from the compiler: nothing is run, no weights and no data are read."""
+"""What a training step, a call of the UNet or a decoding needs, and how fast it can be, from shapes and from the compiler: nothing is run, no weights
+and no data are read."""
 
 import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from ldm_jax.data import Mask
-from ldm_jax.latent import ConfigError
+from ldm_jax.generation import Form, decode, decode_part
+from ldm_jax.latent import DTYPES, ConfigError, to_uint8
 from ldm_jax.parallel import (
     AXES,
     ROWS,
@@ -26,15 +28,18 @@ from ldm_jax.parallel import (
     row_shards,
     shardings,
     state_shardings,
+    target,
 )
 from ldm_jax.plan.chips import PlanError, Topology, find_devices
 from ldm_jax.plan.flops import KINDS, PRODUCTS, count_flops, nbytes, peak_bytes
 from ldm_jax.plan.hlo import Collective, collectives
+from ldm_jax.train.diffusion_step import conditions
 from ldm_jax.train.loop import check_config, check_rows, over_rows
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import TASKS, DiffusionTask, plain
 
+What = Literal["train", "forward", "decode"]
 # At its default effort the TPU compiler takes several times as long; its estimates must be compared at equal effort only.
 # It may also fold a gather of weights into a loop around the product that wants them, whose body its estimate counts once: not in a plan.
 _OPTIONS = {
@@ -47,7 +52,7 @@ _FEW = 64
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step on one chip: bytes ``needed`` in all and ``temporary`` among them, estimated ``seconds``, ``collectives``.
+    """What the compiler says of a program on one chip: bytes ``needed`` in all and ``temporary`` among them, estimated ``seconds``, ``collectives``.
 
     It takes Pallas ``kernels`` to need no time: their products at the chip's peak, padded to its matrix unit, are seconds of our own, and part of
     ``seconds``. What it does not say is None, and so is all but ``needed`` where the step does not fit.
@@ -63,12 +68,14 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """``flops`` are of a step over all chips, by kind; ``useful`` are those of products alone, without what is computed twice to save memory.
+    """``what`` is planned: "train" is a step, "forward" a call of the UNet, "decode" latents to pictures.
 
-    ``bytes`` are of one chip, by cause; "activations" is a bound from the program as it is written, before the compiler fuses it.
+    ``flops`` are of that over all chips, by kind; ``useful`` are those of products alone, without what is computed twice to save memory. ``bytes``
+    are of one chip, by cause; "activations" is a bound from the program as it is written, before the compiler fuses it.
     """
 
     config: str
+    what: What
     topology: Topology
     mesh: dict[str, int]
     zero1: bool
@@ -116,14 +123,17 @@ def plan(
     topology: Topology,
     *,
     name: str = "",
+    what: What = "train",
     cached: bool = False,
     per_chip: int = 0,
     compile: bool = True,
     find_batch: bool = False,
 ) -> Plan:
-    """Plans the training of ``config`` on ``topology``.
+    """Plans the training of ``config`` on ``topology``, or of sampling from what it trains a call of the UNet ("forward", plain: a guided one has
+    two rows for each picture) or the decoding of latents ("decode").
 
-    ``per_chip`` pictures at a time on a chip take the place of ``config.batch_size``. ``cached``: from a latent cache (as with config.data.cache).
+    ``per_chip`` pictures at a time on a chip take the place of ``config.batch_size``; of sampling it is 1 where it is not given, and the mesh is
+    that of `ldm_jax.pipeline`: whole weights on every chip. ``cached``: from a latent cache (as with config.data.cache).
     ``compile`` False gives the analytic part alone. ``find_batch`` compiles up to four times to find the largest number of pictures that fits.
 
     Raises ConfigError, MeshError, PlanError.
@@ -131,6 +141,11 @@ def plan(
     config = config.copy_and_resolve_references()
     check_config(config)
     devices, uncompiled = find_devices(topology) if compile else (None, "it was not asked for")
+    if what not in get_args(What):
+        raise PlanError(f"what {what!r} cannot be planned (known: {', '.join(get_args(What))})")
+    if what != "train":
+        config.mesh.update(data=-1, fsdp=1, tensor=1, zero1=False)
+        config.optim.accumulate, config.remat, per_chip = 1, "none", per_chip or 1
     axes = plain(config.mesh)
     zero1 = axes.pop("zero1")
     sizes = mesh_sizes(topology.size, **axes)
@@ -141,7 +156,12 @@ def plan(
     check_rows(config, shards)
     rows = config.batch_size // shards // parts
 
-    step = Step(config, mesh, zero1, cached or bool(config.data.cache))
+    def make(config: Any) -> Program:
+        if what == "train":
+            return Step(config, mesh, zero1, cached or bool(config.data.cache))
+        return (Forward if what == "forward" else Decode)(config, mesh)
+
+    step = make(config)
     # A GPU's kernels can be traced only where there is one.
     untold = "cpu" if topology.chip is None else "tpu" if topology.kind.startswith("v") else ""
     platform = untold if devices is None else devices[0].platform
@@ -150,15 +170,17 @@ def plan(
     flops = arithmetic(rows * parts)
     plainly = config.copy_and_resolve_references()
     plainly.remat = "none"  # and no kernel, whose backward pass computes weights again
-    kept = count_flops(Step(plainly, mesh, zero1, step.cached).trace(_FEW, ""))
+    kept = count_flops(make(plainly).trace(_FEW, ""))
     useful = rows * parts / _FEW * sum(kept[kind] for kind in PRODUCTS)
-    per_picture = (peak_bytes(many) - peak_bytes(few)) / _FEW
+    peak = peak_bytes(few)
+    per_picture = (peak_bytes(many) - peak) / _FEW
 
-    loops = sum(flops.values()) / sum(arithmetic(rows).values())
+    loops = sum(flops.values()) / sum(arithmetic(step.at_once(rows, platform)).values())
     run = partial(step.compile, topology=topology, loops=loops)
     compiled = None if devices is None else run(rows)
     result = Plan(
         config=name,
+        what=what,
         topology=topology,
         mesh=dict(mesh.shape),
         zero1=zero1,
@@ -169,7 +191,7 @@ def plan(
         parameters=step.parameters(),
         flops={kind: n * shards for kind, n in flops.items()},
         useful=useful * shards,
-        bytes=step.bytes(rows, per_picture),
+        bytes=step.bytes(rows, peak - _FEW * per_picture, per_picture),
         per_picture=per_picture,
         compiled=compiled,
         uncompiled=uncompiled,
@@ -183,26 +205,42 @@ def plan(
     return dataclasses.replace(result, largest=largest)
 
 
-class Step:
-    """The training step of a config, as shapes."""
+class Program:
+    """A program of a config, as shapes."""
 
-    def __init__(self, config: Any, mesh: Mesh | AbstractMesh, zero1: bool, cached: bool):
-        self.config, self.mesh, self.cached = config, mesh, cached
-        if cached and config.task != "diffusion":
-            raise ConfigError("a latent cache is for a diffusion stage: plan this one without --cached")
+    placed: tuple[Any, ...]  # where its arguments lie: shardings, or as `compile_step` takes them
+    placed_out: Any = False
+    donated: tuple[int, ...] = ()
+    cached = False
+
+    def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
+        self.config, self.mesh = config, mesh
         self.task = TASKS[config.task](config, weights=False)
         self.task.use({"scale_factor": 1.0})
-        self.tx = make_optimizer(config.optim, config.steps)
-        self.state = jax.eval_shape(
-            lambda key: create_state(self.task.init(key), self.tx, config.ema > 0, self.task.extra(key)),
-            jax.random.key(0),
-        )
         self.frozen = jax.tree.map(_shape, self.task.frozen)
-        self.placed = state_shardings(self.state, mesh, zero1)
-        self.frozen_placed = shardings(self.frozen, mesh)
+
+    def arguments(self, rows: int) -> tuple[Any, ...]:
+        """Shapes of what `function` takes, for ``rows`` pictures."""
+        raise NotImplementedError
+
+    def function(self, parts: int) -> Callable[..., Any]:
+        """What is compiled; a training step takes its batch in ``parts``."""
+        raise NotImplementedError
+
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters by part."""
+        raise NotImplementedError
+
+    def bytes(self, rows: int, fixed: float, per_picture: float) -> dict[str, float]:
+        """Bytes on one chip by cause; intermediate results are ``fixed`` and ``per_picture``."""
+        raise NotImplementedError
+
+    def at_once(self, rows: int, platform: str) -> int:
+        """Of ``rows`` pictures that a chip works on in one loop, those of one turn."""
+        return rows
 
     def batch(self, rows: int) -> Any:
-        """Shapes of a batch of ``rows`` pictures."""
+        """Shapes of a training's batch of ``rows`` pictures."""
         raw: dict[str, Any] = {"image": np.zeros((1, *self.config.data.size, 3), np.uint8), "caption": [""]}
         if isinstance(self.task, DiffusionTask) and self.task.conditions.condition is not None:
             # No data are read: the null condition has the shapes of any other, but for masks, which the step turns into latents.
@@ -218,22 +256,19 @@ class Step:
         one = self.task.host_batch(raw)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *np.shape(a)[1:]), a.dtype), one)
 
-    def function(self, parts: int) -> Callable[..., Any]:
-        return self.task.make_step(self.tx, seed=self.config.seed, ema=self.config.ema, parts=parts)
-
     def trace(self, rows: int, platform: str) -> Any:
-        """The jaxpr of a step over ``rows`` pictures at once on one device, with the kernels of a platform; "" has none.
+        """The jaxpr over ``rows`` pictures at once on one device, with the kernels of a platform; "" has none.
 
         Without what no result needs, which a compiler drops as well: a first stage's step pulls back twice for the last layer's gradient alone.
         """
         with compiled_for(Target(platform)):
-            jaxpr = jax.make_jaxpr(self.function(1))(self.state, self.frozen, self.batch(rows)).jaxpr
+            jaxpr = jax.make_jaxpr(self.function(1))(*self.arguments(rows)).jaxpr
         return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
     def compile(self, rows: int, *, topology: Topology, loops: float) -> Compiled:
-        """The step compiled with ``rows`` pictures at a time on each chip.
+        """The program compiled with ``rows`` pictures at a time on each chip.
 
-        ``loops``: the step's arithmetic over that with each loop run once, which is all that the compiler's estimate counts.
+        ``loops``: its arithmetic over that with each loop run once, which is all that the compiler's estimate counts.
         """
         parts, mesh = self.config.optim.accumulate, self.mesh
         assert isinstance(mesh, Mesh)
@@ -241,12 +276,11 @@ class Step:
             over_rows(self.function(parts), mesh),
             mesh,
             "jit",
-            shared=(self.placed, self.frozen_placed, False),
-            donate=(0,),
-            out_shared=(self.placed, True),
+            shared=self.placed,
+            donate=self.donated,
+            out_shared=self.placed_out,
         )
-        batch = self.batch(rows * row_shards(mesh) * parts)
-        traced = program.trace(self.state, self.frozen, batch)
+        traced = program.trace(*self.arguments(rows * row_shards(mesh) * parts))
         tpu = topology.kind.startswith("v")
         try:
             compiled = traced.lower().compile(compiler_options=dict(_OPTIONS) if tpu else None)
@@ -265,8 +299,32 @@ class Step:
         found = collectives(text, topology.size)
         return Compiled(fits, needed, memory.temp_size_in_bytes, seconds, kernels, found)
 
+
+class Step(Program):
+    """The training step."""
+
+    donated = (0,)
+
+    def __init__(self, config: Any, mesh: Mesh | AbstractMesh, zero1: bool, cached: bool):
+        if cached and config.task != "diffusion":
+            raise ConfigError("a latent cache is for a diffusion stage: plan this one without --cached")
+        super().__init__(config, mesh)
+        self.cached = cached
+        self.tx = make_optimizer(config.optim, config.steps)
+        self.state = jax.eval_shape(
+            lambda key: create_state(self.task.init(key), self.tx, config.ema > 0, self.task.extra(key)),
+            jax.random.key(0),
+        )
+        state, self.frozen_placed = state_shardings(self.state, mesh, zero1), shardings(self.frozen, mesh)
+        self.placed, self.placed_out = (state, self.frozen_placed, False), (state, True)
+
+    def arguments(self, rows: int) -> tuple[Any, ...]:
+        return self.state, self.frozen, self.batch(rows)
+
+    def function(self, parts: int) -> Callable[..., Any]:
+        return self.task.make_step(self.tx, seed=self.config.seed, ema=self.config.ema, parts=parts)
+
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters by part."""
         parts = {name: _count(part) for name, part in self.state.params.items()}
         if self.config.task == "autoencoder":
             parts = {"first_stage": sum(parts.values())}
@@ -276,20 +334,107 @@ class Step:
             frozen["first_stage"] = _count(first_stage.params)
         return {**parts, **{f"{name} (frozen)": n for name, n in frozen.items()}}
 
-    def bytes(self, rows: int, per_picture: float) -> dict[str, float]:
-        """Bytes on one chip by cause. Gradients lie as the parameters do; where they are accumulated there are a sum and a summand."""
+    def bytes(self, rows: int, fixed: float, per_picture: float) -> dict[str, float]:
+        """Gradients, which are most of what is fixed, lie as the parameters do; where they are accumulated there are a sum and a summand."""
         batch = jax.tree.map(lambda a: NamedSharding(self.mesh, ROWS), self.batch(1))
         whole = self.batch(rows * row_shards(self.mesh) * self.config.optim.accumulate)
-        params = _held(self.state.params, self.placed.params)
+        state = self.placed[0]
+        params = _held(self.state.params, state.params)
         return {
             "parameters": params,
-            "average": _held(self.state.ema, self.placed.ema),
-            "optimiser": _held(self.state.opt_state, self.placed.opt_state),
+            "average": _held(self.state.ema, state.ema),
+            "optimiser": _held(self.state.opt_state, state.opt_state),
             "frozen": _held(self.frozen, self.frozen_placed),
             "batch": _held(whole, batch),
             "gradients": params * (1 if self.config.optim.accumulate == 1 else 2),
             "activations": rows * per_picture,
         }
+
+
+class Sampling(Program):
+    """A part of sampling, with the weights whole on every chip and in the type that products are computed in, as `ldm_jax.load` has them."""
+
+    name = ""  # of the part whose weights it reads
+
+    def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
+        if config.task != "diffusion":
+            raise ConfigError("only a diffusion stage has pictures to sample: plan the training of this one")
+        super().__init__(config, mesh)
+        assert isinstance(self.task, DiffusionTask)
+        self.model, stage = self.task.model, self.frozen["first_stage"]
+        if stage.module is None and self.name == "first_stage":
+            raise ConfigError("this model makes pixels: there is nothing to decode")
+        dtype = DTYPES[config.dtype]
+        params = jax.eval_shape(self.task.init, jax.random.key(0)) | {"conditioner": self.frozen.get("conditioner")}
+        if params["conditioner"] is None:
+            params["conditioner"] = jax.eval_shape(self.model.conditioner.init, jax.random.key(0))
+        cast = partial(jax.tree.map, lambda s: jax.ShapeDtypeStruct(s.shape, dtype))
+        self.params, self.stage = cast(params), stage.replace(params=cast(stage.params))
+        height, width = (side // stage.downsampling for side in config.data.size)
+        self.latent = (height, width, stage.channels)
+
+    def weights(self) -> Any:
+        """Shapes of `name`'s."""
+        return self.stage.params if self.name == "first_stage" else self.params[self.name]
+
+    def parameters(self) -> dict[str, int]:
+        return {self.name: _count(self.weights())}
+
+    def bytes(self, rows: int, fixed: float, per_picture: float) -> dict[str, float]:
+        _, *given = self.arguments(rows)
+        return {
+            "parameters": float(sum(map(nbytes, jax.tree.leaves(self.weights())))),
+            "batch": float(sum(map(nbytes, jax.tree.leaves(given)))),
+            "activations": fixed + rows * per_picture,
+        }
+
+
+class Forward(Sampling):
+    """The UNet called once on latents [rows, h, w, c] under conditions that are embedded already."""
+
+    name = "unet"
+    placed = (True, False, False, False)
+
+    def arguments(self, rows: int) -> tuple[Any, ...]:
+        def condition(params: Any, stage: Any, batch: Any) -> Any:
+            return self.model.conditioner(params, conditions(self.model, stage, batch))
+
+        cond = jax.eval_shape(condition, self.params["conditioner"], self.stage, self.batch(rows))
+        z = jax.ShapeDtypeStruct((rows, *self.latent), jnp.float32)
+        return {"unet": self.weights()}, z, jax.ShapeDtypeStruct((rows,), jnp.float32), cond
+
+    def function(self, parts: int) -> Callable[..., Any]:
+        return lambda params, z, t, cond: self.model.apply(params, z, t, cond)
+
+
+class Decode(Sampling):
+    """Latents [rows, h, w, c] to uint8 pictures, as many at a time as sampling decodes by itself."""
+
+    name = "first_stage"
+    placed = (True, False)
+
+    def arguments(self, rows: int) -> tuple[Any, ...]:
+        return self.stage, jax.ShapeDtypeStruct((rows, *self.latent), jnp.float32)
+
+    def function(self, parts: int) -> Callable[..., Any]:
+        size = self._size
+
+        def run(stage: Any, z: jax.Array) -> jax.Array:
+            told = target()
+            assert told is not None
+            chips = 1 if told.mesh is None else row_shards(told.mesh)
+            part = decode_part(told.platform, size, z.shape[0] // chips)
+            return to_uint8(decode(stage, z, Form(size, decode_batch=chips * part)))
+
+        return run
+
+    def at_once(self, rows: int, platform: str) -> int:
+        return decode_part(platform, self._size, rows) or rows
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        height, width = self.config.data.size
+        return height, width
 
 
 def largest_batch(run: Callable[[int], Compiled], memory: float, start: int, tries: int = 4) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from ldm_jax.plan.chips import GIB
 from ldm_jax.plan.planner import Plan
 
+NAMES = {"train": "", "forward": ", a call of the UNet", "decode": ", decoding"}  # of what is planned
 COLUMNS = (
     "config",
     "chips",
@@ -26,6 +27,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     compiled = plan.compiled
     return {
         "config": plan.config,
+        "what": plan.what,
         "topology": plan.topology.text,
         "chips": plan.topology.size,
         "mesh": plan.mesh,
@@ -82,7 +84,9 @@ def verdict(plan: Plan) -> str:
             else sum(plan.bytes.values()) - plan.bytes["activations"]
         )
         cause = (
-            "split the state (mesh.fsdp, mesh.zero1) or choose a smaller optimiser"
+            "put fewer pictures on a chip (per_chip)"
+            if plan.what != "train"
+            else "split the state (mesh.fsdp, mesh.zero1) or choose a smaller optimiser"
             if fixed > 0.9 * chip.memory
             else "put fewer pictures on a chip (batch_size, optim.accumulate)"
             + (" or set remat='blocks'" if plan.remat == "none" else "")
@@ -108,14 +112,14 @@ def verdict(plan: Plan) -> str:
 def as_text(plan: Plan) -> str:
     """The whole report."""
     count, chip, compiled = plan.topology.size, plan.topology.chip, plan.compiled
-    per_step = sum(plan.flops.values())
+    per_step, of = sum(plan.flops.values()), "a step" if plan.what == "train" else "in all"
     axes = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) + (" with ZeRO-1" if plan.zero1 else "")
     accumulated = f" x {plan.accumulate} in turn" if plan.accumulate > 1 else ""
     lines = [
-        f"{plan.config} on {plan.topology.text}: {count} x {chip.name if chip else 'CPU device'}, {axes}",
+        f"{plan.config}{NAMES[plan.what]} on {plan.topology.text}: {count} x {chip.name if chip else 'CPU device'}, {axes}",
         f"batch          {plan.batch} pictures, {plan.rows} on a chip at a time{accumulated}{', from cached latents' if plan.cached else ''}",
         "parameters     " + ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in plan.parameters.items()),
-        f"arithmetic     {per_step / 1e12:.3g} TFLOP a step, {plan.useful / 1e12:.3g} of it useful: "
+        f"arithmetic     {per_step / 1e12:.3g} TFLOP {of}, {plan.useful / 1e12:.3g} of it useful: "
         + ", ".join(f"{kind} {100 * n / per_step:.1f} %" for kind, n in plan.flops.items()),
         "bytes a chip   "
         + ", ".join(f"{name} {n / GIB:.3f}" for name, n in plan.bytes.items())
@@ -134,13 +138,13 @@ def as_text(plan: Plan) -> str:
         lines.append("collectives    " + ("; ".join(kinds) or "none"))
     if compiled is not None and compiled.seconds is not None and plan.sending is not None:
         lines.append(
-            f"speed          {1e3 * compiled.seconds:.1f} ms a step by the compiler's estimate"
+            f"speed          {1e3 * compiled.seconds:.1f} ms {of} by the compiler's estimate"
             + (f", {1e3 * compiled.kernels:.1f} ms of it kernels at the chip's peak" if compiled.kernels else "")
             + f"; {1e3 * plan.sending:.1f} ms of sending at full speed"
         )
     elif chip is not None:
         lines.append(
-            f"speed          {1e3 * per_step / count / chip.peak:.1f} ms a step at the chips' peak, which nothing reaches"
+            f"speed          {1e3 * per_step / count / chip.peak:.1f} ms {of} at the chips' peak, which nothing reaches"
         )
     if plan.largest is not None:
         lines.append(f"largest batch  {plan.largest} pictures on a chip at a time{'' if compiled else ' (a bound)'}")
@@ -150,7 +154,7 @@ def as_text(plan: Plan) -> str:
 def as_row(plan: Plan) -> str:
     """One row of the table whose head is `HEAD`."""
     mfu, least, compiled = plan.utilisation(True), plan.utilisation(False), plan.compiled
-    state = sum(plan.bytes[name] for name in ("parameters", "average", "optimiser", "frozen"))
+    state = sum(plan.bytes.get(name, 0.0) for name in ("parameters", "average", "optimiser", "frozen"))
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) + (
         ", ZeRO-1" if plan.zero1 else ""
     )
@@ -158,7 +162,7 @@ def as_row(plan: Plan) -> str:
     seconds = None if compiled is None else compiled.seconds
     sending = None if seconds is None else plan.sending
     cells = [
-        plan.config,
+        plan.config + NAMES[plan.what],
         plan.topology.text,
         mesh,
         f"{plan.rows}" + (f" (of {plan.largest})" if plan.largest is not None else ""),

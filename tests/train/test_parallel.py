@@ -13,11 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import child
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from test_loop import assert_identical, final, first_stage, make_config, metrics, pictures  # noqa: F401
 
 from ldm_jax.models.unet import UNet
-from ldm_jax.parallel import TENSOR, MeshError, compile_step, make_mesh, make_placed, row_shards, shardings, spec
+from ldm_jax.parallel import (
+    ROWS,
+    TENSOR,
+    MeshError,
+    compile_step,
+    make_mesh,
+    make_placed,
+    row_shards,
+    shardings,
+    spec,
+)
+from ldm_jax.plan.hlo import collectives
 from ldm_jax.train import loop
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
@@ -55,6 +66,29 @@ def test_a_split_leaves_whole_registers_where_it_can():
     assert spec("x", (1000, 4100), mesh) == PartitionSpec("fsdp", None)
     assert spec("x", (1001, 4100), mesh) == PartitionSpec(None, None)
     assert spec("norm/scale", (320,), mesh) == PartitionSpec()
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_looking_up_words_in_a_split_table_reduces_no_activations(fsdp):
+    """Each device looks up its channels, and sends the rows where they belong: smaller than a sum over all devices, most of whose terms are zeros."""
+    mesh = make_mesh(data=8 // fsdp, fsdp=fsdp)
+    words, channels, tokens = 2**16, 64, jax.ShapeDtypeStruct((16, 77), jnp.int32)
+    where = spec("conditioner/token_embedding/embedding", (words, channels), mesh)
+    assert where == PartitionSpec(None, "fsdp")
+    assert spec("quantize/embedding", (words, channels), mesh) == PartitionSpec(
+        "fsdp", None
+    )  # compared, not looked up alone
+    rows, table = NamedSharding(mesh, ROWS), jax.ShapeDtypeStruct((words, channels), jnp.float32)
+
+    def kinds(where):
+        look_up = jax.jit(
+            lambda t, i: jnp.take(t, i, axis=0), in_shardings=(NamedSharding(mesh, where), rows), out_shardings=rows
+        )
+        found = collectives(look_up.lower(table, tokens).compile().as_text(), 8)
+        return {c.kind for c in found if c.size >= 4 * 16 * 77 * channels // 8}
+
+    assert "all-reduce" not in kinds(where)
+    assert "all-reduce" in kinds(PartitionSpec("fsdp", None))
 
 
 def test_every_tensor_rule_meets_a_parameter(unet_shapes):
