@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from ldm_jax.nn.attention import attention
-from ldm_jax.nn.kernels import SAVED, choose, chunked, cudnn, over_mesh, plain, splash
+from ldm_jax.nn.kernels import SAVED, batched, choose, chunked, cudnn, over_mesh, plain, splash
+from ldm_jax.nn.layers import geglu
 from ldm_jax.parallel import ROWS, Target, compile_step, compiled_for, make_mesh
 from ldm_jax.plan.hlo import collectives
 
@@ -50,13 +51,26 @@ def test_chunked_attention_is_plain_attention(shape):
     assert_agree(chunked, arrays(*shape), 3e-6)
 
 
-def test_chunked_attention_keeps_the_type_of_its_arguments():
-    assert_agree(chunked, arrays(1, 256, 256, 2, 16, dtype="bfloat16"), 2e-2)
+@pytest.mark.parametrize("shape", [(2, 300, 77, 2, 20), (1, 256, 5, 3, 8)], ids=["words", "few words"])
+def test_batched_attention_is_plain_attention(shape):
+    assert_agree(batched, arrays(*shape), 3e-6)
 
 
-def test_logits_that_overflow_an_exponential_do_no_harm():
+@pytest.mark.parametrize("form", [chunked, batched])
+def test_attention_keeps_the_type_of_its_arguments(form):
+    assert_agree(form, arrays(1, 256, 256, 2, 16, dtype="bfloat16"), 2e-2)
+
+
+@pytest.mark.parametrize("form", [chunked, batched])
+def test_logits_that_overflow_an_exponential_do_no_harm(form):
     q, k, v, dy = arrays(1, 256, 256, 2, 16)
-    assert_agree(chunked, (10 * q, 10 * k, v, dy), 1e-4)
+    assert_agree(form, (10 * q, 10 * k, v, dy), 1e-4)
+
+
+def test_batched_attention_keeps_no_weights_for_its_backward_pass():
+    given = arrays(1, 256, 77, 2, 16)[:3]
+    _, kept = jax.eval_shape(lambda *qkv: jax.vjp(lambda *a: batched(*a, 0.2), *qkv), *given)
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) < 256 * 77
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("bfloat16", 3e-2)])
@@ -65,10 +79,28 @@ def test_the_tpu_kernel_is_plain_attention(dtype, tolerance):
     assert_agree(partial(splash, interpret=True), given, tolerance)
 
 
+def test_geglu_is_its_formula_and_keeps_its_argument_alone():
+    rng = np.random.default_rng(0)
+    h, dy = jnp.asarray(4 * rng.standard_normal((3, 5, 16))), jnp.asarray(rng.standard_normal((3, 5, 8)))
+
+    def formula(h):
+        return h[..., :8] * jax.nn.gelu(h[..., 8:], approximate=False)
+
+    (y, pull), (expected, expected_pull) = jax.vjp(geglu, h), jax.vjp(formula, h)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(pull(dy)[0], expected_pull(dy)[0], rtol=1e-5, atol=2e-6)
+    assert [leaf.shape for leaf in jax.tree.leaves(pull)] == [h.shape]
+    half = geglu(h.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), expected, rtol=2e-2, atol=2e-2)
+
+
 # ---------------------------------------------------------------------------------------------------------------- on a mesh
 
 
-@pytest.mark.parametrize("form", [chunked, partial(splash, interpret=True)], ids=["chunked", "splash"])
+@pytest.mark.parametrize(
+    "form", [chunked, batched, partial(splash, interpret=True)], ids=["chunked", "batched", "splash"]
+)
 @pytest.mark.parametrize(
     ("tensor", "heads"), [(1, 2), (2, 4), (2, 3)], ids=["rows", "rows and heads", "heads that tensor does not divide"]
 )
@@ -107,7 +139,8 @@ def shapes(n, m, d, dtype="bfloat16", heads=8):
     ("platform", "shape", "form"),
     [
         ("cpu", (1024, 1024, 40, "float32"), chunked),
-        ("cpu", (1024, 77, 40, "float32"), plain),
+        ("cpu", (1024, 77, 40, "float32"), batched),
+        ("cpu", (64, 77, 160, "float32"), plain),
         ("cpu", (64, 64, 160, "float32"), plain),
         ("cpu", (1000, 1000, 40, "float32"), plain),  # divides into no chunks
         ("gpu", (4096, 4096, 40), cudnn),

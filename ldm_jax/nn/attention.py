@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.nn.kernels import attend, plain
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, dense, gelu, layer_norm
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, dense, geglu, gelu, layer_norm
 
 
 def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Array | None = None) -> Array:
@@ -51,7 +51,7 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """c -> mult c -> c with GELU, or with GEGLU (Shazeer 2020): value * gelu(gate), the value half first."""
+    """c -> mult c -> c with GELU, or with GEGLU (Shazeer 2020)."""
 
     mult: int = 4
     glu: bool = True
@@ -62,11 +62,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         c = x.shape[-1]
         h = dense(c * self.mult * (2 if self.glu else 1), x, name="proj_in", dtype=self.dtype)(x)
-        if self.glu:
-            value, gate = jnp.split(h, 2, axis=-1)
-            h = value * gelu(gate)
-        else:
-            h = gelu(h)
+        h = geglu(h) if self.glu else gelu(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         return dense(c, h, name="proj_out", dtype=self.dtype)(h)
 

@@ -2,7 +2,7 @@
 
 Every form takes q [b, n, h, d], k [b, m, h, d], v [b, m, h, e] and a float ``scale``, and gives [b, n, h, e] in v's type. `plain` writes the weights
 [b, h, n, m] down in float32; the others are flash attention (Dao et al. 2022): blocks of weights are computed, used and forgotten, and computed
-again by the backward pass.
+again by the backward pass (`batched` makes one block of all).
 """
 
 import importlib.util
@@ -25,6 +25,10 @@ SAVED = "attention"  # the name of what a backward pass needs of a kernel, for r
 
 def plain(q: Array, k: Array, v: Array, scale: float, mask: Array | None = None) -> Array:
     """Two products and a float32 softmax. ``mask`` is boolean, broadcastable to [b, h, n, m]; a row masked whole attends uniformly."""
+    if (
+        q.dtype == jnp.float32
+    ):  # fewer values to scale than logits, of which XLA's CPU compiler would also write an array of scales
+        q, scale = q * scale, 1.0
     logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * scale
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
@@ -43,9 +47,7 @@ def chunked(q: Array, k: Array, v: Array, scale: float) -> Array:
 
 
 def _chunked_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
-    def head(qkv: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        q, k, v = qkv
-
+    def head(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         def rows(q: Array) -> tuple[Array, Array]:
             logits = q @ k.T * scale
             top = logits.max(-1, keepdims=True)
@@ -56,7 +58,9 @@ def _chunked_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array,
         y, lse = jax.lax.map(rows, _chunks(q))
         return y.reshape(-1, v.shape[-1]), lse.reshape(-1)
 
-    y, lse = jax.lax.map(head, (_heads(q), _heads(k), _heads(v)))
+    heads = _heads(q), _heads(k), _heads(v)
+    like = heads[0] if q.shape[-1] == v.shape[-1] else jnp.zeros((*heads[0].shape[:2], v.shape[-1]))
+    y, lse = _map_onto((like, heads[0][..., 0]), head, heads)
     y, lse = checkpoint_name(_unheads(y, v), SAVED), checkpoint_name(lse, SAVED)
     return y, (q, k, v, y, lse)
 
@@ -66,9 +70,7 @@ def _chunked_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple
     q, k, v, y, lse = kept
     delta = (_heads(dy) * _heads(y)).sum(-1)
 
-    def head(parts: tuple[Array, ...]) -> tuple[Array, ...]:
-        q, k, v, dy, lse, delta = parts
-
+    def head(q: Array, k: Array, v: Array, dy: Array, lse: Array, delta: Array) -> tuple[Array, ...]:
         def columns(dq_t: Array, kv: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             k, v = kv
             weights = jnp.exp(k @ q.T * scale - lse)  # transposed: [keys, queries]
@@ -78,13 +80,42 @@ def _chunked_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple
         dq_t, (dk, dv) = jax.lax.scan(columns, jnp.zeros_like(q.T), (_chunks(k), _chunks(v)))
         return dq_t.T, dk.reshape(k.shape), dv.reshape(v.shape)
 
-    grads = jax.lax.map(head, (_heads(q), _heads(k), _heads(v), _heads(dy), lse, delta))
+    heads = _heads(q), _heads(k), _heads(v)
+    grads = _map_onto(heads, head, (*heads, _heads(dy), lse, delta))
     dq, dk, dv = (_unheads(grad, like) for grad, like in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
 
 
 _chunked: Any = jax.custom_vjp(lambda *args: _chunked_forward(*args)[0], nondiff_argnums=(3,))
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def batched(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """All heads at once, heads first, in float32: for few keys, of whose weights the compiler needs only some rows at a time."""
+    return _unheads(_batched(_heads(q) * scale, _heads(k), _heads(v)), v)
+
+
+def _batched_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    logits = q @ k.mT
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    y, lse = checkpoint_name(weights @ v / total, SAVED), checkpoint_name(top + jnp.log(total), SAVED)
+    return y, (q, k, v, y, lse)
+
+
+def _batched_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    """Sums over queries have the small operand on the left, transposed: of the weights XLA's CPU compiler would write a transposed copy."""
+    q, k, v, y, lse = kept
+    delta = (dy * y).sum(-1, keepdims=True)
+    # By adding nothing: not the logits of the forward pass, which would be kept, nor before dy is there (XLA's CPU compiler computes what it can).
+    weights = jnp.exp((q + 0 * delta) @ k.mT - lse)
+    dlogits = weights * (dy @ v.mT - delta)
+    return dlogits @ k, (q.mT @ dlogits).mT, (dy.mT @ weights).mT
+
+
+_batched: Any = jax.custom_vjp(lambda *args: _batched_forward(*args)[0])
+_batched.defvjp(_batched_forward, _batched_backward)
 
 
 def _heads(x: Array) -> Array:
@@ -97,6 +128,21 @@ def _unheads(x: Array, like: Array) -> Array:
     """[b * h, n, d] -> [b, n, h, d], of the type and with the b and h of ``like``."""
     b, _, h, _ = like.shape
     return x.reshape(b, h, *x.shape[1:]).swapaxes(1, 2).astype(like.dtype)
+
+
+def _map_onto(
+    places: tuple[Array, ...], function: Callable[..., tuple[Array, ...]], given: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """``function`` of each row of ``given``, written over the rows of ``places``.
+
+    `jax.lax.map` begins with zeros, and XLA's CPU compiler makes those of all loops of a program at its start, where they stay in memory.
+    """
+
+    def one(i: Array, places: tuple[Array, ...]) -> tuple[Array, ...]:
+        made = function(*(a[i] for a in given))
+        return tuple(a.at[i].set(b) for a, b in zip(places, made, strict=True))
+
+    return jax.lax.fori_loop(0, len(given[0]), one, places)
 
 
 def _chunks(x: Array) -> Array:
@@ -153,32 +199,44 @@ def _splash_kernel(n: int, m: int, h: int, half: bool, interpret: bool) -> Any:
 
 
 class Row(NamedTuple):
-    """A platform's ``form``, for at least ``least`` queries and keys, in multiples of ``multiple``, and heads of at most ``head`` channels."""
+    """A ``form`` for so many ``queries`` and ``keys`` (least, most), both in multiples of ``multiple``, and heads of at most ``head`` channels."""
 
     form: Form
-    least: int
+    queries: tuple[float, float]
+    keys: tuple[float, float]
     multiple: int
     head: int
     dtypes: tuple[str, ...]
 
 
-# Everything else is plain: short contexts (77 words), short sequences, masks. CPU: measured by benchmarks/attention.py. GPU and TPU: what the
-# kernels accept, and where plain weights begin to cost memory; not measured.
+# The first row that fits; everything else is plain: short sequences, masks. CPU: measured by benchmarks/attention.py. GPU and TPU: what the kernels
+# accept, and where plain weights begin to cost memory; not measured.
+_ANY = ("float32", "bfloat16", "float16")
 TABLE = {
-    "cpu": Row(chunked, least=256, multiple=64, head=128, dtypes=("float32", "bfloat16", "float16")),
-    "gpu": Row(cudnn, least=256, multiple=1, head=128, dtypes=("bfloat16", "float16")),
-    "tpu": Row(splash, least=1024, multiple=128, head=128, dtypes=("bfloat16", "float32")),
+    "cpu": (
+        Row(chunked, queries=(256, math.inf), keys=(256, math.inf), multiple=64, head=128, dtypes=_ANY),
+        Row(batched, queries=(256, math.inf), keys=(1, 255), multiple=1, head=256, dtypes=_ANY),
+    ),
+    "gpu": (Row(cudnn, queries=(256, math.inf), keys=(256, math.inf), multiple=1, head=128, dtypes=_ANY[1:]),),
+    "tpu": (Row(splash, queries=(1024, math.inf), keys=(1024, math.inf), multiple=128, head=128, dtypes=_ANY[:2]),),
 }
 
 
 def choose(platform: str, q: Any, k: Any, v: Any) -> Form:
     """The form for these arrays, or shapes, on a platform ("cpu", "gpu", "tpu"; others are plain)."""
-    row, lengths = TABLE.get(platform), (q.shape[1], k.shape[1])
-    if row is None or q.dtype.name not in row.dtypes or not q.dtype == k.dtype == v.dtype:
+    if not q.dtype == k.dtype == v.dtype or q.shape[-1] != v.shape[-1]:
         return plain
-    if min(lengths) < row.least or any(n % row.multiple for n in lengths):
-        return plain
-    return row.form if q.shape[-1] == v.shape[-1] <= row.head else plain
+    n, m = q.shape[1], k.shape[1]
+    for row in TABLE.get(platform, ()):
+        lengths = row.queries[0] <= n <= row.queries[1] and row.keys[0] <= m <= row.keys[1]
+        if (
+            lengths
+            and n % row.multiple == m % row.multiple == 0
+            and q.shape[-1] <= row.head
+            and q.dtype.name in row.dtypes
+        ):
+            return row.form
+    return plain
 
 
 def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
