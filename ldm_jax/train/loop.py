@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from ldm_jax.checkpoint import (
@@ -245,15 +244,12 @@ def train(config: Any, workdir: str | Path) -> Path:
     return model_dir
 
 
-def begin_with(path: str, task: Task, like: Any) -> Any:
+def begin_with(path: str, task: Task, like: Any) -> dict[str, Any]:
     """Parameters, of the model directory at ``path``, that a state trains (shapes ``like``); ConfigError where one is missing or of another shape.
 
     ``logvar`` of the loss alone may be missing: not every model has learnt one.
     """
-    given, wanted = (
-        {"/".join(keys): leaf for keys, leaf in flatten_dict(tree).items()}
-        for tree in (task.adopt(*load_model(find_model(path))), like)
-    )
+    given, wanted = _by_name(task.adopt(*load_model(find_model(path)))), _by_name(like)
     wrong = [
         f"{name} {tuple(given[name].shape)}, not {tuple(leaf.shape)}" if name in given else f"no {name}"
         for name, leaf in wanted.items()
@@ -262,19 +258,24 @@ def begin_with(path: str, task: Task, like: Any) -> Any:
     if wrong:
         more = f" and {len(wrong) - 1} more that do not fit" if len(wrong) > 1 else ""
         raise ConfigError(f"init: {path} has {wrong[0]}{more}: give the model that it is in config.model")
-    return {tuple(name.split("/")): given[name] for name in wanted if name in given}
+    return {name: given[name] for name in wanted if name in given}
 
 
-def adopted(state: TrainState, given: Any) -> TrainState:
+def _by_name(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def adopted(state: TrainState, given: dict[str, Any]) -> TrainState:
     """``state`` with these parameters, and its average beginning at them."""
 
     def placed(tree: Any) -> Any:
-        return unflatten_dict(
-            {
-                keys: jax.device_put(np.asarray(given[keys], leaf.dtype), leaf.sharding) if keys in given else leaf
-                for keys, leaf in flatten_dict(tree).items()
-            }
-        )
+        leaves = [
+            jax.device_put(np.asarray(given[name], leaf.dtype), leaf.sharding) if name in given else leaf
+            for name, leaf in _by_name(tree).items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
     return dataclasses.replace(state, params=placed(state.params), ema=state.ema and placed(state.ema))
 
