@@ -17,7 +17,7 @@ ALLOWED = {
     "nn": {"parallel"},  # which form of attention a program gets depends on what it is compiled for
     "models": {"nn"},
     "conditioning": {"nn", "models"},
-    "latent": {"nn", "models", "conditioning", "diffusion"},
+    "latent": {"nn", "models", "conditioning", "diffusion", "parallel"},
     "generation": {"conditioning", "latent", "diffusion"},
     "fitting": {"conditioning", "data"},
     "requests": {"conditioning", "latent", "generation", "fitting", "data"},

@@ -142,7 +142,7 @@ def _map_onto(
         made = function(*(a[i] for a in given))
         return tuple(a.at[i].set(b) for a, b in zip(places, made, strict=True))
 
-    return jax.lax.fori_loop(0, len(given[0]), one, places)
+    return jax.lax.fori_loop(0, given[0].shape[0], one, places)
 
 
 def _chunks(x: Array) -> Array:
