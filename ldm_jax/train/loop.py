@@ -49,6 +49,7 @@ LOG = logging.getLogger(__name__)
 # Settings that a resumed run may change: they alter how long and how loud it runs, not what a step computes. (Where the learning rate decays,
 # `steps` is also the end of the decay.)
 FREE = (
+    "init",  # it has begun
     "steps",
     "log_every",
     "save_every",
