@@ -15,9 +15,8 @@ def base(task: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = task
     config.seed = 0
-    config.init = (
-        ""  # a model directory whose parameters the run begins with, to go on with a trained or a converted model
-    )
+    # A model directory whose parameters the run begins with, to go on with a trained or a converted model.
+    config.init = ""
     config.steps = 100_000
     config.batch_size = 32
     config.dtype = "float32"  # of products; parameters are always float32
