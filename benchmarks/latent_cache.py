@@ -1,77 +1,96 @@
-"""What a latent cache saves: a training step from pictures beside one from cached moments, interleaved in one run.
+"""What a latent cache saves: training from pictures beside training from their cached moments, in turns of a few steps in one run.
 
     python -m benchmarks.latent_cache
 
-Takes configs/emoji.py with the first stage that ships with the package, on random pictures (what they show costs nothing). Prints both times, the
-ratio with its spread, and the share of the picture step's arithmetic that the encoder has by the compiler's own count.
+Takes configs/emoji.py with the first stage and the pictures that ship with the package. Prints the time of a step with its batch made and fetched,
+as a run takes it, and of the step alone on a batch that lies ready; the ratios with their spread; and the share of the picture step's arithmetic
+that the encoder has by the compiler's own count.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from configs import emoji
+from ldm_jax.train.encode import encode
+from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import DiffusionTask
 
 
+class Run:
+    """A training run, step by step."""
+
+    def __init__(self, config: Any, steps: int) -> None:
+        self.task = DiffusionTask(config)
+        self.task.use({"scale_factor": 1.0})
+        tx = make_optimizer(config.optim, config.steps)
+        self.state = jax.jit(lambda key: create_state(self.task.init(key), tx, ema=True))(jax.random.key(0))
+        self.frozen = jax.device_put(self.task.frozen)
+        self.loader = make_loader(config, "train")
+        self.batches = self.loader.batches(steps)
+        self.ready = self.task.host_batch(next(self.batches))
+        step = jax.jit(self.task.make_step(tx, seed=0, ema=config.ema, parts=1), donate_argnums=0)
+        self.step = step.lower(self.state, self.frozen, self.ready).compile()
+        self.flops = (self.step.cost_analysis() or {})["flops"]
+
+    def seconds(self, steps: int, fetch: bool) -> float:
+        """Of one of so many steps."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            batch = self.task.host_batch(next(self.batches)) if fetch else self.ready
+            self.state, _ = jax.block_until_ready(self.step(self.state, self.frozen, batch))
+        return (time.perf_counter() - began) / steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4, help="of a turn")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
 
     config: Any = emoji.get_config()
+    config.batch_size = args.batch
     config.model.first_stage.path = "pkg:assets/emoji"
-    task = DiffusionTask(config)
-    task.use({"scale_factor": 1.0})
-    tx = make_optimizer(config.optim, config.steps)
-    state = jax.jit(lambda key: create_state(task.init(key), tx, ema=True))(jax.random.key(0))
-    step = jax.jit(task.make_step(tx, seed=0, ema=config.ema, parts=1))
+    config.data.path = "pkg:assets/emoji_subset.zip"
+    with tempfile.TemporaryDirectory() as folder:
+        cached = config.copy_and_resolve_references()
+        cached.data.cache = str(encode(config, Path(folder) / "cache"))
+        steps = 2 + (args.rounds + 1) * args.steps
+        runs = {name: Run(c, steps) for name, c in (("pictures", config), ("cache", cached))}
+        times: dict[bool, dict[str, list[float]]] = {}
+        with closing(runs["pictures"].batches), closing(runs["cache"].batches):
+            for fetch in (True, False):
+                times[fetch] = {name: [] for name in runs}
+                for turn in range(args.rounds + 1):  # the first warms up
+                    for name, run in runs.items():
+                        seconds = run.seconds(args.steps, fetch)
+                        times[fetch][name] += [seconds] if turn else []
 
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (args.batch, *config.data.size, 3)).astype(np.uint8)
-    shared = {
-        "row": np.arange(args.batch, dtype=np.int32),
-        "encoded": task.model.conditioner.encode(["red apple"] * args.batch),
-    }
-    encode = jax.jit(lambda stage, x: stage.moments(x / np.float32(127.5) - 1))
-    moments = np.asarray(encode(task.model.first_stage, image), np.float16)
-    batches = {"pictures": {"image": image, **shared}, "cache": {"moments": moments, **shared}}
-
-    flops = {}
-    for name, batch in batches.items():
-        compiled = step.lower(state, task.frozen, batch).compile()
-        flops[name] = (compiled.cost_analysis() or {})["flops"]
-        jax.block_until_ready(step(state, task.frozen, batch))
-    times: dict[str, list[float]] = {name: [] for name in batches}
-    for _ in range(args.rounds):
-        for name, batch in batches.items():
-            began = time.perf_counter()
-            jax.block_until_ready(step(state, task.frozen, batch))
-            times[name].append(time.perf_counter() - began)
-
-    ratios = sorted(b / a for a, b in zip(times["pictures"], times["cache"], strict=True))
-    low, ratio, high = (ratios[int(q * (len(ratios) - 1))] for q in (0.25, 0.5, 0.75))
-    share = 1 - flops["cache"] / flops["pictures"]
-    for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        print(
-            f"from {name:9} {middle * 1e3:7.1f} ms a step, {args.batch / middle:6.1f} pictures/s, {flops[name] / 1e9:.1f} GFLOP"
-        )
-    print(f"the cached step takes {ratio:.2f} of the other's time (middle half {low:.2f} to {high:.2f})")
-    print(f"encoding is {share:.0%} of the picture step's arithmetic")
+    share = 1 - runs["cache"].flops / runs["pictures"].flops
+    told: dict[str, Any] = {"device": jax.devices()[0].device_kind, "batch": args.batch, "encoder_share": share}
+    for fetch, label in ((True, "training, with its data"), (False, "the step alone")):
+        ratios = sorted(b / a for a, b in zip(times[fetch]["pictures"], times[fetch]["cache"], strict=True))
+        low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        print(f"{label}: {ratio:.2f} of the time from a cache (middle half {low:.2f} to {high:.2f})")
+        for name, seconds in times[fetch].items():
+            middle = statistics.median(seconds)
+            print(f"    from {name:9} {middle * 1e3:7.1f} ms a step, {args.batch / middle:6.1f} pictures/s")
+        told[label] = {"seconds": times[fetch], "ratio": ratio}
+    print(f"encoding is {share:.1%} of the picture step's arithmetic")
     if args.json:
-        told = {"batch": args.batch, "seconds": times, "flops": flops, "ratio": ratio, "encoder_share": share}
-        with open(args.json, "w") as file:
-            json.dump({"device": jax.devices()[0].device_kind, **told}, file, indent=1)
+        args.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def target() -> Target | None:
 
 
 @contextlib.contextmanager
-def compiled_for(told: Target) -> Iterator[None]:
+def compiled_for(told: Target | None) -> Iterator[None]:
     """While a program is traced inside, `target` is ``told``: kernels are chosen by it, and split as its mesh splits rows."""
     token = _TARGET.set(told)
     try:

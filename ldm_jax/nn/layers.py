@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.nn.convolution import convolve
+
 Dtype = Any
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -51,6 +53,7 @@ def conv(
         dtype=dtype,
         kernel_init=nn.initializers.zeros if zero else torch_kernel_init,
         bias_init=nn.initializers.zeros if zero else torch_bias_init(fan_in),
+        conv_general_dilated=convolve,
         name=name,
     )
 

@@ -1,0 +1,69 @@
+"""Convolutions with a weights' gradient of their own: against XLA's in values and gradients, and where they are used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.nn.convolution import banded_pays, convolve
+from ldm_jax.nn.layers import conv
+from ldm_jax.parallel import Target, compiled_for, make_mesh
+
+SAME = ((1, 1), (1, 1))
+
+
+def arrays(b: int, height: int, width: int, c: int, o: int, kernel: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = (b, height, width, c), (kernel, kernel, c, o)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    return x, w
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "padding"),
+    [
+        ((2, 32, 48, 8, 5, 3), 1, SAME),  # two bands a picture, all of the kernel at once
+        ((2, 64, 64, 33, 4, 3), 1, SAME),  # row by row of the kernel
+        ((1, 65, 67, 34, 3, 3), 2, ((0, 1), (0, 1))),  # a downsampling, unevenly padded
+        ((1, 71, 64, 3, 6, 4), 2, SAME),  # the discriminator's; no band divides 35 rows but 5, 7 and one
+    ],
+    ids=["thin", "wide", "stride", "even kernel"],
+)
+def test_values_and_gradients_are_those_of_xla(shape, stride, padding):
+    x, w = arrays(*shape)
+    assert banded_pays(x, w, (stride, stride), padding)
+
+    def results(form, x, w):
+        y, pull = jax.vjp(lambda x, w: form(x, w, (stride, stride), padding), x, w)
+        return y, *pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    def by_xla(x, w, strides, padding):
+        return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    expected = jax.jit(lambda x, w: results(by_xla, x, w))(x, w)
+    for told in (None, Target("cpu")):
+        with compiled_for(told):
+            got = jax.jit(lambda x, w: results(convolve, x, w))(x, w)
+        for name, a, b in zip(("values", "dx", "dw"), got, expected, strict=True):
+            assert a.shape == b.shape
+            assert float(jnp.abs(a - b).max()) < 3e-6 * float(jnp.abs(b).max()), name
+
+
+def uses_bands(told: Target | None, side: int = 32, dtype: str = "float32") -> bool:
+    """Whether the gradient of a layer's loss has the loop over bands, for a program of ``told``."""
+    x = jnp.ones((1, side, side, 4), dtype)
+    layer = conv(4, 3, x, name="conv", dtype=jnp.dtype(dtype))
+    params = layer.init(jax.random.key(0), x)
+    with compiled_for(told):
+        # A function of its own: jit remembers what it traced.
+        text = jax.jit(jax.grad(lambda p: layer.apply(p, x).sum())).lower(params).as_text()
+    return "while" in text
+
+
+def test_the_bands_are_for_large_pictures_in_float32_on_one_cpu():
+    assert uses_bands(Target("cpu"))
+    assert uses_bands(None)
+    assert not uses_bands(Target("cpu"), side=31)
+    assert not uses_bands(Target("cpu"), dtype="bfloat16")
+    assert not uses_bands(Target("cpu", make_mesh(8)))
+    assert not uses_bands(Target("tpu"))
