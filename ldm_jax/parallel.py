@@ -86,7 +86,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str
     """How the array at ``path`` ("unet/middle_block_0/in_conv/kernel") is split.
 
     The tensor axis takes what `TENSOR` says, ``axis`` the largest other dimension that it divides, first among those that it cuts into multiples
-    of 128; of a table of embeddings the channels. Every array has a place: what is small or divides nowhere is on every device.
+    of 128 (columns into more than one: a TPU program sums gradients whole whose parts are 128 columns); of a table of embeddings the channels. Every
+    array has a place: what is small or divides nowhere is on every device.
     """
     named: list[str | None] = [None] * len(shape)
     if math.prod(shape) <= _SMALL:
@@ -97,8 +98,13 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str
     n = mesh.shape[axis]
     free = [dim for dim, size in enumerate(shape) if named[dim] is None and size % n == 0 and size >= n]
     table = _TABLES.search(path) is not None
+
+    def order(dim: int) -> tuple[bool, bool, int]:
+        part = shape[dim] // n
+        return table and dim == 1, part % _LANES == 0 and (part > _LANES or dim < len(shape) - 1), shape[dim]
+
     if n > 1 and free:
-        named[max(free, key=lambda dim: (table and dim == 1, shape[dim] // n % _LANES == 0, shape[dim]))] = axis
+        named[max(free, key=order)] = axis
     return PartitionSpec(*named)
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +31,12 @@ import numpy as np
 import pytest
 from absl import app, flags
 
-from ldm_jax import generation
+from ldm_jax import generation, pipeline
 from ldm_jax.checkpoint import save_model
 from ldm_jax.generation import Form
 from ldm_jax.latent import build, init_params
 from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.parallel import make_mesh
 from ldm_jax.pipeline import Pipeline, load
 from ldm_jax.train.tasks import DiffusionTask
 
@@ -105,9 +106,16 @@ def pytest_configure() -> None:
         app.run(lambda argv: None, argv=["pytest"])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: a worker that comes to one at the end would keep the others waiting."""
-    items.sort(key=lambda item: item.path.name != "test_parallel.py" and 1 + (item.path.parent.name != "train"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays with one worker, which compiles and traces its fixtures once; the reference cases, which share none, fill up at the end."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_parity.py" in nodeid else nodeid.split("::")[0]
+
+    return ByFile(config, log)
 
 
 def pytest_unconfigure() -> None:
@@ -115,6 +123,13 @@ def pytest_unconfigure() -> None:
     ours = Path(cache).name.startswith("ldm_jax_xla_")
     if ours and "PYTEST_XDIST_WORKER" not in os.environ:  # which is done before the others are
         shutil.rmtree(cache, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def cheap_compiling() -> Iterator[None]:
+    """Nobody may leave it switched off: everything after would take several times as long, and nothing else would tell."""
+    yield
+    assert jax.config.read("jax_disable_most_optimizations")
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +256,8 @@ def run_here(script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeyp
     ours, before = logging.getLogger("ldm_jax"), set(flags.FLAGS)
     kept = ours.handlers, ours.propagate, ours.level
     monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+    # On one device, as nearly everybody's machine has: on eight, a batch of one is a batch of eight.
+    monkeypatch.setattr(pipeline, "make_mesh", lambda devices: make_mesh(devices or 1))
     capfd.readouterr()
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -39,11 +39,9 @@ COUNTS = [98, 194, 386]
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
-    """Errors of order 4 vanish in float32. Programs that run once need no optimising."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Errors of order 4 vanish in float32."""
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def exact(x: jax.Array, t: jax.Array, at: Any = None) -> Prediction:

@@ -65,6 +65,9 @@ def test_a_split_leaves_whole_registers_where_it_can():
     assert spec("x", (1024, 4100), mesh) == PartitionSpec("fsdp", None)
     assert spec("x", (1000, 4100), mesh) == PartitionSpec("fsdp", None)
     assert spec("x", (1001, 4100), mesh) == PartitionSpec(None, None)
+    assert spec("x", (1280, 1024), mesh) == PartitionSpec("fsdp", None)  # not into parts of 128 columns
+    assert spec("x", (1024, 1280), mesh) == PartitionSpec("fsdp", None)  # but of 128 rows
+    assert spec("x", (1280, 2048), mesh) == PartitionSpec(None, "fsdp")
     assert spec("norm/scale", (320,), mesh) == PartitionSpec()
 
 
