@@ -30,14 +30,13 @@ from ldm_jax.train.tasks import DiffusionTask
 class Run:
     """A training run, step by step."""
 
-    def __init__(self, config: Any, steps: int) -> None:
+    def __init__(self, config: Any) -> None:
         self.task = DiffusionTask(config)
         self.task.use({"scale_factor": 1.0})
         tx = make_optimizer(config.optim, config.steps)
         self.state = jax.jit(lambda key: create_state(self.task.init(key), tx, ema=True))(jax.random.key(0))
         self.frozen = jax.device_put(self.task.frozen)
-        self.loader = make_loader(config, "train")
-        self.batches = self.loader.batches(steps)
+        self.batches = make_loader(config, "train").iterate()
         self.ready = self.task.host_batch(next(self.batches))
         step = jax.jit(self.task.make_step(tx, seed=0, ema=config.ema, parts=1), donate_argnums=0)
         self.step = step.lower(self.state, self.frozen, self.ready).compile()
@@ -67,8 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cached = config.copy_and_resolve_references()
         cached.data.cache = str(encode(config, Path(folder) / "cache"))
-        steps = 2 + (args.rounds + 1) * args.steps
-        runs = {name: Run(c, steps) for name, c in (("pictures", config), ("cache", cached))}
+        runs = {"pictures": Run(config), "cache": Run(cached)}
         times: dict[bool, dict[str, list[float]]] = {}
         with closing(runs["pictures"].batches), closing(runs["cache"].batches):
             for fetch in (True, False):
