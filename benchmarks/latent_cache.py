@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from configs import emoji
+from ldm_jax.heap import keep_large_blocks
 from ldm_jax.train.encode import encode
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.optim import make_optimizer
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
+    keep_large_blocks()  # as train.py does
 
     config: Any = emoji.get_config()
     config.batch_size = args.batch

@@ -93,13 +93,14 @@ def train(args: Any) -> None:
     """Trains what the flags ask for."""
     if not args.workdir:
         raise ValueError("missing --workdir=...; --help explains every flag")
-    from ldm_jax import parallel
+    from ldm_jax import heap, parallel
     from ldm_jax.train.loop import TrainingDiverged, TrainingStopped, train
 
     if args.distributed or args.coordinator:
         parallel.start(args.coordinator, args.processes, args.process_index)
         if not parallel.is_first():
             logging.getLogger("ldm_jax").setLevel(logging.WARNING)
+    heap.keep_large_blocks()
     try:
         train(args.config, args.workdir)
     except TrainingDiverged as error:

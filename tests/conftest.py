@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 from absl import app, flags
 
-from ldm_jax import generation, pipeline
+from ldm_jax import generation, heap, pipeline
 from ldm_jax.checkpoint import save_model
 from ldm_jax.generation import Form
 from ldm_jax.latent import build, init_params
@@ -258,6 +258,7 @@ def run_here(script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
     # On one device, as nearly everybody's machine has: on eight, a batch of one is a batch of eight.
     monkeypatch.setattr(pipeline, "make_mesh", lambda devices: make_mesh(devices or 1))
+    monkeypatch.setattr(heap, "keep_large_blocks", lambda: False)  # this process belongs to the tests
     capfd.readouterr()
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")

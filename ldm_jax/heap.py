@@ -1,0 +1,35 @@
+"""The C library's memory, set up for programs on a CPU."""
+
+import ctypes
+import os
+import sys
+
+import jax
+
+_TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14  # of glibc's malloc.h and Linux's mman.h
+_HUGE_PAGE = 2 << 20
+
+
+def keep_large_blocks() -> bool:
+    """Lets this process keep the large blocks that it has used, on huge pages; whether it does: only on CPU, under Linux with glibc.
+
+    XLA's programs for CPU ask for all their temporary memory anew at every call. glibc takes such blocks from the system and gives them back, so that
+    every page of a training step was met for the first time: about a twentieth of its time. A program calls this, once; a library should not, for
+    it holds for everything in the process, whose memory from then on does not shrink.
+    """
+    if sys.platform != "linux" or jax.default_backend() != "cpu":
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    libc.free.argtypes = (ctypes.c_void_p,)
+    libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    kept = libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, -1)
+    # The heap is made long once, which takes addresses and no memory, because only pages that exist can be told to be huge.
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    if start := libc.malloc(size):
+        libc.free(start)
+        first = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+        libc.madvise(first, (start + size - first) // _HUGE_PAGE * _HUGE_PAGE, _MADV_HUGEPAGE)
+    return bool(kept)
