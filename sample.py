@@ -53,7 +53,7 @@ flags.DEFINE_integer("cache_depth", None, "First and last rows of the UNet that 
 flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels, e.g. 64x96 (default: as trained, or as the image is).")
 flags.DEFINE_integer("batch", None, "Pictures made at a time (default: at most 8, with --format 64).", lower_bound=1)
 flags.DEFINE_integer(
-    "decode_batch", None, "Pictures decoded at a time on a device (default: 512x512 pixels, on a CPU the batch)."
+    "decode_batch", None, "Pictures decoded at a time on a device (default: 512x512 pixels, on a CPU 128x128)."
 )
 flags.DEFINE_integer("tile", None, "Decode larger pictures in tiles of so many pixels, not exactly (default: never).")
 flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16 (default: float32 on CPU, bfloat16 elsewhere).")

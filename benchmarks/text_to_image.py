@@ -17,7 +17,6 @@ from benchmarks.side_by_side import Side, as_torch, common_arguments, compare, i
 from benchmarks.torch_twin import TorchDecoder, TorchText, TorchUNet, decoder_params, fill
 from ldm_jax.conditioning import BertText
 from ldm_jax.diffusion.samplers import initial_noise
-from ldm_jax.generation import Form
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.requests import Given, arrays
 
@@ -82,7 +81,7 @@ def main() -> None:
         chosen = pipe.settings(steps=args.steps, sampler="ddim")
         canvas, rows = arrays(pipe.model, Given(**asked), chosen, seeds, None)
         plan = pipe.plan(chosen, Given(**asked))
-        program: Any = pipe.program("ddim", Form(canvas.size))
+        program: Any = pipe.program("ddim", pipe.form(chosen, canvas.size, batch))
         stage = pipe.model.first_stage
         shape = (canvas.size[0] // stage.downsampling, canvas.size[1] // stage.downsampling, stage.channels)
         noise = as_torch(initial_noise(jax.vmap(jax.random.key)(jnp.asarray(rows.seeds)), shape))

@@ -204,17 +204,19 @@ def decode(stage: FirstStage, z: jax.Array, form: Form) -> jax.Array:
     return pixels.reshape(-1, *pixels.shape[2:])
 
 
-_AT_ONCE = 512 * 512  # pixels that an accelerator decodes at a time where nobody says
+# Pixels decoded at a time where nobody says: a CPU's cores are busy with a small picture already.
+_AT_ONCE = {"cpu": 128 * 128}
+_AT_ONCE_ELSEWHERE = 512 * 512
 
 
 def decode_part(platform: str, size: tuple[int, int], local: int, wanted: int | None = None) -> int:
     """How many of its ``local`` pictures of ``size`` a device decodes at a time: a divisor of them, at most ``wanted``; 0 where that is all.
 
-    Where nobody wants a number, a CPU decodes all at once, and an accelerator as many as have 512x512 pixels together, or one: what it needs then
-    does not grow with the batch.
+    Where nobody wants a number, a CPU decodes as many as have 128x128 pixels together, an accelerator 512x512, or one: what it needs then does not
+    grow with the batch.
     """
     if wanted is None:
-        wanted = 0 if platform == "cpu" else max(_AT_ONCE // (size[0] * size[1]), 1)
+        wanted = max(_AT_ONCE.get(platform, _AT_ONCE_ELSEWHERE) // (size[0] * size[1]), 1)
     part = max((d for d in range(1, local + 1) if local % d == 0 and d <= wanted), default=0)
     return part if part < local else 0
 

@@ -212,7 +212,8 @@ def test_decoding_in_parts_changes_nothing_and_in_tiles_little(pipe):
         ("tpu", (256, 256), 6, None, 3),  # a divisor
         ("tpu", (64, 64), 8, None, 0),
         ("tpu", (512, 512), 1, None, 0),
-        ("cpu", (512, 512), 8, None, 0),
+        ("cpu", (512, 512), 8, None, 1),
+        ("cpu", (64, 64), 8, None, 4),
         ("tpu", (512, 512), 8, 0, 0),
         ("cpu", (512, 512), 8, 3, 2),
     ],
