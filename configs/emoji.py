@@ -4,8 +4,8 @@
     python train.py --config=configs/emoji.py --config.data.path=emoji64.zip --config.data.cache=runs/emoji_cache --workdir=runs/emoji
 
 takes the first stage of configs/emoji_kl.py from runs/emoji_kl/model. 48 pictures a second on 2 CPU cores with nothing beside it. The model that
-ships was stopped at step 22,431, after 3 hours and a quarter on busy ones, and went on from itself (``--config.init=emoji``) for 22,108 steps more, in
-about 3 hours: 60 % of the concepts found again: see ldm_jax/assets/emoji/README.md.
+ships was stopped at step 22,431, after 3 hours and a quarter on busy ones, and went on from itself (``--config.init=emoji``) for 22,108 steps more,
+in about 3 hours: 60 % of the concepts found again: see ldm_jax/assets/emoji/README.md.
 """
 
 import ml_collections
