@@ -205,8 +205,7 @@ def decode(stage: FirstStage, z: jax.Array, form: Form) -> jax.Array:
 
 
 # Pixels decoded at a time where nobody says: a CPU's cores are busy with a small picture already.
-_AT_ONCE = {"cpu": 128 * 128}
-_AT_ONCE_ELSEWHERE = 512 * 512
+_AT_ONCE, _AT_ONCE_ON_CPU = 512 * 512, 128 * 128
 
 
 def decode_part(platform: str, size: tuple[int, int], local: int, wanted: int | None = None) -> int:
@@ -216,7 +215,7 @@ def decode_part(platform: str, size: tuple[int, int], local: int, wanted: int | 
     grow with the batch.
     """
     if wanted is None:
-        wanted = max(_AT_ONCE.get(platform, _AT_ONCE_ELSEWHERE) // (size[0] * size[1]), 1)
+        wanted = max((_AT_ONCE_ON_CPU if platform == "cpu" else _AT_ONCE) // (size[0] * size[1]), 1)
     part = max((d for d in range(1, local + 1) if local % d == 0 and d <= wanted), default=0)
     return part if part < local else 0
 
