@@ -17,6 +17,7 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.seed = 0
     # A model directory whose parameters the run begins with, to go on with a trained or a converted model.
     config.init = ""
+    config.init_strict = True  # False: what that model has not, or has of another shape, begins anew
     config.steps = 100_000
     config.batch_size = 32
     config.dtype = "float32"  # of products; parameters are always float32

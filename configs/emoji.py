@@ -11,6 +11,7 @@ in about 3 hours: 60 % of the concepts found again: see ldm_jax/assets/emoji/REA
 import ml_collections
 
 from configs.common import base, section, short
+from configs.emoji_presets import CHANNELS, CONTEXT, emoji_unet
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -31,22 +32,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     model.objective = "v"
     model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000)
     model.first_stage = section(path="runs/emoji_kl/model")
-    model.conditioner = section(kind="bert", dim=128, depth=2, max_seq_len=24, heads=4, head_dim=32, embed_std=1.0)
-    model.unet = section(
-        in_channels=8,
-        out_channels=8,
-        model_channels=48,
-        channel_mult=(1, 3, 3),
-        num_res_blocks=1,
-        conv_resample=False,
-        attention_resolutions=(2, 4),
-        num_head_channels=48,
-        use_spatial_transformer=True,
-        transformer_depth=1,
-        context_dim=128,
-        legacy=False,
-        norm_groups=16,
-    )
+    model.conditioner = section(kind="bert", dim=CONTEXT, depth=2, max_seq_len=24, heads=4, head_dim=32, embed_std=1.0)
+    model.unet = emoji_unet(CHANNELS, context=True)
     model.sampling = section(size=(64, 64), steps=50, guidance=4.0)
     model.data = section(
         caption="{text}, {style} style",

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/emoji_class.py --config.data.path=emoji64.zip --workdir=runs/emoji_class
 
-takes the first stage of configs/emoji_kl.py. One more class than the data have is the null class, for guidance. Not trained in full yet.
+begins with the demo's UNet and takes its first stage. One more class than the data have is the null class, for guidance. Not trained in full yet.
 """
 
 import ml_collections

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/emoji_inpaint.py --config.data.path=emoji64.zip --workdir=runs/emoji_inpaint
 
-takes the first stage of configs/emoji_kl.py. Not trained in full yet.
+begins with the demo's UNet and takes its first stage. Not trained in full yet.
 """
 
 import ml_collections

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/emoji_layout.py --config.data.path=emoji64.zip --workdir=runs/emoji_layout
 
-takes the first stage of configs/emoji_kl.py. Not trained in full yet. Composing 4000 scenes from 11,000 pictures takes half a minute at the start.
+begins with the demo's UNet and takes its first stage. Not trained in full yet.
+Composing 4000 scenes from 11,000 pictures takes half a minute at the start.
 """
 
 import ml_collections
@@ -17,6 +18,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     conditioner = {"kind": "tokens", "dim": CONTEXT, "depth": 2, "heads": 4, "head_dim": 32, "embed_std": 1.0}
     conditioner |= {"max_seq_len": 9, "vocab_size": 1024}
     config = emoji_diffusion(conditioner, context=True, guidance=2.0)
+    config.steps = 2000
     config.data.update(source="scenes", count=4000, objects=3, split_column="scene", holdout=0.02)
     config.data.condition = section(column="boxes")
     if variant == "smoke":

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/emoji_semantic.py --config.data.path=emoji64.zip --workdir=runs/emoji_semantic
 
-takes the first stage of configs/emoji_kl.py. Not trained in full yet. Composing 4000 scenes from 11,000 pictures takes half a minute at the start.
+begins with the demo's UNet and takes its first stage. Not trained in full yet.
+Composing 4000 scenes from 11,000 pictures takes half a minute at the start.
 """
 
 import ml_collections
@@ -16,6 +17,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     # 64x64 labels, one-hot, are halved twice and mapped to as many channels as the original's model has: 3.
     conditioner = {"kind": "rescale", "size": (64, 64), "n_stages": 2, "in_channels": 10, "out_channels": 3}
     config = emoji_diffusion(conditioner, joined=3)
+    config.steps = 2000
     config.data.update(source="scenes", count=4000, objects=3, split_column="scene", holdout=0.02)
     config.data.condition = section(column="map")
     if variant == "smoke":

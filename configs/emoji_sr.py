@@ -2,7 +2,7 @@
 
     python train.py --config=configs/emoji_sr.py --config.data.path=emoji64.zip --workdir=runs/emoji_sr
 
-takes the first stage of configs/emoji_kl.py. Not trained in full yet. For pictures as they are found, degrade as Zhang et al. 2021 do:
+begins with the demo's UNet and takes its first stage. Not trained in full yet. For pictures as they are found, degrade as Zhang et al. 2021 do:
 --config.data.condition.kinds="('bsr',)", or bsr_light.
 """
 
@@ -15,6 +15,7 @@ from configs.emoji_presets import LATENT, emoji_diffusion, smoke
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     config = emoji_diffusion({"kind": "joined", "of": "picture", "channels": 3, "size": LATENT}, joined=3)
+    config.steps = 1200
     config.data.condition = section(kinds=("bicubic",))
     config.data.flip = True
     return smoke(config, variant)

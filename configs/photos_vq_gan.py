@@ -12,15 +12,9 @@ from configs import photos_kl_gan
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run, "parity" the same without what the original has not; "smoke" a short one on the pictures that ship."""
+    """``variant`` as in configs/photos_kl_gan.py."""
     config = photos_kl_gan.get_config()
     config.loss.update(codebook_weight=1.0, restart_codes=True)
     config.adversary.update(weight=0.75, cap=10.0, alarm=100.0)
     config.model.first_stage = photos_kl_gan.first_stage(kind="vq", n_embed=1024)
-    if variant == "parity":
-        photos_kl_gan.as_the_original(config)
-    elif variant == "smoke":
-        photos_kl_gan.smoke(config)
-    elif variant:
-        raise ValueError(f"photos_vq_gan has no variant {variant!r}; there are parity and smoke")
-    return config
+    return photos_kl_gan.vary(config, variant)

@@ -1,7 +1,6 @@
 """The one training loop."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import shutil
@@ -17,8 +16,6 @@ from ldm_jax.checkpoint import (
     BestCheckpoints,
     CheckpointError,
     TrainingCheckpoints,
-    find_model,
-    load_model,
     read_config,
     save_model,
 )
@@ -37,6 +34,7 @@ from ldm_jax.parallel import (
     shardings,
     state_shardings,
 )
+from ldm_jax.train.begin import adopted, begin_with
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer, scaled, told_rate
@@ -50,6 +48,7 @@ LOG = logging.getLogger(__name__)
 # `steps` is also the end of the decay.)
 FREE = (
     "init",  # it has begun
+    "init_strict",
     "steps",
     "log_every",
     "save_every",
@@ -119,7 +118,9 @@ def train(config: Any, workdir: str | Path) -> Path:
                 f"best.metric {config.best.metric!r} is nothing that validation tells{nearest(config.best.metric, told)}"
             )
 
-    given = begin_with(config.init, task, shapes.params) if config.init and not is_run(workdir) else None
+    given = None
+    if config.init and not is_run(workdir):
+        given = begin_with(config.init, task, shapes.params, config.init_strict)
 
     # ------------------------------------------------------------------------------------ begin, or resume
     if is_first():  # only now: a mistake above leaves nothing behind that holds on to it
@@ -243,42 +244,6 @@ def train(config: Any, workdir: str | Path) -> Path:
             LOG.info("the best by %s, of step %d, is in %s", best.metric, step, workdir / "model_best")
     LOG.info("finished: the model is in %s", model_dir)
     return model_dir
-
-
-def begin_with(path: str, task: Task, like: Any) -> dict[str, Any]:
-    """Parameters, of the model directory at ``path``, that a state trains (shapes ``like``); ConfigError where one is missing or of another shape.
-
-    ``logvar`` of the loss alone may be missing: not every model has learnt one.
-    """
-    given, wanted = _by_name(task.adopt(*load_model(find_model(path)))), _by_name(like)
-    wrong = [
-        f"{name} {tuple(given[name].shape)}, not {tuple(leaf.shape)}" if name in given else f"no {name}"
-        for name, leaf in wanted.items()
-        if name != "logvar" and (name not in given or given[name].shape != leaf.shape)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 1} more that do not fit" if len(wrong) > 1 else ""
-        raise ConfigError(f"init: {path} has {wrong[0]}{more}: give the model that it is in config.model")
-    return {name: given[name] for name in wanted if name in given}
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-
-def adopted(state: TrainState, given: dict[str, Any]) -> TrainState:
-    """``state`` with these parameters, and its average beginning at them."""
-
-    def placed(tree: Any) -> Any:
-        leaves = [
-            jax.device_put(np.asarray(given[name], leaf.dtype), leaf.sharding) if name in given else leaf
-            for name, leaf in _by_name(tree).items()
-        ]
-        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-
-    return dataclasses.replace(state, params=placed(state.params), ema=state.ema and placed(state.ema))
 
 
 def export(task: Task, model_dir: Path, trained: int, weights: Callable[[], Any]) -> None:

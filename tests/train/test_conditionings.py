@@ -138,6 +138,36 @@ def test_a_run_of_classes_ends_in_a_model_that_knows_their_names(make, tmp_path,
     assert params["conditioner"]["embedding"]["embedding"].shape == (4, 16)
 
 
+def test_a_model_learns_another_condition(make, tmp_path, no_preview):
+    """What fits is taken, new input channels begin at zero, the rest begins anew; unless it must fit whole."""
+    text = make("text")
+    text.update(steps=1)
+    _, before = load_model(train(text, tmp_path / "text"))
+    config = make("masked")
+    config.model.unet = text.model.unet.copy_and_resolve_references()
+    config.model.unet.update(in_channels=4 + KINDS["masked"][2], context_dim=None)
+    config.update(init=str(tmp_path / "text/model"), steps=1)
+    config.optim.lr = 0.0
+    with pytest.raises(ConfigError, match=r"init: .*/model has .* more that do not fit: .* with init_strict=False"):
+        train(config, tmp_path / "masked")
+    config.init_strict = False
+    _, after = load_model(train(config, tmp_path / "masked"))
+    first, was = (params["unet"].pop("input_blocks_0_0") for params in (after, before))
+    np.testing.assert_array_equal(first["kernel"][:, :, :4], was["kernel"])
+    assert not first["kernel"][:, :, 4:].any()
+    paths = dict(jax.tree.leaves_with_path(before["unet"]))
+    fresh = [path for path, leaf in jax.tree.leaves_with_path(after["unet"]) if not np.array_equal(leaf, paths[path])]
+    assert {jax.tree_util.keystr(path[-2:], simple=True, separator="/") for path in fresh} == {
+        "to_k/kernel",
+        "to_v/kernel",
+    }
+    assert all("attn2" in jax.tree_util.keystr(path) for path in fresh)
+
+    config.init = str(config.model.first_stage.path)
+    with pytest.raises(ConfigError, match=r"nothing of it fits config\.model"):
+        train(config, tmp_path / "nothing")
+
+
 def test_a_run_of_inpainting_goes_on_and_shows_what_it_makes(make, tmp_path):
     """Without parameters in its conditioner: nothing of it to save."""
     config = make("masked")

@@ -125,11 +125,11 @@ def test_the_temperature_falls_by_half_a_cosine():
 @pytest.mark.parametrize("name", ["emoji_kl", "emoji_vq", "photos_kl_gan", "photos_vq_gan"])
 def test_every_config_builds_and_those_of_the_original_have_no_guards(name):
     get_config = import_module(f"configs.{name}").get_config
-    for variant in ("", "smoke", *(["parity"] if "photos" in name else [])):
+    for variant in ("", "smoke", *(["parity", "small", "small_parity"] if "photos" in name else [])):
         config = get_config(variant)
         task = tasks.AutoencoderTask(config)
         assert (task.adversary is None) == (name == "emoji_kl")
-        if variant == "parity":
+        if variant.endswith("parity"):
             assert task.adversary is not None
             assert (config.updates, task.most_rollbacks, config.loss.restart_codes) == ("parity", 0, False)
             assert (task.adversary.ramp, task.adversary.cap, config.adversary.alarm, config.guard.rise) == (0, 0, 0, 0)

@@ -1,0 +1,109 @@
+"""What models of other conditions than text make of held-out pictures, for the documents:
+
+    python tools/condition_grids.py runs/emoji_class runs/emoji_inpaint --data emoji64.zip --out docs
+
+Takes workdirs of finished runs and writes a condition_NAME.png of each, from fixed seeds: a row for each condition, which is drawn where it can be,
+then samples, and the picture that the condition was made of. Prints for the tasks that have one answer how near it the samples are.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+import ldm_jax
+from ldm_jax.data import ClassOf, Layout, Mask, SmallPicture
+from ldm_jax.data.drawing import draw_conditions
+from ldm_jax.data.layouts import boxes_of_tokens
+from ldm_jax.pictures import labelled_grid, save_png
+from ldm_jax.train.conditions import make_condition
+from ldm_jax.train.loaders import first_batches, make_loader
+
+SEEDS, ROWS, ZOOM = (0, 1, 2, 3), 6, 2
+WIDE_SEEDS = tuple(range(8))  # of classes, which have no picture beside them
+
+
+def classes(pipe: Any, condition: ClassOf) -> np.ndarray:
+    """A row for each class."""
+    rows = [pipe(classes=name, seeds=WIDE_SEEDS) for name in condition.names]
+    return labelled_grid(
+        np.concatenate(rows).repeat(ZOOM, 1).repeat(ZOOM, 2), condition.names, [f"seed {s}" for s in WIDE_SEEDS]
+    )
+
+
+def others(pipe: Any, condition: Any, raw: dict[str, Any]) -> np.ndarray:
+    """A row for each of the pictures in ``raw``: its condition, samples, itself."""
+    images, given = raw["image"], raw["condition"]
+    large = {"image": images.repeat(ZOOM, 1).repeat(ZOOM, 2), "condition": given}
+    if isinstance(condition, SmallPicture | Layout):
+        drawn = draw_conditions(condition, large)
+    else:
+        drawn = draw_conditions(condition, raw)
+        drawn = None if drawn is None else drawn.repeat(ZOOM, 1).repeat(ZOOM, 2)
+    assert drawn is not None
+    columns, rows, errors, plain = ["condition", *(f"seed {s}" for s in SEEDS), "the picture"], [], [], []
+    for i in range(len(images)):
+        made = pipe(seeds=SEEDS, **request(condition, images[i], given[i]))
+        errors.append(np.square(made.astype(np.float32) - images[i]).mean((1, 2, 3)))
+        rows += [drawn[i], *made.repeat(ZOOM, 1).repeat(ZOOM, 2), large["image"][i]]
+        if isinstance(condition, SmallPicture):
+            resized = Image.fromarray(given[i]).resize(images[i].shape[1::-1], Image.Resampling.BICUBIC)
+            plain.append(np.square(np.asarray(resized, np.float32) - images[i]).mean())
+    if isinstance(condition, SmallPicture | Mask):
+        print(f"PSNR of samples {psnr(np.array(errors)):.2f} dB" + (f", bicubic {psnr(plain):.2f} dB" if plain else ""))
+    return labelled_grid(rows, [""] * len(images), columns)
+
+
+def spread(loader: Any) -> dict[str, Any]:
+    """So many pictures of the held-out ones, evenly spread: neighbours are alike."""
+    batches = first_batches(loader, -(-loader.count // ROWS))
+    at = np.linspace(0, loader.count - 1, ROWS).round().astype(int)
+    return {name: np.concatenate([batch[name] for batch in batches])[at] for name in ("image", "condition")}
+
+
+def psnr(errors: Any) -> float:
+    """The mean PSNR of mean squared errors of pixels from 0 to 255."""
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-6))))
+
+
+def request(condition: Any, image: np.ndarray, given: np.ndarray) -> dict[str, Any]:
+    """A held-out picture's condition, as a pipeline is asked."""
+    if isinstance(condition, Mask):
+        return {"image": image, "mask": given[:, :, 0] * np.uint8(255)}
+    if isinstance(condition, SmallPicture):
+        return {"image": given}
+    if isinstance(condition, Layout):
+        names = condition.names
+        boxes = boxes_of_tokens(given.tolist(), condition.vocabulary)
+        return {"layout": [(names[label] if names else label, box) for label, box in boxes]}
+    return {"semantic_map": given.astype(np.uint8)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="workdirs of finished runs")
+    parser.add_argument("--data", help="where the pictures are, if no longer where the run had them")
+    parser.add_argument("--out", required=True, help="the folder for the PNGs")
+    args = parser.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for run in map(Path, args.runs):
+        config: Any = ml_collections.ConfigDict(json.loads((run / "config.json").read_text()))
+        config.data.path = args.data or config.data.path
+        config.batch_size = ROWS
+        pipe, condition = ldm_jax.load(str(run / "model")), make_condition(config.to_dict())
+        print(run.name, flush=True)
+        of_classes = isinstance(condition, ClassOf)
+        sheet = (
+            classes(pipe, condition)
+            if of_classes
+            else others(pipe, condition, spread(make_loader(config, "validation")))
+        )
+        save_png(Path(args.out) / f"condition_{run.name.removeprefix('emoji_')}.png", sheet)
+
+
+if __name__ == "__main__":
+    main()
