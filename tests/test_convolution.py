@@ -26,8 +26,12 @@ def arrays(b: int, height: int, width: int, c: int, o: int, kernel: int) -> tupl
         ((2, 64, 64, 33, 4, 3), 1, SAME),  # row by row of the kernel
         ((1, 65, 67, 34, 3, 3), 2, ((0, 1), (0, 1))),  # a downsampling, unevenly padded
         ((1, 71, 64, 3, 6, 4), 2, SAME),  # the discriminator's; no band divides 35 rows but 5, 7 and one
+        ((1, 48, 64, 128, 2, 3), 1, SAME),  # weight by weight of the kernel
+        ((9, 16, 24, 5, 7, 3), 1, SAME),  # bands of one small picture: no two divide nine
+        ((12, 16, 24, 5, 7, 3), 2, SAME),  # of ten or less of 96 pixels: six
+        ((8, 16, 24, 5, 7, 3), 1, SAME),  # of two
     ],
-    ids=["thin", "wide", "stride", "even kernel"],
+    ids=["thin", "wide", "stride", "even kernel", "thick", "one", "six", "two"],
 )
 def test_values_and_gradients_are_those_of_xla(shape, stride, padding):
     x, w = arrays(*shape)
@@ -49,7 +53,7 @@ def test_values_and_gradients_are_those_of_xla(shape, stride, padding):
             assert float(jnp.abs(a - b).max()) < 3e-6 * float(jnp.abs(b).max()), name
 
 
-def uses_bands(told: Target | None, side: int = 32, dtype: str = "float32") -> bool:
+def uses_bands(told: Target | None, side: int = 64, dtype: str = "float32") -> bool:
     """Whether the gradient of a layer's loss has the loop over bands, for a program of ``told``."""
     x = jnp.ones((1, side, side, 4), dtype)
     layer = conv(4, 3, x, name="conv", dtype=jnp.dtype(dtype))

@@ -14,11 +14,12 @@ from ldm_jax.parallel import target
 Array = jax.Array
 Padding = tuple[tuple[int, int], ...]
 
-# Measured with AVX-512: below so many pixels XLA's own gradient is as fast; a band's shifted copies stay in the cache; with few channels a product
-# for each row of the kernel is too thin.
-_PIXELS = 32 * 32
-_BAND = 2048
-_THIN = 32
+# Measured with AVX-512: below so many pixels, of all pictures, XLA's own gradient is as fast; the shifted copies of a band stay in the cache, be it
+# rows of a large picture or several small ones; with few channels a product for each weight, or even each row, of the kernel is too thin.
+_PIXELS = 1024
+_LARGE = 1024  # pixels of one picture
+_BAND, _SMALL_BAND = 2048, 1024
+_THIN, _THICK = 32, 128
 
 
 def convolve(x: Array, w: Array, strides: Any, padding: Any, **options: Any) -> Array:
@@ -29,7 +30,8 @@ def convolve(x: Array, w: Array, strides: Any, padding: Any, **options: Any) -> 
 
 
 def banded_pays(x: Array, w: Array, strides: Any, padding: Any, **options: Any) -> bool:
-    """Whether a program for one CPU is traced (or nobody said what for), of a large NHWC float32 convolution without groups or dilation."""
+    """Whether a program for one CPU is traced (or nobody said what for), of many pixels in NHWC and float32, without groups or
+    dilation."""
     told = target()
     if told is not None and (told.platform != "cpu" or told.mesh is not None):
         return False
@@ -40,7 +42,7 @@ def banded_pays(x: Array, w: Array, strides: Any, padding: Any, **options: Any) 
         (size + sum(pad) - kernel) // stride + 1
         for size, pad, kernel, stride in zip(x.shape[1:3], padding, w.shape[:2], strides, strict=True)
     )
-    return x.dtype == w.dtype == jnp.float32 and w.shape[0] > 1 and height * width >= _PIXELS
+    return x.dtype == w.dtype == jnp.float32 and w.shape[0] > 1 and x.shape[0] * height * width >= _PIXELS
 
 
 def _plain(x: Array, w: Array, strides: tuple[int, ...], padding: Padding) -> Array:
@@ -74,26 +76,35 @@ _banded.defvjp(_forward, _backward)
 def weight_gradient(x: Array, dy: Array, kernel: tuple[int, ...], strides: tuple[int, ...], padding: Padding) -> Array:
     """The gradient [kh, kw, c, o] of the weights of a convolution of ``x`` [b, h, w, c], given that of its result, ``dy`` [b, h', w', o].
 
-    Summed over bands of rows: the band's pixels as they lie under each weight of the kernel, side by side, times dy's. The small operand is the
-    transposed one.
+    Summed over bands: the band's pixels as they lie under each weight of the kernel, several weights' side by side, times dy's. The small operand is
+    the transposed one.
     """
     (kh, kw), (sy, sx) = kernel, strides
     b, height, width, o = dy.shape
     c = x.shape[-1]
-    rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * width <= _BAND))
+    large = height * width >= _LARGE
+    rows = _divisor(height, _BAND // width) if large else height
+    images = 1 if large else _divisor(b, _SMALL_BAND // (height * width))
+    products = (1 if c <= _THIN else kh) if large and c < _THICK else kh * kw
     bands = height // rows
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    groups = 1 if c <= _THIN else kh  # rows of the kernel are one product, or one each
 
     def add(i: Array, total: Array) -> Array:
-        image, first = i // bands, i % bands * rows
-        under = jax.lax.dynamic_slice(x, (image, first * sy, 0, 0), (1, (rows - 1) * sy + kh, *x.shape[2:]))[0]
-        grad = jax.lax.dynamic_slice(dy, (image, first, 0, 0), (1, rows, width, o)).reshape(-1, o).T
-        shifted = [under[:, j : j + (width - 1) * sx + 1 : sx] for j in range(kw)]
-        parts = [part[a : a + (rows - 1) * sy + 1 : sy] for a in range(kh) for part in shifted]
-        n = len(parts) // groups
-        lines = [jnp.concatenate(parts[g * n : (g + 1) * n], -1).reshape(rows * width, -1) for g in range(groups)]
+        image, first = i // bands * images, i % bands * rows
+        under = jax.lax.dynamic_slice(x, (image, first * sy, 0, 0), (images, (rows - 1) * sy + kh, *x.shape[2:]))
+        grad = jax.lax.dynamic_slice(dy, (image, first, 0, 0), (images, rows, width, o)).reshape(-1, o).T
+        shifted = [under[:, :, j : j + (width - 1) * sx + 1 : sx] for j in range(kw)]
+        parts = [part[:, a : a + (rows - 1) * sy + 1 : sy] for a in range(kh) for part in shifted]
+        n = len(parts) // products
+        lines = [jnp.concatenate(parts[g * n : (g + 1) * n], -1).reshape(grad.shape[1], -1) for g in range(products)]
         return total + jnp.stack([grad @ line for line in lines])
 
-    total = jax.lax.fori_loop(0, b * bands, add, jnp.zeros((groups, o, kh * kw * c // groups), x.dtype))
+    total = jnp.zeros((products, o, kh * kw * c // products), x.dtype)
+    turns = b // images * bands
+    total = add(jnp.int32(0), total) if turns == 1 else jax.lax.fori_loop(0, turns, add, total)
     return total.swapaxes(1, 2).reshape(kh, kw, c, o)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of ``n`` up to ``most``, at least 1."""
+    return max(k for k in range(1, n + 1) if n % k == 0 and (k == 1 or k <= most))
