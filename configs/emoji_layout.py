@@ -20,6 +20,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = emoji_diffusion(conditioner, context=True, guidance=2.0)
     config.steps = 2000
     config.data.update(source="scenes", count=4000, objects=3, split_column="scene", holdout=0.02)
+    config.data.background = 255  # the demo's first stage has seen white ones alone
     config.data.condition = section(column="boxes")
     if variant == "smoke":
         config.data.count = 200

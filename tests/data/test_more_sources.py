@@ -322,6 +322,11 @@ def test_scenes_have_exact_maps_and_boxes(scenes):
     np.testing.assert_array_equal(again[3]["map"], source[3]["map"])
     assert again.rows == source.rows
     assert make_source(scenes | {"seed": 1}).rows != source.rows
+    white = make_source(scenes | {"background": 255})[0]
+    assert (white["image"][white["map"] == 0] == 255).all()
+    assert source[0]["image"][source[0]["map"] == 0].min() >= 170
+    with pytest.raises(DataError, match=r"data\.background must be from 0 to 255, not 256"):
+        make_source(scenes | {"background": 256})
     # Both conditions read them.
     view = View(ImageTransform((32, 32)), Crop(0, 0, 32, 32, False), (32, 32))
     row = source[0]

@@ -39,6 +39,7 @@ class Scenes:
       count: scenes.
       size: of the pictures, in pixels.
       objects: at most so many in a scene, at least one.
+      background: the darkest that a component of its colours may be; 255 is white.
       seed: other scenes.
 
     Raises:
@@ -53,6 +54,7 @@ class Scenes:
         count: int = 2000,
         size: int = 64,
         objects: int = 3,
+        background: int = 170,
         seed: int = 0,
     ):
         self.path, self._size = os.fspath(path), size
@@ -63,10 +65,12 @@ class Scenes:
             )
         if min(count, size, objects) < 1:
             raise DataError("data.count, data.size and data.objects must be at least 1")
+        if not 0 <= background <= 255:
+            raise DataError(f"data.background must be from 0 to 255, not {background}")
         self.classes = sorted({str(row[column]) for row in self._pictures.rows})
         self._labels = [self.classes.index(str(row[column])) for row in self._pictures.rows]
         self._scenes = [self._compose(np.random.default_rng([_STREAM_SCENE, seed, i]), objects) for i in range(count)]
-        self._seed = seed
+        self._seed, self._darkest = seed, background
         self._colours: dict[int, list[float]] = {}
         self.rows = [self._row(i) for i in range(count)]
 
@@ -115,7 +119,7 @@ class Scenes:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns the row with the picture uint8 [size, size, 3] as "image" and its "map"."""
         size, rng = self._size, np.random.default_rng([_STREAM_SCENE + 1, self._seed, index])
-        ends = rng.uniform(170, 255, (2, 3))
+        ends = rng.uniform(self._darkest, 255, (2, 3))
         slope = np.add.outer(*(np.linspace(0, 1, size) * part for part in rng.dirichlet((1, 1))))[:, :, None]
         image, labels = ends[0] + (ends[1] - ends[0]) * slope, np.zeros((size, size), np.uint8)
         for p in self._scenes[index]:
