@@ -14,10 +14,10 @@ from ldm_jax.parallel import target
 Array = jax.Array
 Padding = tuple[tuple[int, int], ...]
 
-# Measured with AVX-512: below so many pixels, of all pictures, XLA's own gradient is as fast; the shifted copies of a band stay in the cache, be it
-# rows of a large picture or several small ones; with few channels a product for each weight, or even each row, of the kernel is too thin.
-_PIXELS = 1024
-_LARGE = 1024  # pixels of one picture
+# Measured with AVX-512: below so many pixels, of a picture or of all, XLA's own gradient is as fast; the shifted copies of a band stay in the
+# cache, be it rows of a large picture or several small ones; with few channels a product for each weight of the kernel, or even each of its rows, is
+# too thin.
+_LARGE, _MANY = 1024, 4096
 _BAND, _SMALL_BAND = 2048, 1024
 _THIN, _THICK = 32, 128
 
@@ -42,7 +42,8 @@ def banded_pays(x: Array, w: Array, strides: Any, padding: Any, **options: Any) 
         (size + sum(pad) - kernel) // stride + 1
         for size, pad, kernel, stride in zip(x.shape[1:3], padding, w.shape[:2], strides, strict=True)
     )
-    return x.dtype == w.dtype == jnp.float32 and w.shape[0] > 1 and x.shape[0] * height * width >= _PIXELS
+    enough = height * width >= _LARGE or x.shape[0] * height * width >= _MANY
+    return x.dtype == w.dtype == jnp.float32 and w.shape[0] > 1 and enough
 
 
 def _plain(x: Array, w: Array, strides: tuple[int, ...], padding: Padding) -> Array:
