@@ -5,12 +5,7 @@ embedding. Unused ways are None, so that the original's conditioning keys (cross
 """
 
 import dataclasses
-import gzip
-import logging
-import os
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import flax.struct
@@ -21,9 +16,7 @@ import numpy as np
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
 from ldm_jax.models.text import TransformerEncoder
-
-LOG = logging.getLogger(__name__)
-ASSETS = Path(__file__).parent / "assets"
+from ldm_jax.tokenizers import bert_tokenizer, clip_tokenizer, tokens_of
 
 
 @flax.struct.dataclass
@@ -55,53 +48,6 @@ class Conditioner(Protocol):
         ...
 
 
-@lru_cache(maxsize=2)
-def bert_tokenizer(vocab: Path = ASSETS / "tokenizers" / "bert-base-uncased-vocab.txt") -> Any:
-    """bert-base-uncased's tokenizer (30522 entries), made from its published vocabulary; nothing is downloaded."""
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it warns that PyTorch is missing, which is the point of this project
-    from transformers import BertTokenizer
-
-    return BertTokenizer(vocab=str(vocab), do_lower_case=True)
-
-
-def _byte_symbols() -> list[str]:
-    """One printable character for each byte, in the order in which byte-level BPE vocabularies (GPT-2's, CLIP's) list them."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = len(set(range(256)) - set(printable))
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(others)]
-
-
-@lru_cache(maxsize=2)
-def clip_tokenizer(merges_file: Path = ASSETS / "tokenizers" / "clip-bpe_simple_vocab_16e6.txt.gz") -> Any:
-    """CLIP's byte-pair tokenizer (49408 entries), made from its published list of merges; nothing is downloaded."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import CLIPTokenizer
-
-    symbols = _byte_symbols()
-    # The list is longer than what CLIP uses of it, which fills the vocabulary up to 49408; its first line is a version.
-    lines = gzip.decompress(merges_file.read_bytes()).decode("utf-8").split("\n")[1 : 49408 - 2 * len(symbols) - 2 + 1]
-    merges = [(left, right) for left, right in (line.split() for line in lines)]
-    entries = [*symbols, *(s + "</w>" for s in symbols), *(left + right for left, right in merges)]
-    entries += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=merges)  # type: ignore[arg-type]
-
-
-def _tokens(tokenizer: Any, captions: Sequence[str], length: int, start: int, end: int) -> np.ndarray:
-    """Captions -> int32 [b, length]: start, words, end, padding. What does not fit is cut and warned of."""
-    rows = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
-    tokens = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
-    room = length - 2
-    for i, row in enumerate(rows):
-        if len(row) > room:
-            cut = tokenizer.decode(row[room:])
-            LOG.warning("prompt is %d tokens long, %d are read; cut: %r", len(row), room, cut)
-        row = [start, *row[:room], end]
-        tokens[i, : len(row)] = row
-    return tokens
-
-
 @dataclasses.dataclass(frozen=True)
 class BertText:
     """Text through bert-base-uncased WordPieces, padded to ``max_length``, and a transformer trained with the UNet (the original's BERTEmbedder)."""
@@ -120,7 +66,7 @@ class BertText:
     def encode(self, given: Sequence[str]) -> np.ndarray:
         """Captions -> tokens int32 [b, max_length]: [CLS] words [SEP] padding. A caption too long is cut, with a warning that says what was cut."""
         tokenizer = self.tokenizer
-        return _tokens(tokenizer, given, self.max_length, tokenizer.cls_token_id, tokenizer.sep_token_id)
+        return tokens_of(tokenizer, given, self.max_length, tokenizer.cls_token_id, tokenizer.sep_token_id)
 
     def encode_null(self, n: int) -> np.ndarray:
         """The empty caption, n times."""
@@ -171,7 +117,7 @@ class ClipText:
     def encode(self, given: Sequence[str]) -> np.ndarray:
         """Captions -> tokens int32 [b, max_length]: 49406, words, 49407 to the end. What is too long is cut, with a warning that says what."""
         tokenizer = self.tokenizer
-        return _tokens(tokenizer, given, self.max_length, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return tokens_of(tokenizer, given, self.max_length, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
     def encode_null(self, n: int) -> np.ndarray:
         """The empty caption, n times."""

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import ldm_jax
-from ldm_jax.conditioning import ASSETS
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.tokenizers import ASSETS
 
 EMOJI = ASSETS / "emoji"
 

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ldm_jax.checkpoint import save_model
-from ldm_jax.conditioning import bert, clip_tokenizer
+from ldm_jax.conditioning import bert
 from ldm_jax.export import export, main, parameters, tokenizer_of
 from ldm_jax.pipeline import RequestError
+from ldm_jax.tokenizers import clip_tokenizer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = re.search(r"<!-- export-lines -->\n```python\n(.*?)```", README, re.DOTALL)[1]

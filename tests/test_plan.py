@@ -16,7 +16,8 @@ from ldm_jax.plan import chips
 from ldm_jax.plan.chips import GIB, PlanError, find_devices, parse_topology
 from ldm_jax.plan.flops import count_flops, peak_bytes
 from ldm_jax.plan.hlo import collectives
-from ldm_jax.plan.planner import Compiled, Step, largest_batch, out_of_memory, plan
+from ldm_jax.plan.planner import largest_batch, plan
+from ldm_jax.plan.programs import Compiled, Step, out_of_memory
 from ldm_jax.plan.report import as_dict, as_row, as_text
 from ldm_jax.train.tasks import TASKS
 

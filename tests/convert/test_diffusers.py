@@ -17,7 +17,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ldm_jax.checkpoint import CheckpointError
-from ldm_jax.conditioning import bert_tokenizer
 from ldm_jax.convert.diffusers import (
     configs,
     from_diffusers,
@@ -37,6 +36,7 @@ from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.text import TransformerEncoder
 from ldm_jax.models.unet import UNet, layout
 from ldm_jax.pipeline import load
+from ldm_jax.tokenizers import bert_tokenizer
 
 UNET = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1}
 KL = {"kind": "kl", "embed_dim": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "resolution": 16}

@@ -14,13 +14,14 @@ import pytest
 
 import ldm_jax
 from ldm_jax.checkpoint import CheckpointError
-from ldm_jax.conditioning import Hybrid, bert_tokenizer, clip_tokenizer
+from ldm_jax.conditioning import Hybrid
 from ldm_jax.convert.diffusers import from_diffusers, to_diffusers
 from ldm_jax.convert.diffusers.components import MODULES
 from ldm_jax.diffusion.guidance import predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, time_grid
 from ldm_jax.latent import masked_condition
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.tokenizers import bert_tokenizer, clip_tokenizer
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

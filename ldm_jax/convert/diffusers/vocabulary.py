@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.conditioning import bert_tokenizer, clip_tokenizer
 from ldm_jax.convert.diffusers.components import read_json
 from ldm_jax.convert.targets import TargetError
+from ldm_jax.tokenizers import bert_tokenizer, clip_tokenizer
 
 TOKENIZERS = {"bert": bert_tokenizer, "clip": clip_tokenizer}
 
