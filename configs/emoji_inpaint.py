@@ -15,6 +15,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     joined = CHANNELS + 1
     config = emoji_diffusion({"kind": "joined", "of": "masked", "channels": joined, "size": LATENT}, joined=joined)
+    config.steps = 4000
     config.data.condition = section(kinds=("boxes", "strokes", "outpaint", "half"))
     config.data.flip = True
     return smoke(config, variant)

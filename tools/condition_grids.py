@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 import ldm_jax
-from ldm_jax.data import ClassOf, Layout, Mask, SmallPicture
+from ldm_jax.data import ClassOf, LabelMap, Layout, Mask, SmallPicture
 from ldm_jax.data.drawing import draw_conditions
 from ldm_jax.data.layouts import boxes_of_tokens
 from ldm_jax.pictures import labelled_grid, save_png
@@ -45,17 +45,40 @@ def others(pipe: Any, condition: Any, raw: dict[str, Any]) -> np.ndarray:
         drawn = draw_conditions(condition, raw)
         drawn = None if drawn is None else drawn.repeat(ZOOM, 1).repeat(ZOOM, 2)
     assert drawn is not None
-    columns, rows, errors, plain = ["condition", *(f"seed {s}" for s in SEEDS), "the picture"], [], [], []
+    columns, rows = ["condition", *(f"seed {s}" for s in SEEDS), "the picture"], []
+    errors, plain, places = [], [], []
     for i in range(len(images)):
         made = pipe(seeds=SEEDS, **request(condition, images[i], given[i]))
         errors.append(np.square(made.astype(np.float32) - images[i]).mean((1, 2, 3)))
         rows += [drawn[i], *made.repeat(ZOOM, 1).repeat(ZOOM, 2), large["image"][i]]
+        if isinstance(condition, LabelMap | Layout):
+            places.append(placed(made, objects(condition, given[i], images.shape[1:3])))
         if isinstance(condition, SmallPicture):
             resized = Image.fromarray(given[i]).resize(images[i].shape[1::-1], Image.Resampling.BICUBIC)
             plain.append(np.square(np.asarray(resized, np.float32) - images[i]).mean())
     if isinstance(condition, SmallPicture | Mask):
         print(f"PSNR of samples {psnr(np.array(errors)):.2f} dB" + (f", bicubic {psnr(plain):.2f} dB" if plain else ""))
+    if places:
+        inside, filled = np.mean(places, 0)
+        print(f"{inside:.0%} of what is painted lies in the objects, {filled:.0%} of the objects are painted")
     return labelled_grid(rows, [""] * len(images), columns)
+
+
+def objects(condition: Any, given: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Where a condition wants something on the white: boolean [H, W]."""
+    if isinstance(condition, LabelMap):
+        return given > 0
+    wanted, (h, w) = np.zeros(size, bool), size
+    for _, (left, top, width, height) in boxes_of_tokens(given.tolist(), condition.vocabulary):
+        wanted[round(top * h) : round((top + height) * h), round(left * w) : round((left + width) * w)] = True
+    return wanted
+
+
+def placed(made: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """Of pictures uint8 [n, H, W, 3], the share of what is not white that is ``wanted`` [H, W], and of what is wanted the share that is not white."""
+    painted = made.min(-1) < 235
+    both = (painted & wanted).sum((1, 2))
+    return float((both / np.maximum(painted.sum((1, 2)), 1)).mean()), float((both / max(wanted.sum(), 1)).mean())
 
 
 def spread(loader: Any) -> dict[str, Any]:
