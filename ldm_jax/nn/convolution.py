@@ -42,7 +42,8 @@ def banded_pays(x: Array, w: Array, strides: Any, padding: Any, **options: Any) 
         (size + sum(pad) - kernel) // stride + 1
         for size, pad, kernel, stride in zip(x.shape[1:3], padding, w.shape[:2], strides, strict=True)
     )
-    enough = height * width >= _LARGE or x.shape[0] * height * width >= _MANY
+    pixels = height * width
+    enough = pixels >= _LARGE or (isinstance(x.shape[0], int) and x.shape[0] * pixels >= _MANY)  # else of any batch
     return x.dtype == w.dtype == jnp.float32 and w.shape[0] > 1 and enough
 
 

@@ -120,15 +120,17 @@ def plan(
     # A GPU's kernels can be traced only where there is one.
     untold = "cpu" if topology.chip is None else "tpu" if topology.kind.startswith("v") else ""
     platform = untold if devices is None else devices[0].platform
-    few, many = step.trace(_FEW, platform), step.trace(2 * _FEW, platform)
-    arithmetic = partial(_line, count_flops(few), count_flops(many))
+    # A CPU's own forms are loops that count convolutions' gradients as products, and not for as many devices or pictures as it may be.
+    counted = "" if platform == "cpu" else platform
+    traces = {name: [step.trace(n, name) for n in (_FEW, 2 * _FEW)] for name in {platform, counted}}
+    arithmetic = partial(_line, *map(count_flops, traces[counted]))
     flops = arithmetic(rows * parts)
     plainly = config.copy_and_resolve_references()
     plainly.remat = "none"  # and no kernel, whose backward pass computes weights again
     kept = count_flops(make(plainly).trace(_FEW, ""))
     useful = rows * parts / _FEW * sum(kept[kind] for kind in PRODUCTS)
-    peak = peak_bytes(few)
-    per_picture = (peak_bytes(many) - peak) / _FEW
+    peak, larger = map(peak_bytes, traces[platform])
+    per_picture = (larger - peak) / _FEW
 
     loops = sum(flops.values()) / sum(arithmetic(step.at_once(rows, platform)).values())
     run = partial(step.compile, topology=topology, loops=loops)
