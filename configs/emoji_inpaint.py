@@ -2,7 +2,7 @@
 
     python train.py --config=configs/emoji_inpaint.py --config.data.path=emoji64.zip --workdir=runs/emoji_inpaint
 
-begins with the demo's UNet and takes its first stage. Not trained in full yet: after 1,500 steps, 12 minutes on two CPU cores, it fills in the right
+begins with the demo's UNet and takes its first stage. Not trained in full yet: after 1,500 steps it fills in the right
 colours, with seams.
 """
 

@@ -2,9 +2,8 @@
 
     python train.py --config=configs/emoji_layout.py --config.data.path=emoji64.zip --workdir=runs/emoji_layout
 
-begins with the demo's UNet and takes its first stage. Not trained in full yet: 2,000 steps with corners on a grid of 32 x 32 taught it how much to
-paint, and only roughly where.
-Composing 8000 scenes from 11,000 pictures takes a minute at the start.
+begins with the demo's UNet and takes its first stage. Not trained in full yet: 2,000 steps with corners on a grid of 32 x 32 left two thirds of
+what it painted outside of the boxes. Composing 8000 scenes from 11,000 pictures takes 11 seconds at the start.
 """
 
 import ml_collections

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/emoji_sr.py --config.data.path=emoji64.zip --workdir=runs/emoji_sr
 
-begins with the demo's UNet and takes its first stage. 9 minutes on two CPU cores; samples of six held-out pictures: docs/condition_sr.png. They are
+begins with the demo's UNet and takes its first stage. 10 minutes on two CPU cores; samples of six held-out pictures: docs/condition_sr.png. They are
 sharp where bicubic pictures are not, and their PSNR is 20.3 dB against those' 21.5: edges are drawn anew, not always in their place.
 For pictures as they are found, degrade as Zhang et al. 2021 do:
 --config.data.condition.kinds="('bsr',)", or bsr_light.

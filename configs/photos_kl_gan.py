@@ -58,7 +58,7 @@ def as_the_original(config: ml_collections.ConfigDict) -> None:
 
 
 def small(config: ml_collections.ConfigDict) -> None:
-    """A network and a discriminator of half the width and steps of two pictures: a second each on two cores."""
+    """A network and a discriminator of half the width, and steps of two pictures, for two CPU cores."""
     config.update(steps=800, batch_size=2, ema=0.995)
     config.update(log_every=20, save_every=200, eval_every=100, eval_batches=14, preview_every=200)
     config.data.holdout = 0.1

@@ -53,9 +53,9 @@ def test_values_and_gradients_are_those_of_xla(shape, stride, padding):
             assert float(jnp.abs(a - b).max()) < 3e-6 * float(jnp.abs(b).max()), name
 
 
-def uses_bands(told: Target | None, side: int = 64, dtype: str = "float32") -> bool:
+def uses_bands(told: Target | None, side: int = 32, dtype: str = "float32", batch: int = 2) -> bool:
     """Whether the gradient of a layer's loss has the loop over bands, for a program of ``told``."""
-    x = jnp.ones((1, side, side, 4), dtype)
+    x = jnp.ones((batch, side, side, 4), dtype)
     layer = conv(4, 3, x, name="conv", dtype=jnp.dtype(dtype))
     params = layer.init(jax.random.key(0), x)
     with compiled_for(told):
@@ -64,10 +64,12 @@ def uses_bands(told: Target | None, side: int = 64, dtype: str = "float32") -> b
     return "while" in text
 
 
-def test_the_bands_are_for_large_pictures_in_float32_on_one_cpu():
+def test_the_bands_are_for_many_pixels_in_float32_on_one_cpu():
     assert uses_bands(Target("cpu"))
     assert uses_bands(None)
     assert not uses_bands(Target("cpu"), side=31)
+    assert uses_bands(Target("cpu"), side=16, batch=16)
+    assert not uses_bands(Target("cpu"), side=16, batch=15)
     assert not uses_bands(Target("cpu"), dtype="bfloat16")
     assert not uses_bands(Target("cpu", make_mesh(8)))
     assert not uses_bands(Target("tpu"))

@@ -106,6 +106,10 @@ def request(condition: Any, image: np.ndarray, given: np.ndarray) -> dict[str, A
     return {"semantic_map": given.astype(np.uint8)}
 
 
+def save(out: str, run: Path, sheet: np.ndarray) -> None:
+    save_png(Path(out) / f"condition_{run.name.removeprefix('emoji_')}.png", sheet)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="workdirs of finished runs")
@@ -119,13 +123,10 @@ def main() -> None:
         config.batch_size = ROWS
         pipe, condition = ldm_jax.load(str(run / "model")), make_condition(config.to_dict())
         print(run.name, flush=True)
-        of_classes = isinstance(condition, ClassOf)
-        sheet = (
-            classes(pipe, condition)
-            if of_classes
-            else others(pipe, condition, spread(make_loader(config, "validation")))
-        )
-        save_png(Path(args.out) / f"condition_{run.name.removeprefix('emoji_')}.png", sheet)
+        if isinstance(condition, ClassOf):
+            save(args.out, run, classes(pipe, condition))
+        else:
+            save(args.out, run, others(pipe, condition, spread(make_loader(config, "validation"))))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def plan(
     # A GPU's kernels can be traced only where there is one.
     untold = "cpu" if topology.chip is None else "tpu" if topology.kind.startswith("v") else ""
     platform = untold if devices is None else devices[0].platform
-    # A CPU's own forms are loops that count convolutions' gradients as products, and not for as many devices or pictures as it may be.
+    # A CPU's own form of a convolution's gradient would count as products, and is chosen by the number of pictures, of which these traces have more.
     counted = "" if platform == "cpu" else platform
     traces = {name: [step.trace(n, name) for n in (_FEW, 2 * _FEW)] for name in {platform, counted}}
     arithmetic = partial(_line, *map(count_flops, traces[counted]))

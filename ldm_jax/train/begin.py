@@ -19,8 +19,8 @@ def begin_with(path: str, task: Task, like: Any, strict: bool = True) -> dict[st
     """Parameters, of the model directory at ``path``, that a state trains (shapes ``like``); ConfigError where one is missing or of another shape.
 
     ``logvar`` of the loss alone may be missing: not every model has learnt one. Not ``strict``, whatever does not fit is left out, to begin anew:
-    so a model learns another kind of condition. A convolution that reads more channels than it did is filled up with zeros, which makes the new
-    network, whatever is joined to its input, the old one at first.
+    so a model learns another kind of condition. A convolution that reads more channels than it did is filled up with zeros, which makes it
+    the old one at first, whatever is joined to its input.
     """
     given, wanted = _by_name(task.adopt(*load_model(find_model(path)))), _by_name(like)
     taken = {}
