@@ -34,10 +34,11 @@ TENSOR: tuple[tuple[str, int], ...] = (
     (r"(ff|ff_\d+)/proj_out/kernel", 0),
 )
 # Tables of words and classes: split by channels, each device looks up its channels of every row, and sends the rows where they belong. Split by words
-# each would look up zeros for those that others have, to be summed: a reduction of activations.
+# each would look up zeros for those that others have, to be summed: a reduction of activations. A codebook is compared with, and split by codes.
 _TABLES = re.compile(r"emb(edding)?/embedding$")
+_CODES = re.compile(r"quantize/embedding$")
 _SMALL = 2**10  # values: what is not larger is on every device
-_LANES = 128  # of a TPU's registers: a split into multiples of it wastes nothing
+_LANES, _SUBLANES = 128, 16  # of a TPU's registers of bfloat16
 
 
 class MeshError(ValueError):
@@ -85,9 +86,10 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str = "fsdp") -> PartitionSpec:
     """How the array at ``path`` ("unet/middle_block_0/in_conv/kernel") is split.
 
-    The tensor axis takes what `TENSOR` says, ``axis`` the largest other dimension that it divides, first among those that it cuts into multiples
-    of 128 (columns into more than one: a TPU program sums gradients whole whose parts are 128 columns); of a table of embeddings the channels. Every
-    array has a place: what is small or divides nowhere is on every device.
+    The tensor axis takes what `TENSOR` says, ``axis`` another dimension that it divides: of a table of embeddings the channels, of a codebook the
+    codes; else, of the last two, the one that a TPU does not lay along its registers' lanes, if the parts fill sublanes (of other parts its compiler
+    may sum whole gradients where it could scatter them); else the largest, first among those that it cuts into multiples of 128. Every array has a
+    place: what is small or divides nowhere is on every device.
     """
     named: list[str | None] = [None] * len(shape)
     if math.prod(shape) <= _SMALL:
@@ -97,11 +99,14 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, axis: str
         named[wide] = "tensor"
     n = mesh.shape[axis]
     free = [dim for dim, size in enumerate(shape) if named[dim] is None and size % n == 0 and size >= n]
-    table = _TABLES.search(path) is not None
+    named_dim = 1 if _TABLES.search(path) else 0 if _CODES.search(path) else None
+    last = range(len(shape))[-2:]
+    lanes = max(last, key=lambda dim: (-(-shape[dim] % _LANES) / shape[dim], dim))  # the less padded of the two
 
-    def order(dim: int) -> tuple[bool, bool, int]:
+    def order(dim: int) -> tuple[bool, bool, bool, int]:
         part = shape[dim] // n
-        return table and dim == 1, part % _LANES == 0 and (part > _LANES or dim < len(shape) - 1), shape[dim]
+        across = dim in last and dim != lanes and part % _SUBLANES == 0
+        return dim == named_dim, across, part % _LANES == 0, shape[dim]
 
     if n > 1 and free:
         named[max(free, key=order)] = axis

@@ -58,16 +58,19 @@ def test_what_a_device_holds_falls_with_the_mesh(unet_shapes, fsdp, tensor):
 
 
 def test_a_split_leaves_whole_registers_where_it_can():
-    mesh = make_mesh(fsdp=8)
-    assert spec("unet/out/kernel", (3, 3, 1280, 320), mesh) == PartitionSpec(
-        None, None, "fsdp", None
-    )  # not 320 / 8 = 40
-    assert spec("x", (1024, 4100), mesh) == PartitionSpec("fsdp", None)
-    assert spec("x", (1000, 4100), mesh) == PartitionSpec("fsdp", None)
-    assert spec("x", (1001, 4100), mesh) == PartitionSpec(None, None)
-    assert spec("x", (1280, 1024), mesh) == PartitionSpec("fsdp", None)  # not into parts of 128 columns
-    assert spec("x", (1024, 1280), mesh) == PartitionSpec("fsdp", None)  # but of 128 rows
-    assert spec("x", (1280, 2048), mesh) == PartitionSpec(None, "fsdp")
+    """A TPU lays the dimension along lanes, 128 of them, that needs less padding; what it sums by parts is cut along the other one."""
+    mesh = make_mesh(data=2, fsdp=4)
+    rows, columns = PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")
+    assert spec("unet/in_conv/kernel", (3, 3, 320, 320), mesh) == PartitionSpec(None, None, "fsdp", None)
+    assert spec("unet/in_conv/kernel", (3, 3, 960, 320), mesh) == PartitionSpec(
+        None, None, None, "fsdp"
+    )  # 960 in lanes
+    assert spec("x", (320, 2560), mesh) == spec("x", (1280, 512), mesh) == spec("x", (960, 640), mesh) == rows
+    assert spec("x", (640, 320), mesh) == columns
+    assert spec("x", (1024, 4100), mesh) == rows  # 4100 / 4 fills no sublanes
+    assert spec("x", (1000, 4100), mesh) == columns  # neither fills any: the larger
+    assert spec("x", (1001, 4100), mesh) == columns
+    assert spec("x", (1001, 4101), mesh) == PartitionSpec(None, None)
     assert spec("norm/scale", (320,), mesh) == PartitionSpec()
 
 
