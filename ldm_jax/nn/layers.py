@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.nn.convolution import convolve
+from ldm_jax.parallel import target
 
 Dtype = Any
 Array = jax.Array
@@ -143,24 +144,36 @@ def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:
 
 
 def gelu(x: Array) -> Array:
-    """The exact GELU x Phi(x) (Hendrycks & Gimpel 2016), from erf as PyTorch computes it; ``jax.nn.gelu`` has the tanh form, or erfc's two series."""
+    """The exact GELU x Phi(x) (Hendrycks & Gimpel 2016). On a CPU from erf as PyTorch computes it, elsewhere from erfc, whose two series are slow
+    there alone, in x's own type: a TPU keeps less for the backward pass."""
+    if not _for_cpu():
+        return jax.nn.gelu(x, approximate=False)
     x32 = x.astype(jnp.float32)
     return (x32 * _normal_cdf(x32)).astype(x.dtype)
+
+
+def _for_cpu() -> bool:
+    """Whether a program for a CPU is traced, or nobody said what for."""
+    told = target()
+    return told is None or told.platform == "cpu"
 
 
 def _normal_cdf(x: Array) -> Array:
     return 0.5 * (1 + jax.lax.erf(x * np.float32(np.sqrt(0.5))))
 
 
-@jax.custom_vjp
 def geglu(h: Array) -> Array:
-    """[..., 2 c] -> [..., c]: value * gelu(gate), the value half first (Shazeer 2020). For its backward pass it keeps ``h`` alone."""
+    """[..., 2 c] -> [..., c]: value * gelu(gate), the value half first (Shazeer 2020). A CPU's backward pass keeps ``h`` alone."""
+    return (_geglu if _for_cpu() else _plain_geglu)(h)
+
+
+def _plain_geglu(h: Array) -> Array:
     value, gate = jnp.split(h, 2, axis=-1)
     return value * gelu(gate)
 
 
 def _geglu_forward(h: Array) -> tuple[Array, Array]:
-    return geglu(h), h
+    return _plain_geglu(h), h
 
 
 def _geglu_backward(h: Array, dy: Array) -> tuple[Array]:
@@ -172,7 +185,8 @@ def _geglu_backward(h: Array, dy: Array) -> tuple[Array]:
     return (jnp.concatenate([dy * gate * cdf, dy * value * (cdf + gate * pdf)], axis=-1).astype(h.dtype),)
 
 
-geglu.defvjp(_geglu_forward, _geglu_backward)
+_geglu: Any = jax.custom_vjp(_plain_geglu)
+_geglu.defvjp(_geglu_forward, _geglu_backward)
 
 
 def _exp(x: np.ndarray) -> np.ndarray:
