@@ -166,9 +166,15 @@ def make_extra(
 
 
 def watched(guard: dict[str, jax.Array], loss: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
-    """The guard after a step: the moving average of the reconstruction loss, and its lowest so far."""
-    recent = jnp.where(step == 0, loss, RECENT * guard["recent"] + (1 - RECENT) * loss)
-    return guard | {"recent": recent, "lowest": jnp.minimum(guard["lowest"], recent)}
+    """The guard after a step: the moving average of the reconstruction loss, and its lowest since it is one: at first it is the mean, and the mean of
+    a few batches may be low by chance."""
+    count = step + 1.0
+    recent = guard["recent"] + jnp.maximum(1 - RECENT, 1 / count) * (loss - guard["recent"])
+    settled = count * (1 - RECENT) > 0.99
+    return guard | {
+        "recent": recent,
+        "lowest": jnp.where(settled, jnp.minimum(guard["lowest"], recent), guard["lowest"]),
+    }
 
 
 def make_step(

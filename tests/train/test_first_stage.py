@@ -304,3 +304,16 @@ def test_codes_that_are_parameters_are_trained(quantizer, codes):
     assert 1 <= float(metrics["perplexity"]) <= 12
     found = jax.eval_shape(lambda: autoencoder_step.evaluate(module, config, None, {"params": after.ema}, {}, batch))
     assert {"loss", "psnr", "quant_loss", "perplexity", "cluster_usage"} <= found.keys()
+
+
+def test_the_guard_compares_with_no_few_lucky_batches():
+    guard = {"recent": jnp.zeros(()), "lowest": jnp.full((), jnp.inf), "rollbacks": jnp.int32(0)}
+    losses = [0.2, *(0.5 for _ in range(150)), *(1.5 for _ in range(100))]
+    rises = []
+    for step, loss in enumerate(losses):
+        guard = autoencoder_step.watched(guard, jnp.float32(loss), jnp.int32(step))
+        rises.append(float(guard["recent"] / guard["lowest"]))
+    assert max(rises[:99]) == 0  # nothing to compare with yet
+    assert 0.99 < max(rises[99:151]) < 1.01
+    np.testing.assert_allclose(guard["recent"], 0.5 + (1 - 0.99**100), rtol=0.01)
+    assert rises[-1] > 2
