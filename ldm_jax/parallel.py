@@ -17,6 +17,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -55,7 +56,12 @@ def make_mesh(devices: int | Sequence[Any] | None = None, *, data: int = -1, fsd
     """
     chosen = jax.devices()[:devices] if devices is None or isinstance(devices, int) else list(devices)
     sizes = mesh_sizes(len(chosen), data, fsdp, tensor)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
+    types = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=chosen)
+    except NotImplementedError:  # no product of a torus' axes: parts of them, whose links make no ring
+        split = mesh_utils.create_device_mesh(sizes, chosen, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
 
 
 def mesh_sizes(count: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Meshes, what they split, and several processes."""
 
+import dataclasses
 import json
 import math
 import re
@@ -32,6 +33,27 @@ from ldm_jax.plan.hlo import collectives
 from ldm_jax.train import loop
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU v5p's, as far as a mesh reads it."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_an_axis_of_a_mesh_may_be_a_part_of_a_torus_axis():
+    places = [(x, y, z) for z in range(2) for y in range(8) for x in range(8)]
+    mesh = make_mesh([Chip(i, place) for i, place in enumerate(places)], fsdp=4)
+    assert mesh.devices.shape == (32, 4, 1)
+    for neighbours in mesh.devices[:, :, 0]:
+        sides = [np.ptp([chip.coords[axis] for chip in neighbours]) + 1 for axis in range(3)]
+        assert math.prod(sides) == 4  # a block, or four in a line
 
 
 @pytest.fixture(scope="module")
