@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ldm_jax.models.gpt import causal_mask
 from ldm_jax.nn.attention import attention, merge_heads, split_heads
-from ldm_jax.nn.layers import Array, Dtype, gelu, keep_rows
+from ldm_jax.nn.layers import Array, Dtype, gelu, keep_rows, look_up
 
 
 def quick_gelu(x: Array) -> Array:
@@ -84,7 +84,7 @@ class CLIPText(nn.Module):
             self.vocab_size, self.hidden_size, embedding_init=normal, dtype=self.dtype, name="token_embedding"
         )
         positions = self.param("position_embedding", normal, (self.max_position_embeddings, self.hidden_size))
-        x = keep_rows(embed(tokens) + positions[:n].astype(self.dtype))
+        x = keep_rows(look_up(embed, tokens) + positions[:n].astype(self.dtype))
         mask, hidden = causal_mask(n), [x]
         for i in range(self.num_hidden_layers):
             layer = CLIPLayer(

@@ -5,7 +5,7 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dtype, dense
+from ldm_jax.nn.layers import Array, Dtype, dense, keep_rows, look_up
 from ldm_jax.nn.resize import resize
 
 
@@ -21,7 +21,7 @@ class ClassEmbedder(nn.Module):
         # PyTorch's default for embeddings.
         normal = nn.initializers.normal(1.0)
         embed = nn.Embed(self.n_classes, self.embed_dim, embedding_init=normal, dtype=self.dtype, name="embedding")
-        return embed(labels)[:, None]
+        return keep_rows(look_up(embed, labels))[:, None]
 
 
 class SpatialRescaler(nn.Module):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ldm_jax.nn.attention import CrossAttention, FeedForward
-from ldm_jax.nn.layers import Array, Dtype, dense, keep_rows, layer_norm
+from ldm_jax.nn.layers import Array, Dtype, dense, keep_rows, layer_norm, look_up
 
 
 class TransformerEncoder(nn.Module):
@@ -35,7 +35,8 @@ class TransformerEncoder(nn.Module):
         if n > self.max_seq_len:
             raise ValueError(f"TransformerEncoder: {n} tokens exceed max_seq_len {self.max_seq_len}")
         normal = nn.initializers.normal(self.embed_std)
-        x = nn.Embed(self.vocab_size, self.dim, embedding_init=normal, dtype=self.dtype, name="token_emb")(tokens)
+        table = nn.Embed(self.vocab_size, self.dim, embedding_init=normal, dtype=self.dtype, name="token_emb")
+        x = look_up(table, tokens)
         x = x + self.param("pos_emb", normal, (self.max_seq_len, self.dim)).astype(self.dtype)[:n]
         x = keep_rows(nn.Dropout(self.dropout, deterministic=not train)(x))
         pair = None if mask is None else mask[:, None, :, None] & mask[:, None, None, :]

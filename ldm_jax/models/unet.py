@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
 from ldm_jax.nn.kernels import SAVED
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, dense, keep_rows, timestep_embedding
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, dense, keep_rows, look_up, timestep_embedding
 from ldm_jax.nn.resnet import Downsample, ResBlock, Upsample
 
 
@@ -150,7 +150,8 @@ class UNet(Trunk):
             )
         emb = self.embed_time(t)
         if self.num_classes is not None:
-            emb = emb + nn.Embed(self.num_classes, 4 * self.model_channels, dtype=self.dtype, name="label_emb")(y)
+            table = nn.Embed(self.num_classes, 4 * self.model_channels, dtype=self.dtype, name="label_emb")
+            emb = emb + keep_rows(look_up(table, y))
 
         h, skips, reused, last = x.astype(self.dtype), [], deep is not None, len(plan.output) - depth
         for i, row in enumerate(plan.input[:depth] if reused else plan.input):

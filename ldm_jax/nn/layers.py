@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.nn.convolution import convolve
 from ldm_jax.parallel import target
@@ -136,6 +137,21 @@ def keep_rows(x: Array) -> Array:
     """
     sharding = kept_rows()
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def look_up(table: nn.Embed, tokens: Array) -> Array:
+    """``table`` of ``tokens`` int [b, ...]: [b, ..., c], split by channels as the mesh splits the table, until `keep_rows`.
+
+    Each device looks up its channels, for all rows of the devices that share the table; so its gradient, too, is of its channels. Left to itself the
+    compiler may gather the table instead, and sum gradients of all of it.
+    """
+    rows = kept_rows()
+    if not isinstance(rows, NamedSharding):
+        return table(tokens)
+    x = table(jax.lax.with_sharding_constraint(tokens, NamedSharding(rows.mesh, PartitionSpec("data"))))
+    channels = "fsdp" if x.shape[-1] % rows.mesh.shape["fsdp"] == 0 else None
+    split = PartitionSpec("data", *[None] * (x.ndim - 2), channels)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, split))
 
 
 def layer_norm(name: str, dtype: Dtype) -> nn.LayerNorm:

@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_loop import assert_identical, final, first_stage, make_config, metrics, pictures  # noqa: F401
 
 from ldm_jax.models.unet import UNet
+from ldm_jax.nn.layers import keep_rows, look_up, rows_over
 from ldm_jax.parallel import (
     ROWS,
     TENSOR,
@@ -109,14 +111,43 @@ def test_looking_up_words_in_a_split_table_reduces_no_activations(fsdp):
     rows, table = NamedSharding(mesh, ROWS), jax.ShapeDtypeStruct((words, channels), jnp.float32)
 
     def kinds(where):
-        look_up = jax.jit(
+        take = jax.jit(
             lambda t, i: jnp.take(t, i, axis=0), in_shardings=(NamedSharding(mesh, where), rows), out_shardings=rows
         )
-        found = collectives(look_up.lower(table, tokens).compile().as_text(), 8)
+        found = collectives(take.lower(table, tokens).compile().as_text(), 8)
         return {c.kind for c in found if c.size >= 4 * 16 * 77 * channels // 8}
 
     assert "all-reduce" not in kinds(where)
     assert "all-reduce" in kinds(PartitionSpec("fsdp", None))
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_the_gradient_of_a_split_table_is_summed_by_channels(fsdp):
+    """Of few words, and many places where they stand: left to itself the compiler sums the gradient of the whole table on every device."""
+    mesh, given = make_mesh(data=8 // fsdp, fsdp=fsdp), np.random.default_rng(0)
+    rows, split = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    values = jnp.asarray(given.standard_normal((512, 64)), jnp.float32)
+    places = jnp.asarray(given.integers(512, size=(256, 77)))
+
+    def gradient(find):
+        def loss(values, places):
+            with rows_over(rows):
+                return jnp.sin(
+                    keep_rows(find(nn.Embed(*values.shape).bind({"params": {"embedding": values}}), places))
+                ).mean()
+
+        return jax.jit(jax.grad(loss), in_shardings=(split, rows), out_shardings=split).lower(values, places).compile()
+
+    def summed(compiled):
+        sizes = [c.size for c in collectives(compiled.as_text(), 8) if c.kind == "all-reduce"]
+        return max(sizes, default=0) / values.nbytes
+
+    alone = gradient(lambda table, places: table(places))
+    ours = gradient(look_up)
+    assert summed(alone) == 1
+    assert summed(ours) == (1 / fsdp if fsdp < 8 else 0)  # over the data axis
+    placed = jax.device_put(values, split), jax.device_put(places, rows)
+    np.testing.assert_allclose(ours(*placed), alone(*placed), rtol=1e-5, atol=1e-9)
 
 
 def test_every_tensor_rule_meets_a_parameter(unet_shapes):
