@@ -143,8 +143,8 @@ class Program:
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         needed += memory.temp_size_in_bytes
         seconds, kernels = costs.get("optimal_seconds") if tpu and costs else None, 0.0
-        if seconds is not None:  # a ConcatBitcast counts as -1 s
-            seconds = loops * (seconds + len(re.findall(r'custom_call_target="ConcatBitcast"', text)))
+        if seconds is not None:  # each of these counts as -1 s
+            seconds = loops * (seconds + len(re.findall(r'custom_call_target="(ConcatBitcast|ZeroCrop)"', text)))
             assert topology.chip is not None
             kernels = count_flops(traced.jaxpr.jaxpr)["padded"] / topology.chip.peak
             seconds += kernels
