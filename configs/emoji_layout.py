@@ -2,8 +2,9 @@
 
     python train.py --config=configs/emoji_layout.py --config.data.path=emoji64.zip --workdir=runs/emoji_layout
 
-begins with the demo's UNet and takes its first stage. Not trained in full yet: 2,000 steps with corners on a grid of 32 x 32 left two thirds of
-what it painted outside of the boxes. Composing 8000 scenes from 11,000 pictures takes 11 seconds at the start.
+begins with the demo's UNet and takes its first stage. 51 minutes on one CPU core beside other work; of 24 samples of six held-out scenes 89 % of what is painted
+lies in the boxes, and 84 % of the boxes are painted; faces, flags and symbols look their kind, objects are vague. Composing 8000 scenes from 11,000
+pictures takes 11 seconds at the start.
 """
 
 import ml_collections
@@ -18,8 +19,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     # tokens of 8192: 30 boxes, 90 x 90, and the crop). A finer grid is learnt more slowly: every corner is a word of its own.
     conditioner = {"kind": "tokens", "dim": CONTEXT, "depth": 2, "heads": 4, "head_dim": 32, "embed_std": 1.0}
     conditioner |= {"max_seq_len": 9, "vocab_size": 17 * 17 + 1}
-    config = emoji_diffusion(conditioner, context=True, guidance=2.0)
-    config.steps = 6000
+    config = emoji_diffusion(conditioner, context=True, guidance=4.0)
+    config.steps = 4500
     config.data.update(source="scenes", count=8000, objects=3, split_column="scene", holdout=0.02)
     config.data.background = 255  # the demo's first stage has seen white ones alone
     config.data.condition = section(column="boxes")

@@ -118,9 +118,13 @@ class Pipeline:
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
         own = model.config.get("sampling", {})
-        guided = needs(model.conditioner) in ("prompts", "classes", "embeddings")
-        if not guided:  # trained without a condition to be guided away from
-            own = own | {"guidance": 1.0}
+        match needs(model.conditioner):
+            case "prompts" | "classes" | "embeddings":
+                pass
+            case "layout":  # the original's was trained without dropout
+                own = {"guidance": 1.0} | own
+            case _:  # no condition to be guided away from
+                own = own | {"guidance": 1.0}
         self.defaults: Settings = construct(Settings, "sampling", own)
         self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}

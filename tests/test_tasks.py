@@ -428,6 +428,10 @@ def test_a_model_of_layouts():
     assert (images[0] != images[1]).any()
     with pytest.raises(RequestError, match="asked by layout, not by prompts"):
         pipe(RED)
+    # Guided as its config says, and if that says nothing, not at all.
+    assert pipe.defaults.guidance == TINY["sampling"]["guidance"] == 3.0
+    untold = {name: value for name, value in TINY["sampling"].items() if name != "guidance"}
+    assert pipeline_of({**TINY, "conditioner": conditioner, "sampling": untold}).defaults.guidance == 1.0
 
 
 def test_a_model_of_ready_made_embeddings(tmp_path):
