@@ -2,9 +2,9 @@
 
     python train.py --config=configs/emoji_layout.py --config.data.path=emoji64.zip --workdir=runs/emoji_layout
 
-begins with the demo's UNet and takes its first stage. 51 minutes on one CPU core beside other work; of 24 samples of six held-out scenes 89 % of what is painted
-lies in the boxes, and 84 % of the boxes are painted; faces, flags and symbols look their kind, objects are vague. Composing 8000 scenes from 11,000
-pictures takes 11 seconds at the start.
+begins with the demo's UNet and takes its first stage. 51 minutes on one CPU core beside other work; of 24 samples of six held-out scenes 89 % of
+what is painted lies in the boxes, and 84 % of the boxes are painted; faces, flags and symbols look their kind, objects are vague. Composing 8000
+scenes from 11,000 pictures takes 11 seconds at the start.
 """
 
 import ml_collections
