@@ -149,7 +149,7 @@ class UNet(Trunk):
                 f"UNet: depth {depth} must be from {int(deep is not None)} to {len(plan.input)}, its input rows"
             )
         emb = self.embed_time(t)
-        if self.num_classes is not None:
+        if self.num_classes is not None and y is not None:
             table = nn.Embed(self.num_classes, 4 * self.model_channels, dtype=self.dtype, name="label_emb")
             emb = emb + keep_rows(look_up(table, y))
 
