@@ -3,7 +3,8 @@
     python train.py --config=configs/photos_vq_gan.py --config.data.path=photos.zip --workdir=runs/photos_vq_gan \\
         --config.loss.vgg16=vgg16.safetensors --config.loss.lpips_heads=lpips_vgg.safetensors
 
-Weights and pictures as in configs/photos_kl_gan.py, whose network this is but for the codebook. Not trained in full yet.
+Weights and pictures as in configs/photos_kl_gan.py, whose network this is but for the codebook. Not trained in full;
+docs/first_stages.md has commands, times and results of the `:small` variants.
 """
 
 import ml_collections
