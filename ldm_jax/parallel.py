@@ -193,6 +193,12 @@ def target() -> Target | None:
     return _TARGET.get()
 
 
+def for_one_cpu() -> bool:
+    """Whether the program that is being traced is for a single CPU, or nobody said what for."""
+    told = target()
+    return told is None or (told.platform == "cpu" and told.mesh is None)
+
+
 @contextlib.contextmanager
 def compiled_for(told: Target | None) -> Iterator[None]:
     """While a program is traced inside, `target` is ``told``: kernels are chosen by it, and split as its mesh splits rows."""

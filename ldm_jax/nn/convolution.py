@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.parallel import target
+from ldm_jax.parallel import for_one_cpu, target
 
 Array = jax.Array
 Padding = tuple[tuple[int, int], ...]
@@ -32,8 +32,7 @@ def convolve(x: Array, w: Array, strides: Any, padding: Any, **options: Any) -> 
 def banded_pays(x: Array, w: Array, strides: Any, padding: Any, **options: Any) -> bool:
     """Whether a program for one CPU is traced (or nobody said what for), of many pixels in NHWC and float32, without groups or
     dilation."""
-    told = target()
-    if told is not None and (told.platform != "cpu" or told.mesh is not None):
+    if not for_one_cpu():
         return False
     usual = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1, "precision": None}
     if isinstance(padding, str) or x.ndim != 4 or any(options.get(key, usual[key]) != usual[key] for key in usual):
