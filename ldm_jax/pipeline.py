@@ -25,6 +25,7 @@ from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_pa
 from ldm_jax.models.unet import layout
 from ldm_jax.parallel import Mode, compile_step, make_mesh
 from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs
+from ldm_jax.threads import on_threads, parts_for
 
 LOG = logging.getLogger(__name__)
 
@@ -170,13 +171,13 @@ class Pipeline:
         canvas, rows = arrays(self.model, given, chosen, seeds, size if request.get("size") else None)
         plan, n, devices = self.plan(chosen, given), len(rows.seeds), self.mesh.devices.size
         count = -(-(batch or min(n, 8)) // devices) * devices
+        parts = self.parts(count)
         calls = range(0 if isinstance(SAMPLERS[chosen.sampler], DPMAdaptive) else len(jax.tree.leaves(plan.nodes)[0]))
         shown = tuple(calls[progress_every - 1 :: progress_every]) if progress_every else ()
         if progress_every and not shown:
             raise RequestError(f"progress_every {progress_every}: {chosen.sampler} shows no such step here")
         made = [i for i, call in enumerate(shown) if plan.start is None or call >= plan.start]
-        form = self.form(chosen, canvas.size, count, shown)
-        program, (height, width) = self.program(chosen.sampler, form), canvas.keep
+        form, (height, width) = self.form(chosen, canvas.size, count, shown, parts), canvas.keep
 
         def batches() -> Iterator[Batch]:
             for first in range(0, n, count):
@@ -185,7 +186,7 @@ class Pipeline:
                 part = jax.tree.map(lambda a, places=places: a[places], rows)
                 images, progress = (
                     None if a is None else np.asarray(a)[..., :height, :width, :]
-                    for a in program(self.model, plan, part)
+                    for a in self.run(chosen.sampler, form, plan, part, parts)
                 )
                 assert images is not None
                 done = range(first, min(first + count, n))
@@ -238,15 +239,18 @@ class Pipeline:
             raise RequestError(f"size {'x'.join(map(str, size))}: height and width must be multiples of {factor}")
         return size[0], size[1]
 
-    def form(self, chosen: Settings, size: tuple[int, int], rows: int, progress: tuple[int, ...] = ()) -> Form:
-        """What is compiled in for batches of ``rows``, or a RequestError. Under jit, ``decode_batch`` is that of all devices together."""
+    def form(
+        self, chosen: Settings, size: tuple[int, int], rows: int, progress: tuple[int, ...] = (), parts: int = 1
+    ) -> Form:
+        """What is compiled in for batches of ``rows``, or for each of ``parts`` of them, or a RequestError. Under jit, ``decode_batch`` is that of
+        all devices together."""
         tile, least = chosen.tile, 4 * self.model.first_stage.downsampling
         if tile and (tile < least or tile % self.model.first_stage.downsampling):
             raise RequestError(f"tile must be 0 or a multiple of {least // 4} from {least} pixels on, not {tile}")
         if chosen.decode_batch is not None and chosen.decode_batch < 0:
             raise RequestError(f"decode_batch must be at least 0, not {chosen.decode_batch}")
         devices, platform = self.mesh.devices.size, self.mesh.devices.flat[0].platform
-        part = decode_part(platform, size, rows // devices, chosen.decode_batch)
+        part = decode_part(platform, size, rows // devices // parts, chosen.decode_batch, parts)
         part *= devices if self.parallel == "jit" else 1
         interval, depth, deepest = chosen.cache_interval, chosen.cache_depth, len(layout(self.model.unet).input)
         if interval < 1:
@@ -257,6 +261,20 @@ class Pipeline:
             raise RequestError(f"{chosen.sampler} chooses its own steps: leave cache_interval at 1")
         form = Form(size, progress, decode_batch=part, tile=tile)
         return form if interval == 1 else dataclasses.replace(form, cache_interval=interval, cache_depth=depth)
+
+    def parts(self, count: int) -> int:
+        """Into how many parts a batch of ``count`` is cut, which a single CPU makes side by side; 1 elsewhere."""
+        one_cpu = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu" and self.parallel == "jit"
+        return parts_for(count) if one_cpu else 1
+
+    def run(self, sampler: str, form: Form, plan: Plan, rows: Rows, parts: int = 1) -> Made:
+        """A batch, made by `program` in ``parts`` equal parts at once; ``form`` is that of a part."""
+        program: Any = self.program(sampler, form)
+        if parts == 1:
+            return program(self.model, plan, rows)
+        first = jax.tree.map(lambda a: a[: len(a) // parts], rows)
+        compiled = program.lower(self.model, plan, first).compile()  # jax has it from the second time on
+        return on_threads(lambda piece: compiled(self.model, plan, piece), rows, parts)
 
     def program(self, sampler: str, form: Form) -> Callable[..., Made]:
         """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task."""

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ldm_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"heap", "tokenizers", "parallel", "checkpoint", "data", "metrics", "pictures", "diffusion"}
+LEAVES = {"heap", "threads", "tokenizers", "parallel", "checkpoint", "data", "metrics", "pictures", "diffusion"}
 # part -> the parts of ldm_jax that it may import, besides itself
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},

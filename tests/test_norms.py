@@ -1,0 +1,116 @@
+"""Normalisation: the forms for a single CPU against the plain ones, in values, gradients and what a backward pass keeps; and where they are used."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.nn import norms
+from ldm_jax.nn.layers import GroupNorm, dense, layer_norm
+from ldm_jax.parallel import Target, compiled_for, make_mesh
+
+GROUPS = {"groups": 4, "eps": 1e-5}
+FORMS = {
+    "group": (partial(norms._group_norm, silu=False, **GROUPS), partial(norms._plain_group_norm, silu=False, **GROUPS)),
+    "group and silu": (
+        partial(norms._group_norm, silu=True, **GROUPS),
+        partial(norms._plain_group_norm, silu=True, **GROUPS),
+    ),
+    "layer": (partial(norms._layer_norm, eps=1e-5), partial(norms._plain_layer_norm, eps=1e-5)),
+}
+
+
+def positional(form, x, scale, bias):
+    """custom_vjp takes what it is not differentiated by in its place."""
+    told = form.keywords
+    return form.func(x, scale, bias, *(told[name] for name in ("groups", "eps", "silu") if name in told))
+
+
+def inputs(*shape):
+    rng = np.random.default_rng(0)
+    x, scale, bias, dy = (rng.standard_normal(s).astype(np.float32) for s in (shape, shape[-1:], shape[-1:], shape))
+    return 3 + 2 * x, scale, bias, dy
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("shape", [(2, 5, 6, 16), (3, 7, 16)], ids=["picture", "tokens"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_and_gradients_are_those_of_the_plain_form(name, shape, dtype):
+    x, scale, bias, dy = inputs(*shape)
+    x = jnp.asarray(x, dtype)
+
+    def results(form):
+        y, back = jax.vjp(partial(positional, form), x, scale, bias)
+        return y, *back(dy)
+
+    for ours, plain in zip(*map(results, FORMS[name]), strict=True):
+        assert ours.dtype == plain.dtype
+        close = {"rtol": 1e-4, "atol": 1e-5} if ours.dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(plain, np.float32), **close)
+
+
+def test_layer_norm_is_flax_s():
+    x, *_ = inputs(3, 7, 16)
+    ours, flax = layer_norm("norm", jnp.float32), nn.LayerNorm(epsilon=1e-5)
+    variables = ours.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, flax.init(jax.random.key(0), x))
+    variables = jax.tree.map(lambda a: a + 0.5 * jnp.arange(16.0), variables)
+    np.testing.assert_allclose(ours.apply(variables, x), flax.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_backward_pass_keeps_the_input_and_little_else(name):
+    x, scale, bias, _ = inputs(1, 32, 32, 16)
+
+    def kept(form):
+        _, back = jax.vjp(partial(positional, form), jnp.asarray(x), scale, bias)
+        return sum(a.nbytes for a in jax.tree.leaves(back))
+
+    ours, plain = map(kept, FORMS[name])
+    assert x.nbytes <= ours < 1.1 * x.nbytes < 2 * x.nbytes <= plain
+
+
+def layers(x):
+    """A normalisation of each kind and a linear layer, one after the other."""
+    y = GroupNorm(1e-5, 4, silu=True, name="group")(x)
+    return dense(8, y, name="dense", dtype=jnp.float32)(layer_norm("layer", jnp.float32)(y))
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return layers(x)
+
+
+def test_others_than_a_single_cpu_have_the_plain_forms():
+    x, *_ = inputs(8, 4, 4, 16)
+    module = Layers()
+    variables = module.init(jax.random.key(0), x)
+
+    def traced(told):
+        with compiled_for(told):
+            return str(jax.make_jaxpr(lambda v, x: module.apply(v, x))(variables, x)).count("custom_vjp_call")
+
+    assert traced(None) == traced(Target("cpu")) == 3
+    assert traced(Target("tpu")) == traced(Target("gpu")) == traced(Target("cpu", make_mesh())) == 0
+
+
+def test_a_linear_layer_has_the_gradients_of_xla():
+    x, *_ = inputs(2, 5, 6, 16)
+    module = nn.Dense(8)
+    variables = module.init(jax.random.key(0), x)
+
+    def gradients(module):
+        return jax.grad(lambda v, x: jnp.sin(module.apply(v, x)).sum(), (0, 1))(variables, x)
+
+    class Ours(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return dense(8, x, name="dense", dtype=jnp.float32)(x)
+
+    ours = jax.grad(lambda v, x: jnp.sin(Ours().apply({"params": {"dense": v["params"]}}, x)).sum(), (0, 1))
+    for a, b in zip(*map(jax.tree.leaves, (ours(variables, x), gradients(module))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
