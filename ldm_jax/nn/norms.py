@@ -46,26 +46,27 @@ def _group_mean(a: Array, groups: int) -> Array:
 
 
 def _group_statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
-    x32 = x.astype(jnp.float32)
-    mean = _group_mean(x32, groups)
+    mean = _group_mean(x, groups)
     # Two passes: E[x^2] - E[x]^2 cancels when a group's mean is far from zero.
-    return mean, jax.lax.rsqrt(_group_mean(jnp.square(x32 - mean), groups) + eps)
+    return mean, jax.lax.rsqrt(_group_mean(jnp.square(x - mean), groups) + eps)
 
 
 def _group_applied(x: Array, scale: Array, bias: Array, mean: Array, rsqrt: Array, silu: bool) -> Array:
     # One multiply-add per element: normalisation and affine folded into a per-channel gain and offset.
     gain = rsqrt * scale
-    y = x.astype(jnp.float32) * gain + (bias - mean * gain)
+    y = x * gain + (bias - mean * gain)
     return nn.silu(y) if silu else y
 
 
 def _plain_group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> Array:
+    x = x.astype(jnp.float32)
     return _group_applied(x, scale, bias, *_group_statistics(x, groups, eps), silu)
 
 
 def _group_forward(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> tuple[Array, Any]:
-    mean, rsqrt = _group_statistics(x, groups, eps)
-    return _group_applied(x, scale, bias, mean, rsqrt, silu), (x, scale, bias, mean, rsqrt)
+    x32 = x.astype(jnp.float32)
+    mean, rsqrt = _group_statistics(x32, groups, eps)
+    return _group_applied(x32, scale, bias, mean, rsqrt, silu), (x, scale, bias, mean, rsqrt)
 
 
 def _group_backward(groups: int, eps: float, silu: bool, kept: Any, dy: Array) -> tuple[Array, Array, Array]:
@@ -113,8 +114,9 @@ def _layer_backward(eps: float, kept: Any, dy: Array) -> tuple[Array, Array, Arr
     given, scale = kept
     x, dy = _told(given, dy)
     x, rsqrt = _standardised(x, eps)  # again: XLA would keep both statistics as large as x
-    mean_of, rows, to_x = partial(jnp.mean, axis=-1, keepdims=True), tuple(range(x.ndim - 1)), dy * scale
-    dx = rsqrt * (to_x - mean_of(to_x) - x * mean_of(to_x * x))
+    level, along = ((a @ (scale / x.shape[-1]))[..., None] for a in (dy, dy * x))  # means of what reaches x
+    rows = tuple(range(x.ndim - 1))
+    dx = rsqrt * (dy * scale - level - x * along)
     return dx.astype(given.dtype), (dy * x).sum(rows), dy.sum(rows)
 
 
