@@ -22,9 +22,8 @@ def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, sil
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    """Layer normalisation of ``x`` [..., c] (Ba et al. 2016), times ``scale`` [c] plus ``bias`` [c]; float32."""
-    form = _layer_norm if for_one_cpu() else _plain_layer_norm
-    return form(x, scale, bias, eps)
+    """Layer normalisation of ``x`` [..., c] (Ba et al. 2016) times ``scale`` [c] plus ``bias`` [c]; float32. For a single CPU; others have Flax's."""
+    return _layer_norm(x, scale, bias, eps)
 
 
 def _told(x: Array, dy: Array) -> tuple[Array, Array]:
