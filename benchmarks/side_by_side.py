@@ -21,7 +21,7 @@ import torch  # pyright: ignore[reportMissingImports]
 
 from ldm_jax.parallel import Target, compiled_for
 from ldm_jax.plan.flops import PRODUCTS, count_flops
-from ldm_jax.threads import on_threads, parts_for
+from ldm_jax.threads import cut, on_threads, parts_for
 
 # TFLOP/s in bfloat16 that utilisation is given of: for the H200 what large products sustain on one, else what the maker states.
 PEAKS = {"H200": 790.0, "H100": 989.0, "A100": 312.0}
@@ -103,15 +103,15 @@ def jitted(function: Callable[..., Any], *args: Any, parts: int = 1) -> tuple[Si
     """(side, floating-point operations of its products, result) of a function compiled for ``args``; or for one of ``parts`` equal parts of the rows
     of all but the first, which are then computed at once."""
     whole, *rows = args
-    first = [a[: len(a) // parts] for a in rows] if parts > 1 else rows
-    compiled = jax.jit(function).lower(whole, *first).compile()
+    pieces = cut(rows, parts) if parts > 1 else [rows]
+    compiled = jax.jit(function).lower(whole, *pieces[0]).compile()
     memory = compiled.memory_analysis()
     temporary = None if memory is None else float(parts * memory.temp_size_in_bytes)
 
     def run() -> Any:
         if parts == 1:
             return jax.block_until_ready(compiled(*args))
-        return on_threads(lambda piece: compiled(whole, *piece), rows, parts)
+        return on_threads(lambda piece: compiled(whole, *piece), pieces)
 
     return Side(run, temporary), products(function, *args), run()
 

@@ -20,6 +20,7 @@ from ldm_jax.conditioning import BertText
 from ldm_jax.diffusion.samplers import initial_noise
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.requests import Given, arrays
+from ldm_jax.threads import cut
 
 
 class Twin:
@@ -101,9 +102,8 @@ def main() -> None:
         )
         if args.dtype == "float32" and off.mean() > 0.5:
             raise ValueError("the two make different pictures")
-        part = jax.tree.map(lambda a, parts=parts: a[: len(a) // parts], rows)
         program: Any = pipe.program("ddim", form)
-        memory = program.lower(pipe.model, plan, part).compile().memory_analysis()
+        memory = program.lower(pipe.model, plan, cut(rows, parts)[0]).compile().memory_analysis()
         unet_flops = flops_of(pipe.model, batch)
         sides = {
             "ours": Side(ours, None if memory is None else float(parts * memory.temp_size_in_bytes)),

@@ -25,7 +25,7 @@ from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_pa
 from ldm_jax.models.unet import layout
 from ldm_jax.parallel import Mode, compile_step, make_mesh
 from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs
-from ldm_jax.threads import on_threads, parts_for
+from ldm_jax.threads import cut, on_threads, parts_for
 
 LOG = logging.getLogger(__name__)
 
@@ -272,9 +272,9 @@ class Pipeline:
         program: Any = self.program(sampler, form)
         if parts == 1:
             return program(self.model, plan, rows)
-        first = jax.tree.map(lambda a: a[: len(a) // parts], rows)
-        compiled = program.lower(self.model, plan, first).compile()  # jax has it from the second time on
-        return on_threads(lambda piece: compiled(self.model, plan, piece), rows, parts)
+        pieces = cut(rows, parts)
+        compiled = program.lower(self.model, plan, pieces[0]).compile()  # jax has it from the second time on
+        return on_threads(lambda piece: compiled(self.model, plan, piece), pieces)
 
     def program(self, sampler: str, form: Form) -> Callable[..., Made]:
         """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task."""

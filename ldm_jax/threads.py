@@ -23,14 +23,17 @@ def parts_for(rows: int) -> int:
     return max(d for d in range(1, cores() + 1) if rows % d == 0)
 
 
-def on_threads(call: Callable[[Any], Any], rows: Any, parts: int) -> Any:
-    """``call`` of each of ``parts`` equal parts of ``rows``, a pytree of arrays [n, ...], each on a thread of its own; what they return as numpy
-    arrays, joined in order.
+def cut(rows: Any, parts: int) -> list[Any]:
+    """``rows``, a pytree of arrays [n, ...], in ``parts`` equal parts."""
+    size = len(jax.tree.leaves(rows)[0]) // parts
+    return [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], rows) for i in range(parts)]
+
+
+def on_threads(call: Callable[[Any], Any], pieces: list[Any]) -> Any:
+    """``call`` of each of the ``pieces``, on a thread of its own; what they return, pytrees of arrays [n, ...], as numpy arrays joined in order.
 
     ``call`` should run a program that is compiled already: a `jax.jit` would be compiled by every thread, under that thread's settings of jax.
     """
-    size = len(jax.tree.leaves(rows)[0]) // parts
-    pieces = [jax.tree.map(lambda a, i=i: a[i * size : (i + 1) * size], rows) for i in range(parts)]
-    with ThreadPoolExecutor(parts) as pool:
+    with ThreadPoolExecutor(len(pieces)) as pool:
         done = list(pool.map(lambda piece: jax.device_get(call(piece)), pieces))
     return jax.tree.map(lambda *a: np.concatenate(a), *done)

@@ -73,16 +73,13 @@ def test_a_backward_pass_keeps_the_input_and_little_else(name):
     assert x.nbytes <= ours < 1.1 * x.nbytes < 2 * x.nbytes <= plain
 
 
-def layers(x):
-    """A normalisation of each kind and a linear layer, one after the other."""
-    y = GroupNorm(1e-5, 4, silu=True, name="group")(x)
-    return dense(8, y, name="dense", dtype=jnp.float32)(layer_norm("layer", jnp.float32)(y))
-
-
 class Layers(nn.Module):
+    """A normalisation of each kind and a linear layer, one after the other."""
+
     @nn.compact
     def __call__(self, x):
-        return layers(x)
+        y = GroupNorm(1e-5, 4, silu=True, name="group")(x)
+        return dense(8, y, name="dense", dtype=jnp.float32)(layer_norm("layer", jnp.float32)(y))
 
 
 def test_others_than_a_single_cpu_have_the_plain_forms():
@@ -100,17 +97,18 @@ def test_others_than_a_single_cpu_have_the_plain_forms():
 
 def test_a_linear_layer_has_the_gradients_of_xla():
     x, *_ = inputs(2, 5, 6, 16)
-    module = nn.Dense(8)
-    variables = module.init(jax.random.key(0), x)
-
-    def gradients(module):
-        return jax.grad(lambda v, x: jnp.sin(module.apply(v, x)).sum(), (0, 1))(variables, x)
+    variables = nn.Dense(8).init(jax.random.key(0), x)
 
     class Ours(nn.Module):
         @nn.compact
         def __call__(self, x):
             return dense(8, x, name="dense", dtype=jnp.float32)(x)
 
-    ours = jax.grad(lambda v, x: jnp.sin(Ours().apply({"params": {"dense": v["params"]}}, x)).sum(), (0, 1))
-    for a, b in zip(*map(jax.tree.leaves, (ours(variables, x), gradients(module))), strict=True):
+    def gradients(module, scope):
+        return jax.grad(lambda v, x: jnp.sin(module.apply({"params": scope(v["params"])}, x)).sum(), (0, 1))(
+            variables, x
+        )
+
+    both = gradients(Ours(), lambda params: {"dense": params}), gradients(nn.Dense(8), lambda params: params)
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

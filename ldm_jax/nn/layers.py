@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ldm_jax.nn import norms
 from ldm_jax.nn.convolution import convolve
-from ldm_jax.nn.norms import group_norm
-from ldm_jax.nn.norms import layer_norm as layer_norm_of
 from ldm_jax.parallel import for_one_cpu, target
 
 Dtype = Any
@@ -121,7 +120,7 @@ class GroupNorm(nn.Module):
             )
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-        return group_norm(x, scale, bias, self.groups, self.eps, self.silu).astype(self.dtype)
+        return norms.group_norm(x, scale, bias, self.groups, self.eps, self.silu).astype(self.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -133,7 +132,7 @@ class LayerNorm(nn.LayerNorm):
             return super().__call__(x)
         scale = self.param("scale", self.scale_init, x.shape[-1:])
         bias = self.param("bias", self.bias_init, x.shape[-1:])
-        return layer_norm_of(x, scale, bias, self.epsilon).astype(self.dtype)
+        return norms.layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
 _ROWS: ContextVar[jax.sharding.Sharding | None] = ContextVar("rows", default=None)
