@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.nn.convolution import banded_pays, convolve
+from ldm_jax.nn.convolution import banded_pays, convolve, products_pay
 from ldm_jax.nn.layers import conv
 from ldm_jax.parallel import Target, compiled_for, make_mesh
 
 SAME = ((1, 1), (1, 1))
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 def arrays(b: int, height: int, width: int, c: int, o: int, kernel: int) -> tuple[jax.Array, jax.Array]:
@@ -22,27 +23,28 @@ def arrays(b: int, height: int, width: int, c: int, o: int, kernel: int) -> tupl
 @pytest.mark.parametrize(
     ("shape", "stride", "padding"),
     [
-        ((2, 32, 48, 8, 5, 3), 1, SAME),  # two bands a picture, all of the kernel at once
-        ((2, 64, 64, 33, 4, 3), 1, SAME),  # row by row of the kernel
+        ((2, 32, 48, 8, 5, 3), 1, SAME),  # four bands a picture
         ((1, 65, 67, 34, 3, 3), 2, ((0, 1), (0, 1))),  # a downsampling, unevenly padded
         ((1, 71, 64, 3, 6, 4), 2, SAME),  # the discriminator's; no band divides 35 rows but 5, 7 and one
-        ((1, 48, 64, 128, 2, 3), 1, SAME),  # weight by weight of the kernel
-        ((11, 16, 24, 5, 7, 3), 1, SAME),  # bands of one small picture: no two divide eleven
-        ((48, 16, 24, 5, 7, 3), 2, SAME),  # of ten or less, of 96 pixels: eight
-        ((16, 16, 24, 5, 7, 3), 1, SAME),  # of two
+        ((7, 16, 16, 5, 7, 3), 1, SAME),  # bands of one small picture: no two divide seven
+        ((48, 16, 24, 5, 7, 3), 2, SAME),  # of five or less, of 96 pixels: four
+        ((16, 16, 16, 5, 7, 3), 1, SAME),  # of two
+        ((2, 16, 16, 248, 240, 3), 1, SAME),  # products
+        ((1, 9, 8, 200, 240, 4), 1, ((1, 2), (2, 1))),  # of an even kernel, unevenly padded
+        ((3, 5, 4, 248, 240, 3), 1, ((0, 0), (0, 0))),  # without padding
     ],
-    ids=["thin", "wide", "stride", "even kernel", "thick", "one", "eight", "two"],
+    ids=["four", "stride", "even kernel", "one", "of four", "of two", "products", "uneven products", "bare products"],
 )
 def test_values_and_gradients_are_those_of_xla(shape, stride, padding):
     x, w = arrays(*shape)
-    assert banded_pays(x, w, (stride, stride), padding)
+    assert banded_pays(x, w, (stride, stride), padding) != products_pay(x, w, (stride, stride), padding)
 
     def results(form, x, w):
         y, pull = jax.vjp(lambda x, w: form(x, w, (stride, stride), padding), x, w)
         return y, *pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
     def by_xla(x, w, strides, padding):
-        return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=NHWC)
 
     expected = jax.jit(lambda x, w: results(by_xla, x, w))(x, w)
     for told in (None, Target("cpu")):
@@ -65,11 +67,29 @@ def uses_bands(told: Target | None, side: int = 32, dtype: str = "float32", batc
 
 
 def test_the_bands_are_for_many_pixels_in_float32_on_one_cpu():
-    assert uses_bands(Target("cpu"))
+    assert uses_bands(Target("cpu"), batch=1)
     assert uses_bands(None)
-    assert not uses_bands(Target("cpu"), side=31)
-    assert uses_bands(Target("cpu"), side=16, batch=16)
-    assert not uses_bands(Target("cpu"), side=16, batch=15)
+    assert not uses_bands(Target("cpu"), side=31, batch=1)
+    assert uses_bands(Target("cpu"), side=16, batch=4)
+    assert not uses_bands(Target("cpu"), side=16, batch=3)
     assert not uses_bands(Target("cpu"), dtype="bfloat16")
     assert not uses_bands(Target("cpu", make_mesh(8)))
     assert not uses_bands(Target("tpu"))
+
+
+def test_products_are_for_few_pixels_and_many_weights_in_float32_on_one_cpu():
+    def uses_products(
+        told: Target | None, batch: int = 2, c: int = 248, side: int = 16, dtype: str = "float32"
+    ) -> bool:
+        x, w = jnp.ones((batch, side, side, c), dtype), jnp.ones((3, 3, c, 240), dtype)
+        with compiled_for(told):
+            text = jax.jit(lambda x, w: convolve(x, w, (1, 1), SAME, dimension_numbers=NHWC)).lower(x, w).as_text()
+        return "dot_general" in text
+
+    assert uses_products(Target("cpu"))
+    assert uses_products(None)
+    assert not uses_products(Target("cpu"), batch=3)
+    assert not uses_products(Target("cpu"), c=240)
+    assert not uses_products(Target("cpu"), dtype="bfloat16")
+    assert not uses_products(Target("cpu", make_mesh(8)))
+    assert not uses_products(Target("tpu"))

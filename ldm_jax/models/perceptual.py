@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from ldm_jax.nn.convolution import convolve
+
 VGG_VARIABLE = "LDM_JAX_VGG16"
 HEADS_VARIABLE = "LDM_JAX_LPIPS"
 
@@ -56,9 +58,17 @@ class VGG16Features(nn.Module):
         maps = []
         for block, (layers, width) in enumerate(zip(VGG16_LAYERS, self.widths, strict=True), start=1):
             if block > 1:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = max_pool(x)
             for i in range(1, len(layers) + 1):
-                x = nn.relu(nn.Conv(width, (3, 3), padding=1, dtype=self.dtype, name=f"conv{block}_{i}")(x))
+                convolution = nn.Conv(
+                    width,
+                    (3, 3),
+                    padding=1,
+                    dtype=self.dtype,
+                    conv_general_dilated=convolve,
+                    name=f"conv{block}_{i}",
+                )
+                x = nn.relu(convolution(x))
             maps.append(x)
         return tuple(maps)
 
@@ -90,6 +100,22 @@ class LPIPS(nn.Module):
             head = nn.Dense(1, use_bias=False, precision="highest", name=f"lin{i}")
             distance += head(difference.mean(axis=(1, 2)))[:, 0]
         return distance
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """[b, h, w, c] -> [b, h // 2, w // 2, c], the largest of each 2x2 square; an odd last row or column is dropped.
+
+    Of equal numbers the first takes the gradient, as in PyTorch. XLA's own pooling finds it again in the backward pass, in five to ten times the time
+    on a CPU.
+    """
+    b, h, w, c = x.shape
+    squares = x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c)
+    rows = [_larger(squares[:, :, i, :, 0], squares[:, :, i, :, 1]) for i in (0, 1)]
+    return _larger(*rows)
+
+
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
 def unit_length(x: jax.Array) -> jax.Array:

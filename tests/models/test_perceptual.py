@@ -2,6 +2,7 @@
 
 import os
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,25 @@ def test_features_have_five_scales(params):
 def test_the_full_network_has_the_published_size():
     params = jax.eval_shape(VGG16Features().init, jax.random.key(0), images(0, (1, 32, 32, 3)))
     assert sum(x.size for x in jax.tree.leaves(params)) == 14_714_688  # torchvision's vgg16().features
+
+
+@pytest.mark.parametrize("side", [8, 9])
+def test_pooling_is_linens_and_the_first_of_equals_takes_the_gradient(side):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 3, (2, side, side, 4)), jnp.float32)  # many of a square are equal
+
+    def results(form):
+        y, pull = jax.vjp(form, x)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))[0]
+
+    expected = results(lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
+    for got, same in zip(results(perceptual.max_pool), expected, strict=True):
+        np.testing.assert_array_equal(got, same)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_pooling_hides_no_nan(place):
+    assert np.isnan(perceptual.max_pool(jnp.ones((1, 2, 2, 1)).at[0, *place].set(jnp.nan))).all()
 
 
 def test_images_that_do_not_fit_raise():
