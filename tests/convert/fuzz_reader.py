@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import hostile
+import mutations
 
 from ldm_jax.convert.reader import ReaderError, open_checkpoint
 
@@ -45,7 +46,7 @@ def main() -> None:
         checkpoint.tensors["weight"].numpy()  # whatever numpy imports late is imported now
     sys.addaudithook(audit)
     before, slowest, outcomes, reasons = peak_mib(), 0.0, Counter(), Counter()
-    for number, data in enumerate(hostile.mutants(args.mutations, args.seed, good)):
+    for number, data in enumerate(mutations.mutants(args.mutations, args.seed, good)):
         path.write_bytes(data)
         start, problem, reading = time.process_time(), None, True
         try:

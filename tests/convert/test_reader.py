@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hostile
 import ml_dtypes
+import mutations
 import numpy as np
 import pytest
 
@@ -315,7 +316,7 @@ def test_paths_that_hold_no_file(tmp_path):
 def test_a_slice_of_the_mutations(tmp_path):
     path, outcomes = tmp_path / "x", {"read": 0, "refused": 0}
     Path(hostile.CANARY).unlink(missing_ok=True)
-    for data in hostile.mutants(400, 7, [(DATA / name).read_bytes() for name in SAVED]):
+    for data in mutations.mutants(400, 7, [(DATA / name).read_bytes() for name in SAVED]):
         path.write_bytes(data)
         refusal = None
         try:
