@@ -1,8 +1,8 @@
 """Convolutions that take ways of their own on a CPU.
 
 XLA's gradient of the weights takes two to four times as long as the convolution itself: over many pixels it is summed over bands here. Of few pixels
-and many weights all three are products: XLA transposes the weights for the input's gradient, one number at a time, and runs a chain of such
-convolutions as one loop that computes the first of them over and over.
+and many weights all three are products: XLA transposes the weights for the input's gradient, slowly, and fuses a chain of such convolutions into one
+that takes several times as long as they do.
 
 `convolve` stands where ``jax.lax.conv_general_dilated`` would (`flax.linen.Conv` has an argument for it).
 """
