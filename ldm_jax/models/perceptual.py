@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from ldm_jax.nn.convolution import convolve
+from ldm_jax.nn.layers import conv
 
 VGG_VARIABLE = "LDM_JAX_VGG16"
 HEADS_VARIABLE = "LDM_JAX_LPIPS"
@@ -60,15 +60,7 @@ class VGG16Features(nn.Module):
             if block > 1:
                 x = max_pool(x)
             for i in range(1, len(layers) + 1):
-                convolution = nn.Conv(
-                    width,
-                    (3, 3),
-                    padding=1,
-                    dtype=self.dtype,
-                    conv_general_dilated=convolve,
-                    name=f"conv{block}_{i}",
-                )
-                x = nn.relu(convolution(x))
+                x = nn.relu(conv(width, 3, x, name=f"conv{block}_{i}", dtype=self.dtype)(x))
             maps.append(x)
         return tuple(maps)
 
