@@ -52,6 +52,15 @@ def test_values_and_gradients_are_those_of_the_plain_form(name, shape, dtype):
         np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(plain, np.float32), **close)
 
 
+def test_a_broken_group_does_not_spread_to_others():
+    x, scale, bias, _ = inputs(2, 5, 6, 16)
+    x[0, 0, 0, 5] = np.nan
+    for form in FORMS["group"]:
+        broken = np.isnan(positional(form, x, scale, bias))
+        assert broken[0, :, :, 4:8].all()
+        assert broken.sum() == broken[0, :, :, 4:8].size
+
+
 def test_layer_norm_is_flax_s():
     x, *_ = inputs(3, 7, 16)
     ours, flax = layer_norm("norm", jnp.float32), nn.LayerNorm(epsilon=1e-5)

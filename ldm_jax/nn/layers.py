@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.nn import norms
-from ldm_jax.nn.convolution import convolve
 from ldm_jax.parallel import for_one_cpu, target
 
 Dtype = Any
@@ -57,7 +56,6 @@ def conv(
         dtype=dtype,
         kernel_init=nn.initializers.zeros if zero else torch_kernel_init,
         bias_init=nn.initializers.zeros if zero else torch_bias_init(fan_in),
-        conv_general_dilated=convolve,
         name=name,
     )
 
