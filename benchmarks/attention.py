@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.nn.kernels import choose, plain
-from ldm_jax.parallel import compiler_options
 
 SHAPES = [
     *(f"1x4096x{m}x8x{d}" for d in (10, 40) for m in (4096, 77)),
@@ -40,8 +39,7 @@ def programs(form: Callable[..., Any], scale: float) -> dict[str, Callable[..., 
         y, pull = jax.vjp(lambda *qkv: form(*qkv, scale), q, k, v)
         return y, pull(dy)
 
-    compiled = partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
-    return {"forward": compiled(lambda q, k, v, dy: form(q, k, v, scale)), "both": compiled(both)}
+    return {"forward": jax.jit(lambda q, k, v, dy: form(q, k, v, scale)), "both": jax.jit(both)}
 
 
 def seconds(program: Callable[..., Any], given: tuple[Any, ...]) -> float:

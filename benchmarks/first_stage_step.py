@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.parallel import compiler_options
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import AutoencoderTask
@@ -35,9 +34,7 @@ def prepared(config: Any, updates: str, batch: Any) -> tuple[Any, Any, Any]:
     state = jax.jit(lambda key: create_state(task.init(key), tx, ema=True, extra=task.extra(key)))(key)
     step = task.make_step(tx, seed=0, ema=config.ema, parts=1)
     frozen = jax.device_put(task.frozen)
-    options = compiler_options(jax.default_backend())
-    program = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, frozen, batch)
-    return program.compile(), state, frozen
+    return jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(), state, frozen
 
 
 def measure(config: Any, repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:

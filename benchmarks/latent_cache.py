@@ -22,7 +22,6 @@ import numpy as np
 
 from configs import emoji
 from ldm_jax.heap import keep_large_blocks
-from ldm_jax.parallel import compiler_options
 from ldm_jax.plan.flops import PRODUCTS, count_flops
 from ldm_jax.train.encode import encode
 from ldm_jax.train.loaders import make_loader
@@ -46,8 +45,7 @@ class Run:
         given = self.state, self.frozen, self.ready
         counted = count_flops(jax.make_jaxpr(step)(*given).jaxpr)  # the compiler's own count has loops' bodies once
         self.flops = sum(counted[kind] for kind in PRODUCTS)
-        options = compiler_options(jax.default_backend())
-        self.step = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*given).compile()
+        self.step = jax.jit(step, donate_argnums=0).lower(*given).compile()
 
     def seconds(self, steps: int, fetch: bool) -> float:
         """Of one of so many steps."""

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-from ldm_jax.parallel import Target, compiled_for, compiler_options
+from ldm_jax.parallel import Target, compiled_for
 from ldm_jax.plan.flops import PRODUCTS, count_flops
 from ldm_jax.threads import cut, on_threads, parts_for
 
@@ -104,8 +104,7 @@ def jitted(function: Callable[..., Any], *args: Any, parts: int = 1) -> tuple[Si
     of all but the first, which are then computed at once."""
     whole, *rows = args
     pieces = cut(rows, parts) if parts > 1 else [rows]
-    options = compiler_options(jax.default_backend())
-    compiled = jax.jit(function, compiler_options=options).lower(whole, *pieces[0]).compile()
+    compiled = jax.jit(function).lower(whole, *pieces[0]).compile()
     memory = compiled.memory_analysis()
     temporary = None if memory is None else float(parts * memory.temp_size_in_bytes)
 

@@ -6,7 +6,6 @@ feed-forward over tensor (Shoeybi et al. 2019, "Megatron-LM").
 """
 
 import contextlib
-import functools
 import math
 import os
 import re
@@ -200,23 +199,6 @@ def for_one_cpu() -> bool:
     return told is None or (told.platform == "cpu" and told.mesh is None)
 
 
-def compiler_options(platform: str) -> dict[str, Any] | None:
-    """How XLA is to compile for a platform. On a CPU without YNNPACK, by which most convolutions run on one core however many there are."""
-    return _without_ynnpack() if platform == "cpu" else None
-
-
-@functools.cache
-def _without_ynnpack() -> dict[str, Any] | None:
-    """The setting, or None where XLA's CPU compiler does not know it (it is called experimental): tried on a program of nothing."""
-    options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    try:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
 @contextlib.contextmanager
 def compiled_for(told: Target | None) -> Iterator[None]:
     """While a program is traced inside, `target` is ``told``: kernels are chosen by it, and split as its mesh splits rows."""
@@ -258,7 +240,6 @@ def compile_step(
             in_shardings=jax.tree.map(place, shared),
             out_shardings=jax.tree.map(place, out_shared),
             donate_argnums=donate,
-            compiler_options=compiler_options(told.platform),
         )
 
     n = mesh.devices.size

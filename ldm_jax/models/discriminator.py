@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.nn.convolution import convolve
 from ldm_jax.nn.layers import Array, Dtype, torch_bias_init
 
 
@@ -143,6 +144,7 @@ class PatchDiscriminator(nn.Module):
                 dtype=self.dtype,
                 kernel_init=nn.initializers.normal(0.02),
                 bias_init=torch_bias_init(16 * x.shape[-1]),
+                conv_general_dilated=convolve,
                 name=f"conv_{i}",
             )(x)
             if place.norm is not None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.nn import norms
+from ldm_jax.nn.convolution import convolve
 from ldm_jax.parallel import for_one_cpu, target
 
 Dtype = Any
@@ -56,6 +57,7 @@ def conv(
         dtype=dtype,
         kernel_init=nn.initializers.zeros if zero else torch_kernel_init,
         bias_init=nn.initializers.zeros if zero else torch_bias_init(fan_in),
+        conv_general_dilated=convolve,
         name=name,
     )
 

@@ -25,7 +25,6 @@ from ldm_jax.parallel import (
     TENSOR,
     MeshError,
     compile_step,
-    compiler_options,
     make_mesh,
     make_placed,
     row_shards,
@@ -198,16 +197,6 @@ def test_rows_are_split_over_data_and_fsdp():
     out = double(np.arange(8.0))
     assert {shard.data.shape for shard in out.addressable_shards} == {(2,)}
     np.testing.assert_array_equal(out, 2 * np.arange(8.0))
-
-
-def test_a_cpu_computes_without_ynnpack_and_others_are_told_nothing():
-    def convolution(x, w, axis_name=None):
-        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    program = compile_step(convolution, make_mesh(1), "jit", shared=(False, True), out_shared=False)
-    assert "ynn" not in program.lower(np.ones((2, 8, 8, 32), "f"), np.ones((3, 3, 32, 32), "f")).compile().as_text()
-    assert compiler_options("cpu")
-    assert compiler_options("gpu") is compiler_options("tpu") is None
 
 
 # ----------------------------------------------------------------------------------------------------------- several processes
