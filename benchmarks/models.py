@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ldm_jax
+from ldm_jax import cores
 from ldm_jax.latent import LatentDiffusion, build, init_params
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.pipeline import Pipeline, load
@@ -57,12 +58,13 @@ def bare(case: str, dtype: str) -> tuple[LatentDiffusion, tuple[int, int]]:
 
 
 def pipeline(case: str, dtype: str) -> Pipeline:
-    """A model to sample from: the demo's own weights, random ones for the others."""
+    """A model to sample from, on one device, or on the cores of a CPU: the demo's own weights, random ones for the others."""
+    devices = None if cores.devices() else 1
     if case == "emoji":
-        return load("emoji", dtype=dtype, devices=1)  # type: ignore[arg-type]
+        return load("emoji", dtype=dtype, devices=devices)  # type: ignore[arg-type]
     model, _ = bare(case, dtype)
     params, stage = random_like(model.params, dtype), random_like(model.first_stage.params, dtype)
-    return Pipeline(build(config_of(case), params, stage, dtype), dtype=dtype, devices=1)
+    return Pipeline(build(config_of(case), params, stage, dtype), dtype=dtype, devices=devices)
 
 
 def _cast(shapes: Any, dtype: str) -> Any:

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
+from ldm_jax import cores
 from ldm_jax.parallel import Target, compiled_for
 from ldm_jax.plan.flops import PRODUCTS, count_flops
-from ldm_jax.threads import cut, on_threads, parts_for
 
 # TFLOP/s in bfloat16 that utilisation is given of: for the H200 what large products sustain on one, else what the maker states.
 PEAKS = {"H200": 790.0, "H100": 989.0, "A100": 312.0}
@@ -99,26 +99,26 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def jitted(function: Callable[..., Any], *args: Any, parts: int = 1) -> tuple[Side, float, Any]:
-    """(side, floating-point operations of its products, result) of a function compiled for ``args``; or for one of ``parts`` equal parts of the rows
-    of all but the first, which are then computed at once."""
-    whole, *rows = args
-    pieces = cut(rows, parts) if parts > 1 else [rows]
-    compiled = jax.jit(function).lower(whole, *pieces[0]).compile()
+def jitted(function: Callable[..., Any], *args: Any, by_rows: bool = False) -> tuple[Side, float, Any]:
+    """(side, floating-point operations of its products, result) of a function compiled for ``args``; ``by_rows``, with the rows of all but the first
+    divided among a CPU's cores, as a pipeline does."""
+    params, *rows = args
+    count = cores.enough(len(rows[0]), len(cores.devices()) or 1) if by_rows else 1
+    if len(rows[0]) % count or count == 1:
+        count = 1
+        step = jax.jit(function)
+    else:
+        mesh = cores.mesh_of(cores.devices()[:count])
+        step = cores.compile_step(function, mesh, (False, *(True for _ in rows)))
+        args = (cores.shared(params, mesh), *(np.asarray(a) for a in rows))
+    compiled = step.lower(*args).compile()
     memory = compiled.memory_analysis()
-    temporary = None if memory is None else float(parts * memory.temp_size_in_bytes)
+    temporary = None if memory is None else float(count * memory.temp_size_in_bytes)
 
     def run() -> Any:
-        if parts == 1:
-            return jax.block_until_ready(compiled(*args))
-        return on_threads(lambda piece: compiled(whole, *piece), pieces)
+        return jax.block_until_ready(compiled(*args))
 
     return Side(run, temporary), products(function, *args), run()
-
-
-def parts_of(batch: int) -> int:
-    """Into how many parts our side cuts a batch that needs no gradient: those of the pipeline."""
-    return parts_for(batch) if jax.default_backend() == "cpu" else 1
 
 
 def products(function: Callable[..., Any], *args: Any) -> float:
@@ -202,6 +202,7 @@ def run_cases(
 
 def set_up(args: argparse.Namespace) -> None:
     """One number of threads for both, and TF32 for neither."""
+    cores.use_cores()
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     torch.backends.cuda.matmul.allow_tf32 = False
 

@@ -1,7 +1,6 @@
 """How long does a picture take, ours and PyTorch's? python -m benchmarks.text_to_image [--case emoji] [--batch 1 8] [--steps 50]
 
-Text, 50 guided DDIM steps, decoding to uint8: ours as the pipeline runs it, one program (on a CPU one for each part of a batch, on threads);
-PyTorch's as such loops are written, a Python loop of the same steps over the same weights, from the same noise. The pictures are compared before
+Text, 50 guided DDIM steps, decoding to uint8: ours as the pipeline runs it, one program (of all cores of a CPU); PyTorch's as such loops are written, a Python loop of the same steps over the same weights, from the same noise. The pictures are compared before
 anything is timed. "emoji" is the demo model; "sd_v1" has Stable Diffusion v1's shapes, random weights and a ready-made context in place of its text
 tower. Needs PyTorch: pip install -e ".[parity]".
 """
@@ -20,7 +19,6 @@ from ldm_jax.conditioning import BertText
 from ldm_jax.diffusion.samplers import initial_noise
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.requests import Given, arrays
-from ldm_jax.threads import cut
 
 
 class Twin:
@@ -83,16 +81,15 @@ def main() -> None:
         chosen = pipe.settings(steps=args.steps, sampler="ddim")
         canvas, rows = arrays(pipe.model, Given(**asked), chosen, seeds, None)
         plan = pipe.plan(chosen, Given(**asked))
-        parts = pipe.parts(batch)
-        form = pipe.form(chosen, canvas.size, batch, parts=parts)
+        form = pipe.form(chosen, canvas.size, batch)
         stage = pipe.model.first_stage
         shape = (canvas.size[0] // stage.downsampling, canvas.size[1] // stage.downsampling, stage.channels)
         noise = as_torch(initial_noise(jax.vmap(jax.random.key)(jnp.asarray(rows.seeds)), shape))
         words = torch.long if args.case == "emoji" else kind
         told = (as_torch(rows.encoded, words), as_torch(rows.null, words), noise, plan.nodes, guidance)
 
-        def ours(plan: Any = plan, rows: Any = rows, form: Any = form, parts: int = parts) -> np.ndarray:
-            return np.asarray(pipe.run("ddim", form, plan, rows, parts).images)
+        def ours(plan: Any = plan, rows: Any = rows, form: Any = form) -> np.ndarray:
+            return np.asarray(pipe.run("ddim", form, plan, rows).images)
 
         images = ours().astype(int)
         theirs = twin(*told).cpu().permute(0, 2, 3, 1).numpy().astype(int)
@@ -102,11 +99,11 @@ def main() -> None:
         )
         if args.dtype == "float32" and off.mean() > 0.5:
             raise ValueError("the two make different pictures")
-        program: Any = pipe.program("ddim", form)
-        memory = program.lower(pipe.model, plan, cut(rows, parts)[0]).compile().memory_analysis()
+        program, model, count = pipe.prepared("ddim", form, rows)
+        memory = program.lower(model, plan, rows).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
         unet_flops = flops_of(pipe.model, batch)
         sides = {
-            "ours": Side(ours, None if memory is None else float(parts * memory.temp_size_in_bytes)),
+            "ours": Side(ours, None if memory is None else float(count * memory.temp_size_in_bytes)),
             "torch.compile" if args.compile else "eager": in_torch(lambda told=told: twin(*told)),
         }
         what = f"{args.case} text to image, {args.steps} steps, batch {batch}, {args.dtype}"

@@ -1,12 +1,11 @@
 """How long does the UNet take, ours and PyTorch's? python -m benchmarks.unet_forward [--case emoji sd_v1_quarter] [--batch 1 8] [--json out.json]
 
-Same weights, same inputs; the results are compared before anything is timed. On a CPU our side computes a batch as the pipeline does, in parts on
-threads. Needs PyTorch: pip install -e ".[parity]".
+Same weights, same inputs; the results are compared before anything is timed. On a CPU our side computes a batch as the pipeline does, its rows divided
+among the cores. Needs PyTorch: pip install -e ".[parity]".
 """
 
 from typing import Any
 
-import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
 from benchmarks.side_by_side import (
@@ -15,7 +14,6 @@ from benchmarks.side_by_side import (
     compare,
     in_torch,
     jitted,
-    parts_of,
     run_cases,
     summary,
 )
@@ -25,9 +23,8 @@ from benchmarks.unets import CASES, pair
 def measure(name: str, batch: int, args: Any) -> dict[str, Any]:
     """One case at one batch."""
     made = pair(name, batch, args.dtype)
-    inputs = [np.asarray(a) for a in made.inputs]
     run = lambda p, *a: made.unet.apply({"params": p}, *a)  # noqa: E731
-    ours, flops, out = jitted(run, made.params, *inputs, parts=parts_of(batch))
+    ours, flops, out = jitted(run, made.params, *made.inputs, by_rows=True)
     twin = made.twin.eval().requires_grad_(False)
     check_same(out, as_numpy(twin(*made.torch_inputs)), 1e-4 if args.dtype == "float32" else 5e-2)
     sides = {"ours": ours, "eager": in_torch(lambda: twin(*made.torch_inputs))}

@@ -1,6 +1,7 @@
 """Latent diffusion in JAX/Flax.
 
 >>> import ldm_jax
+>>> ldm_jax.use_cores()  # on a CPU
 >>> pipe = ldm_jax.load("emoji")
 >>> images = pipe(["red apple, noto style"], seeds=[0, 1])  # uint8 [2, 64, 64, 3]
 """
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from ldm_jax.pipeline import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "use_cores"]
 
 
 def load(model: str = "emoji", **options: Any) -> "Pipeline":
@@ -19,3 +20,10 @@ def load(model: str = "emoji", **options: Any) -> "Pipeline":
     from ldm_jax.pipeline import load  # jax is imported only when it is needed
 
     return load(model, **options)
+
+
+def use_cores() -> None:
+    """Makes each core of a CPU a device, for the pipelines that are made after it; see `ldm_jax.cores.use_cores`."""
+    from ldm_jax.cores import use_cores
+
+    use_cores()

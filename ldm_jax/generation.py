@@ -208,14 +208,14 @@ def decode(stage: FirstStage, z: jax.Array, form: Form) -> jax.Array:
 _AT_ONCE, _AT_ONCE_ON_CPU = 512 * 512, 128 * 128
 
 
-def decode_part(platform: str, size: tuple[int, int], local: int, wanted: int | None = None, beside: int = 1) -> int:
+def decode_part(platform: str, size: tuple[int, int], local: int, wanted: int | None = None) -> int:
     """How many of its ``local`` pictures of ``size`` a device decodes at a time: a divisor of them, at most ``wanted``; 0 where that is all.
 
-    Where nobody wants a number, a CPU decodes as many as have 128x128 pixels together, on all threads of the ``beside`` that do, an accelerator
-    512x512, or one: what it needs then does not grow with the batch.
+    Where nobody wants a number, a CPU decodes as many as have 128x128 pixels together, an accelerator 512x512, or one: what it needs then does not
+    grow with the batch.
     """
     if wanted is None:
-        wanted = max((_AT_ONCE_ON_CPU // beside if platform == "cpu" else _AT_ONCE) // (size[0] * size[1]), 1)
+        wanted = max((_AT_ONCE_ON_CPU if platform == "cpu" else _AT_ONCE) // (size[0] * size[1]), 1)
     part = max((d for d in range(1, local + 1) if local % d == 0 and d <= wanted), default=0)
     return part if part < local else 0
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.conditioning import CONDITIONERS, Cond, Conditioner
+from ldm_jax.cores import over_rows
 from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.guidance import Denoiser, classifier_free, unguided
 from ldm_jax.diffusion.objective import get_objective
@@ -36,14 +37,22 @@ class ConfigError(ValueError):
 
 
 def apply(module: Any, params: Any, *args: Any, **options: Any) -> Any:
-    """``module.apply`` on bare parameters. ``options`` that are a bool, int or str are compiled in.
+    """``module.apply`` on bare parameters. ``options`` that are a bool, int or str are compiled in. Where cores of a CPU
+    divide the rows (`Target.cores`), all others and the result have them.
 
     Traced once for a module and shapes, however many programs and however many places in one (both calls of a Heun step) it is part of: tracing a
     network in Python takes as long as compiling a small one.
     """
     fixed = {name: value for name, value in options.items() if isinstance(value, bool | int | str)}
     given = {name: value for name, value in options.items() if name not in fixed}
-    return _apply(module, tuple(fixed.items()), (target(), kept_rows()), params, *args, **given)
+    told = target()
+
+    def call(params: Any, rows: tuple[Any, Any]) -> Any:
+        return _apply(module, tuple(fixed.items()), (told, kept_rows()), params, *rows[0], **rows[1])
+
+    if told is None or told.cores is None:
+        return call(params, (args, given))
+    return over_rows(call, told.cores, params, (args, given))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -114,7 +123,8 @@ class FirstStage:
         """
         if not isinstance(self.module, VQModelInterface):
             return z
-        return apply(self.module, self.params, z, method="quantized").z
+        codes: Any = self.module.apply({"params": self.params}, z, method="quantized")
+        return codes.z
 
 
 @flax.struct.dataclass

@@ -179,10 +179,12 @@ def _part(closed: Any, outputs: Sequence[int]) -> Callable[..., list[Any]]:
 
 
 class Target(NamedTuple):
-    """What a program is traced for: a platform ("cpu", "gpu", "tpu"; "" for none in particular), and the mesh that splits it, None for one device."""
+    """What a program is traced for: a platform ("cpu", "gpu", "tpu"; "" for none in particular), the mesh that splits it, None for one device, and
+    the cores of a CPU that divide what goes through a network, if there are several."""
 
     platform: str
     mesh: Mesh | None = None
+    cores: Mesh | None = None
 
 
 _TARGET: ContextVar[Target | None] = ContextVar("target", default=None)

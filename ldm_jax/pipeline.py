@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ldm_jax import cores
 from ldm_jax.checkpoint import CheckpointError, find_model, load_model
 from ldm_jax.convert.conversion import is_foreign, read_model
 from ldm_jax.convert.diffusers.hub import fetched
@@ -25,7 +27,6 @@ from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_pa
 from ldm_jax.models.unet import layout
 from ldm_jax.parallel import Mode, compile_step, make_mesh
 from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs
-from ldm_jax.threads import cut, on_threads, parts_for
 
 LOG = logging.getLogger(__name__)
 
@@ -97,6 +98,9 @@ class Batch:
 class Pipeline:
     """A person's request to pictures. Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are done.
 
+    Rows of a batch are split over all devices, or the first ``devices``. After `cores.use_cores` a pipeline without ``devices`` is of one CPU, whose cores
+    divide what goes through the networks.
+
     Which task it is follows from what is given (`Given`). Only the number of steps, the batch, the size, the sampler, its cache and the kind of
     task are compiled in; prompts, seeds, pictures, masks, strength, guidance and eta are traced.
     """
@@ -114,7 +118,8 @@ class Pipeline:
             raise RequestError(f"devices must be from 1 to {jax.device_count()}, not {devices}")
         if parallel not in get_args(Mode):
             raise RequestError(f"parallel {parallel!r} does not exist{nearest(parallel, get_args(Mode))}")
-        self.mesh = make_mesh(devices)
+        self.cores = cores.devices() if devices is None and parallel == "jit" else []
+        self.mesh = make_mesh(1 if self.cores else devices)
         self.model = jax.device_put(model, NamedSharding(self.mesh, PartitionSpec()))
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
@@ -129,6 +134,7 @@ class Pipeline:
         self.defaults: Settings = construct(Settings, "sampling", own)
         self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}
+        self._shared: dict[int, LatentDiffusion] = {}
 
     def settings(self, **given: Any) -> Settings:
         """The model's own settings but for what is given and not None."""
@@ -171,13 +177,12 @@ class Pipeline:
         canvas, rows = arrays(self.model, given, chosen, seeds, size if request.get("size") else None)
         plan, n, devices = self.plan(chosen, given), len(rows.seeds), self.mesh.devices.size
         count = -(-(batch or min(n, 8)) // devices) * devices
-        parts = self.parts(count)
         calls = range(0 if isinstance(SAMPLERS[chosen.sampler], DPMAdaptive) else len(jax.tree.leaves(plan.nodes)[0]))
         shown = tuple(calls[progress_every - 1 :: progress_every]) if progress_every else ()
         if progress_every and not shown:
             raise RequestError(f"progress_every {progress_every}: {chosen.sampler} shows no such step here")
         made = [i for i, call in enumerate(shown) if plan.start is None or call >= plan.start]
-        form, (height, width) = self.form(chosen, canvas.size, count, shown, parts), canvas.keep
+        form, (height, width) = self.form(chosen, canvas.size, count, shown), canvas.keep
 
         def batches() -> Iterator[Batch]:
             for first in range(0, n, count):
@@ -186,7 +191,7 @@ class Pipeline:
                 part = jax.tree.map(lambda a, places=places: a[places], rows)
                 images, progress = (
                     None if a is None else np.asarray(a)[..., :height, :width, :]
-                    for a in self.run(chosen.sampler, form, plan, part, parts)
+                    for a in self.run(chosen.sampler, form, plan, part)
                 )
                 assert images is not None
                 done = range(first, min(first + count, n))
@@ -239,18 +244,15 @@ class Pipeline:
             raise RequestError(f"size {'x'.join(map(str, size))}: height and width must be multiples of {factor}")
         return size[0], size[1]
 
-    def form(
-        self, chosen: Settings, size: tuple[int, int], rows: int, progress: tuple[int, ...] = (), parts: int = 1
-    ) -> Form:
-        """What is compiled in for batches of ``rows``, or for each of ``parts`` of them, or a RequestError. Under jit, ``decode_batch`` is that of
-        all devices together."""
+    def form(self, chosen: Settings, size: tuple[int, int], rows: int, progress: tuple[int, ...] = ()) -> Form:
+        """What is compiled in for batches of ``rows``, or a RequestError. Under jit, ``decode_batch`` is that of all devices together."""
         tile, least = chosen.tile, 4 * self.model.first_stage.downsampling
         if tile and (tile < least or tile % self.model.first_stage.downsampling):
             raise RequestError(f"tile must be 0 or a multiple of {least // 4} from {least} pixels on, not {tile}")
         if chosen.decode_batch is not None and chosen.decode_batch < 0:
             raise RequestError(f"decode_batch must be at least 0, not {chosen.decode_batch}")
         devices, platform = self.mesh.devices.size, self.mesh.devices.flat[0].platform
-        part = decode_part(platform, size, rows // devices // parts, chosen.decode_batch, parts)
+        part = decode_part(platform, size, rows // devices, chosen.decode_batch)
         part *= devices if self.parallel == "jit" else 1
         interval, depth, deepest = chosen.cache_interval, chosen.cache_depth, len(layout(self.model.unet).input)
         if interval < 1:
@@ -262,32 +264,44 @@ class Pipeline:
         form = Form(size, progress, decode_batch=part, tile=tile)
         return form if interval == 1 else dataclasses.replace(form, cache_interval=interval, cache_depth=depth)
 
-    def parts(self, count: int) -> int:
-        """Into how many parts a batch of ``count`` is cut, which a single CPU makes side by side; 1 elsewhere."""
-        one_cpu = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu" and self.parallel == "jit"
-        return parts_for(count) if one_cpu else 1
+    def run(self, sampler: str, form: Form, plan: Plan, rows: Rows) -> Made:
+        """A batch, made by `program`."""
+        program, model, _ = self.prepared(sampler, form, rows)
+        return program(model, plan, rows)
 
-    def run(self, sampler: str, form: Form, plan: Plan, rows: Rows, parts: int = 1) -> Made:
-        """A batch, made by `program` in ``parts`` equal parts at once; ``form`` is that of a part."""
-        program: Any = self.program(sampler, form)
-        if parts == 1:
-            return program(self.model, plan, rows)
-        pieces = cut(rows, parts)
-        compiled = program.lower(self.model, plan, pieces[0]).compile()  # jax has it from the second time on
-        return on_threads(lambda piece: compiled(self.model, plan, piece), pieces)
+    def prepared(self, sampler: str, form: Form, rows: Rows) -> tuple[Callable[..., Made], LatentDiffusion, int]:
+        """(program, the model where it runs, on how many cores) for a batch: a CPU's cores are as many as there are rows for that go through the
+        network, two for a guided picture."""
+        n = len(rows.seeds)
+        count = cores.enough(n if rows.null is None else 2 * n, len(self.cores) or 1)
+        if apart := count > 1 and n % count == 0:
+            each = math.gcd(-(-form.decode_batch // count), n // count)  # 0 is all
+            form = dataclasses.replace(form, decode_batch=each if form.decode_batch else 0)
+        return self.program(sampler, form, count, apart), self.on_cores(count), count
 
-    def program(self, sampler: str, form: Form) -> Callable[..., Made]:
-        """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task."""
-        if (sampler, form) not in self._programs:
+    def on_cores(self, count: int) -> LatentDiffusion:
+        """The model, where ``count`` cores of the CPU have it."""
+        if count == 1:
+            return self.model
+        if count not in self._shared:
+            self._shared[count] = cores.shared(self.model, cores.mesh_of(self.cores[:count]))
+        return self._shared[count]
+
+    def program(self, sampler: str, form: Form, count: int = 1, apart: bool = False) -> Callable[..., Made]:
+        """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task. On ``count`` cores of the
+        CPU each makes pictures of its own if ``apart``, else they go through every call of the network together."""
+        key = sampler, form, count, apart
+        if key not in self._programs:
+            step = partial(_generate, sampler=sampler, form=form)
             whole, rows = True, False
-            self._programs[sampler, form] = compile_step(
-                partial(_generate, sampler=sampler, form=form),
-                self.mesh,
-                self.parallel,
-                shared=(whole, whole, rows),
-                out_shared=Made(rows, rows),
-            )
-        return self._programs[sampler, form]
+            if count == 1:
+                shared, made = (whole, whole, rows), Made(rows, rows)
+                program = compile_step(step, self.mesh, self.parallel, shared=shared, out_shared=made)
+            else:
+                by_rows = (False, False, True) if apart else ()
+                program = cores.compile_step(step, cores.mesh_of(self.cores[:count]), by_rows)
+            self._programs[key] = program
+        return self._programs[key]
 
 
 def _generate(model: Any, plan: Plan, rows: Rows, *, sampler: str, form: Form, axis_name: str | None = None) -> Made:

@@ -1,5 +1,6 @@
 """What sample.py does: requests from flags or from a picture's own settings, pictures on disk with their settings in them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,8 +56,12 @@ def sample(args: Any) -> None:
         )
     began = time.perf_counter()
     say(f"loading {common['model']} ...")
+    from ldm_jax.cores import use_cores
     from ldm_jax.pipeline import load
 
+    if args.parallel == "jit":
+        with contextlib.suppress(RuntimeError):  # a process that has used jax before keeps its devices
+            use_cores()
     yaml = common["model_config"]
     pipe = load(common["model"], config=yaml, dtype=common["dtype"], parallel=args.parallel)
     if args.format and not kept:

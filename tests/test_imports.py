@@ -9,27 +9,28 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ldm_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"heap", "threads", "tokenizers", "parallel", "checkpoint", "data", "metrics", "pictures", "diffusion"}
+LEAVES = {"heap", "tokenizers", "parallel", "checkpoint", "data", "metrics", "pictures", "diffusion"}
 # part -> the parts of ldm_jax that it may import, besides itself
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
+    "cores": {"parallel"},
     "checkpoint": {"parallel"},  # several processes write one checkpoint
     "nn": {"parallel"},  # which form of attention a program gets depends on what it is compiled for
     "models": {"nn"},
     "conditioning": {"nn", "models", "tokenizers"},
-    "latent": {"nn", "models", "conditioning", "diffusion", "parallel"},
+    "latent": {"nn", "models", "conditioning", "diffusion", "cores", "parallel"},
     "generation": {"conditioning", "latent", "diffusion"},
     "fitting": {"conditioning", "data"},
     "requests": {"conditioning", "latent", "generation", "fitting", "data"},
     "train": {"nn", "models", "conditioning", "latent", "generation", *LEAVES},
     "convert": {"", "models", "conditioning", "latent", "configs", *LEAVES},
-    "pipeline": {"nn", "models", "conditioning", "latent", "generation", "requests", "convert", *LEAVES},
+    "pipeline": {"nn", "models", "conditioning", "latent", "generation", "requests", "convert", "cores", *LEAVES},
     "export": {"", "conditioning", "latent", "generation", "requests", "pipeline", *LEAVES},
     "many": {"requests", "pipeline", *LEAVES},
-    "sampling": {"cli", "requests", "pipeline", "many", *LEAVES},
+    "sampling": {"cli", "requests", "pipeline", "many", "cores", *LEAVES},
     "cli": {"nn", "models", "conditioning", "latent", "train", "pipeline", *LEAVES},
     "plan": {"nn", "models", "conditioning", "latent", "generation", "train", "cli", *LEAVES},
-    "": {"pipeline"},  # ldm_jax/__init__.py
+    "": {"pipeline", "cores"},  # ldm_jax/__init__.py
     "__main__": {"train", "cli", *LEAVES},  # a leaf's command line is a script
 }
 
