@@ -23,10 +23,13 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     import numpy as np
 
     from benchmarks.models import bare
+    from ldm_jax import cores
     from ldm_jax.diffusion.grids import time_grid
     from ldm_jax.diffusion.samplers import SAMPLERS
     from ldm_jax.generation import Form, Plan, Rows, generate
 
+    cores.use_cores()
+    count = cores.enough(2 * batch, len(cores.devices()) or 1)
     model, size = bare(case, dtype)
     sampler = SAMPLERS["ddim"]
     schedule = jax.device_get(model.schedule)
@@ -35,7 +38,12 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     rows = Rows(np.zeros(batch, np.uint32), told, told, np.full(batch, 5.0, np.float32))
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), (model, plan, rows))
     imported = time.perf_counter()
-    lowered = jax.jit(lambda model, plan, rows: generate(model, sampler, plan, rows, Form(size))).lower(*shapes)
+
+    def run(model: Any, plan: Plan, rows: Rows) -> Any:
+        return generate(model, sampler, plan, rows, Form(size))
+
+    step = jax.jit(run) if count == 1 else cores.compile_step(run, cores.mesh_of(cores.devices()[:count]))
+    lowered = step.lower(*shapes)
     traced = time.perf_counter()
     lowered.compile()
     done = time.perf_counter()

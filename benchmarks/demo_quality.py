@@ -235,6 +235,7 @@ def load_model(name: str) -> Any:
     """The pipeline; raises ValueError when its config does not say what it was trained on."""
     import ldm_jax
 
+    ldm_jax.use_cores()
     pipe = ldm_jax.load(name)
     known = pipe.model.config.get("data", {})
     missing = [key for key in ("caption", "split", "pairs") if key not in known]

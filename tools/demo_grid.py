@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=8)
     args = parser.parse_args()
 
+    ldm_jax.use_cores()
     pipe = ldm_jax.load(args.model)
     split = pipe.model.config["data"]["split"]
     part = {"split_column": split["column"], "holdout": split["holdout"], "split_seed": split["seed"]}

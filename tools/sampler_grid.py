@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    ldm_jax.use_cores()
     pipe, prompts, rows = ldm_jax.load(args.model), args.prompt or list(PROMPTS), []
     for sampler in args.samplers:
         made = [pipe(prompts, seeds=args.seed, steps=steps, sampler=sampler) for steps in args.steps]

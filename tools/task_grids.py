@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=GRIDS, default=list(GRIDS))
     args = parser.parse_args()
 
+    ldm_jax.use_cores()
     pipe = ldm_jax.load(args.model)
     start = pipe(START, seeds=0)[0]
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ Padding = tuple[tuple[int, int], ...]
 # of a large picture or several small ones.
 _MANY, _BAND = 1024, 512
 # Up to so many pixels of all pictures and from so many weights on, products are faster: more pixels, and their columns leave the cache.
-_FEW, _HEAVY = 512, 2**19
+_FEW, _HEAVY = 512, 2**17
 
 
 def convolve(x: Array, w: Array, strides: Any, padding: Any, **options: Any) -> Array:
