@@ -52,7 +52,10 @@ def main() -> None:
         for batch in args.batch:
             z = np.random.default_rng(0).standard_normal((batch, side, side, fields["embed_dim"])).astype(np.float32)
             ours, flops, out = jitted(
-                lambda p, z, m=module: m.apply({"params": p}, z, method="decode"), jax.device_put(params), z, by_rows=True
+                lambda p, z, m=module: m.apply({"params": p}, z, method="decode"),
+                jax.device_put(params),
+                z,
+                by_rows=True,
             )
             theirs = as_torch(z, kind)
             check_same(out, as_numpy(twin(theirs)), 1e-3 if args.dtype == "float32" else 1e-1)

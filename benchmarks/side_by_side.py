@@ -106,7 +106,7 @@ def jitted(function: Callable[..., Any], *args: Any, by_rows: bool = False) -> t
     count = cores.enough(len(rows[0]), len(cores.devices()) or 1) if by_rows else 1
     if len(rows[0]) % count or count == 1:
         count = 1
-        step = jax.jit(function)
+        step: Any = jax.jit(function)
     else:
         mesh = cores.mesh_of(cores.devices()[:count])
         step = cores.compile_step(function, mesh, (False, *(True for _ in rows)))

@@ -1,8 +1,9 @@
 """How long does a picture take, ours and PyTorch's? python -m benchmarks.text_to_image [--case emoji] [--batch 1 8] [--steps 50]
 
-Text, 50 guided DDIM steps, decoding to uint8: ours as the pipeline runs it, one program (of all cores of a CPU); PyTorch's as such loops are written, a Python loop of the same steps over the same weights, from the same noise. The pictures are compared before
-anything is timed. "emoji" is the demo model; "sd_v1" has Stable Diffusion v1's shapes, random weights and a ready-made context in place of its text
-tower. Needs PyTorch: pip install -e ".[parity]".
+Text, 50 guided DDIM steps, decoding to uint8: ours as the pipeline runs it, one program (of all cores of a CPU); PyTorch's as such loops are written,
+a Python loop of the same steps over the same weights, from the same noise. The pictures are compared before anything is timed. "emoji" is the demo
+model; "sd_v1" has Stable Diffusion v1's shapes, random weights and a ready-made context in place of its text tower. Needs PyTorch:
+pip install -e ".[parity]".
 """
 
 from typing import Any
@@ -99,8 +100,9 @@ def main() -> None:
         )
         if args.dtype == "float32" and off.mean() > 0.5:
             raise ValueError("the two make different pictures")
+        program: Any
         program, model, count = pipe.prepared("ddim", form, rows)
-        memory = program.lower(model, plan, rows).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+        memory = program.lower(model, plan, rows).compile().memory_analysis()
         unet_flops = flops_of(pipe.model, batch)
         sides = {
             "ours": Side(ours, None if memory is None else float(count * memory.temp_size_in_bytes)),

@@ -1,7 +1,8 @@
 """The cores of a CPU as devices of jax, among which the rows of a batch are divided.
 
-XLA computes small products, convolutions with small weights, and most of what lies between, on one core of a CPU. A program of several devices computes
-on as many: each takes some rows (a guided picture has two) through the network, and all have the results. Nothing is copied for it: they share their memory.
+XLA computes small products, convolutions with small weights, and most of what lies between, on one core of a CPU. A program of several devices
+computes on as many: each takes some rows (a guided picture has two) through the network, and all have the results. The weights are not copied for it:
+they share their memory.
 """
 
 import os
@@ -39,7 +40,7 @@ def use_cores() -> None:
     _used = True
 
 
-def devices() -> list[jax.Device]:
+def devices() -> list[Any]:
     """The cores, where `use_cores` has made them devices and jax computes on them; else none."""
     return jax.local_devices() if _used and jax.default_backend() == "cpu" else []
 
@@ -49,7 +50,7 @@ def enough(rows: int, most: int) -> int:
     return -(-rows // -(-rows // most))
 
 
-def mesh_of(chosen: list[jax.Device]) -> Mesh:
+def mesh_of(chosen: list[Any]) -> Mesh:
     """Those cores as a mesh of one axis."""
     return Mesh(np.array(chosen), (AXIS,))
 
@@ -66,11 +67,12 @@ def shared(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, tree)
 
 
-def compile_step(step: Callable[..., Any], mesh: Mesh, by_rows: tuple[bool, ...] = ()) -> Callable[..., Any]:
+def compile_step(step: Callable[..., Any], mesh: Mesh, by_rows: tuple[bool, ...] = ()) -> Any:
     """``step`` as a program of all cores of the mesh.
 
-    ``by_rows`` says of which arguments, pytrees of arrays [b, ...] with a multiple of the cores for b, each core has its part: it then does its part of
-    ``step``, whose result has rows too, without the others. Without it arguments and results are the same on each, and what calls `over_rows` is divided.
+    ``by_rows`` says of which arguments, pytrees of arrays [b, ...] with a multiple of the cores for b, each core has its part: it then does its part
+    of ``step``, whose result has rows too, without the others. Without it arguments and results are the same on each, and what calls `over_rows` is
+    divided.
     """
     whole, part = PartitionSpec(), PartitionSpec(AXIS)
     told = Target("cpu", cores=None if by_rows else mesh)
@@ -87,8 +89,8 @@ def compile_step(step: Callable[..., Any], mesh: Mesh, by_rows: tuple[bool, ...]
 
 
 def over_rows(call: Callable[[Any, Any], Any], mesh: Mesh, params: Any, rows: Any) -> Any:
-    """``call(params, rows)``, each core with its part of ``rows``, a pytree of arrays [b, ...], as is the result. Where b does not divide, the last row
-    is computed more than once."""
+    """``call(params, rows)``, each core with its part of ``rows``, a pytree of arrays [b, ...], as is the result. Where b does not divide, the last
+    row is computed more than once."""
     b = len(jax.tree.leaves(rows)[0])
     missing = -b % mesh.size
     if missing:

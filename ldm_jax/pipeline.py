@@ -98,8 +98,8 @@ class Batch:
 class Pipeline:
     """A person's request to pictures. Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are done.
 
-    Rows of a batch are split over all devices, or the first ``devices``. After `cores.use_cores` a pipeline without ``devices`` is of one CPU, whose cores
-    divide what goes through the networks.
+    Rows of a batch are split over all devices, or the first ``devices``. After `cores.use_cores` a pipeline without ``devices`` is of one CPU, whose
+    cores divide what goes through the networks.
 
     Which task it is follows from what is given (`Given`). Only the number of steps, the batch, the size, the sampler, its cache and the kind of
     task are compiled in; prompts, seeds, pictures, masks, strength, guidance and eta are traced.
@@ -288,8 +288,8 @@ class Pipeline:
         return self._shared[count]
 
     def program(self, sampler: str, form: Form, count: int = 1, apart: bool = False) -> Callable[..., Made]:
-        """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task. On ``count`` cores of the
-        CPU each makes pictures of its own if ``apart``, else they go through every call of the network together."""
+        """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task. On ``count`` cores of
+        the CPU each makes pictures of its own if ``apart``, else they go through every call of the network together."""
         key = sampler, form, count, apart
         if key not in self._programs:
             step = partial(_generate, sampler=sampler, form=form)

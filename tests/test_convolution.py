@@ -79,11 +79,14 @@ def test_the_bands_are_for_many_pixels_in_float32_on_one_cpu():
 
 def test_products_are_for_few_pixels_and_many_weights_in_float32_on_one_cpu():
     def uses_products(
-        told: Target | None, batch: int = 2, c: int = 124, side: int = 16, dtype: str = "float32"
+        told: Target | None, batch: int = 2, c: int = 124, o: int = 120, dtype: str = "float32", backward: bool = True
     ) -> bool:
-        x, w = jnp.ones((batch, side, side, c), dtype), jnp.ones((3, 3, c, 120), dtype)
+        def run(x, w):
+            return convolve(x, w, (1, 1), SAME, dimension_numbers=NHWC).astype("float32").sum()
+
+        x, w = jnp.ones((batch, 16, 16, c), dtype), jnp.ones((3, 3, c, o), dtype)
         with compiled_for(told):
-            text = jax.jit(lambda x, w: convolve(x, w, (1, 1), SAME, dimension_numbers=NHWC)).lower(x, w).as_text()
+            text = jax.jit(jax.grad(run, (0, 1)) if backward else run).lower(x, w).as_text()
         return "dot_general" in text
 
     assert uses_products(Target("cpu"))
@@ -93,3 +96,7 @@ def test_products_are_for_few_pixels_and_many_weights_in_float32_on_one_cpu():
     assert not uses_products(Target("cpu"), dtype="bfloat16")
     assert not uses_products(Target("cpu", make_mesh(8)))
     assert not uses_products(Target("tpu"))
+    # Where nothing is differentiated, of more weights.
+    assert not uses_products(Target("cpu"), backward=False)
+    assert uses_products(Target("cpu"), c=248, o=240, backward=False)
+    assert not uses_products(Target("cpu"), c=248, o=240, batch=3, backward=False)

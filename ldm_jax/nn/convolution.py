@@ -22,8 +22,9 @@ Padding = tuple[tuple[int, int], ...]
 # Measured on AMD cores: below so many pixels XLA's own gradient of the weights is as fast; the shifted copies of a band stay in the cache, be it rows
 # of a large picture or several small ones.
 _MANY, _BAND = 1024, 512
-# Up to so many pixels of all pictures and from so many weights on, products are faster: more pixels, and their columns leave the cache.
-_FEW, _HEAVY = 512, 2**17
+# Up to so many pixels of all pictures and from so many weights on, products are faster: more pixels, and their columns leave the cache. Where nothing
+# is differentiated they gain nothing with few weights, and columns need memory.
+_FEW, _HEAVY, _HEAVY_FORWARDS = 512, 2**17, 2**19
 
 
 def convolve(x: Array, w: Array, strides: Any, padding: Any, **options: Any) -> Array:
@@ -145,8 +146,12 @@ def _columns(x: Array, kernel: tuple[int, ...], padding: Padding) -> Array:
     return jnp.concatenate(under, -1)
 
 
+def _forwards(x: Array, w: Array, padding: Padding) -> Array:
+    return _on_cpu(partial(_as_product, padding=padding), partial(_plain, strides=(1, 1), padding=padding), x, w)
+
+
 def _products_forward(x: Array, w: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
-    return _products(x, w, padding), (x, w)
+    return _forwards(x, w, padding), (x, w)
 
 
 def _products_backward(padding: Padding, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -176,8 +181,7 @@ def _products_backward(padding: Padding, kept: tuple[Array, Array], dy: Array) -
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _products(x: Array, w: Array, padding: Padding) -> Array:
-    plain = partial(_plain, strides=(1, 1), padding=padding)
-    return _on_cpu(partial(_as_product, padding=padding), plain, x, w)
+    return _forwards(x, w, padding) if w.size >= _HEAVY_FORWARDS else _plain(x, w, (1, 1), padding)
 
 
 _products.defvjp(_products_forward, _products_backward)
