@@ -33,6 +33,7 @@ import jax
 import numpy as np
 
 from ldm_jax import data, metrics
+from ldm_jax.cores import use_cores
 from ldm_jax.latent import to_float, to_uint8
 from ldm_jax.models.perceptual import VGG_VARIABLE, load_vgg16
 
@@ -235,7 +236,6 @@ def load_model(name: str) -> Any:
     """The pipeline; raises ValueError when its config does not say what it was trained on."""
     import ldm_jax
 
-    ldm_jax.use_cores()
     pipe = ldm_jax.load(name)
     known = pipe.model.config.get("data", {})
     missing = [key for key in ("caption", "split", "pairs") if key not in known]
@@ -302,6 +302,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write the JSON file when asked to. What is missing ends the program with one line."""
     args = parse(argv)
+    use_cores()  # before VGG16 asks for a device
     try:
         result = measure(args)
     except (OSError, ValueError) as error:

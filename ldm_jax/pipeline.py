@@ -277,9 +277,9 @@ class Pipeline:
         if apart := count > 1 and n % count == 0:
             each = math.gcd(-(-form.decode_batch // count), n // count)  # 0 is all
             form = dataclasses.replace(form, decode_batch=each if form.decode_batch else 0)
-        return self.program(sampler, form, count, apart), self.on_cores(count), count
+        return self.program(sampler, form, count, apart), self._on_cores(count), count
 
-    def on_cores(self, count: int) -> LatentDiffusion:
+    def _on_cores(self, count: int) -> LatentDiffusion:
         """The model, where ``count`` cores of the CPU have it."""
         if count == 1:
             return self.model
