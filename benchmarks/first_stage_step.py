@@ -1,7 +1,7 @@
 """How long does a training step of a first stage take, the original's way and fused?
 
-    python -m benchmarks.first_stage_step [--config configs/photos_kl_gan.py] [--size 64] [--batch 4] [--repeats 10] \\
-        [--vgg VGG --heads HEADS] [--json out.json]
+    python -m benchmarks.first_stage_step [--config configs/photos_kl_gan.py] [--size 64] [--batch 4] [--dtype float32] \\
+        [--repeats 10] [--vgg VGG --heads HEADS] [--json out.json]
 
 Both steps are compiled in one process and take turns, so that whatever else the machine does falls on both; each time is a whole step with its
 result awaited. Printed are the medians, and the ratio of the fused step's to that of updates="parity", which runs the autoencoder and the
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/photos_kl_gan.py", help="a config with an adversary")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtype", default="", help="float32 or bfloat16, if not the config's")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--vgg", default="", help="VGG16's weights, for the perceptual term")
     parser.add_argument("--heads", default="", help="LPIPS' heads")
@@ -69,6 +70,7 @@ def main() -> None:
     config = runpy.run_path(args.config)["get_config"]()
     config.batch_size, config.data.size = args.batch, (args.size, args.size)
     config.loss.vgg16, config.loss.lpips_heads = args.vgg, args.heads
+    config.dtype = args.dtype or config.dtype
     seconds, flops = measure(config, args.repeats)
     medians = {update: statistics.median(times) for update, times in seconds.items()}
     result = {
@@ -76,6 +78,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "size": args.size,
         "batch": args.batch,
+        "dtype": config.dtype,
         "perceptual": bool(args.vgg),
         "repeats": args.repeats,
         "seconds": {update: round(median, 4) for update, median in medians.items()},

@@ -20,7 +20,7 @@ from ldm_jax.train.adversarial import (
     make_nll,
     update_discriminator,
 )
-from ldm_jax.train.codebook import CANDIDATES, USED, restart_codes, used
+from ldm_jax.train.codebook import USED, enough, restart_codes, spread, used
 from ldm_jax.train.state import TrainState, descend, extra_of, in_parts, normal_rows, over_devices, row_keys
 
 FirstStageModule = AutoencoderKL | VQModelInterface
@@ -82,13 +82,17 @@ def make_forward(module: FirstStageModule, config: Any, seed: int) -> Callable[.
             mutable=list(collections) if train else [],
             rngs=_dropout(seed, step, purpose, train),
         )
-        places = jax.vmap(
-            lambda key: jax.random.randint(jax.random.fold_in(key, CODES), (CANDIDATES,), 0, height * width)
-        )(keys)
-        candidates = jax.vmap(lambda rows, at: rows[at])(jax.lax.stop_gradient(h).reshape(len(x), -1, c), places)
+        count = enough(n, height * width, len(x) * over(module.axis_name))
+        places = jax.vmap(lambda key: spread(jax.random.fold_in(key, CODES), count, height * width))(keys)
+        candidates = jax.vmap(lambda h, at: h[at])(jax.lax.stop_gradient(h).reshape(len(x), -1, c), places)
         return (y, code.loss), Aux({**collections, **written}, share_of(code.indices, n), candidates)
 
     return kl if isinstance(module, AutoencoderKL) else vq
+
+
+def over(axis_name: str | None) -> int:
+    """How many devices of a pmap there are."""
+    return 1 if axis_name is None else jax.lax.psum(1, axis_name)
 
 
 def _dropout(seed: int, step: jax.Array, purpose: int, train: bool) -> dict[str, jax.Array] | None:
@@ -144,13 +148,15 @@ def make_extra(
     adversary: Adversary | None = None,
     disc_tx: optax.GradientTransformation | None = None,
     guard: bool = False,
+    new_codes: bool = False,
 ) -> dict[str, Any]:
-    """What training carries beside parameters: "discriminator", "collections" (an averaged codebook), "usage" of codes, "guard"."""
+    """What training carries beside parameters: "discriminator", "collections" (an averaged codebook), "usage" of codes, "guard". ``new_codes`` are
+    to start on encodings of the first batch."""
     extra: dict[str, Any] = {}
     if not isinstance(module, AutoencoderKL):
         collections = {name: part for name, part in init_variables(module, key).items() if name != "params"}
         extra |= {"collections": collections} if collections else {}
-        extra["usage"] = jnp.ones(module.make_quantizer().re_embed)
+        extra["usage"] = (jnp.zeros if new_codes else jnp.ones)(module.make_quantizer().re_embed)
     if adversary is not None:
         assert disc_tx is not None
         side = 64  # any that is large enough: the parameters' shapes do not depend on it
@@ -250,7 +256,10 @@ def make_step(
         if critic is not None:
             carry["discriminator"] = {key: extra["discriminator"][key] for key in ("params", "batch_stats")}
         if "usage" in extra:
-            carry["candidates"] = jnp.zeros((len(batch["row"]) // parts, CANDIDATES, module.embed_dim))
+            rows = len(batch["row"]) // parts
+            height, width, c = latent_shape(net, *batch["image"].shape[1:3])
+            count = enough(len(extra["usage"]), height * width, rows * over(axis_name))
+            carry["candidates"] = jnp.zeros((rows, count, c))
         carry, results = in_parts(generator, carry, batch, parts)
         results = over_devices(results, axis_name)
         state, metrics = descend(state, results["grads"], results["metrics"], tx, ema)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ldm_jax.checkpoint import find_model, load_model
 from ldm_jax.latent import ConfigError
-from ldm_jax.train.state import TrainState
+from ldm_jax.train.state import ExtendedState, TrainState
 from ldm_jax.train.tasks import Task
 
 LOG = logging.getLogger(__name__)
@@ -73,4 +73,9 @@ def adopted(state: TrainState, given: dict[str, Any]) -> TrainState:
         ]
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
-    return dataclasses.replace(state, params=placed(state.params), ema=state.ema and placed(state.ema))
+    state = dataclasses.replace(state, params=placed(state.params), ema=state.ema and placed(state.ema))
+    if isinstance(state, ExtendedState) and "usage" in state.extra and any(name.startswith("quantize/") for name in given):
+        usage = state.extra["usage"]  # codes that were trained are in use until they are seen not to be
+        usage = jax.device_put(np.ones(usage.shape, usage.dtype), usage.sharding)
+        state = dataclasses.replace(state, extra=state.extra | {"usage": usage})
+    return state

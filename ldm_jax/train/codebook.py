@@ -1,4 +1,4 @@
-"""Codes that nothing chooses any more: how they are noticed, and how they start again."""
+"""Codes that nothing chooses: how they are noticed, and how they start on encodings, at first and again."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ldm_jax.train.state import TrainState
 
-CANDIDATES = 16  # encodings of each picture that may become codes
+CANDIDATES = 16  # encodings of each picture, at least, that may become codes
 MEMORY = 0.97  # decay of the average use of a code: about the last thirty steps
 USED = 0.03  # a code that is chosen less than this, of an equal share, is dead
 
@@ -16,9 +16,20 @@ USED = 0.03  # a code that is chosen less than this, of an equal share, is dead
 def used(usage: jax.Array, share: jax.Array) -> jax.Array:
     """The moving average of each code's use [n], in units of an equal share, after a batch in which it had ``share`` [n].
 
-    It starts at 1, as if all were in equal use, so that no code dies before it had 115 steps to be chosen.
+    At 1, as if all were in equal use, a code has 115 steps to be chosen before it dies: so begin codes that were trained, or put on encodings. New
+    ones begin at 0, and die of the first batch if it did not choose them: the encoder would leave them behind before they were noticed.
     """
     return MEMORY * usage + (1 - MEMORY) * share * len(share)
+
+
+def enough(codes: int, places: int, rows: int) -> int:
+    """How many of each picture's ``places`` encodings suffice for all codes, in a batch of ``rows`` pictures; at least `CANDIDATES` if it has those."""
+    return min(places, max(CANDIDATES, -(-codes // rows)))
+
+
+def spread(key: jax.Array, count: int, places: int) -> jax.Array:
+    """``count`` different ones of ``places``, at equal distances, from a random one on."""
+    return (jax.random.randint(key, (), 0, places) + jnp.arange(count) * (places // count)) % places
 
 
 def restart_codes(

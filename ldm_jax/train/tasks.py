@@ -153,7 +153,12 @@ class AutoencoderTask(Task):
     def extra(self, key: jax.Array) -> dict[str, Any]:
         guard = self.most_rollbacks > 0 or self.config.guard.rise > 0
         return autoencoder_step.make_extra(
-            self.module, key, adversary=self.adversary, disc_tx=self.disc_tx, guard=guard
+            self.module,
+            key,
+            adversary=self.adversary,
+            disc_tx=self.disc_tx,
+            guard=guard,
+            new_codes=self.config.loss.restart_codes,
         )
 
     def weights(self, state: TrainState) -> Any:

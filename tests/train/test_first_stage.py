@@ -18,7 +18,8 @@ from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.parallel import compile_step, make_mesh
 from ldm_jax.train import adversarial, autoencoder_step, tasks
 from ldm_jax.train.adversarial import Adversary, generator_gradients, make_nll
-from ldm_jax.train.codebook import USED, restart_codes, used
+from ldm_jax.train.begin import adopted
+from ldm_jax.train.codebook import USED, enough, restart_codes, spread, used
 from ldm_jax.train.state import TrainState, create_state
 
 VQ = {**SMALL_KL, "kind": "vq", "n_embed": 12, "quantizer": "ema"}
@@ -166,6 +167,39 @@ def test_a_code_that_is_never_chosen_dies_and_one_in_equal_use_lives():
         usage = used(usage, jnp.array([0.75, 0.25, 0.0, 0.0]))
     assert list(np.asarray(usage) > USED) == [True, True, False, False]
     np.testing.assert_allclose(usage[:2], [3.0, 1.0], rtol=0.02)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 100), (4, 64), (100, 16)])
+def test_a_batch_has_candidates_for_all_codes_where_it_has_as_many_encodings(rows, count):
+    assert enough(256, 100, rows) == count
+    places = np.asarray(spread(jax.random.key(rows), count, 100))
+    assert len(set(places)) == count and places.min() >= 0 and places.max() < 100
+
+
+def test_new_codes_start_on_encodings_of_the_first_batch_and_trained_ones_stay():
+    module, key = build_first_stage({"first_stage": {**VQ, "quantizer": "vq"}}), jax.random.key(0)
+    params = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
+    config, tx = base("autoencoder").loss, optax.sgd(0.0)
+    config.restart_codes = True
+    step = jax.jit(autoencoder_step.make_step(module, tx, config, seed=0, ema=0.9, parts=2))
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    batch = {"image": images, "row": np.arange(4, dtype=np.int32)}
+    new = jax.device_put(create_state(params, tx, True, autoencoder_step.make_extra(module, key, new_codes=True)))
+    begun, metrics = step(new, {}, batch)
+    codes, before = begun.params["quantize"]["embedding"], params["quantize"]["embedding"]
+    moved = np.flatnonzero((np.asarray(codes) != before).any(1))
+    assert len(moved) == int(metrics["restarted"]) > 3
+    _, _, h = module.apply({"params": params}, images / 127.5 - 1, True, method="reconstruct")
+    distances = np.abs(np.asarray(h).reshape(-1, 1, h.shape[-1]) - codes[moved]).max(-1)
+    assert distances.min(0).max() < 1e-5  # each on an encoding,
+    assert len(set(distances.argmin(0))) == len(moved)  # and none twice
+    _, metrics = step(begun, {}, batch)
+    assert (float(metrics["codebook_use"]), int(metrics["restarted"])) == (1.0, 0)
+
+    kept = adopted(new, {"quantize/embedding": before})
+    kept, metrics = step(kept, {}, batch)
+    assert int(metrics["restarted"]) == 0
+    np.testing.assert_array_equal(kept.params["quantize"]["embedding"], before)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the step
