@@ -181,7 +181,15 @@ class LatentDiffusion:
             cond = jax.tree.map(lambda a, b: (1 - lift(mix, a)) * a + lift(mix, a) * b, cond, condition(other))
         if null is None or guidance is None:
             return unguided(model, cond)
-        return classifier_free(model, cond, condition(null), guidance, **options)
+        repeat = not self.attends_alone(cond)
+        return classifier_free(model, cond, condition(null), guidance, repeat=repeat, **options)
+
+    def attends_alone(self, cond: Cond) -> bool:
+        """Whether the UNet may be given two conditions of a picture at once: where only its cross-attention reads them, and the program that is
+        being traced divides no rows among devices, which would have to exchange what the first layers made."""
+        told = target()
+        divided = told is not None and (told.mesh is not None or told.cores is not None)
+        return cond.crossattn is not None and cond.concat is None and cond.vector is None and not divided
 
 
 # --------------------------------------------------------------------------------------------------------------------- from a config

@@ -1,5 +1,6 @@
-"""Feature reuse (DeepCache): what it computes, that it computes no more than that, and where it is refused."""
+"""What need not be computed twice: features reused (DeepCache), and what both halves of a guided batch share."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,7 +13,9 @@ from ldm_jax.diffusion.guidance import classifier_free
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise
 from ldm_jax.generation import Form
 from ldm_jax.models.unet import layout
+from ldm_jax.parallel import Target, compiled_for, make_mesh
 from ldm_jax.pipeline import RequestError
+from ldm_jax.plan.flops import count_flops
 
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
@@ -141,3 +144,46 @@ def test_outside_the_guidance_interval_half_the_rows_run():
 def test_a_picture_outside_every_interval_is_unguided_with_the_cache_too(exact_pipe):
     late, cache = {"guidance_interval": (200.0, 300.0)}, {"cache_interval": 2}  # later than the schedule
     assert difference(exact_pipe(RED, guidance=3.0, **late, **cache), exact_pipe(RED, guidance=1.0, **cache)) < 1e-4
+
+
+# -------------------------------------------------------------------------------------------------- before the condition is read
+
+
+def test_two_contexts_of_a_picture_share_what_lies_before_the_first_cross_attention(pipe):
+    model = pipe.model
+    x, t = jnp.asarray(RNG.standard_normal((3, 8, 8, 4)), jnp.float32), jnp.array([5, 50, 90])
+    cond = Cond(crossattn=jnp.asarray(RNG.standard_normal((6, 12, 16)), jnp.float32))
+    apply = jax.jit(partial(model.apply, model.params), static_argnames="depth")
+    (shared, deep), (twice, deep_twice) = (
+        apply(x, t, cond, depth=1),
+        apply(jnp.concatenate([x, x]), jnp.concatenate([t, t]), cond, depth=1),
+    )
+    assert shared.shape == (6, 8, 8, 4)
+    assert difference(np.asarray(shared), np.asarray(twice)) < 1e-5
+    assert difference(np.asarray(deep), np.asarray(deep_twice)) < 1e-5
+    again, _ = apply(x, t, cond, depth=1, deep=deep)
+    assert difference(np.asarray(again), np.asarray(twice)) < 1e-5
+
+
+def test_a_guided_call_computes_less_than_two_where_its_rows_stay_together(pipe):
+    model, cond = pipe.model, Cond(crossattn=jnp.ones((2, 12, 16)))
+
+    def flops(denoise) -> int:
+        return count_flops(jax.make_jaxpr(denoise)(jnp.zeros((2, 8, 8, 4)), jnp.zeros(())).jaxpr).total()
+
+    plain = dataclasses.replace(model, conditioner=lambda params, cond: cond)
+    guided = flops(plain.denoiser(cond, cond, jnp.ones(())))
+    assert 1.5 < guided / flops(plain.denoiser(cond)) < 1.95
+
+
+def test_rows_that_devices_divide_or_other_conditions_tell_apart_are_repeated_at_once(pipe):
+    model, devices = pipe.model, make_mesh(2)
+    context, picture = jnp.ones((2, 12, 16)), jnp.ones((2, 8, 8, 4))
+    assert model.attends_alone(Cond(crossattn=context))
+    for cond in (Cond(concat=picture), Cond(context, concat=picture), Cond(context, vector=jnp.zeros(2, jnp.int32))):
+        assert not model.attends_alone(cond)
+    for told in (Target("cpu", mesh=devices), Target("cpu", cores=devices)):
+        with compiled_for(told):
+            assert not model.attends_alone(Cond(crossattn=context))
+    with compiled_for(Target("gpu")):
+        assert model.attends_alone(Cond(crossattn=context))

@@ -32,18 +32,21 @@ def classifier_free(
     interval: tuple[Array, Array] | None = None,
     rescale: Array | None = None,
     skip: bool = True,
+    repeat: bool = True,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): null + scale * (cond - null), both in one forward of 2 b rows.
 
     ``cond`` and ``null`` are pytrees of [b, ...]; ``scale`` is traced, [] or [b], and so are the others. ``interval`` (first, last) guides within
     these timesteps alone (Kynkaanniemi et al. 2024, arXiv:2404.07724); outside them the forward has b rows, unless ``skip`` is off. ``rescale`` phi
     brings the result's standard deviation phi of the way back to that of the conditional output (Lin et al. 2023, arXiv:2305.08891, eq. 15-16).
+    Without ``repeat`` the model gets x [b] under conditions [2 b, ...], and repeats it where they begin to matter, as `UNet` does.
     """
     both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), null, cond)
 
     def guided(x: jax.Array, t: jax.Array) -> jax.Array:
-        rows = x.shape[:1]
-        out = model(jnp.concatenate([x, x]), jnp.concatenate([jnp.full(rows, t), jnp.full(rows, t)]), both)
+        when = jnp.full(x.shape[:1], t)
+        twice = (jnp.concatenate([x, x]), jnp.concatenate([when, when])) if repeat else (x, when)
+        out = model(*twice, both)
         out_null, out_cond = jnp.split(out, 2)
         s = jnp.asarray(scale, out.dtype)
         if interval is not None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
 from ldm_jax.nn.kernels import SAVED
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, dense, keep_rows, look_up, timestep_embedding
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, as_many, conv, dense, keep_rows, look_up, timestep_embedding
 from ldm_jax.nn.resnet import Downsample, ResBlock, Upsample
 
 
@@ -92,7 +92,7 @@ class Trunk(nn.Module):
                 case "res" | "res_up" | "res_down":
                     resample = {"res": "none", "res_up": "up", "res_down": "down"}[block.kind]
                     fields = (block.channels_out, self.dropout, self.use_scale_shift_norm, resample)
-                    h = make(ResBlock, *fields, remat_static=(3,), name=at)(h, emb, train)
+                    h = make(ResBlock, *fields, remat_static=(3,), name=at)(h, as_many(emb, h), train)
                 case "transformer":
                     fields = (block.heads, block.head_dim, block.depth)
                     h = make(SpatialTransformer, *fields, remat_static=(3,), name=at)(h, context, train)
@@ -133,6 +133,9 @@ class UNet(Trunk):
     ) -> Array | tuple[Array, Array]:
         """``context`` [b, m, context_dim] feeds cross-attention; ``y`` [b] holds class indices where ``num_classes`` is set.
 
+        Several contexts of each picture may be given one batch after the other, [n b, m, context_dim], for a result [n b, h, w, out_channels]: what
+        lies before the first cross-attention is then computed once.
+
         With a ``depth`` the result is (output, the deep feature [b, h', w', c'] that enters the last ``depth`` output rows). Given such a feature as
         ``deep``, only the first and the last ``depth`` rows run, around it (Ma et al. 2023, arXiv:2312.00858).
         """
@@ -164,7 +167,8 @@ class UNet(Trunk):
                 continue
             if i == last:
                 h = deep = h if deep is None else deep
-            h = self.run(row, f"output_blocks_{i}", jnp.concatenate([h, skips.pop()], axis=-1), emb, context, train)
+            h = jnp.concatenate([h, as_many(skips.pop(), h)], axis=-1)
+            h = self.run(row, f"output_blocks_{i}", h, emb, context, train)
 
         if self.n_embed is not None:
             h = GroupNorm(1e-5, self.norm_groups, dtype=self.dtype, name="id_norm")(h)

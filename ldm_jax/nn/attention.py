@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.nn.kernels import attend, plain
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, dense, geglu, gelu, layer_norm
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, as_many, dense, geglu, gelu, layer_norm
 
 
 def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Array | None = None) -> Array:
@@ -31,7 +31,10 @@ def merge_heads(x: Array) -> Array:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of x [b, n, c] to context [b, m, k] (itself when None) -> [b, n, c]; q, k, v have no bias."""
+    """Multi-head attention of x [b, n, c] to context [b, m, k] (itself when None) -> [b, n, c]; q, k, v have no bias.
+
+    Of a context [r b, m, k] each batch of b is attended to -> [r b, n, c].
+    """
 
     heads: int
     head_dim: int
@@ -45,7 +48,7 @@ class CrossAttention(nn.Module):
         q = split_heads(dense(inner, x, use_bias=False, name="to_q", dtype=self.dtype)(x), self.heads)
         k = split_heads(dense(inner, context, use_bias=False, name="to_k", dtype=self.dtype)(context), self.heads)
         v = split_heads(dense(inner, context, use_bias=False, name="to_v", dtype=self.dtype)(context), self.heads)
-        y = merge_heads(attention(q, k, v, mask=mask))
+        y = merge_heads(attention(as_many(q, k), k, v, mask=mask))
         y = dense(x.shape[-1], y, name="to_out", dtype=self.dtype)(y)
         return nn.Dropout(self.dropout, deterministic=not train)(y)
 
@@ -68,7 +71,8 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each pre-normalised and residual. x [b, n, c], context [b, m, k] or None."""
+    """Self-attention, cross-attention, feed-forward, each pre-normalised and residual. x [b, n, c], context [b, m, k] or None -> [b, n, c];
+    of a context [r b, m, k] -> [r b, n, c]."""
 
     heads: int
     head_dim: int
@@ -82,13 +86,15 @@ class BasicTransformerBlock(nn.Module):
             return CrossAttention(self.heads, self.head_dim, self.dropout, self.dtype, name=name)
 
         x = x + attn("attn1")(layer_norm("norm1", self.dtype)(x), train=train)
-        x = x + attn("attn2")(layer_norm("norm2", self.dtype)(x), context, train=train)
+        y = attn("attn2")(layer_norm("norm2", self.dtype)(x), context, train=train)
+        x = as_many(x, y) + y
         ff = FeedForward(glu=self.gated_ff, dropout=self.dropout, dtype=self.dtype, name="ff")
         return x + ff(layer_norm("norm3", self.dtype)(x), train=train)
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map (Rombach et al. 2022). [b, h, w, c] -> [b, h, w, c].
+    """Transformer blocks over the pixels of a feature map (Rombach et al. 2022). [b, h, w, c] -> [b, h, w, c]; of a context [r b, m, k] ->
+    [r b, h, w, c].
 
     The last projection starts at zero, so that a new block is the identity.
     """
@@ -109,7 +115,7 @@ class SpatialTransformer(nn.Module):
             block = BasicTransformerBlock(self.heads, self.head_dim, self.dropout, dtype=self.dtype, name=f"blocks_{i}")
             y = block(y, context, train)
         y = dense(c, y, zero=True, name="proj_out", dtype=self.dtype)(y)
-        return x + y.reshape(b, h, w, c)
+        return as_many(x, y) + y.reshape(-1, h, w, c)
 
 
 class AttentionBlock(nn.Module):

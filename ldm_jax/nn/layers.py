@@ -162,6 +162,12 @@ def keep_rows(x: Array) -> Array:
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
+def as_many(a: Array, rows: Array) -> Array:
+    """``a`` [b, ...], once for each batch of b that ``rows`` [r b, ...] has, one after the other."""
+    b, n = a.shape[0], rows.shape[0]  # which an export may leave open
+    return a if b == n else jnp.concatenate([a] * int(n // b))
+
+
 def look_up(table: nn.Embed, tokens: Array) -> Array:
     """``table`` of ``tokens`` int [b, ...]: [b, ..., c], split by channels as the mesh splits the table, until `keep_rows`.
 
