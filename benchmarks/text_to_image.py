@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def flops_of(model: Any, batch: int) -> float:
-    """Operations of one guided step: two calls of the UNet for each picture. Text and decoding are left out."""
+    """Operations of one guided step as PyTorch's side computes it: two calls of the UNet for each picture. Text and decoding are left out."""
     side = model.config["sampling"]["size"][0] // model.first_stage.downsampling
     x = jax.ShapeDtypeStruct((2 * batch, side, side, model.unet.in_channels), jnp.float32)
     t = jax.ShapeDtypeStruct((2 * batch,), jnp.int32)

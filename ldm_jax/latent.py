@@ -28,7 +28,7 @@ from ldm_jax.diffusion.schedule import Schedule, lift, make_schedule
 from ldm_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian, init_autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModelInterface
-from ldm_jax.nn.layers import kept_rows
+from ldm_jax.nn.layers import init, kept_rows
 from ldm_jax.parallel import target
 
 
@@ -283,7 +283,7 @@ def init_params(model: LatentDiffusion, key: jax.Array) -> dict:
     side = 2 ** (len(model.unet.channel_mult) - 1)
     x = jnp.zeros((1, side, side, model.unet.in_channels))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), cond)
-    unet = model.unet.init(key_unet, x, jnp.zeros(1), zeros.crossattn, zeros.vector)["params"]
+    unet = init(model.unet, key_unet, x, jnp.zeros(1), zeros.crossattn, zeros.vector)["params"]
     return {"unet": unet, "conditioner": conditioner}
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.nn.attention import apply_maybe, autoencoder_attention
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv
+from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, init
 from ldm_jax.nn.resnet import Downsample, ResnetBlock, Upsample
 
 
@@ -232,7 +232,7 @@ def latent_shape(model: Autoencoder, height: int, width: int) -> tuple[int, int,
 def init_variables(model: Autoencoder, key: jax.Array) -> dict[str, Any]:
     """All collections: float32 "params", and "codebook" where a codebook is averaged, not trained."""
     side = 2 * model.downsampling
-    return dict(model.init(key, jnp.zeros((1, side, side, model.in_channels))))
+    return dict(init(model, key, jnp.zeros((1, side, side, model.in_channels))))
 
 
 def init_autoencoder(model: Autoencoder, key: jax.Array) -> dict:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.nn import norms
 from ldm_jax.nn.convolution import convolve
-from ldm_jax.parallel import for_one_cpu, target
+from ldm_jax.parallel import Target, compiled_for, for_one_cpu, target
 
 Dtype = Any
 Array = jax.Array
@@ -33,6 +33,33 @@ def torch_bias_init(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def init(module: nn.Module, *args: Any) -> Any:
+    """``module.init(*args)``. What it computes is thrown away, so it is traced in its plain forms, not in those of a kernel."""
+    with compiled_for(Target("")):
+        return module.init(*args)
+
+
+class Quick(nn.Module):
+    """A module whose parameters are compared with the shapes that they should have. Flax traces their initialisers for it, each time that a module is
+    applied, which takes a third of tracing a network."""
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Any, *init_args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.has_variable("params", name):
+            value = self.get_variable("params", name)
+            if init_args and np.shape(value) == init_args[0]:
+                return value
+        return super().param(name, init_fn, *init_args, **options)  # a new one, or Flax's error
+
+
+class Conv(Quick, nn.Conv):
+    """Flax's, traced quickly."""
+
+
+class Dense(Quick, nn.Dense):
+    """Flax's, traced quickly."""
+
+
 def conv(
     features: int,
     kernel: int,
@@ -43,13 +70,13 @@ def conv(
     stride: int = 1,
     padding: Any = None,
     zero=False,
-) -> nn.Conv:
+) -> Conv:
     """A square convolution initialised as PyTorch does, padded to keep the size; ``zero`` starts it at zero.
 
     ``like`` is its input, whose channel count sets the bias range.
     """
     fan_in = like.shape[-1] * kernel * kernel
-    return nn.Conv(
+    return Conv(
         features,
         (kernel, kernel),
         strides=stride,
@@ -62,11 +89,9 @@ def conv(
     )
 
 
-def dense(
-    features: int, like: Array, *, name: str, dtype: Dtype, use_bias: bool = True, zero: bool = False
-) -> nn.Dense:
+def dense(features: int, like: Array, *, name: str, dtype: Dtype, use_bias: bool = True, zero: bool = False) -> Dense:
     """A linear layer (also every 1x1 convolution) initialised as PyTorch does; ``zero`` starts it at zero."""
-    return nn.Dense(
+    return Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
@@ -100,7 +125,7 @@ def product(x: Array, w: Array, dimension_numbers: Any, **options: Any) -> Array
     return _product_in_rows(x, w)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Quick):
     """Group normalisation over (height, width, channels of a group) (Wu & He 2018), optionally followed by SiLU.
 
     ``eps`` differs inside the original: 1e-5 in the UNet, 1e-6 in SpatialTransformer and the autoencoders.
@@ -123,7 +148,7 @@ class GroupNorm(nn.Module):
         return norms.group_norm(x, scale, bias, self.groups, self.eps, self.silu).astype(self.dtype)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Quick, nn.LayerNorm):
     """Flax's, but for a single CPU by `norms.layer_norm`."""
 
     @nn.compact

@@ -74,7 +74,11 @@ def adopted(state: TrainState, given: dict[str, Any]) -> TrainState:
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
     state = dataclasses.replace(state, params=placed(state.params), ema=state.ema and placed(state.ema))
-    if isinstance(state, ExtendedState) and "usage" in state.extra and any(name.startswith("quantize/") for name in given):
+    if (
+        isinstance(state, ExtendedState)
+        and "usage" in state.extra
+        and any(name.startswith("quantize/") for name in given)
+    ):
         usage = state.extra["usage"]  # codes that were trained are in use until they are seen not to be
         usage = jax.device_put(np.ones(usage.shape, usage.dtype), usage.sharding)
         state = dataclasses.replace(state, extra=state.extra | {"usage": usage})

@@ -23,7 +23,7 @@ def used(usage: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def enough(codes: int, places: int, rows: int) -> int:
-    """How many of each picture's ``places`` encodings suffice for all codes, in a batch of ``rows`` pictures; at least `CANDIDATES` if it has those."""
+    """How many of a picture's ``places`` encodings suffice for all codes in a batch of ``rows`` pictures; at least `CANDIDATES`, if there are."""
     return min(places, max(CANDIDATES, -(-codes // rows)))
 
 
