@@ -66,7 +66,7 @@ def make_forward(module: FirstStageModule, config: Any, seed: int) -> Callable[.
         assert not isinstance(module, AutoencoderKL)
         x = to_float(batch["image"])
         keys = row_keys(seed, step, batch["row"])
-        height, width, c = latent_shape(module, x.shape[1], x.shape[2])
+        height, width, _ = latent_shape(module, x.shape[1], x.shape[2])
         n = module.make_quantizer().re_embed
         noise: dict[str, Any] = {}
         if module.quantizer == "gumbel" and train:
@@ -82,7 +82,7 @@ def make_forward(module: FirstStageModule, config: Any, seed: int) -> Callable[.
             mutable=list(collections) if train else [],
             rngs=_dropout(seed, step, purpose, train),
         )
-        count = enough(n, height * width, len(x) * over(module.axis_name))
+        _, count, c = candidates_shape(module, x)
         places = jax.vmap(lambda key: spread(jax.random.fold_in(key, CODES), count, height * width))(keys)
         candidates = jax.vmap(lambda h, at: h[at])(jax.lax.stop_gradient(h).reshape(len(x), -1, c), places)
         return (y, code.loss), Aux({**collections, **written}, share_of(code.indices, n), candidates)
@@ -90,9 +90,11 @@ def make_forward(module: FirstStageModule, config: Any, seed: int) -> Callable[.
     return kl if isinstance(module, AutoencoderKL) else vq
 
 
-def over(axis_name: str | None) -> int:
-    """How many devices of a pmap there are."""
-    return 1 if axis_name is None else jax.lax.psum(1, axis_name)
+def candidates_shape(module: VQModelInterface, images: jax.Array) -> tuple[int, int, int]:
+    """[b, k, c] of the encodings of ``images`` [b, H, W, 3], a device's part of a batch under pmap, that may become codes."""
+    height, width, c = latent_shape(module, *images.shape[1:3])
+    devices = 1 if module.axis_name is None else jax.lax.psum(1, module.axis_name)
+    return len(images), enough(module.make_quantizer().re_embed, height * width, len(images) * devices), c
 
 
 def _dropout(seed: int, step: jax.Array, purpose: int, train: bool) -> dict[str, jax.Array] | None:
@@ -256,10 +258,9 @@ def make_step(
         if critic is not None:
             carry["discriminator"] = {key: extra["discriminator"][key] for key in ("params", "batch_stats")}
         if "usage" in extra:
-            rows = len(batch["row"]) // parts
-            height, width, c = latent_shape(net, *batch["image"].shape[1:3])
-            count = enough(len(extra["usage"]), height * width, rows * over(axis_name))
-            carry["candidates"] = jnp.zeros((rows, count, c))
+            assert not isinstance(net, AutoencoderKL)
+            part = batch["image"][: len(batch["row"]) // parts]
+            carry["candidates"] = jnp.zeros(candidates_shape(net, part))
         carry, results = in_parts(generator, carry, batch, parts)
         results = over_devices(results, axis_name)
         state, metrics = descend(state, results["grads"], results["metrics"], tx, ema)
