@@ -201,6 +201,12 @@ def for_one_cpu() -> bool:
     return told is None or (told.platform == "cpu" and told.mesh is None)
 
 
+def for_tpu() -> bool:
+    """Whether the program that is being traced is for TPUs."""
+    told = target()
+    return told is not None and told.platform == "tpu"
+
+
 @contextlib.contextmanager
 def compiled_for(told: Target | None) -> Iterator[None]:
     """While a program is traced inside, `target` is ``told``: kernels are chosen by it, and split as its mesh splits rows."""

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from ldm_jax.nn.attention import attention
-from ldm_jax.nn.kernels import SAVED, batched, choose, chunked, cudnn, over_mesh, plain, splash
+from ldm_jax.nn.kernels import SAVED, batched, choose, chunked, compact, cudnn, over_mesh, plain, splash
 from ldm_jax.nn.layers import geglu
 from ldm_jax.parallel import ROWS, Target, compile_step, compiled_for, make_mesh
 from ldm_jax.plan.hlo import collectives
@@ -56,12 +56,19 @@ def test_batched_attention_is_plain_attention(shape):
     assert_agree(batched, arrays(*shape), 3e-6)
 
 
-@pytest.mark.parametrize("form", [chunked, batched])
+@pytest.mark.parametrize(
+    "shape", [(2, 300, 77, 2, 20), (1, 64, 64, 3, 8), (1, 192, 448, 1, 40, 24)], ids=["words", "pixels", "more keys"]
+)
+def test_compact_attention_is_plain_attention(shape):
+    assert_agree(compact, arrays(*shape), 3e-6)
+
+
+@pytest.mark.parametrize("form", [chunked, batched, compact])
 def test_attention_keeps_the_type_of_its_arguments(form):
     assert_agree(form, arrays(1, 256, 256, 2, 16, dtype="bfloat16"), 2e-2)
 
 
-@pytest.mark.parametrize("form", [chunked, batched])
+@pytest.mark.parametrize("form", [chunked, batched, compact])
 def test_logits_that_overflow_an_exponential_do_no_harm(form):
     q, k, v, dy = arrays(1, 256, 256, 2, 16)
     assert_agree(form, (10 * q, 10 * k, v, dy), 1e-4)
@@ -71,6 +78,12 @@ def test_batched_attention_keeps_no_weights_for_its_backward_pass():
     given = arrays(1, 256, 77, 2, 16)[:3]
     _, kept = jax.eval_shape(lambda *qkv: jax.vjp(lambda *a: batched(*a, 0.2), *qkv), *given)
     assert max(leaf.size for leaf in jax.tree.leaves(kept)) < 256 * 77
+
+
+def test_compact_attention_keeps_weights_once_and_in_half_precision():
+    given = arrays(1, 256, 77, 2, 16, dtype="bfloat16")[:3]
+    _, kept = jax.eval_shape(lambda *qkv: jax.vjp(lambda *a: compact(*a, 0.2), *qkv), *given)
+    assert [leaf.dtype for leaf in jax.tree.leaves(kept) if leaf.size >= 2 * 256 * 77] == [jnp.bfloat16]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("bfloat16", 3e-2)])
@@ -152,9 +165,9 @@ def shapes(n, m, d, dtype="bfloat16", heads=8):
         ("gpu", (256, 256, 160), plain),
         ("tpu", (4096, 4096, 40), splash),
         ("tpu", (1024, 1024, 80), splash),
-        ("tpu", (4096, 77, 40), plain),
-        ("tpu", (256, 256, 160), plain),
-        ("tpu", (4096, 4096, 512), plain),
+        ("tpu", (4096, 77, 40), compact),
+        ("tpu", (256, 256, 160), compact),
+        ("tpu", (4096, 4096, 512), compact),
         ("rocm", (4096, 4096, 64), plain),
     ],
 )

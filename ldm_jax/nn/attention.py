@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ldm_jax.nn.kernels import attend, plain
 from ldm_jax.nn.layers import Array, Dtype, GroupNorm, as_many, dense, geglu, gelu, layer_norm
+from ldm_jax.nn.norms import apart
 
 
 def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Array | None = None) -> Array:
@@ -109,7 +110,7 @@ class SpatialTransformer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, train: bool = False) -> Array:
         b, h, w, c = x.shape
-        y = GroupNorm(1e-6, self.norm_groups, dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
+        y = apart(GroupNorm(1e-6, self.norm_groups, dtype=self.dtype, name="norm")(x)).reshape(b, h * w, c)
         y = dense(self.heads * self.head_dim, y, name="proj_in", dtype=self.dtype)(y)
         for i in range(self.depth):
             block = BasicTransformerBlock(self.heads, self.head_dim, self.dropout, dtype=self.dtype, name=f"blocks_{i}")

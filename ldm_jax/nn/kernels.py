@@ -1,8 +1,8 @@
 """softmax(scale q k^T) v without its weights in memory, where that is faster: which form is used is `TABLE`'s to say.
 
 Every form takes q [b, n, h, d], k [b, m, h, d], v [b, m, h, e] and a float ``scale``, and gives [b, n, h, e] in v's type. `plain` writes the weights
-[b, h, n, m] down in float32; the others are flash attention (Dao et al. 2022): blocks of weights are computed, used and forgotten, and computed
-again by the backward pass (`batched` makes one block of all).
+[b, h, n, m] down in float32, `compact` in v's type; the others are flash attention (Dao et al. 2022): blocks of weights are computed, used and
+forgotten, and computed again by the backward pass (`batched` makes one block of all).
 """
 
 import importlib.util
@@ -168,6 +168,42 @@ def _cuda_is_installed() -> bool:
 # ------------------------------------------------------------------------------------------------------------------------ TPU
 
 
+def compact(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """`plain` with less traffic to memory: what it writes down, and keeps for the backward pass, are weights that are not divided by their sum yet,
+    in v's type; the backward pass takes its sum over keys from the result (Dao et al. 2022, section 3.1)."""
+    return _compact(q, k, v, scale)
+
+
+def _compact_forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
+    hold = jax.lax.optimization_barrier
+
+    def logits(q: Array) -> Array:
+        return jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * scale
+
+    # Twice, for what comes of them each time is one pass; and left free the compiler writes float32 logits down, and reads them several times.
+    top = hold(logits(hold(q)).max(-1, keepdims=True))
+    weights = jnp.exp(logits(q) - top)
+    weights, total = hold((weights.astype(v.dtype), weights.sum(-1)))
+    share = 1 / total.swapaxes(1, 2)[..., None]  # [b, n, h, 1]
+    y = jnp.einsum("bhnm,bmhe->bnhe", weights, v, preferred_element_type=jnp.float32) * share
+    y = y.astype(v.dtype)
+    return y, (q, k, v, y, weights, share)
+
+
+def _compact_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, weights, share = kept
+    delta = (dy.astype(jnp.float32) * y * share).sum(-1).swapaxes(1, 2)[..., None]  # [b, h, n, 1]
+    dy = (dy * share).astype(dy.dtype)
+    dweights = jnp.einsum("bnhe,bmhe->bhnm", dy, v, preferred_element_type=jnp.float32)
+    dlogits = (weights * (dweights - delta) * scale).astype(q.dtype)
+    dq, dk = jnp.einsum("bhnm,bmhd->bnhd", dlogits, k), jnp.einsum("bhnm,bnhd->bmhd", dlogits, q)
+    return dq, dk, jnp.einsum("bhnm,bnhe->bmhe", weights, dy)
+
+
+_compact: Any = jax.custom_vjp(lambda *args: _compact_forward(*args)[0], nondiff_argnums=(3,))
+_compact.defvjp(_compact_forward, _compact_backward)
+
+
 def splash(q: Array, k: Array, v: Array, scale: float, *, interpret: bool = False) -> Array:
     """The Pallas kernel that comes with jax: it takes any head size as it is. ``interpret`` runs it anywhere, slowly."""
     kernel = _splash_kernel(q.shape[1], k.shape[1], q.shape[2], q.dtype == jnp.bfloat16, interpret)
@@ -184,10 +220,14 @@ def _splash_kernel(n: int, m: int, h: int, half: bool, interpret: bool) -> Any:
     sizes = library.BlockSizes(
         block_q=math.gcd(n, 1024 if half else 512),
         block_kv=math.gcd(m, 1024 if half else 512),
-        block_q_dkv=math.gcd(n, 512),
-        block_kv_dkv=math.gcd(m, 2048 if half else 512),
+        block_q_dkv=math.gcd(n, 256 if half else 512),
+        block_kv_dkv=math.gcd(m, 4096 if half else 512),
         block_kv_dkv_compute=math.gcd(m, 1024 if half else 512),
         use_fused_bwd_kernel=True,
+        # As the compiler lays these arrays by itself: heads of 40 would fill 31 % of a row, and were copied before the kernel.
+        q_layout=library.QKVLayout.SEQ_MINOR,
+        k_layout=library.QKVLayout.SEQ_MINOR,
+        v_layout=library.QKVLayout.SEQ_MINOR,
     )
     mask = masks.MultiHeadMask([masks.FullMask((n, m))] * h)
     return library.make_splash_mha_single_device(
@@ -205,12 +245,12 @@ class Row(NamedTuple):
     queries: tuple[float, float]
     keys: tuple[float, float]
     multiple: int
-    head: int
+    head: float
     dtypes: tuple[str, ...]
 
 
 # The first row that fits; everything else is plain: short sequences, masks. CPU: measured by benchmarks/attention.py. GPU and TPU: what the kernels
-# accept, and where plain weights begin to cost memory; not measured.
+# accept, and where plain weights begin to cost memory; not measured. TPU's second row: by the compiler's estimate.
 _ANY = ("float32", "bfloat16", "float16")
 TABLE = {
     "cpu": (
@@ -218,7 +258,10 @@ TABLE = {
         Row(batched, queries=(256, math.inf), keys=(1, 255), multiple=1, head=256, dtypes=_ANY),
     ),
     "gpu": (Row(cudnn, queries=(256, math.inf), keys=(256, math.inf), multiple=1, head=128, dtypes=_ANY[1:]),),
-    "tpu": (Row(splash, queries=(1024, math.inf), keys=(1024, math.inf), multiple=128, head=128, dtypes=_ANY[:2]),),
+    "tpu": (
+        Row(splash, queries=(1024, math.inf), keys=(1024, math.inf), multiple=128, head=128, dtypes=_ANY[:2]),
+        Row(compact, queries=(1, math.inf), keys=(1, math.inf), multiple=1, head=math.inf, dtypes=_ANY),
+    ),
 }
 
 
@@ -255,7 +298,7 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
         bound = {platform: partial(form, scale=scale) for platform, form in forms.items()}
         return jax.lax.platform_dependent(q, k, v, **bound, default=partial(plain, scale=scale))
     form = choose(told.platform, q, k, v)
-    if form is plain or told.mesh is None:
+    if form in (plain, compact) or told.mesh is None:
         return form(q, k, v, scale)
     return over_mesh(form, told.mesh, q, k, v, scale)
 

@@ -70,10 +70,11 @@ def conv(
     stride: int = 1,
     padding: Any = None,
     zero=False,
+    by: Callable[..., Array] = convolve,
 ) -> Conv:
     """A square convolution initialised as PyTorch does, padded to keep the size; ``zero`` starts it at zero.
 
-    ``like`` is its input, whose channel count sets the bias range.
+    ``like`` is its input, whose channel count sets the bias range. ``by`` takes the arguments of ``jax.lax.conv_general_dilated``.
     """
     fan_in = like.shape[-1] * kernel * kernel
     return Conv(
@@ -84,7 +85,7 @@ def conv(
         dtype=dtype,
         kernel_init=nn.initializers.zeros if zero else torch_kernel_init,
         bias_init=nn.initializers.zeros if zero else torch_bias_init(fan_in),
-        conv_general_dilated=convolve,
+        conv_general_dilated=by,
         name=name,
     )
 

@@ -1,8 +1,8 @@
-"""Group and layer normalisation as functions, in float32. For a single CPU with a backward pass of their own, which keeps the input alone (and a
-group's statistics); from the plain form XLA keeps three to five arrays of the input's size for each call.
+"""Group and layer normalisation as functions, in float32, each with a backward pass of its own, which keeps the input alone (and a group's
+statistics); from a plain form XLA's CPU compiler keeps three to five arrays of the input's size for each call. Which form of the statistics a program
+gets depends on what it is compiled for.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,16 +10,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.parallel import for_one_cpu
+from ldm_jax.parallel import for_one_cpu, for_tpu
 
 Array = jax.Array
 
 
-def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> Array:
-    """Group normalisation of ``x`` [b, ..., c] over what lies between and the channels of a group (Wu & He 2018), times ``scale`` [c] plus ``bias``
-    [c], through SiLU if told so; float32."""
-    form = _group_norm if for_one_cpu() else _plain_group_norm
-    return form(x, scale, bias, groups, eps, silu)
+def apart(x: Array) -> Array:
+    """``x``; in a TPU's program as an array of its own, and so is its gradient: the compiler moves neither layouts nor conversions to float32 through
+    it."""
+    return jax.lax.optimization_barrier(x) if for_tpu() else x
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
@@ -28,65 +27,78 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
 
 
 def _told(x: Array, dy: Array) -> tuple[Array, Array]:
-    """Both in float32, ``x`` as if it depended on ``dy``: else XLA, long before dy is there, would compute from x what the backward pass needs, and
-    keep that."""
+    """Both in float32; on a CPU ``x`` as if it depended on ``dy``: else XLA, long before dy is there, would compute from x what the backward pass
+    needs, and keep that."""
     dy = dy.astype(jnp.float32)
-    return x.astype(jnp.float32) + 0 * dy, dy
+    x = x.astype(jnp.float32)
+    return (x + 0 * dy if for_one_cpu() else x), dy
 
 
 # ------------------------------------------------------------------------------------------------------------------------ groups
 
 
+def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> Array:
+    """Group normalisation of ``x`` [b, ..., c] over what lies between and the channels of a group (Wu & He 2018), times ``scale`` [c] plus ``bias``
+    [c], through SiLU if told so; float32."""
+    return _group_norm(x, scale, bias, groups, eps, silu)
+
+
 def _group_mean(a: Array, groups: int) -> Array:
     """[b, ..., c] -> [b, 1..., c], the mean over a group. Channel by channel first: a reduction over (height, width, part of channels) at once is 3
     to 4 times slower on CPU."""
-    b, *space, c = a.shape
-    by_group = _channel_means(a, groups).mean(-1)
-    return jnp.repeat(by_group, c // groups, axis=-1).reshape((b,) + (1,) * len(space) + (c,))
+    by_channel = a.mean(tuple(range(1, a.ndim - 1))).reshape(a.shape[0], groups, -1)
+    return _level(by_channel).reshape(_beside(a))
 
 
-def _group_mean_by_product(a: Array, groups: int) -> Array:
-    """`_group_mean`, whose result XLA's CPU compiler writes down by channel. Of the other it keeps a number for each group, and looks
-    that up anew for every element, which makes SiLU's loop twice as slow."""
-    b, *space, c = a.shape
-    size = c // groups
-    even = jnp.full((size, size), 1 / size, a.dtype)
-    by_channel = jnp.matmul(_channel_means(a, groups), even, precision=jax.lax.Precision.HIGHEST)
-    return by_channel.reshape((b,) + (1,) * len(space) + (c,))
+def _level(a: Array) -> Array:
+    """[b, groups, channels of a group] -> the same, each with the mean of its group. On a CPU by a product, whose result XLA writes down by channel:
+    of a mean it keeps a number for each group, and looks that up anew for every element, which makes SiLU's loop twice as slow."""
+    if not for_one_cpu():
+        return jnp.broadcast_to(a.mean(-1, keepdims=True), a.shape)
+    even = jnp.full((a.shape[-1], a.shape[-1]), 1 / a.shape[-1], a.dtype)
+    return jnp.matmul(a, even, precision=jax.lax.Precision.HIGHEST)
 
 
-def _channel_means(a: Array, groups: int) -> Array:
-    """[b, ..., c] -> [b, groups, c / groups]."""
-    return a.mean(tuple(range(1, a.ndim - 1))).reshape(a.shape[0], groups, -1)
+def _beside(x: Array) -> tuple[int, ...]:
+    """[b, 1..., c], the shape of what x [b, ..., c] has for each channel of a picture."""
+    return (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
 
 
-def _group_statistics(x: Array, groups: int, eps: float, mean_of: Callable[..., Array]) -> tuple[Array, Array]:
-    mean = mean_of(x, groups)
-    # Two passes: E[x^2] - E[x]^2 cancels when a group's mean is far from zero.
-    return mean, jax.lax.rsqrt(mean_of(jnp.square(x - mean), groups) + eps)
-
-
-def _group_applied(x: Array, scale: Array, bias: Array, mean: Array, rsqrt: Array, silu: bool) -> Array:
-    # One multiply-add per element: normalisation and affine folded into a per-channel gain and offset.
-    gain = rsqrt * scale
-    y = x * gain + (bias - mean * gain)
-    return nn.silu(y) if silu else y
-
-
-def _plain_group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> Array:
+def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
+    """A group's mean and one over its standard deviation, float32 [b, 1..., c]."""
     x = x.astype(jnp.float32)
-    return _group_applied(x, scale, bias, *_group_statistics(x, groups, eps, _group_mean), silu)
+    mean = _group_mean(x, groups)
+    # Two passes: E[x^2] - E[x]^2 cancels when a group's mean is far from zero.
+    return mean, jax.lax.rsqrt(_group_mean(jnp.square(x - mean), groups) + eps)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> Array:
-    return _group_forward(x, scale, bias, groups, eps, silu)[0]
+def _statistics_in_one_pass(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
+    """The same from reading ``x`` once, for accelerators, which memory limits here.
+
+    Channel by channel about the mean of some eight rows, which is near enough for E[d^2] - E[d]^2 not to cancel (Chan, Golub & LeVeque 1983, on
+    shifted data), and then over the channels of a group.
+    """
+    over = tuple(range(1, x.ndim - 1))
+    x = apart(
+        x
+    )  # convolutions of few pictures have layouts of their own, in which the compiler would write d and d^2 down
+    every = max(1, x.shape[1] // 8)
+    rows = x[:, every // 2 :: every] if over else x
+    near = rows.astype(jnp.float32).mean(over, keepdims=True)
+    d = x.astype(jnp.float32) - near
+    near, shift, square = (a.mean(over).reshape(x.shape[0], groups, -1) for a in (near, d, jnp.square(d)))
+    means = near + shift
+    mean = _level(means)
+    variance = _level(square - jnp.square(shift) + jnp.square(means - mean))
+    return mean.reshape(_beside(x)), jax.lax.rsqrt(variance + eps).reshape(_beside(x))
 
 
 def _group_forward(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> tuple[Array, Any]:
-    x32 = x.astype(jnp.float32)
-    mean, rsqrt = _group_statistics(x32, groups, eps, _group_mean_by_product)
-    return _group_applied(x32, scale, bias, mean, rsqrt, silu), (x, scale, bias, mean, rsqrt)
+    mean, rsqrt = (_statistics if for_one_cpu() else _statistics_in_one_pass)(x, groups, eps)
+    # One multiply-add per element: normalisation and affine folded into a per-channel gain and offset.
+    gain = rsqrt * scale
+    y = x.astype(jnp.float32) * gain + (bias - mean * gain)
+    return nn.silu(y) if silu else y, (x, scale, bias, mean, rsqrt)
 
 
 def _group_backward(groups: int, eps: float, silu: bool, kept: Any, dy: Array) -> tuple[Array, Array, Array]:
@@ -100,12 +112,13 @@ def _group_backward(groups: int, eps: float, silu: bool, kept: Any, dy: Array) -
     space = tuple(range(1, x.ndim - 1))
     dscale, dbias = (a.sum(space, keepdims=True) for a in (dy * x, dy))
     size = x.size // (x.shape[0] * x.shape[-1])  # sums over space stand for their means from here on
-    along, level = (_group_mean_by_product(a * scale / size, groups) for a in (dscale, dbias))
+    along, level = (_group_mean(a * scale / size, groups) for a in (dscale, dbias))
     dx = rsqrt * (dy * scale - level - x * along)
     rows = tuple(range(x.ndim - 1))
     return dx.astype(given.dtype), dscale.sum(rows), dbias.sum(rows)
 
 
+_group_norm: Any = jax.custom_vjp(lambda *args: _group_forward(*args)[0], nondiff_argnums=(3, 4, 5))
 _group_norm.defvjp(_group_forward, _group_backward)
 
 

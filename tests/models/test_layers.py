@@ -3,9 +3,12 @@
 import flax.errors
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ldm_jax.nn.layers import Conv, Dense, GroupNorm, LayerNorm, as_many
+from ldm_jax.nn.resnet import Upsample
+from ldm_jax.parallel import Target, compiled_for
 
 X = jnp.ones((2, 4, 4, 32))
 
@@ -28,3 +31,21 @@ def test_as_many_repeats_whole_batches():
     a = jnp.arange(3)
     assert as_many(a, jnp.zeros((6, 2))).tolist() == [0, 1, 2, 0, 1, 2]
     assert as_many(a, jnp.zeros((3, 2))) is a
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2, 3)], ids=["many pixels", "few"])
+def test_doubling_and_convolving_is_one_convolution_for_a_tpu(size):
+    module, x = Upsample(), jax.random.normal(jax.random.key(0), (2, *size, 8))
+    variables = module.init(jax.random.key(1), x)
+    dy = jax.random.normal(jax.random.key(2), (2, 2 * size[0], 2 * size[1], 8))
+
+    def results(told):
+        with compiled_for(told):
+            y, back = jax.vjp(module.apply, variables, x)
+            traced = str(jax.make_jaxpr(module.apply)(variables, x))
+        return jax.tree.leaves((y, back(dy))), "lhs_dilation=(2, 2)" in traced
+
+    (plain, never), (ours, dilated) = results(None), results(Target("tpu"))
+    assert (never, dilated) == (False, size == (8, 8))
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
