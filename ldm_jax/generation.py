@@ -18,6 +18,7 @@ from ldm_jax.diffusion.guidance import Predict, predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, AnySampler, Known, initial_noise, sample
 from ldm_jax.diffusion.schedule import lift, q_sample
 from ldm_jax.latent import FirstStage, LatentDiffusion, masked_condition, to_float, to_uint8
+from ldm_jax.nn.gradients import forward_only
 
 Array = Any  # jax.Array or np.ndarray
 
@@ -87,6 +88,7 @@ class Made(NamedTuple):
     progress: Array | None
 
 
+@forward_only()
 def generate(model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows, form: Form) -> Made:
     """Conditions, seeds and pictures -> pictures.
 

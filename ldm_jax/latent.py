@@ -28,7 +28,8 @@ from ldm_jax.diffusion.schedule import Schedule, lift, make_schedule
 from ldm_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian, init_autoencoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModelInterface
-from ldm_jax.nn.layers import init, kept_rows
+from ldm_jax.nn.gradients import is_forward_only
+from ldm_jax.nn.layers import init, kept_rows, shapes_of
 from ldm_jax.parallel import target
 
 
@@ -48,7 +49,8 @@ def apply(module: Any, params: Any, *args: Any, **options: Any) -> Any:
     told = target()
 
     def call(params: Any, rows: tuple[Any, Any]) -> Any:
-        return _apply(module, tuple(fixed.items()), (told, kept_rows()), params, *rows[0], **rows[1])
+        beside = told, kept_rows(), is_forward_only()
+        return _apply(module, tuple(fixed.items()), beside, params, *rows[0], **rows[1])
 
     if told is None or told.cores is None:
         return call(params, (args, given))
@@ -225,6 +227,8 @@ def construct(factory: Callable[..., Any], what: str, fields: Mapping[str, Any],
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if name not in config:
         raise ConfigError(f"model config: the section {name!r} is missing")
+    if not isinstance(config[name], Mapping):
+        raise ConfigError(f"model config: {name!r} is {config[name]!r}, not a section of fields")
     return dict(config[name])
 
 
@@ -307,9 +311,9 @@ def check_params(model: LatentDiffusion) -> None:
 def _param_shapes(config_json: str) -> dict[str, Any]:
     """Shapes of the parameters of a config; finding them takes a second, and the same model is often loaded more than once."""
     model, key = build(json.loads(config_json), None, None), jax.random.key(0)
-    expected, module = jax.eval_shape(lambda: init_params(model, key)), model.first_stage.module
+    expected, module = shapes_of(lambda: init_params(model, key)), model.first_stage.module
     if module is not None:
-        expected["first_stage"] = jax.eval_shape(lambda: init_autoencoder(module, key))
+        expected["first_stage"] = shapes_of(lambda: init_autoencoder(module, key))
     return expected
 
 

@@ -249,6 +249,7 @@ def test_a_damaged_model_is_one_line(sample, tiny_dir, tmp_path):
         (json.dumps({"format": 1, "kind": "latent_diffusion"}), "the section 'conditioner' is missing"),
         (json.dumps({"format": 1, **TINY, "unet": {**TINY["unet"], "model_channels": 64}}), "do not fit this config"),
         (json.dumps({"format": 1, **{k: v for k, v in TINY.items() if k != "objective"}}), "'objective' is missing"),
+        (json.dumps({"format": 1, **TINY, "first_stage": None}), "'first_stage' is None, not a section of fields"),
         (json.dumps({"format": 1, **TINY, "objective": "noise"}), "objective 'noise' does not exist"),
         (None, "has no config.json"),
     ],

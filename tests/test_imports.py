@@ -19,7 +19,7 @@ ALLOWED = {
     "models": {"nn"},
     "conditioning": {"nn", "models", "tokenizers"},
     "latent": {"nn", "models", "conditioning", "diffusion", "cores", "parallel"},
-    "generation": {"conditioning", "latent", "diffusion"},
+    "generation": {"nn", "conditioning", "latent", "diffusion"},
     "fitting": {"conditioning", "data"},
     "requests": {"conditioning", "latent", "generation", "fitting", "data"},
     "train": {"nn", "models", "conditioning", "latent", "generation", *LEAVES},

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.nn.gradients import own_gradient
 from ldm_jax.parallel import for_one_cpu, target
 
 Array = jax.Array
@@ -74,9 +75,6 @@ def _plain(x: Array, w: Array, strides: tuple[int, ...], padding: Padding) -> Ar
     return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-_banded: Any = jax.custom_vjp(_plain, nondiff_argnums=(2, 3))
-
-
 def _forward(x: Array, w: Array, strides: tuple[int, ...], padding: Padding) -> tuple[Array, tuple[Array, Array]]:
     return _plain(x, w, strides, padding), (x, w)
 
@@ -93,7 +91,7 @@ def _backward(strides: tuple[int, ...], padding: Padding, kept: tuple[Array, Arr
     return dx, _on_cpu(by_bands, by_xla, x, dy)
 
 
-_banded.defvjp(_forward, _backward)
+_banded = own_gradient(_forward, _backward, (2, 3))
 
 
 def _on_cpu(ours: Callable[..., Any], plain: Callable[..., Any], *args: Array) -> Any:
@@ -179,12 +177,11 @@ def _products_backward(padding: Padding, kept: tuple[Array, Array], dy: Array) -
     return _on_cpu(ours, plain, *kept, dy)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _products(x: Array, w: Array, padding: Padding) -> Array:
+def _where_nothing_is_differentiated(x: Array, w: Array, padding: Padding) -> Array:
     return _forwards(x, w, padding) if w.size >= _HEAVY_FORWARDS else _plain(x, w, (1, 1), padding)
 
 
-_products.defvjp(_products_forward, _products_backward)
+_products = own_gradient(_products_forward, _products_backward, (2,), primal=_where_nothing_is_differentiated)
 
 
 def _divisor(n: int, most: int) -> int:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
+from ldm_jax.nn.gradients import own_gradient
 from ldm_jax.parallel import ROWS, row_shards, target
 
 Array = jax.Array
@@ -86,8 +87,7 @@ def _chunked_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple
     return dq, dk, dv
 
 
-_chunked: Any = jax.custom_vjp(lambda *args: _chunked_forward(*args)[0], nondiff_argnums=(3,))
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_chunked = own_gradient(_chunked_forward, _chunked_backward, (3,))
 
 
 def batched(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -114,8 +114,7 @@ def _batched_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, Array,
     return dlogits @ k, (q.mT @ dlogits).mT, (dy.mT @ weights).mT
 
 
-_batched: Any = jax.custom_vjp(lambda *args: _batched_forward(*args)[0])
-_batched.defvjp(_batched_forward, _batched_backward)
+_batched = own_gradient(_batched_forward, _batched_backward)
 
 
 def _heads(x: Array) -> Array:
@@ -200,8 +199,7 @@ def _compact_backward(scale: float, kept: tuple[Array, ...], dy: Array) -> tuple
     return dq, dk, jnp.einsum("bhnm,bnhe->bmhe", weights, dy)
 
 
-_compact: Any = jax.custom_vjp(lambda *args: _compact_forward(*args)[0], nondiff_argnums=(3,))
-_compact.defvjp(_compact_forward, _compact_backward)
+_compact = own_gradient(_compact_forward, _compact_backward, (3,))
 
 
 def splash(q: Array, k: Array, v: Array, scale: float, *, interpret: bool = False) -> Array:

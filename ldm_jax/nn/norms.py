@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.nn.gradients import own_gradient
 from ldm_jax.parallel import for_one_cpu, for_tpu
 
 Array = jax.Array
@@ -118,8 +119,7 @@ def _group_backward(groups: int, eps: float, silu: bool, kept: Any, dy: Array) -
     return dx.astype(given.dtype), dscale.sum(rows), dbias.sum(rows)
 
 
-_group_norm: Any = jax.custom_vjp(lambda *args: _group_forward(*args)[0], nondiff_argnums=(3, 4, 5))
-_group_norm.defvjp(_group_forward, _group_backward)
+_group_norm = own_gradient(_group_forward, _group_backward, (3, 4, 5))
 
 
 # ------------------------------------------------------------------------------------------------------------------------- layers
@@ -152,5 +152,4 @@ def _layer_backward(eps: float, kept: Any, dy: Array) -> tuple[Array, Array, Arr
     return dx.astype(given.dtype), (dy * x).sum(rows), dy.sum(rows)
 
 
-_layer_norm: Any = jax.custom_vjp(_plain_layer_norm, nondiff_argnums=(3,))
-_layer_norm.defvjp(_layer_forward, _layer_backward)
+_layer_norm = own_gradient(_layer_forward, _layer_backward, (3,))

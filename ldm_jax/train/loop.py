@@ -20,7 +20,7 @@ from ldm_jax.checkpoint import (
     save_model,
 )
 from ldm_jax.latent import DTYPES, REMATS, ConfigError, nearest
-from ldm_jax.nn.layers import rows_over
+from ldm_jax.nn.layers import rows_over, shapes_of
 from ldm_jax.parallel import (
     ROWS,
     Preemption,
@@ -107,7 +107,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     def init(key: jax.Array) -> TrainState:
         return create_state(task.init(key), tx, ema=config.ema > 0, extra=task.extra(key))
 
-    shapes = jax.eval_shape(init, jax.random.key(config.seed))
+    shapes = shapes_of(init, jax.random.key(config.seed))
     placed = state_shardings(shapes, mesh, config.mesh.zero1)
 
     if config.best.keep:
