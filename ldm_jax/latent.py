@@ -227,9 +227,10 @@ def construct(factory: Callable[..., Any], what: str, fields: Mapping[str, Any],
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if name not in config:
         raise ConfigError(f"model config: the section {name!r} is missing")
-    if not isinstance(config[name], Mapping):
-        raise ConfigError(f"model config: {name!r} is {config[name]!r}, not a section of fields")
-    return dict(config[name])
+    try:
+        return dict(config[name])
+    except (TypeError, ValueError):  # by use: a ConfigDict is no Mapping
+        raise ConfigError(f"model config: {name!r} is {config[name]!r}, not a section of fields") from None
 
 
 def _by_kind(registry: Mapping[str, Any], what: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
