@@ -74,15 +74,14 @@ def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
 
 
 def _statistics_in_one_pass(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
-    """The same from reading ``x`` once, for accelerators, which memory limits here.
+    """The same from reading ``x`` once, for accelerators and meshes; memory limits an accelerator here.
 
     Channel by channel about the mean of some eight rows, which is near enough for E[d^2] - E[d]^2 not to cancel (Chan, Golub & LeVeque 1983, on
     shifted data), and then over the channels of a group.
     """
     over = tuple(range(1, x.ndim - 1))
-    x = apart(
-        x
-    )  # convolutions of few pictures have layouts of their own, in which the compiler would write d and d^2 down
+    # Convolutions of few pictures have layouts of their own, in which a TPU's compiler would write d and d^2 down.
+    x = apart(x)
     every = max(1, x.shape[1] // 8)
     rows = x[:, every // 2 :: every] if over else x
     near = rows.astype(jnp.float32).mean(over, keepdims=True)
