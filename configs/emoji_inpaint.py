@@ -15,7 +15,9 @@ from configs.emoji_presets import CHANNELS, LATENT, emoji_diffusion, smoke
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     joined = CHANNELS + 1
-    config = emoji_diffusion({"kind": "joined", "of": "masked", "channels": joined, "size": LATENT}, joined=joined)
+    config = emoji_diffusion(
+        {"kind": "joined", "of": "masked_filled", "channels": joined, "size": LATENT}, joined=joined
+    )
     config.steps = 3000
     config.data.condition = section(kinds=("boxes", "strokes", "outpaint", "half"))
     config.data.flip = True

@@ -205,17 +205,17 @@ class Joined:
     """Channels joined to the latent as they are.
 
     ``of`` says what they are: a "picture" of the latent's size (the original's super-resolution), or what `ldm_jax.latent.masked_condition` makes of
-    a picture and its mask, "masked" (the original's inpainting) or "masked_sd" (Stable Diffusion's). ``size``: height and width of the latents, for
-    `encode_null`.
+    a picture and its mask, "masked" (the original's inpainting), "masked_sd" (Stable Diffusion's) or "masked_filled" (our own). ``size``: height and
+    width of the latents, for `encode_null`.
     """
 
     channels: int
-    of: Literal["picture", "masked", "masked_sd"] = "picture"
+    of: Literal["picture", "masked", "masked_sd", "masked_filled"] = "picture"
     size: tuple[int, int] = (64, 64)
 
     def __post_init__(self) -> None:
         if self.of not in get_args(Joined.__annotations__["of"]):
-            raise ValueError(f"of {self.of!r} is neither 'picture' nor 'masked' nor 'masked_sd'")
+            raise ValueError(f"of {self.of!r} is neither 'picture' nor 'masked', 'masked_sd' or 'masked_filled'")
 
     @property
     def masked(self) -> bool:

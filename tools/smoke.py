@@ -55,7 +55,11 @@ def run(name: str, folder: Path, asked: dict[str, list[str]]) -> tuple[str, floa
         config = json.loads((model / "config.json").read_text())
         if config["kind"] == "latent_diffusion":
             conditioner = config["conditioner"]
-            kind = conditioner.get("of", "picture") if conditioner["kind"] == "joined" else conditioner["kind"]
+            kind = (
+                conditioner.get("of", "picture").split("_")[0]
+                if conditioner["kind"] == "joined"
+                else conditioner["kind"]
+            )
             wrong = execute("sample.py", [f"--model={model}", *asked[kind], *STEPS, f"--out={folder / name / 'out'}"])
     return name, time.perf_counter() - began, wrong
 

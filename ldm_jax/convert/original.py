@@ -210,8 +210,8 @@ def original_of(config: Mapping[str, Any]) -> Original:
     kind = section["kind"]
     if kind == "hybrid" and section["joined"].get("of") != "masked_sd":
         raise TargetError("the original cannot hold text with joined channels other than 'masked_sd'")
-    if kind == "joined" and section.get("of") == "masked_sd":
-        raise TargetError("the original cannot hold 'masked_sd' without a text")
+    if kind == "joined" and (of := section.get("of")) in ("masked_sd", "masked_filled"):
+        raise TargetError(f"the original cannot hold {of!r} without a text")
     module = getattr(model.conditioner, "module", None)
     target = kept.get("conditioner") or (IS_FIRST_STAGE if kind == "joined" and section.get("of") == "masked" else None)
     conditioner = _CONDITIONERS[section.get("text", section)["kind"]](module, target)

@@ -55,6 +55,8 @@ def check(config: Any, out: str | Path, *, sample: int = 2000) -> list[str]:
 def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
     """What is wrong with captions and classes, from the rows alone; classes of fewer than ``few`` pictures are."""
     rows, conditioner = loader.source.rows, plain(config.model).get("conditioner", {"kind": "none"})
+    if conditioner.get("kind") == "hybrid":
+        conditioner = conditioner["text"]
     kind = conditioner.get("kind")
     if kind in ("bert", "clip"):
         captions = [caption_template(config.data.caption, row) for row in rows]

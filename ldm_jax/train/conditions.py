@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ldm_jax.checkpoint import find_model, load_model
-from ldm_jax.conditioning import Conditioner, Embeddings, Joined, RescaledMap
+from ldm_jax.conditioning import Conditioner, Embeddings, Hybrid, Joined, RescaledMap, joined_of
 from ldm_jax.data import ClassOf, Condition, LabelMap, Layout, Mask, SmallPicture, Vectors, class_names, make_source
 from ldm_jax.latent import ConfigError, LatentDiffusion, construct
 
@@ -29,12 +29,18 @@ def make_condition(config: Mapping[str, Any]) -> Condition | None:
     "data.condition" has the settings of its class (``column``, ``kinds`` ...), the model the rest: its "conditioner" sizes, its "classes" names.
     """
     conditioner, settings = config["model"].get("conditioner", {}), dict(config["data"]["condition"])
-    kind = conditioner.get("of", "picture") if conditioner.get("kind") == "joined" else conditioner.get("kind")
+    kind = conditioner.get("kind")
+    if kind == "hybrid":  # the text is the caption
+        kind, conditioner = "joined", conditioner.get("joined", {})
+        if not str(conditioner.get("of")).startswith("masked"):
+            raise ConfigError(
+                "model.conditioner.joined.of must be 'masked', 'masked_sd' or 'masked_filled' beside text"
+            )
+    if kind == "joined":
+        kind = conditioner.get("of", "picture")
     if kind == "class":
         return construct(ClassOf, "data.condition", settings, names=_names(config))
-    if kind == "hybrid":
-        raise ConfigError("model.conditioner.kind 'hybrid' is of converted models: it cannot be trained yet")
-    if kind in ("masked", "masked_sd"):
+    if kind in ("masked", "masked_sd", "masked_filled"):
         return construct(Mask, "data.condition", settings)
     if kind == "picture":
         return construct(SmallPicture, "data.condition", settings, size=tuple(conditioner.get("size", Joined.size)))
@@ -96,8 +102,10 @@ def name_classes(model: dict[str, Any], condition: Condition | None, dropout: fl
 def load_frozen(conditioner: dict[str, Any]) -> Any:
     """Parameters of a conditioner that is not trained ("frozen", from the model directory "path"), else None; takes both entries out of its config.
 
-    Entries that the config does not give are those of the directory.
+    Entries that the config does not give are those of the directory. Of a "hybrid" all of this is about its "text".
     """
+    if conditioner.get("kind") == "hybrid" and isinstance(conditioner.get("text"), dict):
+        return load_frozen(conditioner["text"])
     path, frozen = conditioner.pop("path", None), conditioner.pop("frozen", False)
     if not frozen and path:
         raise ConfigError(
@@ -132,6 +140,8 @@ class Conditions:
         """Host arrays [b, ...]. Those of inpainting are the masks: their latents are made on the device, in the step."""
         if "encoded" in raw:  # of the latent cache
             return raw["encoded"]
+        if isinstance(self.conditioner, Hybrid):
+            return {"text": self.conditioner.text.encode(raw["caption"]), "joined": raw["condition"]}
         if self.condition is None:
             return self.conditioner.encode(raw["caption"])
         if isinstance(self.condition, Mask):
@@ -141,7 +151,9 @@ class Conditions:
         return self.conditioner.encode(raw["condition"])
 
     def null(self) -> Any:
-        """The condition of one row that takes the place of those that are dropped."""
+        """The condition of one row that takes the place of those that are dropped; of a `Hybrid`, of its text, which alone is dropped."""
+        if isinstance(self.conditioner, Hybrid):
+            return self.conditioner.text.encode_null(1)
         if isinstance(self.conditioner, RescaledMap) and isinstance(self.condition, LabelMap):
             return self.conditioner.no_labels(1)
         return self.conditioner.encode_null(1)
@@ -151,10 +163,9 @@ def check_sizes(model: LatentDiffusion, size: tuple[int, int]) -> None:
     """ConfigError where conditions do not fit latents of pictures of ``size``."""
     conditioner, f = model.conditioner, model.first_stage.downsampling
     latent = (size[0] // f, size[1] // f)
-    if isinstance(conditioner, Joined) and tuple(conditioner.size) != latent:
-        raise ConfigError(
-            f"model.conditioner.size is {tuple(conditioner.size)}: latents of pictures of {size} are {latent}"
-        )
+    if (part := joined_of(conditioner)) is not None and tuple(part.size) != latent:
+        where = "model.conditioner.size" if part is conditioner else "model.conditioner.joined.size"
+        raise ConfigError(f"{where} is {tuple(part.size)}: latents of pictures of {size} are {latent}")
     if isinstance(conditioner, RescaledMap) and tuple(conditioner.size) != size:
         raise ConfigError(
             f"model.conditioner.size is {tuple(conditioner.size)}: maps are cut as the pictures are, data.size={size}"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ldm_jax.conditioning import Joined
+from ldm_jax.conditioning import Hybrid, joined_of
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.latent import LatentDiffusion, masked_condition, to_float
@@ -43,9 +43,13 @@ def make_loss(model: LatentDiffusion, config: Any, seed: int) -> Callable[..., t
         encoded = conditions(model, first_stage, batch)
         if train and config.caption_dropout:
             drop = uniform(CAPTION) < config.caption_dropout
-            encoded = jax.tree.map(
-                lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e), frozen["null"], encoded
+            text = isinstance(model.conditioner, Hybrid)  # which is dropped without the picture
+            left = jax.tree.map(
+                lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e),
+                frozen["null"],
+                encoded["text"] if text else encoded,
             )
+            encoded = encoded | {"text": left} if text else left
         rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)} if train else None
         conditioner = frozen["conditioner"] if "conditioner" in frozen else params["conditioner"]
         cond = model.conditioner(conditioner, encoded, train=train, rngs=rngs)
@@ -74,11 +78,13 @@ def draw_timesteps(u: jax.Array, timesteps: int, shift: float) -> jax.Array:
 
 def conditions(model: LatentDiffusion, first_stage: Any, batch: Any) -> Any:
     """The batch's "encoded" conditions; those of inpainting are masks, and become the masked pictures' latents by the first stage."""
-    joined = model.conditioner
-    if isinstance(joined, Joined) and joined.masked:
-        told = masked_condition(first_stage, to_float(batch["image"]), batch["encoded"], joined.of)
-        return jax.lax.stop_gradient(told)
-    return batch["encoded"]
+    joined, encoded = joined_of(model.conditioner), batch["encoded"]
+    if joined is None or not joined.masked:
+        return encoded
+    beside = isinstance(model.conditioner, Hybrid)
+    mask = encoded["joined"] if beside else encoded
+    told = jax.lax.stop_gradient(masked_condition(first_stage, to_float(batch["image"]), mask, joined.of))
+    return encoded | {"joined": told} if beside else told
 
 
 def read_moments(first_stage: Any, batch: Any) -> jax.Array:

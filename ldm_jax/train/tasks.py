@@ -24,9 +24,7 @@ from ldm_jax.latent import (
     build_conditioner,
     build_first_stage,
     init_params,
-    masked_condition,
     nearest,
-    to_float,
     to_uint8,
 )
 from ldm_jax.models.autoencoder import init_autoencoder
@@ -317,17 +315,21 @@ class DiffusionTask(Task):
         captions = list(self.config.preview_captions) if self.conditions.condition is None else []
         asked = {"caption": captions} if captions else raw
         encoded = self.conditions.encode(asked)
-        if isinstance(self.conditions.condition, Mask):
-            of = self.model_config["conditioner"]["of"]
-            encoded = _masked(frozen["first_stage"], to_float(raw["image"]), encoded, of)
         n = len(asked["caption"])
+        null = self.model.conditioner.encode_null(n)
+        image = mask = None
+        if isinstance(
+            self.conditions.condition, Mask
+        ):  # as a pipeline asks: what is told of them is made in the program
+            image, mask = raw["image"], raw["condition"]
+            encoded, null = (part["text"] if isinstance(part, dict) else None for part in (encoded, null))
         steps = min(25, self.model.schedule.timesteps)
         nodes = SAMPLERS["ddim"].nodes(self.model.schedule, step_grid("uniform", steps, self.model.schedule.timesteps))
-        null, seeds = self.model.conditioner.encode_null(n), np.arange(n, dtype=np.uint32)
-        rows_in = encoded, null, seeds, np.full(n, sampling["guidance"], np.float32)
+        guidance = np.full(n, sampling["guidance"], np.float32)
+        rows_in = Rows(np.arange(n, dtype=np.uint32), encoded, null, guidance, image=image, mask=mask)
         model = dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"])
         form = Form(tuple(sampling["size"]), progress=_spread(steps, COLUMNS), progress_rows=1)
-        made = _preview(model, nodes, *rows_in, form)
+        made = _preview(model, nodes, rows_in, form)
         samples = fetch(made.images)
         pixels = {name: raw[name] for name in ("image", "moments") if name in raw}
         kept = None if self.model.first_stage.module is None else fetch(_reconstruct(frozen["first_stage"], pixels))
@@ -339,7 +341,7 @@ class DiffusionTask(Task):
         )
         if isinstance(self.model.first_stage.module, VQModelInterface):
             first = jax.tree.map(lambda a: a[:COLUMNS], rows_in)
-            rows.append(fetch(_preview(model, nodes, *first, Form(form.size, quantize=True)).images))
+            rows.append(fetch(_preview(model, nodes, first, Form(form.size, quantize=True)).images))
         return pictures.sheet([*rows, fetch(made.progress)[0]])
 
     def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
@@ -369,18 +371,17 @@ def first_stage_shapes(model: dict[str, Any], path: str | None) -> Any:
 
 def frozen_shapes(conditioner: dict[str, Any]) -> Any:
     """What `load_frozen` gives, as shapes."""
+    if conditioner.get("kind") == "hybrid" and isinstance(conditioner.get("text"), dict):
+        return frozen_shapes(conditioner["text"])
     conditioner.pop("path", None)
     if not conditioner.pop("frozen", False):
         return None
     return jax.eval_shape(build_conditioner({"conditioner": conditioner}).init, jax.random.key(0))
 
 
-_masked = jax.jit(masked_condition, static_argnums=3)
-
-
-@jax.jit(static_argnums=6)
-def _preview(model: Any, nodes: Any, encoded: Any, null: Any, seeds: Any, guidance: Any, form: Form) -> Made:
-    return generate(model, SAMPLERS["ddim"], Plan(nodes), Rows(seeds, encoded, null, guidance), form)
+@jax.jit(static_argnums=3)
+def _preview(model: Any, nodes: Any, rows: Rows, form: Form) -> Made:
+    return generate(model, SAMPLERS["ddim"], Plan(nodes), rows, form)
 
 
 @jax.jit

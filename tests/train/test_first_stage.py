@@ -242,6 +242,18 @@ SETUPS = {
 }
 
 
+@pytest.mark.parametrize("name", SETUPS)
+def test_the_second_step_is_the_program_of_the_first(name):
+    """A leaf whose type the step changes, a weak one too, would have it compiled twice."""
+    setup = SETUPS[name]()
+    after, _ = jax.eval_shape(setup.step, setup.state, {}, setup.batch)
+    kinds = [
+        [(leaf.shape, leaf.dtype, jax.typeof(leaf).weak_type) for leaf in jax.tree.leaves(state)]
+        for state in (setup.state, after)
+    ]
+    assert kinds[0] == kinds[1]
+
+
 def run_steps(setup, devices, mode, n=3):
     mesh = make_mesh(devices)
     step = compile_step(setup.step, mesh, mode, shared=(True, True, False), out_shared=(True, True))
