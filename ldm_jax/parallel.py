@@ -164,7 +164,7 @@ def make_placed(make: Callable[[jax.Array], Any], key: jax.Array, placed: Any, m
             room = most
         groups[-1].append(i)
         room -= size
-    # It runs once: a CPU's compiler takes twice as long for its best, and the numbers are the same.
+    # It runs once: a CPU's compiler takes twice as long for its best, and the numbers are the same to rounding.
     on_cpu = all(device.platform == "cpu" for device in where[0].device_set)
     options = {"xla_backend_optimization_level": 1} if on_cpu else {}
     made: list[Any] = []

@@ -185,7 +185,8 @@ def test_what_is_made_in_parts_is_what_is_made_at_once(most):
     placed = shardings(jax.eval_shape(make, key), mesh)
     parts = make_placed(make, key, placed, most)
     assert jax.tree.structure(parts) == jax.tree.structure(whole)
-    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    # To rounding: for a program that runs once the compiler does not do its best.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), parts, whole)
     assert parts["a"].sharding == placed["a"]
     assert {shard.data.shape for shard in parts["a"].addressable_shards} == {(8, 24)}
 
