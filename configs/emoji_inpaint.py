@@ -2,8 +2,9 @@
 
     python train.py --config=configs/emoji_inpaint.py --config.data.path=emoji64.zip --workdir=runs/emoji_inpaint
 
-begins with the demo's UNet and takes its first stage. 32 minutes on one CPU core beside other work; outlines and colours go on into what is masked,
-not always to the pixel: samples of six held-out pictures are 23.7 dB from the pictures.
+begins with the demo's UNet and takes its first stage. 45 minutes on one CPU core beside other work; small holes are closed and outlines go on, half a
+picture is made up vaguely: samples of six held-out pictures are 28.7 dB from the pictures. The hole is filled smoothly before the picture is encoded:
+black, as in the original, it spoils the few latents beside it (23.7 dB, and 22.9 after 7,000 steps).
 """
 
 import ml_collections
@@ -18,7 +19,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = emoji_diffusion(
         {"kind": "joined", "of": "masked_filled", "channels": joined, "size": LATENT}, joined=joined
     )
-    config.steps = 3000
+    config.steps = 2800
     config.data.condition = section(kinds=("boxes", "strokes", "outpaint", "half"))
     config.data.flip = True
     return smoke(config, variant)
