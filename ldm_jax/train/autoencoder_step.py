@@ -167,9 +167,8 @@ def make_extra(
     if guard:
         extra["guard"] = {
             "recent": jnp.zeros(()),
-            "lowest": jnp.full(
-                (), jnp.inf, jnp.float32
-            ),  # without a dtype it is a weak one, and the second step would be compiled anew
+            # Without a dtype it is a weak one, and the second step would be compiled anew.
+            "lowest": jnp.full((), jnp.inf, jnp.float32),
             "rollbacks": jnp.zeros((), jnp.int32),
         }
     return extra
