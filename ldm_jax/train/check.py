@@ -15,6 +15,7 @@ from ldm_jax.conditioning import CONDITIONERS
 from ldm_jax.data import DataError, Loader, caption_template, contact_sheet, draw_conditions
 from ldm_jax.data.loader import UNREADABLE, fit_row, read_row
 from ldm_jax.latent import DTYPES, construct
+from ldm_jax.train.conditions import load_frozen
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.tasks import plain
 
@@ -55,6 +56,7 @@ def check(config: Any, out: str | Path, *, sample: int = 2000) -> list[str]:
 def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
     """What is wrong with captions and classes, from the rows alone; classes of fewer than ``few`` pictures are."""
     rows, conditioner = loader.source.rows, plain(config.model).get("conditioner", {"kind": "none"})
+    load_frozen(conditioner)  # a frozen one may be described by the model that it comes from alone
     if conditioner.get("kind") == "hybrid":
         conditioner = conditioner["text"]
     kind = conditioner.get("kind")
@@ -77,7 +79,7 @@ def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
 
 def check_captions(loader: Loader, captions: list[str], conditioner: dict[str, Any]) -> Iterator[str]:
     """What is empty, too long, or not in the vocabulary."""
-    fields = {k: v for k, v in conditioner.items() if k not in ("kind", "path", "frozen")}
+    fields = {k: v for k, v in conditioner.items() if k != "kind"}
     reader = construct(CONDITIONERS[conditioner["kind"]], "conditioner", fields, dtype=DTYPES["float32"])
     n, source = len(captions), loader.source
     LOG.info("%d different captions", len(set(captions)))
