@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = emoji_diffusion(
         {"kind": "joined", "of": "masked_filled", "channels": joined, "size": LATENT}, joined=joined
     )
-    config.steps = 2800
-    config.data.condition = section(kinds=("boxes", "strokes", "outpaint", "half"))
+    config.steps = 3800
+    config.data.condition = section(kinds=("boxes", "strokes", "outpaint"), most=0.2)
     config.data.flip = True
     return smoke(config, variant)

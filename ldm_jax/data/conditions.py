@@ -81,18 +81,32 @@ class ClassOf:
         return number_of(_column(row, self.column), self.names, "class")
 
 
+_MASKS_DRAWN = 100
+
+
 @dataclasses.dataclass(frozen=True)
 class Mask(_OfPicture):
-    """A mask uint8 [H, W, 1], 1 where the picture is to be made anew, of one of the ``kinds`` at random."""
+    """A mask uint8 [H, W, 1], 1 where the picture is to be made anew, of one of the ``kinds`` at random.
+
+    One that hides more than the share ``most`` of the picture is drawn again.
+    """
 
     kinds: tuple[str, ...] = tuple(MASKS)
+    most: float = 1.0
 
     def __post_init__(self) -> None:
         _known(self.kinds, MASKS, "mask")
 
     def __call__(self, row: Mapping[str, Any], image: np.ndarray, view: View, rng: np.random.Generator) -> np.ndarray:
-        kind = self.kinds[rng.integers(len(self.kinds))]
-        return MASKS[kind](image.shape[0], image.shape[1], rng)[:, :, None].astype(np.uint8)
+        h, w = image.shape[:2]
+        for _ in range(_MASKS_DRAWN):
+            kind = self.kinds[rng.integers(len(self.kinds))]
+            mask = MASKS[kind](h, w, rng)
+            if mask.mean() <= self.most:
+                return mask[:, :, None].astype(np.uint8)
+        raise DataError(
+            f"of {_MASKS_DRAWN} masks none hides {self.most:g} of a picture of {(h, w)} or less: raise data.condition.most"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

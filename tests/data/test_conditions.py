@@ -74,6 +74,19 @@ def test_mask_condition_draws_among_its_kinds():
         Mask(kinds=("circle",))
 
 
+def test_masks_that_hide_too_much_are_drawn_again():
+    few = Mask(most=0.2)
+    shares = [few({}, PICTURE, VIEW, rng(seed)).mean() for seed in range(40)]
+    assert 0 < min(shares) < 0.1 < max(shares) <= 0.2
+    drawn = [Mask()({}, PICTURE, VIEW, rng(seed)) for seed in range(40)]
+    for seed, mask in enumerate(drawn):
+        assert (few({}, PICTURE, VIEW, rng(seed)) == mask).all() == (mask.mean() <= 0.2)
+    with pytest.raises(
+        DataError, match=r"none hides 0.2 of a picture of \(24, 32\) or less: raise data.condition.most"
+    ):
+        Mask(("half",), most=0.2)({}, PICTURE, VIEW, rng())
+
+
 @pytest.mark.parametrize("kind", degrade.DEGRADATIONS)
 def test_degradations_make_small_pictures_of_the_same_scene(kind):
     small = [degrade.DEGRADATIONS[kind](PHOTO, (16, 16), rng(seed)) for seed in range(6)]
