@@ -46,6 +46,7 @@ flags.DEFINE_list(
 flags.DEFINE_list("guidance_interval", None, "FIRST,LAST timestep that is guided (default: all).")
 flags.DEFINE_float("guidance_rescale", None, "How far to bring guided outputs back to their spread, from 0 to 1.")
 flags.DEFINE_float("eta", None, "Noise of the DDIM sampler, from 0 (deterministic) to 1.")
+flags.DEFINE_float("temperature", None, "Of that noise, and of DDPM's; below 1 pictures vary less (default: 1).")
 flags.DEFINE_integer(
     "cache_interval", None, "Calls of the UNet of which one is full, the others reuse its deep features (default: 1)."
 )

@@ -195,6 +195,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--timesteps", dest="grid", help="where to stop: uniform, trailing, karras ...")
     parser.add_argument("--eta", type=float, help="noise of the DDIM sampler, from 0 to 1")
+    parser.add_argument("--temperature", type=float, help="of that noise, and of DDPM's")
     parser.add_argument("--size", type=_size, metavar="HEIGHTxWIDTH", help="in pixels")
     parser.add_argument("--guidance_interval", type=_interval, metavar="FIRST,LAST", help="timesteps that are guided")
     parser.add_argument("--guidance_rescale", type=float)

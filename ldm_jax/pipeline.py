@@ -26,7 +26,7 @@ from ldm_jax.generation import Form, Made, Plan, Rows, decode_part, generate
 from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, nearest
 from ldm_jax.models.unet import layout
 from ldm_jax.parallel import Mode, compile_step, make_mesh
-from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs
+from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs, noise_of
 
 LOG = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Pipeline:
     cores divide what goes through the networks.
 
     Which task it is follows from what is given (`Given`). Only the number of steps, the batch, the size, the sampler, its cache and the kind of
-    task are compiled in; prompts, seeds, pictures, masks, strength, guidance and eta are traced.
+    task are compiled in; prompts, seeds, pictures, masks, strength, guidance, eta and temperature are traced.
     """
 
     def __init__(
@@ -137,12 +137,15 @@ class Pipeline:
         self._shared: dict[int, LatentDiffusion] = {}
 
     def settings(self, **given: Any) -> Settings:
-        """The model's own settings but for what is given and not None."""
+        """The model's own settings but for what is given and not None; its eta and temperature are of its own sampler alone."""
         known = [field.name for field in dataclasses.fields(Settings)]
         for name in given:
             if name not in known:
                 raise RequestError(f"setting {name!r} does not exist{nearest(name, known)}")
-        return dataclasses.replace(self.defaults, **{k: v for k, v in given.items() if v is not None})
+        own = self.defaults
+        if given.get("sampler") not in (None, own.sampler):
+            own = dataclasses.replace(own, eta=Settings.eta, temperature=Settings.temperature)
+        return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
 
     def __call__(self, prompts: str | Sequence[str] | None = None, **request: Any) -> np.ndarray:
         """Pictures uint8 [n, H, W, 3]; see `stream` for the request."""
@@ -207,9 +210,7 @@ class Pipeline:
         """The sampler's tables, or a RequestError."""
         if chosen.sampler not in OFFERED:
             raise RequestError(f"sampler {chosen.sampler!r} does not exist{nearest(chosen.sampler, OFFERED)}")
-        if not np.isfinite(chosen.eta) or chosen.eta < 0:
-            raise RequestError(f"eta must be a number of at least 0, not {chosen.eta}")
-        sampler, eta = SAMPLERS[chosen.sampler], {"eta": chosen.eta} if chosen.eta else {}
+        sampler, noise = SAMPLERS[chosen.sampler], noise_of(chosen)
         adaptive = isinstance(sampler, DPMAdaptive)
         if adaptive and given.image is not None and (given.mask is not None or given.outpaint is not None):
             raise RequestError(
@@ -217,14 +218,14 @@ class Pipeline:
             )
         try:
             timesteps = time_grid(chosen.grid, chosen.steps, self._schedule)
-            nodes = sampler.nodes(self._schedule, timesteps, **eta)  # eta 0 is the sampler's own: 1 for ancestral ones
+            nodes = sampler.nodes(self._schedule, timesteps, **noise)
             if given.variation is not None:
                 return Plan(nodes, inversion=SAMPLERS["ddim_inversion"].nodes(self._schedule, timesteps))
             if given.strength is None:
                 return Plan(nodes)
             # The last steps alone, padded to as many as all: every strength is one program, which skips what it does not make.
             count = max(int(given.strength * len(timesteps)), 1)
-            part = sampler.nodes(self._schedule, timesteps[:count], **eta)
+            part = sampler.nodes(self._schedule, timesteps[:count], **noise)
         except ValueError as error:
             raise RequestError(str(error)) from None
         # DDIM's noise is the original's, of the step above the first that is made; others begin where their first call stands.

@@ -19,6 +19,7 @@ FILES = ("image", "mask", "semantic_map", "layout", "embeddings")
 TASK = (*FILES, "outpaint", "strength", "variation")
 SETTINGS = (
     "eta",
+    "temperature",
     "sampler",
     "grid",
     "size",
@@ -161,7 +162,7 @@ def asked(args: Any) -> list[Run]:
             raise ValueError(f"--size {args.size!r}: write HEIGHTxWIDTH, for example 64x96")
         size = [int(match[1]), int(match[2])]
     guidance, steps = numbers(args.guidance, "guidance", float), numbers(args.steps, "steps", int)
-    plain = ("eta", "sampler", "guidance_rescale", "decode_batch", "tile", "cache_interval", "cache_depth")
+    plain = [name for name in SETTINGS if name not in ("grid", "size", "guidance_interval")]
     settings: dict[str, Any] = {name: getattr(args, name) for name in plain}
     settings |= {"size": size, "grid": grid_of(args.timesteps)}
     settings["guidance_interval"] = numbers(args.guidance_interval, "guidance_interval", float) or None

@@ -34,12 +34,14 @@ def sample(script, tiny_dir, tmp_path):
 
 def test_pictures_are_written_with_their_settings_numbered_on_and_made_again(sample, tiny_dir, tmp_path):
     out = tmp_path / "out"
-    ran = sample("--prompt=red apple", "--num=2", "--seed=5", "--guidance=2", "--steps=3")
+    noise = ["--eta=1", "--temperature=0.5"]
+    ran = sample("--prompt=red apple", "--num=2", "--seed=5", "--guidance=2", "--steps=3", *noise)
     assert ran.status == 0
     first = ["00000-grid.png", "00000-red-apple-5.png", "00001-red-apple-6.png"]
     assert sorted(path.name for path in out.iterdir()) == first
     settings = read_settings(out / first[2])
-    expected = {"prompt": "red apple", "seed": 6, "steps": 3, "guidance": 2.0, "eta": 0.0, "sampler": "ddim"}
+    expected = {"prompt": "red apple", "seed": 6, "steps": 3, "guidance": 2.0, "sampler": "ddim"}
+    expected |= {"eta": 1.0, "temperature": 0.5}
     assert {k: settings[k] for k in expected} == expected
     assert settings["model"] == str(tiny_dir)
     assert Image.open(out / first[2]).text["prompt"] == "red apple"

@@ -1,5 +1,6 @@
 """What a person asks a model for: the same seed means the same picture, however it is made."""
 
+import dataclasses
 import logging
 
 import jax
@@ -10,7 +11,7 @@ from conftest import TINY, load_exact
 import ldm_jax
 from ldm_jax.checkpoint import CheckpointError, save_model
 from ldm_jax.conditioning import bert
-from ldm_jax.pipeline import RequestError, load
+from ldm_jax.pipeline import Given, RequestError, load
 
 RED, BLUE = "red apple", "blue boat"
 
@@ -90,10 +91,30 @@ def test_prompts_and_seeds_pair_up(prompts, seeds, pairs):
     assert list(zip(*found, strict=True)) == pairs
 
 
+def test_temperature_is_of_the_noise_that_is_added(pipe):
+    for sampler, noise in (("ddim", "sigma"), ("ddpm", "std")):
+        eta = 1.0 if sampler == "ddim" else 0.0
+        warm, cold = (
+            pipe.plan(pipe.settings(sampler=sampler, eta=eta, temperature=t), Given([RED])).nodes._asdict()
+            for t in (1.0, 0.25)
+        )
+        np.testing.assert_allclose(cold.pop(noise), 0.25 * warm.pop(noise), rtol=1e-6)
+        jax.tree.map(np.testing.assert_array_equal, cold, warm)
+
+
+def test_another_sampler_than_the_models_own_has_its_own_noise(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "defaults", dataclasses.replace(pipe.defaults, eta=1.0, temperature=0.5))
+    assert pipe.settings(steps=3) == dataclasses.replace(pipe.defaults, steps=3)
+    assert pipe.settings(sampler="ddim").temperature == 0.5
+    other = pipe.settings(sampler="plms")
+    assert (other.eta, other.temperature) == (0.0, 1.0)
+    assert pipe.settings(sampler="ddpm", temperature=0.7).temperature == 0.7
+
+
 def test_only_another_shape_of_the_computation_compiles(pipe, compilations):
     pipe(RED)
     before = len(compilations)
-    pipe(BLUE, seeds=9, guidance=2.0, eta=0.7)
+    pipe(BLUE, seeds=9, guidance=2.0, eta=0.7, temperature=0.5)
     pipe("a much longer prompt of several words", guidance=1.0)
     pipe(RED, grid="trailing")
     assert len(compilations) == before
@@ -121,6 +142,9 @@ def test_only_another_shape_of_the_computation_compiles(pipe, compilations):
         ({"eta": float("inf")}, "eta must be a number of at least 0, not inf"),
         ({"sampler": "dimm"}, "sampler 'dimm' does not exist; did you mean 'ddim'?"),
         ({"sampler": "ddpm", "eta": 0.5}, "the ddpm sampler has no eta"),
+        ({"temperature": -1.0}, "temperature must be a number of at least 0, not -1.0"),
+        ({"temperature": 0.5}, "temperature is of the noise that ddim adds, which is none without eta"),
+        ({"sampler": "plms", "temperature": 0.5}, "the plms sampler has no temperature; take ddim with eta, or ddpm"),
         ({"grid": "linear"}, "step grid 'linear' does not exist"),
         ({"stpes": 5}, "setting 'stpes' does not exist; did you mean 'steps'?"),
     ],

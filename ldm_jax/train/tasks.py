@@ -324,7 +324,9 @@ class DiffusionTask(Task):
             image, mask = raw["image"], raw["condition"]
             encoded, null = (part["text"] if isinstance(part, dict) else None for part in (encoded, null))
         steps = min(25, self.model.schedule.timesteps)
-        nodes = SAMPLERS["ddim"].nodes(self.model.schedule, step_grid("uniform", steps, self.model.schedule.timesteps))
+        grid = step_grid("uniform", steps, self.model.schedule.timesteps)
+        noise = {name: sampling[name] for name in ("eta", "temperature") if name in sampling}
+        nodes = SAMPLERS["ddim"].nodes(self.model.schedule, grid, **noise)
         guidance = np.full(n, sampling["guidance"], np.float32)
         rows_in = Rows(np.arange(n, dtype=np.uint32), encoded, null, guidance, image=image, mask=mask)
         model = dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"])
