@@ -26,7 +26,7 @@ from ldm_jax.generation import Form, Made, Plan, Rows, decode_part, generate
 from ldm_jax.latent import DTYPES, ConfigError, LatentDiffusion, build, check_params, construct, nearest
 from ldm_jax.models.unet import layout
 from ldm_jax.parallel import Mode, compile_step, make_mesh
-from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs, noise_of
+from ldm_jax.requests import Given, RequestError, Settings, arrays, checked, needs
 
 LOG = logging.getLogger(__name__)
 
@@ -303,6 +303,24 @@ class Pipeline:
                 program = cores.compile_step(step, cores.mesh_of(self.cores[:count]), by_rows)
             self._programs[key] = program
         return self._programs[key]
+
+
+def noise_of(chosen: Settings) -> dict[str, float]:
+    """What is said to the sampler of the noise it adds, or RequestError. An eta of 0 is not said: it is the sampler's own, 1 for ancestral ones."""
+    for name in ("eta", "temperature"):
+        if not np.isfinite(value := getattr(chosen, name)) or value < 0:
+            raise RequestError(f"{name} must be a number of at least 0, not {value}")
+    said = {"eta": chosen.eta} if chosen.eta else {}
+    if chosen.temperature == 1:
+        return said
+    options = SAMPLERS[chosen.sampler].options
+    if "temperature" not in options:
+        raise RequestError(f"the {chosen.sampler} sampler has no temperature; take ddim with eta, or ddpm")
+    if "eta" in options and not chosen.eta:
+        raise RequestError(
+            "temperature is of the noise that ddim adds, which is none without eta: give eta too, up to 1"
+        )
+    return said | {"temperature": chosen.temperature}
 
 
 def _generate(model: Any, plan: Plan, rows: Rows, *, sampler: str, form: Form, axis_name: str | None = None) -> Made:

@@ -19,7 +19,6 @@ from ldm_jax.conditioning import (
     joined_of,
 )
 from ldm_jax.data.layouts import layout_tokens
-from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.fitting import Canvas, RequestError, picture_canvas, read_embeddings, semantic_maps, small_canvas
 from ldm_jax.generation import Rows, Toward
 from ldm_jax.latent import LatentDiffusion
@@ -328,24 +327,6 @@ def arrays(
         interval=None if interval is None else spread(interval),
         rescale=rescale if rescale.any() else None,
     )
-
-
-def noise_of(chosen: Settings) -> dict[str, float]:
-    """What is said to the sampler of the noise it adds, or RequestError. An eta of 0 is not said: it is the sampler's own, 1 for ancestral ones."""
-    for name in ("eta", "temperature"):
-        if not np.isfinite(value := getattr(chosen, name)) or value < 0:
-            raise RequestError(f"{name} must be a number of at least 0, not {value}")
-    said = {"eta": chosen.eta} if chosen.eta else {}
-    if chosen.temperature == 1:
-        return said
-    options = SAMPLERS[chosen.sampler].options
-    if "temperature" not in options:
-        raise RequestError(f"the {chosen.sampler} sampler has no temperature; take ddim with eta, or ddpm")
-    if "eta" in options and not chosen.eta:
-        raise RequestError(
-            "temperature is of the noise that ddim adds, which is none without eta: give eta too, up to 1"
-        )
-    return said | {"temperature": chosen.temperature}
 
 
 def guided_steps(chosen: Settings) -> np.ndarray | None:
