@@ -20,6 +20,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.steps = 1200
     config.data.condition = section(kinds=("bicubic",))
     config.data.flip = True
-    # Noise of half the strength: edges that are drawn anew stay nearer to their place.
-    config.model.sampling.update(eta=1.0, temperature=0.5)
     return smoke(config, variant)
