@@ -23,6 +23,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.steps = 3800
     config.data.condition = section(kinds=("boxes", "strokes", "outpaint"), most=0.2)
     config.data.flip = True
-    # Noise of half the strength: what a model of this size makes up is as likely, and varies less.
+    # Noise of half the strength: what a model of this size holds to be possible is wider than what is likely.
     config.model.sampling.update(eta=1.0, temperature=0.5)
     return smoke(config, variant)

@@ -137,7 +137,8 @@ class Pipeline:
         self._shared: dict[int, LatentDiffusion] = {}
 
     def settings(self, **given: Any) -> Settings:
-        """The model's own settings but for what is given and not None; its eta and temperature are of its own sampler alone."""
+        """The model's own settings but for what is given and not None; its eta and temperature are of its own sampler alone, its temperature of an
+        eta that is not given as 0."""
         known = [field.name for field in dataclasses.fields(Settings)]
         for name in given:
             if name not in known:
@@ -145,6 +146,8 @@ class Pipeline:
         own = self.defaults
         if given.get("sampler") not in (None, own.sampler):
             own = dataclasses.replace(own, eta=Settings.eta, temperature=Settings.temperature)
+        elif given.get("eta") == 0:
+            own = dataclasses.replace(own, temperature=Settings.temperature)
         return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
 
     def __call__(self, prompts: str | Sequence[str] | None = None, **request: Any) -> np.ndarray:

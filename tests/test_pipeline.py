@@ -109,6 +109,8 @@ def test_another_sampler_than_the_models_own_has_its_own_noise(pipe, monkeypatch
     other = pipe.settings(sampler="plms")
     assert (other.eta, other.temperature) == (0.0, 1.0)
     assert pipe.settings(sampler="ddpm", temperature=0.7).temperature == 0.7
+    assert pipe.settings(eta=0.0).temperature == 1.0
+    assert pipe.settings(eta=0.5).temperature == 0.5
 
 
 def test_only_another_shape_of_the_computation_compiles(pipe, compilations):

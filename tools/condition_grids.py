@@ -61,8 +61,8 @@ def others(pipe: Any, condition: Any, raw: dict[str, Any]) -> np.ndarray:
         way = "bicubic" if isinstance(condition, SmallPicture) else "filled smoothly"
         print(f"PSNR of samples {psnr(np.array(errors)):.2f} dB, {way} {psnr(plain):.2f} dB")
     if places:
-        inside, filled = np.mean(places, 0)
-        print(f"{inside:.0%} of what is painted lies in the objects, {filled:.0%} of the objects are painted")
+        inside, covered = np.mean(places, 0)
+        print(f"{inside:.0%} of what is painted lies in the objects, {covered:.0%} of the objects are painted")
     return labelled_grid(rows, [""] * len(images), columns)
 
 
