@@ -19,9 +19,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     conditioner = {"kind": "rescale", "size": (64, 64), "n_stages": 2, "in_channels": 10, "out_channels": 3}
     config = emoji_diffusion(conditioner, joined=3)
     config.steps = 2000
-    config.data.update(source="scenes", count=4000, objects=3, split_column="scene", holdout=0.02)
+    config.data.update(source="scenes", count=8000, objects=3, smallest=0.4, largest=0.7)
+    config.data.update(split_column="scene", holdout=0.02)
     config.data.background = 255  # the demo's first stage has seen white ones alone
     config.data.condition = section(column="map")
+    config.data.flip = True
+    config.model.sampling.update(eta=1.0, temperature=0.5)
     if variant == "smoke":
         config.data.count = 200
     return smoke(config, variant)

@@ -20,4 +20,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.steps = 1200
     config.data.condition = section(kinds=("bicubic",))
     config.data.flip = True
+    config.model.sampling.update(eta=1.0, temperature=0.5)
     return smoke(config, variant)

@@ -327,6 +327,14 @@ def test_scenes_have_exact_maps_and_boxes(scenes):
     assert source[0]["image"][source[0]["map"] == 0].min() >= 170
     with pytest.raises(DataError, match=r"data\.background must be from 0 to 255, not 256"):
         make_source(scenes | {"background": 256})
+    sides = [
+        max(box["box"][2:])
+        for row in make_source(scenes | {"smallest": 0.75, "largest": 1}).rows
+        for box in row["boxes"]
+    ]
+    assert 0.75 <= min(sides) < max(sides) <= 1
+    with pytest.raises(DataError, match=r"must be in \(0, 1\], not 0\.5 and 0\.4"):
+        make_source(scenes | {"smallest": 0.5, "largest": 0.4})
     # Both conditions read them.
     view = View(ImageTransform((32, 32)), Crop(0, 0, 32, 32, False), (32, 32))
     row = source[0]

@@ -39,6 +39,7 @@ class Scenes:
       count: scenes.
       size: of the pictures, in pixels.
       objects: at most so many in a scene, at least one.
+      smallest, largest: of an object's longer side, in parts of the scene's side.
       background: the darkest that a component of its colours may be; 255 is white.
       seed: other scenes.
 
@@ -54,6 +55,8 @@ class Scenes:
         count: int = 2000,
         size: int = 64,
         objects: int = 3,
+        smallest: float = 0.3,
+        largest: float = 0.55,
         background: int = 170,
         seed: int = 0,
     ):
@@ -65,11 +68,15 @@ class Scenes:
             )
         if min(count, size, objects) < 1:
             raise DataError("data.count, data.size and data.objects must be at least 1")
+        if not 0 < smallest <= largest <= 1:
+            raise DataError(f"data.smallest <= data.largest must be in (0, 1], not {smallest} and {largest}")
         if not 0 <= background <= 255:
             raise DataError(f"data.background must be from 0 to 255, not {background}")
         self.classes = sorted({str(row[column]) for row in self._pictures.rows})
         self._labels = [self.classes.index(str(row[column])) for row in self._pictures.rows]
-        self._scenes = [self._compose(np.random.default_rng([_STREAM_SCENE, seed, i]), objects) for i in range(count)]
+        sides = smallest, largest
+        streams = (np.random.default_rng([_STREAM_SCENE, seed, i]) for i in range(count))
+        self._scenes = [self._compose(rng, objects, sides) for rng in streams]
         self._seed, self._darkest = seed, background
         self._colours: dict[int, list[float]] = {}
         self.rows = [self._row(i) for i in range(count)]
@@ -81,12 +88,12 @@ class Scenes:
         """Where the scene comes from, for messages."""
         return f"scene {index} of {self.path}"
 
-    def _compose(self, rng: np.random.Generator, most: int) -> list[Placed]:
+    def _compose(self, rng: np.random.Generator, most: int, sides: tuple[float, float]) -> list[Placed]:
         size, placed, taken = self._size, [], np.zeros((self._size, self._size), bool)
         for _ in range(rng.integers(1, most + 1)):
             picture = int(rng.integers(len(self._pictures)))
             h, w = cut_out(self.path, self._pictures, picture).shape[:2]
-            scale = size * rng.uniform(0.3, 0.55) / max(h, w)
+            scale = size * rng.uniform(*sides) / max(h, w)
             h, w = max(2, round(h * scale)), max(2, round(w * scale))
             for _ in range(_TRIES):
                 top, left = int(rng.integers(size - h + 1)), int(rng.integers(size - w + 1))
