@@ -146,6 +146,17 @@ def no_preview(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiffusionTask, "preview", lambda *_: blank)
 
 
+def worst(found, expected) -> float:
+    """The largest difference of any leaf, relative to the largest number of that leaf; NaN where one has a NaN."""
+
+    def apart(a, b) -> float:
+        a, b = (np.asarray(leaf, np.float64) for leaf in (a, b))
+        same = a == b  # infinities too
+        return float(np.abs(np.where(same, 0, a) - np.where(same, 0, b)).max() / (np.abs(b).max() + 1e-30))
+
+    return float(np.max(jax.tree.leaves(jax.tree.map(apart, found, expected))))
+
+
 def random_params(shapes: Any, seed: int) -> Any:
     """Parameters of these shapes, none of them zero, so that layers which start at zero do something too."""
     rng = np.random.default_rng(seed)

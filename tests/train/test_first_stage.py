@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL_KL, random_params
+from conftest import SMALL_KL, random_params, worst
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.common import base
@@ -23,15 +23,6 @@ from ldm_jax.train.codebook import USED, enough, restart_codes, spread, used
 from ldm_jax.train.state import TrainState, create_state
 
 VQ = {**SMALL_KL, "kind": "vq", "n_embed": 12, "quantizer": "ema"}
-
-
-def worst(found, expected) -> float:
-    """The largest difference of any leaf, relative to the largest number of that leaf."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return max(
-        float(np.abs(np.asarray(a, np.float64) - np.asarray(b)).max() / (np.abs(np.asarray(b)).max() + 1e-30))
-        for a, b in pairs
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------- gradients

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL, random_params
+from conftest import SMALL, random_params, worst
 from ml_collections import ConfigDict
 
 from configs.common import base
@@ -169,14 +169,6 @@ def setups():
 @pytest.fixture(params=["autoencoder", "diffusion"])
 def setup(request, setups):
     return setups[request.param]
-
-
-def worst(found, expected) -> float:
-    """The largest difference of any leaf, relative to the largest number of that leaf."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return max(
-        float(np.abs(np.asarray(a) - np.asarray(b)).max() / (np.abs(np.asarray(b)).max() + 1e-30)) for a, b in pairs
-    )
 
 
 def test_a_batch_in_parts_has_the_gradients_of_the_whole():
