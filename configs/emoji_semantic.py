@@ -15,10 +15,10 @@ from configs.emoji_presets import emoji_diffusion, smoke
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
-    # 64x64 labels, one-hot, are halved twice and mapped to as many channels as the original's model has: 3.
-    conditioner = {"kind": "rescale", "size": (64, 64), "n_stages": 2, "in_channels": 10, "out_channels": 3}
-    config = emoji_diffusion(conditioner, joined=3)
-    config.steps = 2000
+    # 64x64 labels, one-hot, are halved twice and mapped to as many channels. The original's model maps to 3, in which ten labels are learnt slowly.
+    conditioner = {"kind": "rescale", "size": (64, 64), "n_stages": 2, "in_channels": 10, "out_channels": 10}
+    config = emoji_diffusion(conditioner, joined=10)
+    config.steps = 3500
     config.data.update(source="scenes", count=8000, objects=3, smallest=0.4, largest=0.7)
     config.data.update(split_column="scene", holdout=0.02)
     config.data.background = 255  # the demo's first stage has seen white ones alone
