@@ -2,9 +2,9 @@
 
     python train.py --config=configs/emoji_semantic.py --config.data.path=emoji64.zip --workdir=runs/emoji_semantic
 
-begins with the demo's UNet and takes its first stage. 20 minutes on two CPU cores, some four of them in pauses; the loss on
-held-out scenes ends at 0.143; of 24 samples 85 % of what is painted lies in the objects of their maps: docs/condition_semantic.png.
-Composing 4000 scenes from 11,000 pictures takes half a minute at the start.
+begins with the demo's UNet and takes its first stage. 67 minutes on one CPU core, some twenty of them beside other work; the loss on held-out scenes
+ends at 0.138; of 24 samples 97 % of what is painted lies in the objects of their maps: docs/condition_semantic.png.
+Composing 8000 scenes from 11,000 pictures takes half a minute at the start.
 """
 
 import ml_collections
