@@ -20,13 +20,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     conditioner = {"kind": "tokens", "dim": CONTEXT, "depth": 2, "heads": 4, "head_dim": 32, "embed_std": 1.0}
     conditioner |= {"max_seq_len": 9, "vocab_size": 17 * 17 + 1}
     config = emoji_diffusion(conditioner, context=True, guidance=4.0)
-    config.steps = 3500
-    config.data.update(source="scenes", count=8000, objects=3, smallest=0.4, largest=0.7)
-    config.data.update(split_column="scene", holdout=0.02)
+    config.steps = 4500
+    config.data.update(source="scenes", count=8000, objects=3, split_column="scene", holdout=0.02)
     config.data.background = 255  # the demo's first stage has seen white ones alone
     config.data.condition = section(column="boxes")
     config.data.flip = True
-    config.model.sampling.update(eta=1.0, temperature=0.85)
     if variant == "smoke":
         config.data.count = 200
     return smoke(config, variant)
