@@ -15,7 +15,7 @@ from configs.emoji_presets import emoji_diffusion, smoke
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
-    # 64x64 labels, one-hot, are halved twice and mapped to as many channels. The original's model maps to 3, in which ten labels are learnt slowly.
+    # 64x64 labels, one-hot, are halved twice and mapped to as many channels. The original's model maps to 3.
     conditioner = {"kind": "rescale", "size": (64, 64), "n_stages": 2, "in_channels": 10, "out_channels": 10}
     config = emoji_diffusion(conditioner, joined=10)
     config.steps = 3500
