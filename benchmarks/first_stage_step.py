@@ -1,12 +1,12 @@
 """How long does a training step of a first stage take, the original's way and fused?
 
     python -m benchmarks.first_stage_step [--config configs/photos_kl_gan.py] [--size 64] [--batch 4] [--dtype float32] \\
-        [--repeats 10] [--vgg VGG --heads HEADS] [--json out.json]
+        [--remat none] [--repeats 10] [--vgg VGG --heads HEADS] [--json out.json]
 
 Both steps are compiled in one process and take turns, so that whatever else the machine does falls on both; each time is a whole step with its
 result awaited. Printed are the medians, and the ratio of the fused step's to that of updates="parity", which runs the autoencoder and the
 discriminator's view of it twice. Pictures are noise: nothing in a step depends on what they show. Without weights there is no perceptual term,
-which costs both updates the same.
+which costs both updates the same. As in a run, parameters are averaged where the config says so, and large blocks of memory are kept.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ldm_jax.heap import keep_large_blocks
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import AutoencoderTask
@@ -31,7 +32,7 @@ def prepared(config: Any, updates: str, batch: Any) -> tuple[Any, Any, Any]:
     config.updates = updates
     task, key = AutoencoderTask(config), jax.random.key(0)
     tx = make_optimizer(config.optim, config.steps)
-    state = jax.jit(lambda key: create_state(task.init(key), tx, ema=True, extra=task.extra(key)))(key)
+    state = jax.jit(lambda key: create_state(task.init(key), tx, ema=config.ema > 0, extra=task.extra(key)))(key)
     step = task.make_step(tx, seed=0, ema=config.ema, parts=1)
     frozen = jax.device_put(task.frozen)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(), state, frozen
@@ -61,6 +62,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="", help="float32 or bfloat16, if not the config's")
+    parser.add_argument(
+        "--remat", default="", help="none or blocks, if not the config's: blocks are computed again in backward passes"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--vgg", default="", help="VGG16's weights, for the perceptual term")
     parser.add_argument("--heads", default="", help="LPIPS' heads")
@@ -70,7 +74,8 @@ def main() -> None:
     config = runpy.run_path(args.config)["get_config"]()
     config.batch_size, config.data.size = args.batch, (args.size, args.size)
     config.loss.vgg16, config.loss.lpips_heads = args.vgg, args.heads
-    config.dtype = args.dtype or config.dtype
+    config.dtype, config.remat = args.dtype or config.dtype, args.remat or config.remat
+    keep_large_blocks()
     seconds, flops = measure(config, args.repeats)
     medians = {update: statistics.median(times) for update, times in seconds.items()}
     result = {
@@ -79,6 +84,7 @@ def main() -> None:
         "size": args.size,
         "batch": args.batch,
         "dtype": config.dtype,
+        "remat": config.remat,
         "perceptual": bool(args.vgg),
         "repeats": args.repeats,
         "seconds": {update: round(median, 4) for update, median in medians.items()},

@@ -10,7 +10,7 @@ scenes from 11,000 pictures takes 11 seconds at the start.
 import ml_collections
 
 from configs.common import section
-from configs.emoji_presets import CONTEXT, emoji_diffusion, smoke
+from configs.emoji_presets import CONTEXT, PLAIN_KINDS, emoji_diffusion, smoke
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -21,10 +21,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     conditioner |= {"max_seq_len": 9, "vocab_size": 17 * 17 + 1}
     config = emoji_diffusion(conditioner, context=True, guidance=4.0)
     config.steps = 4500
-    config.data.update(source="scenes", count=8000, objects=3, split_column="scene", holdout=0.02)
+    config.data.update(source="scenes", count=8000, objects=3, smallest=0.4, largest=0.7)
+    config.data.update(column="subgroup", classes=PLAIN_KINDS, split_column="scene", holdout=0.02)
     config.data.background = 255  # the demo's first stage has seen white ones alone
     config.data.condition = section(column="boxes")
-    config.data.flip = True
     if variant == "smoke":
         config.data.count = 200
     return smoke(config, variant)

@@ -10,6 +10,12 @@ LATENT = (16, 16)  # of the demo's first stage: 64 / 4
 CHANNELS = 8
 CONTEXT = 128  # width of a context token
 
+# Subgroups of emoji whose pictures look alike. What is common to a whole group, food say, can hardly be drawn.
+KINDS = ("animal-bird", "arrow", "cat-face", "country-flag", "drink", "face-smiling", "food-fruit", "food-sweet")
+KINDS += ("heart", "keycap", "person", "place-building", "plant-flower", "time", "transport-ground", "zodiac")
+# Of objects in scenes, which are small.
+PLAIN_KINDS = ("cat-face", "face-smiling", "food-fruit", "heart", "keycap", "plant-flower", "time", "zodiac")
+
 
 def emoji_diffusion(
     conditioner: dict[str, Any], *, joined: int = 0, context: bool = False, guidance: float = 1.0

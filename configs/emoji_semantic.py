@@ -10,20 +10,19 @@ Composing 8000 scenes from 11,000 pictures takes half a minute at the start.
 import ml_collections
 
 from configs.common import section
-from configs.emoji_presets import emoji_diffusion, smoke
+from configs.emoji_presets import PLAIN_KINDS, emoji_diffusion, smoke
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     # 64x64 labels, one-hot, are halved twice and mapped to as many channels. The original's model maps to 3.
-    conditioner = {"kind": "rescale", "size": (64, 64), "n_stages": 2, "in_channels": 10, "out_channels": 10}
-    config = emoji_diffusion(conditioner, joined=10)
+    conditioner = {"kind": "rescale", "size": (64, 64), "n_stages": 2, "in_channels": 9, "out_channels": 9}
+    config = emoji_diffusion(conditioner, joined=9)
     config.steps = 3500
     config.data.update(source="scenes", count=8000, objects=3, smallest=0.4, largest=0.7)
-    config.data.update(split_column="scene", holdout=0.02)
+    config.data.update(column="subgroup", classes=PLAIN_KINDS, split_column="scene", holdout=0.02)
     config.data.background = 255  # the demo's first stage has seen white ones alone
     config.data.condition = section(column="map")
-    config.data.flip = True
     # With none of DDIM's noise shapes fray; with half of it nothing is drawn inside them.
     config.model.sampling.update(eta=1.0, temperature=0.85)
     if variant == "smoke":

@@ -335,6 +335,12 @@ def test_scenes_have_exact_maps_and_boxes(scenes):
     assert 0.75 <= min(sides) < max(sides) <= 1
     with pytest.raises(DataError, match=r"must be in \(0, 1\], not 0\.5 and 0\.4"):
         make_source(scenes | {"smallest": 0.5, "largest": 0.4})
+    chosen = make_source(scenes | {"classes": ("b",)})
+    assert chosen.classes == ["b"]
+    assert {box["label"] for row in chosen.rows for box in row["boxes"]} == {"b"}
+    assert {int(label) for i in range(len(chosen)) for label in np.unique(chosen[i]["map"])} == {0, 1}
+    with pytest.raises(DataError, match=r"no picture has the \w+ 'c': change data\.classes"):
+        make_source(scenes | {"classes": ["b", "c"]})
     # Both conditions read them.
     view = View(ImageTransform((32, 32)), Crop(0, 0, 32, 32, False), (32, 32))
     row = source[0]

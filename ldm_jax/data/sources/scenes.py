@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Scenes:
     Args:
       path: as of `ImageFolder`; its metadata have the column of classes.
       column: of the classes.
+      classes: the ones to compose of; every one in the column without it.
       count: scenes.
       size: of the pictures, in pixels.
       objects: at most so many in a scene, at least one.
@@ -44,7 +46,7 @@ class Scenes:
       seed: other scenes.
 
     Raises:
-      DataError: the column is missing, or whatever `ImageFolder` raises.
+      DataError: the column is missing, a class is not in it, or whatever `ImageFolder` raises.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Scenes:
         path: str | os.PathLike[str],
         *,
         column: str = "group",
+        classes: Sequence[str] = (),
         count: int = 2000,
         size: int = 64,
         objects: int = 3,
@@ -72,8 +75,12 @@ class Scenes:
             raise DataError(f"data.smallest <= data.largest must be in (0, 1], not {smallest} and {largest}")
         if not 0 <= background <= 255:
             raise DataError(f"data.background must be from 0 to 255, not {background}")
-        self.classes = sorted({str(row[column]) for row in self._pictures.rows})
-        self._labels = [self.classes.index(str(row[column])) for row in self._pictures.rows]
+        named = [str(row[column]) for row in self._pictures.rows]
+        if missing := sorted({*classes} - {*named}):
+            raise DataError(f"{self.path}: no picture has the {column} {missing[0]!r}: change data.classes")
+        self.classes = sorted({*(classes or named)})
+        self._labels = {i: self.classes.index(name) for i, name in enumerate(named) if name in self.classes}
+        self._choice = list(self._labels)
         sides = smallest, largest
         streams = (np.random.default_rng([_STREAM_SCENE, seed, i]) for i in range(count))
         self._scenes = [self._compose(rng, objects, sides) for rng in streams]
@@ -91,7 +98,7 @@ class Scenes:
     def _compose(self, rng: np.random.Generator, most: int, sides: tuple[float, float]) -> list[Placed]:
         size, placed, taken = self._size, [], np.zeros((self._size, self._size), bool)
         for _ in range(rng.integers(1, most + 1)):
-            picture = int(rng.integers(len(self._pictures)))
+            picture = self._choice[rng.integers(len(self._choice))]
             h, w = cut_out(self.path, self._pictures, picture).shape[:2]
             scale = size * rng.uniform(*sides) / max(h, w)
             h, w = max(2, round(h * scale)), max(2, round(w * scale))
