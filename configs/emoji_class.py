@@ -1,4 +1,4 @@
-"""Emoji of a class: sixteen kinds (birds, fruits, hearts, clocks ...); nine broad groups or eight styles as the variants :group and :style.
+"""Emoji of a class: twelve kinds (birds, fruits, hearts, clocks ...); nine broad groups or eight styles as the variants :group and :style.
 
     python train.py --config=configs/emoji_class.py --config.data.path=emoji64.zip --workdir=runs/emoji_class
 
@@ -16,9 +16,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run, "group" and "style" the same by those columns of all pictures; "smoke" a short one on those that ship."""
     # n_classes comes from the data: the sorted names in the column, and the null class.
     config = emoji_diffusion({"kind": "class", "embed_dim": CONTEXT}, context=True, guidance=3.0)
-    config.steps = 4500
+    config.steps = 3500
     config.data.condition = section(column=variant if variant in ("group", "style") else "subgroup")
-    # With none of DDIM's noise objects fray; with half of it a group's pictures are nearly alike.
+    # With none of DDIM's noise objects fray; with half of it a kind's pictures are nearly alike.
     config.model.sampling.update(eta=1.0, temperature=0.85)
     if variant in ("group", "style"):
         return config

@@ -25,6 +25,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.update(column="subgroup", classes=PLAIN_KINDS, split_column="scene", holdout=0.02)
     config.data.background = 255  # the demo's first stage has seen white ones alone
     config.data.condition = section(column="boxes")
+    config.model.sampling.update(eta=1.0, temperature=0.85)  # with none of DDIM's noise clocks and hearts fray
     if variant == "smoke":
         config.data.count = 200
     return smoke(config, variant)
