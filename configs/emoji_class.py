@@ -16,7 +16,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run, "group" and "style" the same by those columns of all pictures; "smoke" a short one on those that ship."""
     # n_classes comes from the data: the sorted names in the column, and the null class.
     config = emoji_diffusion({"kind": "class", "embed_dim": CONTEXT}, context=True, guidance=3.0)
-    config.steps = 3500
+    config.steps = 2500
     config.data.condition = section(column=variant if variant in ("group", "style") else "subgroup")
     # With none of DDIM's noise objects fray; with half of it a kind's pictures are nearly alike.
     config.model.sampling.update(eta=1.0, temperature=0.85)
