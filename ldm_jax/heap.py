@@ -15,7 +15,7 @@ def keep_large_blocks() -> bool:
     """Lets this process keep the large blocks that it has used, on huge pages; whether it does: only on CPU, under Linux with glibc.
 
     XLA's programs for CPU ask for all their temporary memory anew at every call. glibc takes such blocks from the system and gives them back, so that
-    every page of a training step was met for the first time: a twentieth of its time, and on virtual machines a fifth. A program calls this, once and
+    every page of a training step was met for the first time: about a twentieth of its time. A program calls this, once and
     before anything is computed; a library should not, for it holds for everything in the process, whose memory from then on does not shrink.
     """
     if sys.platform != "linux":
