@@ -1,10 +1,9 @@
-"""Scenes of emoji from boxes, each with one of the nine groups of emoji as its label.
+"""Scenes of emoji from boxes, each with one of eight kinds of emoji as its label: fruits, hearts, clocks ...
 
     python train.py --config=configs/emoji_layout.py --config.data.path=emoji64.zip --workdir=runs/emoji_layout
 
-begins with the demo's UNet and takes its first stage. 51 minutes on one CPU core beside other work; of 24 samples of six held-out scenes 89 % of
-what is painted lies in the boxes, and 84 % of the boxes are painted; faces, flags and symbols look their kind, objects are vague. Composing 8000
-scenes from 11,000 pictures takes 11 seconds at the start.
+begins with the demo's UNet and takes its first stage. 39 minutes on one CPU core beside other work; the loss on held-out scenes ends at 0.157; of 24
+samples of six of them 94 % of what is painted lies in the boxes, and 74 % of the boxes are painted: docs/condition_layout.png.
 """
 
 import ml_collections
