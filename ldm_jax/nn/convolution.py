@@ -9,6 +9,7 @@ that takes several times as long as they do.
 
 from collections.abc import Callable
 from functools import partial, reduce
+from itertools import product
 from typing import Any
 
 import jax
@@ -116,17 +117,20 @@ def weight_gradient(x: Array, dy: Array, kernel: tuple[int, ...], strides: tuple
     # XLA would cut every band of x long before dy is there, and keep them, were it not told that x depends on dy.
     x = jnp.pad(x + 0 * dy.ravel()[0], ((0, 0), *padding, (0, 0)))
 
-    def add(i: Array, total: Array) -> Array:
+    def add(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        total, columns = state
         image, first = i // bands * images, i % bands * rows
-        under = jax.lax.dynamic_slice(x, (image, first * sy, 0, 0), (images, (rows - 1) * sy + kh, *x.shape[2:]))
+        for k, (a, j) in enumerate(product(range(kh), range(kw))):
+            size = (images, (rows - 1) * sy + 1, (width - 1) * sx + 1, c)
+            under = jax.lax.dynamic_slice(x, (image, first * sy + a, j, 0), size)[:, ::sy, ::sx]
+            # Written where it belongs, it is copied once; joined to the others, twice.
+            columns = jax.lax.dynamic_update_slice(columns, under.reshape(-1, c), (0, k * c))
         grad = jax.lax.dynamic_slice(dy, (image, first, 0, 0), (images, rows, width, o)).reshape(-1, o).T
-        shifted = [under[:, :, j : j + (width - 1) * sx + 1 : sx] for j in range(kw)]
-        parts = [part[:, a : a + (rows - 1) * sy + 1 : sy] for a in range(kh) for part in shifted]
-        return total + grad @ jnp.concatenate(parts, -1).reshape(grad.shape[1], -1)
+        return total + grad @ columns, columns
 
-    total = jnp.zeros((o, kh * kw * c), x.dtype)
+    state = jnp.zeros((o, kh * kw * c), x.dtype), jnp.zeros((images * rows * width, kh * kw * c), x.dtype)
     turns = b // images * bands
-    total = add(jnp.int32(0), total) if turns == 1 else jax.lax.fori_loop(0, turns, add, total)
+    total, _ = add(jnp.int32(0), state) if turns == 1 else jax.lax.fori_loop(0, turns, add, state)
     return total.T.reshape(kh, kw, c, o)
 
 
