@@ -44,6 +44,6 @@ def keep_large_blocks() -> bool:
 
 def _surely_cpu() -> bool:
     """Whether no other backend can start, as far as can be told before one has."""
-    if platforms := jax.config.jax_platforms:
+    if platforms := jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
         return platforms == "cpu"
     return not any(find_spec(name) for name in ("jax_plugins", "libtpu"))
