@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = emoji_diffusion({"kind": "class", "embed_dim": CONTEXT}, context=True, guidance=3.0)
     config.steps = 2500
     config.data.condition = section(column=variant if variant in ("group", "style") else "subgroup")
-    # With none of DDIM's noise objects fray; with half of it a kind's pictures are nearly alike.
+    # With none of DDIM's noise objects fray; with half of it a group's pictures are nearly alike.
     config.model.sampling.update(eta=1.0, temperature=0.85)
     if variant in ("group", "style"):
         return config

@@ -117,11 +117,12 @@ def weight_gradient(x: Array, dy: Array, kernel: tuple[int, ...], strides: tuple
     # XLA would cut every band of x long before dy is there, and keep them, were it not told that x depends on dy.
     x = jnp.pad(x + 0 * dy.ravel()[0], ((0, 0), *padding, (0, 0)))
 
+    size = (images, (rows - 1) * sy + 1, (width - 1) * sx + 1, c)  # of what lies under one weight
+
     def add(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         total, columns = state
         image, first = i // bands * images, i % bands * rows
         for k, (a, j) in enumerate(product(range(kh), range(kw))):
-            size = (images, (rows - 1) * sy + 1, (width - 1) * sx + 1, c)
             under = jax.lax.dynamic_slice(x, (image, first * sy + a, j, 0), size)[:, ::sy, ::sx]
             # Written where it belongs, it is copied once; joined to the others, twice.
             columns = jax.lax.dynamic_update_slice(columns, under.reshape(-1, c), (0, k * c))
