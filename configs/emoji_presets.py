@@ -13,6 +13,12 @@ CONTEXT = 128  # width of a context token
 # Subgroups of emoji whose pictures look alike. What is common to a whole group, food say, can hardly be drawn.
 KINDS = ("animal-bird", "cat-face", "country-flag", "face-smiling", "food-fruit", "heart")
 KINDS += ("keycap", "person", "plant-flower", "time", "transport-ground", "zodiac")
+# The nine groups, of each the subgroups whose pictures look alike.
+GROUP_KINDS = (*KINDS, "award-medal", "lock")
+# Faces, which seven of the styles draw each in its own way.
+FACES = tuple(f"face-{how}" for how in ("affection", "concerned", "glasses", "hand", "hat", "negative"))
+FACES += tuple(f"face-{how}" for how in ("neutral-skeptical", "sleepy", "smiling", "tongue", "unwell"))
+FACE_STYLES = ("emojione", "fluent", "fluent 3d", "fluent flat", "noto", "noto blob", "twemoji")
 # Of objects in scenes, which are small.
 PLAIN_KINDS = ("cat-face", "face-smiling", "food-fruit", "heart", "keycap", "plant-flower", "time", "zodiac")
 

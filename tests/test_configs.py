@@ -29,8 +29,12 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("variant", ["", "smoke"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in SHARED])
+CASES = [(name, variant) for name in NAMES if name not in SHARED for variant in ("", "smoke")]
+CASES += [("emoji_class", "group"), ("emoji_class", "style")]
+CASES += [(name, variant) for name in ("photos_kl_gan", "photos_vq_gan") for variant in ("small", "small_parity")]
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
 def test_a_config_is_whole(name, variant, monkeypatch):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     check_config(config)
