@@ -2,8 +2,8 @@
 
     python train.py --config=configs/emoji_sr.py --config.data.path=emoji64.zip --workdir=runs/emoji_sr
 
-begins with the demo's UNet and takes its first stage. 25 minutes on one core of a Xeon; samples of six held-out pictures: docs/condition_sr.png. Their PSNR
-is 25.7 dB, bicubic pictures' 21.5 dB.
+begins with the demo's UNet and takes its first stage. 25 minutes on one core of a Xeon; samples of six held-out pictures: docs/condition_sr.png.
+Their PSNR is 25.7 dB, bicubic pictures' 21.5 dB.
 For pictures as they are found, degrade as Zhang et al. 2021 do:
 --config.data.condition.kinds="('bsr',)", or bsr_light.
 """
