@@ -5,7 +5,7 @@
 
 begins with the demo's UNet and takes its first stage; the cache may be left out. One more class than the data have is the null class, for guidance.
 Both take 17 minutes on one CPU core; the loss on held-out concepts ends at 0.331; what it makes: docs/condition_class.png.
-:group takes 18 minutes, 0.340, docs/condition_group.png; :style 17 minutes, 0.304, docs/condition_style.png.
+:group ends at 0.340, docs/condition_group.png (11 minutes on two cores); :style at 0.304, docs/condition_style.png (17 on one).
 """
 
 import ml_collections
