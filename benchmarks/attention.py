@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.nn.kernels import choose, plain
+from ldm_jax.kernels.attention import choose, plain
 
 SHAPES = [
     *(f"1x4096x{m}x8x{d}" for d in (10, 40) for m in (4096, 77)),
@@ -52,7 +52,9 @@ def measure(shape: str, dtype: str, repeats: int) -> dict[str, Any]:
     """Medians in seconds, ratios (plain over chosen) and their quartiles."""
     b, n, m, h, d = map(int, shape.split("x"))
     rng = np.random.default_rng(0)
-    q, k, v, dy = (jnp.asarray(rng.standard_normal((b, length, h, d)), dtype) for length in (n, m, m, n))
+    q, k, v, dy = (
+        jnp.asarray(rng.standard_normal((b, length, h, d)), dtype) for length in (n, m, m, n)
+    )
     form = choose(jax.default_backend(), q, k, v)
     forms = {"plain": programs(plain, d**-0.5), "chosen": programs(form, d**-0.5)}
     result: dict[str, Any] = {"shape": shape, "form": form.__name__}
@@ -67,12 +69,18 @@ def measure(shape: str, dtype: str, repeats: int) -> dict[str, Any]:
         low, _, high = statistics.quantiles(ratios)
         medians = {name: statistics.median(taken) for name, taken in times.items()}
         ratio = medians["plain"] / medians["chosen"]
-        result[what] = {**medians, "ratio": round(ratio, 2), "quartiles": [round(low, 2), round(high, 2)]}
+        result[what] = {
+            **medians,
+            "ratio": round(ratio, 2),
+            "quartiles": [round(low, 2), round(high, 2)],
+        }
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     parser.add_argument("--dtype", default=default)
@@ -91,7 +99,9 @@ def main() -> None:
         print(f"{made['shape']:>20} {made['form']:>8}: " + "; ".join(told), flush=True)
     if args.json:
         device = jax.devices()[0].device_kind
-        args.json.write_text(json.dumps({"device": device, "dtype": args.dtype, "results": results}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"device": device, "dtype": args.dtype, "results": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

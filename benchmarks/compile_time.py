@@ -24,10 +24,10 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     import numpy as np
 
     from benchmarks.models import bare
-    from ldm_jax import cores
     from ldm_jax.diffusion.grids import time_grid
     from ldm_jax.diffusion.samplers import SAMPLERS
-    from ldm_jax.generation import Form, Plan, Rows, generate
+    from ldm_jax.kernels import cores
+    from ldm_jax.sampling.program import Form, Plan, Rows, generate
 
     imported = time.perf_counter()
     cores.use_cores()
@@ -38,13 +38,19 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     plan = Plan(sampler.nodes(schedule, time_grid("uniform", steps, schedule)))
     told = model.conditioner.encode_null(batch)
     rows = Rows(np.zeros(batch, np.uint32), told, told, np.full(batch, 5.0, np.float32))
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), (model, plan, rows))
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), (model, plan, rows)
+    )
     shaped = time.perf_counter()
 
     def run(model: Any, plan: Plan, rows: Rows) -> Any:
         return generate(model, sampler, plan, rows, Form(size))
 
-    step = jax.jit(run) if count == 1 else cores.compile_step(run, cores.mesh_of(cores.devices()[:count]))
+    step = (
+        jax.jit(run)
+        if count == 1
+        else cores.compile_step(run, cores.mesh_of(cores.devices()[:count]))
+    )
     lowered = step.lower(*shapes)
     traced = time.perf_counter()
     lowered.compile()
@@ -59,7 +65,9 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=["emoji", "sd_v1"], default="sd_v1")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=1)
@@ -70,11 +78,19 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.case, args.steps, args.batch, args.dtype)))
         return
-    results: dict[str, Any] = {"case": args.case, "steps": args.steps, "batch": args.batch, "dtype": args.dtype}
+    results: dict[str, Any] = {
+        "case": args.case,
+        "steps": args.steps,
+        "batch": args.batch,
+        "dtype": args.dtype,
+    }
     with tempfile.TemporaryDirectory() as cache:
         for turn in ("cold", "cached"):
             # The variables of jax, not of this project, so that whatever it sets itself is not needed.
-            settings = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            settings = {
+                "JAX_COMPILATION_CACHE_DIR": cache,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
             made = subprocess.run(
                 [sys.executable, "-m", "benchmarks.compile_time", "--child", *sys.argv[1:]],
                 check=True,
@@ -82,8 +98,13 @@ def main() -> None:
                 text=True,
                 env={**os.environ, **settings},
             )
-            results[turn] = {name: round(s, 2) for name, s in json.loads(made.stdout.splitlines()[-1]).items()}
-            print(f"{turn:7} " + ", ".join(f"{name} {s:.1f} s" for name, s in results[turn].items()), flush=True)
+            results[turn] = {
+                name: round(s, 2) for name, s in json.loads(made.stdout.splitlines()[-1]).items()
+            }
+            print(
+                f"{turn:7} " + ", ".join(f"{name} {s:.1f} s" for name, s in results[turn].items()),
+                flush=True,
+            )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -31,10 +31,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.checkpoint import load_model
+from ldm_jax.convert.compvis.whole import whole_from_config
 from ldm_jax.convert.tables import Duplicate, Unused, source_shapes
-from ldm_jax.convert.whole import whole_from_config
-from ldm_jax.latent import build
+from ldm_jax.io.checkpoint import load_model
+from ldm_jax.models.ldm import build
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ROOT / "tests" / "golden" / "architectures.json.gz"
@@ -72,7 +72,13 @@ def _tensor(key: str, shape: tuple[int, ...], dtype: str) -> bytes:
     """The pickle opcodes of a contiguous tensor on the storage ``key``."""
     strides = [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
     count = int(np.prod(shape))
-    storage = b"(" + _text("storage") + f"ctorch\n{STORAGES[dtype]}\n".encode() + _text(key) + _text("cpu")
+    storage = (
+        b"("
+        + _text("storage")
+        + f"ctorch\n{STORAGES[dtype]}\n".encode()
+        + _text(key)
+        + _text("cpu")
+    )
     storage += _number(count) + b"tQ"
     rest = _number(0) + _sizes(shape) + _sizes(strides) + b"\x89}"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tR"
@@ -126,7 +132,9 @@ def measured(*command: str) -> tuple[float, float, str]:
     """(seconds, peak resident memory in bytes, standard output) of ``python ARGS`` run from the repository."""
     began = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         output = process.stdout.read().decode()
         _, status, usage = os.wait4(process.pid, 0)
@@ -158,11 +166,25 @@ def run_networks(model: Path, side: int) -> dict[str, float]:
         return result
 
     # Each part's parameters go once it has run.
-    pixels = run("decode", lambda p, z: stage.apply({"params": p}, z, method="decode"), params.pop("first_stage"), z)
+    pixels = run(
+        "decode",
+        lambda p, z: stage.apply({"params": p}, z, method="decode"),
+        params.pop("first_stage"),
+        z,
+    )
     assert pixels.shape == (1, side * stage.downsampling, side * stage.downsampling, 3)
-    cond = run("text encoding", conditioner, params.pop("conditioner"), conditioner.encode(["a red apple"]))
+    cond = run(
+        "text encoding", conditioner, params.pop("conditioner"), conditioner.encode(["a red apple"])
+    )
     t = np.full(1, 981, np.int32)
-    eps = run("UNet step", lambda p, z, t, c: built.apply({"unet": p}, z, t, c), params.pop("unet"), z, t, cond)
+    eps = run(
+        "UNet step",
+        lambda p, z, t, c: built.apply({"unet": p}, z, t, c),
+        params.pop("unet"),
+        z,
+        t,
+        cond,
+    )
     assert eps.shape == z.shape
     return seconds
 
@@ -176,10 +198,16 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         size = write_checkpoint(source, given["target"], given["params"])
         row: dict[str, Any] = {"file_gb": size / GB, "write_s": time.perf_counter() - began}
         seconds, peak, _ = measured("-m", "ldm_jax.convert", str(source), "--out", str(out))
-        row |= {"convert_s": seconds, "convert_peak_gb": peak / GB, "beyond_file_gb": (peak - size) / GB}
+        row |= {
+            "convert_s": seconds,
+            "convert_peak_gb": peak / GB,
+            "beyond_file_gb": (peak - size) / GB,
+        }
         source.unlink()
         side = str(given["params"]["image_size"])
-        _, peak, output = measured("-m", "benchmarks.convert_full_size", "--run", str(out), "--side", side)
+        _, peak, output = measured(
+            "-m", "benchmarks.convert_full_size", "--run", str(out), "--side", side
+        )
         return row | {"run_peak_gb": peak / GB, "seconds": json.loads(output.splitlines()[-1])}
 
 
@@ -188,16 +216,27 @@ def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
     columns = ("file", "convert", "peak", "beyond the file", "decode", "text encoding", "UNet step")
     print(f"{'':14}" + "".join(f"{column:>17}" for column in columns))
     for name, row in rows.items():
-        cells = [f"{row['file_gb']:.2f} GB", f"{row['convert_s']:.0f} s", f"{row['convert_peak_gb']:.2f} GB"]
-        cells += [f"{row['beyond_file_gb']:+.2f} GB", *(f"{row['seconds'][c]:.1f} s" for c in columns[4:])]
+        cells = [
+            f"{row['file_gb']:.2f} GB",
+            f"{row['convert_s']:.0f} s",
+            f"{row['convert_peak_gb']:.2f} GB",
+        ]
+        cells += [
+            f"{row['beyond_file_gb']:+.2f} GB",
+            *(f"{row['seconds'][c]:.1f} s" for c in columns[4:]),
+        ]
         print(f"{name:14}" + "".join(f"{cell:>17}" for cell in cells))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints, and writes the JSON file when asked to."""
-    parser = argparse.ArgumentParser("python -m benchmarks.convert_full_size", description="Conversion at full size.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.convert_full_size", description="Conversion at full size."
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--folder", type=Path, help="where the files go while it runs (default: the system's)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files go while it runs (default: the system's)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # the second process
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)

@@ -26,7 +26,14 @@ from benchmarks.unets import random_like
 from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
 
 SHARED = {"in_channels": 3, "out_ch": 3, "attn_resolutions": ()}
-EMOJI = {"embed_dim": 8, "z_channels": 8, "ch": 32, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "norm_groups": 8}
+EMOJI = {
+    "embed_dim": 8,
+    "z_channels": 8,
+    "ch": 32,
+    "ch_mult": (1, 2, 2),
+    "num_res_blocks": 1,
+    "norm_groups": 8,
+}
 CASES = {
     "emoji": ({**SHARED, **EMOJI, "attn_type": "none", "resolution": 64}, 16),
     "sd_v1": ({**SHARED, **F8, "resolution": 256}, 64),
@@ -43,14 +50,19 @@ def main() -> None:
         fields, side = CASES[name]
         module = AutoencoderKL(**fields, dtype=args.dtype)
         params = random_like(
-            jax.eval_shape(lambda key, m=module: init_autoencoder(m, key), jax.random.key(0)), "float32"
+            jax.eval_shape(lambda key, m=module: init_autoencoder(m, key), jax.random.key(0)),
+            "float32",
         )
         twin = TorchDecoder(module)
         fill(twin, decoder_params(params))
         twin = twin.eval().requires_grad_(False).to(memory_format=torch.channels_last, dtype=kind)
         twin = twin.cuda() if torch.cuda.is_available() else twin
         for batch in args.batch:
-            z = np.random.default_rng(0).standard_normal((batch, side, side, fields["embed_dim"])).astype(np.float32)
+            z = (
+                np.random.default_rng(0)
+                .standard_normal((batch, side, side, fields["embed_dim"]))
+                .astype(np.float32)
+            )
             ours, flops, out = jitted(
                 lambda p, z, m=module: m.apply({"params": p}, z, method="decode"),
                 jax.device_put(params),
@@ -62,9 +74,16 @@ def main() -> None:
             sides = {"ours": ours, "eager": in_torch(lambda theirs=theirs, twin=twin: twin(theirs))}
             if args.compile:
                 faster = torch.compile(twin)
-                sides["torch.compile"] = in_torch(lambda theirs=theirs, faster=faster: faster(theirs))
+                sides["torch.compile"] = in_torch(
+                    lambda theirs=theirs, faster=faster: faster(theirs)
+                )
             results.append(
-                summary(f"{name} decode, batch {batch}, {args.dtype}", sides, compare(sides, args.repeats), flops)
+                summary(
+                    f"{name} decode, batch {batch}, {args.dtype}",
+                    sides,
+                    compare(sides, args.repeats),
+                    flops,
+                )
             )
     show(results, args.json)
 

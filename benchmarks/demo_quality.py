@@ -32,9 +32,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ldm_jax import data, metrics
-from ldm_jax.cores import use_cores
-from ldm_jax.latent import to_float, to_uint8
+from ldm_jax import data
+from ldm_jax.eval import metrics
+from ldm_jax.kernels.cores import use_cores
+from ldm_jax.models.ldm import to_float, to_uint8
 from ldm_jax.models.perceptual import VGG_VARIABLE, load_vgg16
 
 NEAREST = 10
@@ -66,7 +67,9 @@ def _vgg_features(module: Any, params: Any, images: jax.Array) -> jax.Array:
 def embed(vgg: tuple[Any, Any], images: np.ndarray, note: str = "") -> np.ndarray:
     """Features [n, 8192], float32 of unit length, of uint8 images [n, s, s, 3] with s a multiple of 32."""
     if images.shape[1] % 32 or images.shape[1] != images.shape[2]:
-        raise ValueError(f"square pictures of a multiple of 32 pixels are needed, not {images.shape[1:3]}")
+        raise ValueError(
+            f"square pictures of a multiple of 32 pixels are needed, not {images.shape[1:3]}"
+        )
     parts = []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
@@ -93,7 +96,9 @@ def read_images(source: data.Source, indices: Sequence[int] | range) -> np.ndarr
     return np.stack(images)
 
 
-def cached_features(source: data.Source, weights: str, vgg: tuple[Any, Any], folder: Path) -> np.ndarray:
+def cached_features(
+    source: data.Source, weights: str, vgg: tuple[Any, Any], folder: Path
+) -> np.ndarray:
     """`embed` of all pictures of the source, kept in a file of the folder, named after what it depends on."""
     digest = hashlib.sha256(Path(weights).read_bytes())
     for i in range(len(source)):
@@ -127,7 +132,9 @@ def _without_style(
     return _unit_length(features - np.stack([means[str(style)] for style in styles]))
 
 
-def found(gallery: Gallery, features: np.ndarray, prompts: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def found(
+    gallery: Gallery, features: np.ndarray, prompts: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
     """Whether each prompt's concept is among the NEAREST to its picture: bool [n] for each of GALLERIES.
 
     features [n, d]: `embed` of the pictures, in the order of the prompts (rows of metadata).
@@ -142,7 +149,9 @@ def found(gallery: Gallery, features: np.ndarray, prompts: Sequence[Mapping[str,
     for name, left_out in zip(GALLERIES, (own, same_style), strict=True):
         per_concept = np.maximum.reduceat(np.where(left_out, -np.inf, similarity), starts, axis=1)
         nearness = np.take_along_axis(per_concept, truth, axis=1)
-        result[name] = ((per_concept > nearness).sum(axis=1) < NEAREST) & np.isfinite(nearness[:, 0])
+        result[name] = ((per_concept > nearness).sum(axis=1) < NEAREST) & np.isfinite(
+            nearness[:, 0]
+        )
     return result
 
 
@@ -177,7 +186,9 @@ def reconstruction_psnr(first_stage: Any, images: np.ndarray) -> float:
     values = []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
-        values.append(metrics.psnr(np.asarray(_reconstruct(first_stage, _padded(batch)))[: len(batch)], batch))
+        values.append(
+            metrics.psnr(np.asarray(_reconstruct(first_stage, _padded(batch)))[: len(batch)], batch)
+        )
     return float(np.concatenate(values).mean())
 
 
@@ -188,7 +199,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures, by name."""
     source = data.ImageFolder(args.data)
     if not all({CONCEPT, STYLE} <= row.keys() for row in source.rows):
-        raise ValueError(f"{source.path}: every picture needs the columns {CONCEPT!r} and {STYLE!r}")
+        raise ValueError(
+            f"{source.path}: every picture needs the columns {CONCEPT!r} and {STYLE!r}"
+        )
     vgg = load_vgg16(args.vgg)
     pipe = None if args.controls else load_model(args.model)
     gallery = make_gallery(cached_features(source, args.vgg, vgg, args.cache), source.rows)
@@ -209,15 +222,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             prompts += rows
     real, drawn = np.concatenate(originals), np.concatenate(pictures)
     result["retrieval"]["real pictures"] = shares(found(gallery, real, prompts))
-    result["retrieval"]["shuffled captions"] = shares(found(gallery, drawn, shuffled(prompts, args.seed)))
+    result["retrieval"]["shuffled captions"] = shares(
+        found(gallery, drawn, shuffled(prompts, args.seed))
+    )
     if pipe is not None:
         unseen = data.split_by(source, *_split(pipe.model.config["data"]), "validation")
         images = read_images(unseen, range(len(unseen)))
-        result["first stage"] = {"psnr_db": reconstruction_psnr(pipe.model.first_stage, images), "n": len(images)}
+        result["first stage"] = {
+            "psnr_db": reconstruction_psnr(pipe.model.first_stage, images),
+            "n": len(images),
+        }
     return result
 
 
-def prompt_parts(source: data.Source, config: Mapping[str, Any]) -> list[tuple[str, data.Source, data.Source]]:
+def prompt_parts(
+    source: data.Source, config: Mapping[str, Any]
+) -> list[tuple[str, data.Source, data.Source]]:
     """(name, the prompts' pictures, the pictures trained on) of each kind of prompt, from a model config's "data"."""
     seen = data.split_by(source, *_split(config), "train")
     pairs = config["pairs"]
@@ -240,7 +260,9 @@ def load_model(name: str) -> Any:
     known = pipe.model.config.get("data", {})
     missing = [key for key in ("caption", "split", "pairs") if key not in known]
     if missing:
-        raise ValueError(f"the config of model {name!r} has no data.{missing[0]}: what it was trained on is unknown")
+        raise ValueError(
+            f"the config of model {name!r} has no data.{missing[0]}: what it was trained on is unknown"
+        )
     return pipe
 
 
@@ -261,7 +283,11 @@ def shares(hits: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Percentage, its standard error and the number of pictures, for each gallery."""
     means = {name: float(h.mean()) for name, h in hits.items()}
     return {
-        name: {"percent": 100 * p, "error": 100 * float(np.sqrt(p * (1 - p) / len(hits[name]))), "n": len(hits[name])}
+        name: {
+            "percent": 100 * p,
+            "error": 100 * float(np.sqrt(p * (1 - p) / len(hits[name]))),
+            "n": len(hits[name]),
+        }
         for name, p in means.items()
     }
 
@@ -281,20 +307,34 @@ def show(result: Mapping[str, Any]) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks.demo_quality", description="Quality of the emoji model.")
-    parser.add_argument("--data", required=True, help="the pictures: emoji64.zip or a folder with metadata.jsonl")
-    parser.add_argument(
-        "--vgg", default=os.environ.get(VGG_VARIABLE), help=f"VGG-16 weights (default: ${VGG_VARIABLE})"
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.demo_quality", description="Quality of the emoji model."
     )
-    parser.add_argument("--model", default="emoji", help="a model that ldm_jax.load knows, or a model directory")
+    parser.add_argument(
+        "--data", required=True, help="the pictures: emoji64.zip or a folder with metadata.jsonl"
+    )
+    parser.add_argument(
+        "--vgg",
+        default=os.environ.get(VGG_VARIABLE),
+        help=f"VGG-16 weights (default: ${VGG_VARIABLE})",
+    )
+    parser.add_argument(
+        "--model", default="emoji", help="a model that ldm_jax.load knows, or a model directory"
+    )
     parser.add_argument("--n", type=int, default=300, help="prompts of each kind")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="pictures generated at a time")
-    parser.add_argument("--controls", action="store_true", help="only the controls, with real pictures: needs no model")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "ldm_jax-demo_quality")
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="only the controls, with real pictures: needs no model",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "ldm_jax-demo_quality"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args(argv)
 
@@ -309,7 +349,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"demo_quality: {error}") from None
     show(result)
     if args.json:
-        settings = {k: getattr(args, k) for k in ("model", "n", "steps", "guidance", "sampler", "seed", "controls")}
+        settings = {
+            k: getattr(args, k)
+            for k in ("model", "n", "steps", "guidance", "sampler", "seed", "controls")
+        }
         args.json.write_text(json.dumps({"settings": settings, **result}, indent=2) + "\n")
 
 

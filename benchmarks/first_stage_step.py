@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.heap import keep_large_blocks
+from ldm_jax.kernels.heap import keep_large_blocks
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
-from ldm_jax.train.tasks import AutoencoderTask
+from ldm_jax.train.tasks.base import AutoencoderTask
 
 
 def prepared(config: Any, updates: str, batch: Any) -> tuple[Any, Any, Any]:
@@ -32,7 +32,9 @@ def prepared(config: Any, updates: str, batch: Any) -> tuple[Any, Any, Any]:
     config.updates = updates
     task, key = AutoencoderTask(config), jax.random.key(0)
     tx = make_optimizer(config.optim, config.steps)
-    state = jax.jit(lambda key: create_state(task.init(key), tx, ema=config.ema > 0, extra=task.extra(key)))(key)
+    state = jax.jit(
+        lambda key: create_state(task.init(key), tx, ema=config.ema > 0, extra=task.extra(key))
+    )(key)
     step = task.make_step(tx, seed=0, ema=config.ema, parts=1)
     frozen = jax.device_put(task.frozen)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(), state, frozen
@@ -53,17 +55,26 @@ def measure(config: Any, repeats: int) -> tuple[dict[str, list[float]], dict[str
             jax.block_until_ready((states[update], metrics))
             if repeat:
                 seconds[update].append(time.perf_counter() - began)
-    return seconds, {update: step.cost_analysis().get("flops", float("nan")) for update, (step, _, _) in runs.items()}
+    return seconds, {
+        update: step.cost_analysis().get("flops", float("nan"))
+        for update, (step, _, _) in runs.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/photos_kl_gan.py", help="a config with an adversary")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", default="configs/photos_kl_gan.py", help="a config with an adversary"
+    )
     parser.add_argument("--size", type=int, default=64, help="side of the pictures")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="", help="float32 or bfloat16, if not the config's")
     parser.add_argument(
-        "--remat", default="", help="none or blocks, if not the config's: blocks are computed again in backward passes"
+        "--remat",
+        default="",
+        help="none or blocks, if not the config's: blocks are computed again in backward passes",
     )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--vgg", default="", help="VGG16's weights, for the perceptual term")
@@ -88,11 +99,16 @@ def main() -> None:
         "perceptual": bool(args.vgg),
         "repeats": args.repeats,
         "seconds": {update: round(median, 4) for update, median in medians.items()},
-        "spread": {update: [round(min(times), 4), round(max(times), 4)] for update, times in seconds.items()},
+        "spread": {
+            update: [round(min(times), 4), round(max(times), 4)]
+            for update, times in seconds.items()
+        },
         "ratio": round(medians["fused"] / medians["parity"], 3),
         "ratio_of_operations": round(flops["fused"] / flops["parity"], 3),
     }
-    print(f"fused {medians['fused']:.3f} s, parity {medians['parity']:.3f} s a step: ratio {result['ratio']:.3f}")
+    print(
+        f"fused {medians['fused']:.3f} s, parity {medians['parity']:.3f} s a step: ratio {result['ratio']:.3f}"
+    )
     print(json.dumps(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

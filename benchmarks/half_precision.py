@@ -13,14 +13,18 @@ import numpy as np
 
 import ldm_jax
 from benchmarks.sampling_options import CONCEPTS, STYLES
-from ldm_jax import metrics
+from ldm_jax.eval import metrics
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """Of pictures uint8 [n, H, W, 3]: mean and lowest PSNR in dB, and the mean of the absolute difference in levels."""
     psnr = metrics.psnr(a, b)
     levels = np.abs(a.astype(int) - b).mean()
-    return {"psnr_mean": float(psnr.mean()), "psnr_lowest": float(psnr.min()), "levels": float(levels)}
+    return {
+        "psnr_mean": float(psnr.mean()),
+        "psnr_lowest": float(psnr.min()),
+        "levels": float(levels),
+    }
 
 
 def measure(model: str, num: int, steps: int) -> dict[str, Any]:
@@ -36,7 +40,9 @@ def measure(model: str, num: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--num", type=int, default=16, help="pictures")
     parser.add_argument("--steps", type=int, default=50)

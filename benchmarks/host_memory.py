@@ -31,12 +31,14 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
     """Makes or restores, and says what it took."""
     import jax
 
-    from ldm_jax.checkpoint import TrainingCheckpoints
-    from ldm_jax.parallel import make_mesh, make_placed, shardings
-    from ldm_jax.train.tasks import DiffusionTask
+    from ldm_jax.distributed.parallel import make_mesh, make_placed, shardings
+    from ldm_jax.io.checkpoint import TrainingCheckpoints
+    from ldm_jax.train.tasks.base import DiffusionTask
 
     config = __import__(f"configs.{name}", fromlist=["get_config"]).get_config()
-    task = DiffusionTask(config, weights=False)  # its first stage is another run's, and frozen: not what is measured
+    task = DiffusionTask(
+        config, weights=False
+    )  # its first stage is another run's, and frozen: not what is measured
     mesh = make_mesh(fsdp=len(jax.devices()), data=1)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     placed = shardings(shapes, mesh)
@@ -46,9 +48,17 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
     if part == "made":
         state = make_placed(task.init, jax.random.key(0), placed)
     else:
-        like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
+        like = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed
+        )
         state = jax.block_until_ready(checkpoints.restore(0, like))
-    result = {"part": part, "bytes": size, "peak": peak(), "before": before, "seconds": time.perf_counter() - began}
+    result = {
+        "part": part,
+        "bytes": size,
+        "peak": peak(),
+        "before": before,
+        "seconds": time.perf_counter() - began,
+    }
     held = {}
     for leaf in jax.tree.leaves(state):
         for shard in leaf.addressable_shards:
@@ -61,7 +71,9 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="txt2img_1p4b")
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="for the checkpoint (default: a temporary one)")
@@ -74,11 +86,17 @@ def main() -> None:
 
     results = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(args.devices),
+        }
         for part in ("made", "restored"):
             command = [sys.executable, "-m", "benchmarks.host_memory", "--part", part]
             command += ["--config", args.config, "--folder", folder]
-            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                command, env=environment, check=True, capture_output=True, text=True
+            )
             results.append(json.loads(done.stdout.splitlines()[-1]))
             r = results[-1]
             print(

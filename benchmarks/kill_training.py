@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 EVERY = 3  # steps from save to save
 CONFIG = """
-from configs import emoji_kl
+from ldm_jax.configs import emoji_kl
 
 
 def get_config():
@@ -45,13 +45,20 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
         tree = checkpointer.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         state = checkpointer.restore(folder, restore_args=as_numpy)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
 
 
 def newest(workdir: Path) -> int:
     """The last complete step; -1 before the first."""
     folder = workdir / "checkpoints"
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    steps = (
+        [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        if folder.is_dir()
+        else []
+    )
     return max(steps, default=-1)
 
 
@@ -69,7 +76,9 @@ def reported(workdir: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -80,7 +89,12 @@ def main() -> None:
         config.write_text(CONFIG.format(steps=steps, every=EVERY))
 
         def start(workdir: Path) -> subprocess.Popen:
-            command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}"]
+            command = [
+                sys.executable,
+                str(ROOT / "train.py"),
+                f"--config={config}",
+                f"--workdir={workdir}",
+            ]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -119,7 +133,9 @@ def main() -> None:
         differing = [name for name in expected if not np.array_equal(found[name], expected[name])]
         if differing or found.keys() != expected.keys():
             sys.exit(f"the end differs in {differing[:3]}")
-        print(f"{kills} kills, {steps} steps: bit-identical to the undisturbed run ({len(expected)} arrays)")
+        print(
+            f"{kills} kills, {steps} steps: bit-identical to the undisturbed run ({len(expected)} arrays)"
+        )
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import emoji
-from ldm_jax.heap import keep_large_blocks
+from ldm_jax.configs import emoji
+from ldm_jax.kernels.heap import keep_large_blocks
 from ldm_jax.plan.flops import PRODUCTS, count_flops
 from ldm_jax.train.encode import encode
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
-from ldm_jax.train.tasks import DiffusionTask
+from ldm_jax.train.tasks.base import DiffusionTask
 
 
 class Run:
@@ -37,13 +37,17 @@ class Run:
         self.task = DiffusionTask(config)
         self.task.use({"scale_factor": 1.0})
         tx = make_optimizer(config.optim, config.steps)
-        self.state = jax.jit(lambda key: create_state(self.task.init(key), tx, ema=True))(jax.random.key(0))
+        self.state = jax.jit(lambda key: create_state(self.task.init(key), tx, ema=True))(
+            jax.random.key(0)
+        )
         self.frozen = jax.device_put(self.task.frozen)
         self.batches = make_loader(config, "train").iterate()
         self.ready = self.task.host_batch(next(self.batches))
         step = self.task.make_step(tx, seed=0, ema=config.ema, parts=1)
         given = self.state, self.frozen, self.ready
-        counted = count_flops(jax.make_jaxpr(step)(*given).jaxpr)  # the compiler's own count has loops' bodies once
+        counted = count_flops(
+            jax.make_jaxpr(step)(*given).jaxpr
+        )  # the compiler's own count has loops' bodies once
         self.flops = sum(counted[kind] for kind in PRODUCTS)
         self.step = jax.jit(step, donate_argnums=0).lower(*given).compile()
 
@@ -57,7 +61,9 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3, help="of a turn")
@@ -83,14 +89,24 @@ def main() -> None:
                         times[fetch][name] += [seconds] if turn else []
 
     share = 1 - runs["cache"].flops / runs["pictures"].flops
-    told: dict[str, Any] = {"device": jax.devices()[0].device_kind, "batch": args.batch, "encoder_share": share}
+    told: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "batch": args.batch,
+        "encoder_share": share,
+    }
     for fetch, label in ((True, "training, with its data"), (False, "the step alone")):
-        ratios = sorted(b / a for a, b in zip(times[fetch]["pictures"], times[fetch]["cache"], strict=True))
+        ratios = sorted(
+            b / a for a, b in zip(times[fetch]["pictures"], times[fetch]["cache"], strict=True)
+        )
         low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        print(f"{label}: {1 / ratio - 1:.1%} faster from a cache, in {ratio:.3f} of the time ({low:.3f} to {high:.3f})")
+        print(
+            f"{label}: {1 / ratio - 1:.1%} faster from a cache, in {ratio:.3f} of the time ({low:.3f} to {high:.3f})"
+        )
         for name, seconds in times[fetch].items():
             middle = statistics.median(seconds)
-            print(f"    from {name:9} {middle * 1e3:7.1f} ms a step, {args.batch / middle:6.1f} pictures/s")
+            print(
+                f"    from {name:9} {middle * 1e3:7.1f} ms a step, {args.batch / middle:6.1f} pictures/s"
+            )
         told[label] = {"seconds": times[fetch], "ratio": ratio}
     print(f"encoding is {share:.1%} of the picture step's arithmetic")
     if args.json:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import ldm_jax
-from ldm_jax import cores
-from ldm_jax.latent import LatentDiffusion, build, init_params
+from ldm_jax.kernels import cores
 from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.models.ldm import LatentDiffusion, build, init_params
 from ldm_jax.nn.layers import shapes_of
-from ldm_jax.pipeline import Pipeline, load
+from ldm_jax.sampling.pipeline import Pipeline, load
 
 SD = {
     "in_channels": 4,
@@ -27,12 +27,31 @@ SD = {
     "use_spatial_transformer": True,
     "context_dim": 768,
 }
-F8 = {"embed_dim": 4, "z_channels": 4, "ch": 128, "ch_mult": (1, 2, 4, 4), "num_res_blocks": 2, "attn_type": "vanilla"}
+F8 = {
+    "embed_dim": 4,
+    "z_channels": 4,
+    "ch": 128,
+    "ch_mult": (1, 2, 4, 4),
+    "num_res_blocks": 2,
+    "attn_type": "vanilla",
+}
 SD_V1: dict[str, Any] = {
     "kind": "latent_diffusion",
     "objective": "eps",
-    "schedule": {"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000},
-    "first_stage": {"kind": "kl", **F8, "attn_resolutions": (), "resolution": 256, "in_channels": 3, "out_ch": 3},
+    "schedule": {
+        "beta_schedule": "linear",
+        "linear_start": 0.00085,
+        "linear_end": 0.012,
+        "timesteps": 1000,
+    },
+    "first_stage": {
+        "kind": "kl",
+        **F8,
+        "attn_resolutions": (),
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+    },
     "scale_factor": 0.18215,
     "conditioner": {"kind": "embeddings", "dim": 768, "count": 77},  # what its text tower gives
     "unet": SD,
@@ -79,7 +98,9 @@ def random_like(shapes: Any, dtype: str) -> Any:
     def some(path: Any, leaf: Any) -> np.ndarray:
         fan_in = max(int(np.prod(leaf.shape[:-1])), 1)
         centre = 1.0 if path[-1].key == "scale" else 0.0
-        value = centre + 0.5 * rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan_in))
+        value = centre + 0.5 * rng.standard_normal(leaf.shape, np.float32) / np.float32(
+            np.sqrt(fan_in)
+        )
         return value.astype(jnp.dtype(dtype))
 
     return jax.tree_util.tree_map_with_path(some, shapes)

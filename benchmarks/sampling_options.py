@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 import ldm_jax
-from ldm_jax import cli, metrics
+from ldm_jax.cli import run as cli
+from ldm_jax.eval import metrics
 
 CONCEPTS = ("red apple", "cat face", "rocket", "house", "fish", "sun", "car", "tree")
 STYLES = ("noto", "fluent", "twemoji", "firefox")
@@ -33,7 +34,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         for sampler in ("ddim", "dpmpp_2m", "unipc")
         for steps in (10, 15, 20)
     },
-    "dpmpp_2m, 20 steps, cache_interval 2": {"sampler": "dpmpp_2m", "steps": 20, "cache_interval": 2},
+    "dpmpp_2m, 20 steps, cache_interval 2": {
+        "sampler": "dpmpp_2m",
+        "steps": 20,
+        "cache_interval": 2,
+    },
 }
 
 
@@ -62,7 +67,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows = [row_of(name, pictures, exact, seconds) for name in OPTIONS]
         if args.json:
             about = {"model": args.model, "num": args.num, "backend": jax.default_backend()}
-            args.json.write_text(json.dumps({**about, "exact_steps": args.exact_steps, "rows": rows}, indent=1) + "\n")
+            args.json.write_text(
+                json.dumps({**about, "exact_steps": args.exact_steps, "rows": rows}, indent=1)
+                + "\n"
+            )
     return rows
 
 
@@ -70,7 +78,9 @@ def row_of(
     name: str, pictures: dict[str, np.ndarray], exact: np.ndarray, seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
     """The figures of one option."""
-    ratio = statistics.median(mine / full for mine, full in zip(seconds[name], seconds[FULL], strict=True))
+    ratio = statistics.median(
+        mine / full for mine, full in zip(seconds[name], seconds[FULL], strict=True)
+    )
     to_full = None if name == FULL else float(metrics.psnr(pictures[name], pictures[FULL]).mean())
     to_exact = float(metrics.psnr(pictures[name], exact).mean())
     row = {"option": name, "settings": OPTIONS[name], "psnr_full": to_full, "psnr_exact": to_exact}
@@ -79,26 +89,39 @@ def row_of(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = ["| option | PSNR to the full run | PSNR to the ODE's solution | time of a batch | time saved |"]
+    lines = [
+        "| option | PSNR to the full run | PSNR to the ODE's solution | time of a batch | time saved |"
+    ]
     lines.append("|---|---|---|---|---|")
     for row in rows:
         to_full = "" if row["psnr_full"] is None else f"{row['psnr_full']:.1f} dB"
-        cells = [row["option"], to_full, f"{row['psnr_exact']:.1f} dB", f"{statistics.median(row['seconds']):.2f} s"]
+        cells = [
+            row["option"],
+            to_full,
+            f"{row['psnr_exact']:.1f} dB",
+            f"{statistics.median(row['seconds']):.2f} s",
+        ]
         lines.append(f"| {' | '.join(cells)} | {100 * row['time_saved']:.0f} % |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--num", type=int, default=8, help="pictures, made in one batch")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--exact_steps", type=int, default=100, help="of the run that stands for the ODE's solution")
+    parser.add_argument(
+        "--exact_steps", type=int, default=100, help="of the run that stands for the ODE's solution"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     cli.setup()
     rows = measure(args)
-    print(f"{args.model} on {jax.default_backend()}, {args.num} pictures, {args.rounds} rounds\n\n{table(rows)}")
+    print(
+        f"{args.model} on {jax.default_backend()}, {args.num} pictures, {args.rounds} rounds\n\n{table(rows)}"
+    )
 
 
 if __name__ == "__main__":

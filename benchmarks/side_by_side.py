@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-from ldm_jax import cores
-from ldm_jax.parallel import Target, compiled_for
+from ldm_jax.distributed.parallel import Target, compiled_for
+from ldm_jax.kernels import cores
 from ldm_jax.plan.flops import PRODUCTS, count_flops
 
 # TFLOP/s in bfloat16 that utilisation is given of: for the H200 what large products sustain on one, else what the maker states.
@@ -46,14 +46,24 @@ def compare(sides: Mapping[str, Side], repeats: int, warmup: int = 2) -> dict[st
     return seconds
 
 
-def summary(what: str, sides: Mapping[str, Side], seconds: Mapping[str, list[float]], flops: float) -> dict[str, Any]:
+def summary(
+    what: str, sides: Mapping[str, Side], seconds: Mapping[str, list[float]], flops: float
+) -> dict[str, Any]:
     """Medians, the ratio ours / theirs of each pair of turns (median and quartiles), temporary memory, arithmetic a second."""
     ours, *others = seconds
     peak = next((p for name, p in PEAKS.items() if name in jax.devices()[0].device_kind), None)
-    result: dict[str, Any] = {"what": what, "device": device_name(), "gflop": round(flops / 1e9, 2), "sides": {}}
+    result: dict[str, Any] = {
+        "what": what,
+        "device": device_name(),
+        "gflop": round(flops / 1e9, 2),
+        "sides": {},
+    }
     for name, times in seconds.items():
         median = statistics.median(times)
-        entry: dict[str, Any] = {"ms": round(1e3 * median, 2), "gflop_per_s": round(flops / median / 1e9, 1)}
+        entry: dict[str, Any] = {
+            "ms": round(1e3 * median, 2),
+            "gflop_per_s": round(flops / median / 1e9, 1),
+        }
         if peak is not None:
             entry["utilisation"] = round(flops / median / 1e12 / peak, 3)
         if (temporary := sides[name].temporary) is not None:
@@ -61,7 +71,9 @@ def summary(what: str, sides: Mapping[str, Side], seconds: Mapping[str, list[flo
         if name != ours:
             ratios = sorted(a / b for a, b in zip(seconds[ours], times, strict=True))
             entry["ratio"] = round(statistics.median(ratios), 3)
-            entry["ratio_quartiles"] = [round(float(q), 3) for q in np.quantile(ratios, [0.25, 0.75])]
+            entry["ratio_quartiles"] = [
+                round(float(q), 3) for q in np.quantile(ratios, [0.25, 0.75])
+            ]
         result["sides"][name] = entry
     if not others:
         raise ValueError("compare: one side alone")
@@ -70,7 +82,11 @@ def summary(what: str, sides: Mapping[str, Side], seconds: Mapping[str, list[flo
 
 def device_name() -> str:
     """What both sides ran on."""
-    return f"{torch.get_num_threads()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    return (
+        f"{torch.get_num_threads()} CPU cores"
+        if jax.default_backend() == "cpu"
+        else jax.devices()[0].device_kind
+    )
 
 
 def show(results: list[dict[str, Any]], path: Path | None) -> None:
@@ -99,9 +115,12 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def jitted(function: Callable[..., Any], *args: Any, by_rows: bool = False) -> tuple[Side, float, Any]:
+def jitted(
+    function: Callable[..., Any], *args: Any, by_rows: bool = False
+) -> tuple[Side, float, Any]:
     """(side, floating-point operations of its products, result) of a function compiled for ``args``; ``by_rows``, with the rows of all but the first
-    divided among a CPU's cores, as a pipeline does."""
+    divided among a CPU's cores, as a pipeline does.
+    """
     params, *rows = args
     count = cores.enough(len(rows[0]), len(cores.devices()) or 1) if by_rows else 1
     if len(rows[0]) % count or count == 1:
@@ -123,7 +142,9 @@ def jitted(function: Callable[..., Any], *args: Any, by_rows: bool = False) -> t
 
 def products(function: Callable[..., Any], *args: Any) -> float:
     """Operations of convolutions and products. From the program as it is written: a compiler counts the body of a loop once."""
-    with compiled_for(Target("")):  # without kernels, whose backward pass computes some of them twice
+    with compiled_for(
+        Target("")
+    ):  # without kernels, whose backward pass computes some of them twice
         counted = count_flops(jax.make_jaxpr(function)(*args).jaxpr)
     return float(sum(counted[kind] for kind in PRODUCTS))
 
@@ -171,17 +192,30 @@ def check_same(ours: Any, theirs: np.ndarray, tolerance: float) -> None:
     ours = np.asarray(ours, np.float32)
     off = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not off <= tolerance:
-        raise ValueError(f"the two differ by {off:.2g} of the largest value, more than {tolerance:.2g}")
+        raise ValueError(
+            f"the two differ by {off:.2g} of the largest value, more than {tolerance:.2g}"
+        )
 
 
 def common_arguments(description: str | None) -> argparse.ArgumentParser:
     """The options of every pair."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--compile", action="store_true", help="PyTorch's side through torch.compile as well as eager")
-    parser.add_argument("--threads", type=int, default=0, help="PyTorch's threads (default: the cores of this process)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="PyTorch's side through torch.compile as well as eager",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="PyTorch's threads (default: the cores of this process)",
+    )
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     return parser
 

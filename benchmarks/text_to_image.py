@@ -14,12 +14,22 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
 from benchmarks.models import pipeline
-from benchmarks.side_by_side import Side, as_torch, common_arguments, compare, in_torch, products, set_up, show, summary
+from benchmarks.side_by_side import (
+    Side,
+    as_torch,
+    common_arguments,
+    compare,
+    in_torch,
+    products,
+    set_up,
+    show,
+    summary,
+)
 from benchmarks.torch_twin import TorchDecoder, TorchText, TorchUNet, decoder_params, fill
-from ldm_jax.conditioning import BertText
+from ldm_jax.conditioning.base import BertText
 from ldm_jax.diffusion.samplers import initial_noise
-from ldm_jax.pipeline import Pipeline
-from ldm_jax.requests import Given, arrays
+from ldm_jax.sampling.pipeline import Pipeline
+from ldm_jax.sampling.requests import Given, arrays
 
 
 class Twin:
@@ -27,11 +37,17 @@ class Twin:
 
     def __init__(self, pipe: Pipeline, dtype: torch.dtype, compiled: bool):
         model = pipe.model
-        params = jax.device_get(jax.tree.map(lambda a: a.astype(jnp.float32), (model.params, model.first_stage.params)))
+        params = jax.device_get(
+            jax.tree.map(lambda a: a.astype(jnp.float32), (model.params, model.first_stage.params))
+        )
 
         def ready(module: torch.nn.Module, told: Any) -> Any:
             fill(module, told)
-            module = module.eval().requires_grad_(False).to(memory_format=torch.channels_last, dtype=dtype)
+            module = (
+                module.eval()
+                .requires_grad_(False)
+                .to(memory_format=torch.channels_last, dtype=dtype)
+            )
             module = module.cuda() if torch.cuda.is_available() else module
             return torch.compile(module) if compiled else module
 
@@ -40,17 +56,32 @@ class Twin:
         self.text = None
         if isinstance(model.conditioner, BertText):
             made = model.conditioner.module
-            sizes = (made.dim, made.depth, made.vocab_size, made.max_seq_len, made.heads, made.head_dim)
+            sizes = (
+                made.dim,
+                made.depth,
+                made.vocab_size,
+                made.max_seq_len,
+                made.heads,
+                made.head_dim,
+            )
             self.text = ready(TorchText(*sizes), params[0]["conditioner"])
-        self.scale, self.objective, self.dtype = float(model.first_stage.scale), model.objective, dtype
+        self.scale, self.objective, self.dtype = (
+            float(model.first_stage.scale),
+            model.objective,
+            dtype,
+        )
         self.abar = np.asarray(jax.device_get(model.schedule).alphas_cumprod, np.float64)
 
     @torch.no_grad()
-    def __call__(self, encoded: Any, null: Any, noise: torch.Tensor, nodes: Any, guidance: float) -> torch.Tensor:
+    def __call__(
+        self, encoded: Any, null: Any, noise: torch.Tensor, nodes: Any, guidance: float
+    ) -> torch.Tensor:
         both = torch.cat([null, encoded])
         context = self.text(both) if self.text is not None else both
         x = noise
-        for t, root_prev, direction in zip(nodes.t, nodes.sqrt_abar_prev, nodes.direction, strict=True):
+        for t, root_prev, direction in zip(
+            nodes.t, nodes.sqrt_abar_prev, nodes.direction, strict=True
+        ):
             when = torch.full((2 * len(x),), int(t), device=x.device)
             out_null, out = self.unet(torch.cat([x, x]).to(self.dtype), when, context).chunk(2)
             out = out_null + guidance * (out - out_null)
@@ -84,10 +115,20 @@ def main() -> None:
         plan = pipe.plan(chosen, Given(**asked))
         form = pipe.form(chosen, canvas.size, batch)
         stage = pipe.model.first_stage
-        shape = (canvas.size[0] // stage.downsampling, canvas.size[1] // stage.downsampling, stage.channels)
+        shape = (
+            canvas.size[0] // stage.downsampling,
+            canvas.size[1] // stage.downsampling,
+            stage.channels,
+        )
         noise = as_torch(initial_noise(jax.vmap(jax.random.key)(jnp.asarray(rows.seeds)), shape))
         words = torch.long if args.case == "emoji" else kind
-        told = (as_torch(rows.encoded, words), as_torch(rows.null, words), noise, plan.nodes, guidance)
+        told = (
+            as_torch(rows.encoded, words),
+            as_torch(rows.null, words),
+            noise,
+            plan.nodes,
+            guidance,
+        )
 
         def ours(plan: Any = plan, rows: Any = rows, form: Any = form) -> np.ndarray:
             return np.asarray(pipe.run("ddim", form, plan, rows).images)
@@ -96,7 +137,8 @@ def main() -> None:
         theirs = twin(*told).cpu().permute(0, 2, 3, 1).numpy().astype(int)
         off = np.abs(images - theirs)
         print(
-            f"batch {batch}: the pictures differ by {off.mean():.3f} of 255 on average, {off.max()} at most", flush=True
+            f"batch {batch}: the pictures differ by {off.mean():.3f} of 255 on average, {off.max()} at most",
+            flush=True,
         )
         if args.dtype == "float32" and off.mean() > 0.5:
             raise ValueError("the two make different pictures")
@@ -105,11 +147,15 @@ def main() -> None:
         memory = program.lower(model, plan, rows).compile().memory_analysis()
         unet_flops = flops_of(pipe.model, batch)
         sides = {
-            "ours": Side(ours, None if memory is None else float(count * memory.temp_size_in_bytes)),
+            "ours": Side(
+                ours, None if memory is None else float(count * memory.temp_size_in_bytes)
+            ),
             "torch.compile" if args.compile else "eager": in_torch(lambda told=told: twin(*told)),
         }
         what = f"{args.case} text to image, {args.steps} steps, batch {batch}, {args.dtype}"
-        results.append(summary(what, sides, compare(sides, args.repeats, warmup=1), args.steps * unet_flops))
+        results.append(
+            summary(what, sides, compare(sides, args.repeats, warmup=1), args.steps * unet_flops)
+        )
     show(results, args.json)
 
 
@@ -119,7 +165,9 @@ def flops_of(model: Any, batch: int) -> float:
     x = jax.ShapeDtypeStruct((2 * batch, side, side, model.unet.in_channels), jnp.float32)
     t = jax.ShapeDtypeStruct((2 * batch,), jnp.int32)
     context = jax.ShapeDtypeStruct((2 * batch, 24, model.unet.context_dim), jnp.float32)
-    return products(lambda p, *a: model.unet.apply({"params": p}, *a), model.params["unet"], x, t, context)
+    return products(
+        lambda p, *a: model.unet.apply({"params": p}, *a), model.params["unet"], x, t, context
+    )
 
 
 if __name__ == "__main__":

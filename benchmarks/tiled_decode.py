@@ -14,22 +14,30 @@ import jax
 import numpy as np
 
 import ldm_jax
-from ldm_jax import metrics
 from ldm_jax.data import ImageTransform, make_source
-from ldm_jax.generation import Form, decode
-from ldm_jax.latent import to_float, to_uint8
+from ldm_jax.eval import metrics
+from ldm_jax.models.ldm import to_float, to_uint8
+from ldm_jax.sampling.program import Form, decode
 
 
 def mosaic(side: int, picture: int = 64) -> np.ndarray:
     """uint8 [1, side, side, 3] of the first pictures that ship with the package."""
-    source, fitted = make_source({"path": "pkg:assets/emoji_subset.zip"}), ImageTransform((picture, picture))
+    source, fitted = (
+        make_source({"path": "pkg:assets/emoji_subset.zip"}),
+        ImageTransform((picture, picture)),
+    )
     n, rng = -(-side // picture), np.random.default_rng(0)
-    rows = [np.concatenate([fitted(source[i * n + j]["image"], rng) for j in range(n)], axis=1) for i in range(n)]
+    rows = [
+        np.concatenate([fitted(source[i * n + j]["image"], rng) for j in range(n)], axis=1)
+        for i in range(n)
+    ]
     return np.concatenate(rows)[None, :side, :side]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--side", type=int, default=512, help="of the mosaic, in pixels")
     parser.add_argument("--tiles", type=int, nargs="+", default=[64, 128, 256])
@@ -41,7 +49,11 @@ def main() -> None:
     results, whole = [], None
     for tile in (0, *args.tiles):
         form = Form((args.side, args.side), tile=tile)
-        program = jax.jit(lambda stage, z, form=form: to_uint8(decode(stage, z, form))).lower(stage, z).compile()
+        program = (
+            jax.jit(lambda stage, z, form=form: to_uint8(decode(stage, z, form)))
+            .lower(stage, z)
+            .compile()
+        )
         out = np.asarray(program(stage, z))
         began = time.perf_counter()
         jax.block_until_ready(program(stage, z))
@@ -72,7 +84,8 @@ def main() -> None:
         )
     if args.json:
         args.json.write_text(
-            json.dumps({"side": args.side, "backend": jax.default_backend(), "results": results}) + "\n"
+            json.dumps({"side": args.side, "backend": jax.default_backend(), "results": results})
+            + "\n"
         )
 
 

@@ -17,10 +17,14 @@ from ldm_jax.models.unet import Block, UNet, layout
 
 def fill(module: nn.Module, params: Any) -> None:
     """Copies Flax parameters into the modules and parameters of the same names; KeyError where one side has what the other has not."""
-    own = {name for name, _ in module.named_parameters(recurse=False)} | {name for name, _ in module.named_children()}
+    own = {name for name, _ in module.named_parameters(recurse=False)} | {
+        name for name, _ in module.named_children()
+    }
     leaf = {"scale": "weight", "kernel": "weight", "embedding": "weight"}
     if own != {leaf.get(name, name) for name in params}:
-        raise KeyError(f"{type(module).__name__} has {sorted(own)}, the parameters {sorted(params)}")
+        raise KeyError(
+            f"{type(module).__name__} has {sorted(own)}, the parameters {sorted(params)}"
+        )
     for name, value in params.items():
         if hasattr(value, "items"):
             fill(getattr(module, name), value)
@@ -29,7 +33,9 @@ def fill(module: nn.Module, params: Any) -> None:
         if name == "kernel":
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         with torch.no_grad():
-            getattr(module, leaf.get(name, name)).copy_(torch.from_numpy(np.array(array, order="C")))
+            getattr(module, leaf.get(name, name)).copy_(
+                torch.from_numpy(np.array(array, order="C"))
+            )
 
 
 class Attention(nn.Module):
@@ -68,7 +74,10 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     def __init__(self, c: int, context: int, heads: int, head_dim: int):
         super().__init__()
-        self.attn1, self.attn2 = Attention(c, c, heads, head_dim), Attention(c, context, heads, head_dim)
+        self.attn1, self.attn2 = (
+            Attention(c, c, heads, head_dim),
+            Attention(c, context, heads, head_dim),
+        )
         self.ff = FeedForward(c, glu=True)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c), nn.LayerNorm(c), nn.LayerNorm(c)
 
@@ -85,7 +94,9 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(groups, c, 1e-6)
         self.proj_in, self.proj_out = nn.Linear(c, inner), nn.Linear(inner, c)
         for i in range(block.depth):
-            self.add_module(f"blocks_{i}", TransformerBlock(inner, context, block.heads, block.head_dim))
+            self.add_module(
+                f"blocks_{i}", TransformerBlock(inner, context, block.heads, block.head_dim)
+            )
         self.depth = block.depth
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
@@ -100,7 +111,10 @@ class ResBlock(nn.Module):
     def __init__(self, c: int, features: int, emb: int, groups: int):
         super().__init__()
         self.in_norm, self.out_norm = nn.GroupNorm(groups, c), nn.GroupNorm(groups, features)
-        self.in_conv, self.out_conv = nn.Conv2d(c, features, 3, padding=1), nn.Conv2d(features, features, 3, padding=1)
+        self.in_conv, self.out_conv = (
+            nn.Conv2d(c, features, 3, padding=1),
+            nn.Conv2d(features, features, 3, padding=1),
+        )
         self.emb = nn.Linear(emb, features)
         if c != features:
             self.skip = Pointwise(c, features)
@@ -150,7 +164,9 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.dense_0, self.dense_1 = nn.Linear(c, features), nn.Linear(features, features)
         half = c // 2
-        self.register_buffer("freqs", torch.exp(-np.log(10000.0) * torch.arange(half) / half), persistent=False)
+        self.register_buffer(
+            "freqs", torch.exp(-np.log(10000.0) * torch.arange(half) / half), persistent=False
+        )
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         args = t.float()[:, None] * self.freqs
@@ -164,7 +180,9 @@ class TorchUNet(nn.Module):
     def __init__(self, unet: UNet):
         super().__init__()
         if not unet.use_spatial_transformer or unet.resblock_updown or unet.use_scale_shift_norm:
-            raise ValueError("TorchUNet: only UNets of spatial transformers without resblock_updown and scale_shift")
+            raise ValueError(
+                "TorchUNet: only UNets of spatial transformers without resblock_updown and scale_shift"
+            )
         plan, emb, groups = layout(unet), 4 * unet.model_channels, unet.norm_groups
         self.time_embed = TimeEmbedding(unet.model_channels, emb)
 
@@ -179,7 +197,9 @@ class TorchUNet(nn.Module):
                 case _:
                     return Resample(block.kind, block.channels_in, unet.conv_resample)
 
-        rows = {f"input_blocks_{i}": row for i, row in enumerate(plan.input)} | {"middle_block": plan.middle}
+        rows = {f"input_blocks_{i}": row for i, row in enumerate(plan.input)} | {
+            "middle_block": plan.middle
+        }
         rows |= {f"output_blocks_{i}": row for i, row in enumerate(plan.output)}
         self.rows = {name: [f"{name}_{j}" for j in range(len(row))] for name, row in rows.items()}
         for name, row in rows.items():
@@ -206,7 +226,9 @@ class TorchUNet(nn.Module):
 class TorchText(nn.Module):
     """Our `TransformerEncoder`: tokens [b, n] -> [b, n, dim]."""
 
-    def __init__(self, dim: int, depth: int, vocab_size: int, max_seq_len: int, heads: int, head_dim: int):
+    def __init__(
+        self, dim: int, depth: int, vocab_size: int, max_seq_len: int, heads: int, head_dim: int
+    ):
         super().__init__()
         self.depth = depth
         self.token_emb = nn.Embedding(vocab_size, dim)
@@ -230,7 +252,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, c: int, features: int, groups: int):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(groups, c, 1e-6), nn.GroupNorm(groups, features, 1e-6)
-        self.conv1, self.conv2 = nn.Conv2d(c, features, 3, padding=1), nn.Conv2d(features, features, 3, padding=1)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(c, features, 3, padding=1),
+            nn.Conv2d(features, features, 3, padding=1),
+        )
         if c != features:
             self.skip = Pointwise(c, features)
 
@@ -258,7 +283,10 @@ class TorchDecoder(nn.Module):
         super().__init__()
         if module.attn_resolutions or module.attn_type not in ("vanilla", "none"):
             raise ValueError("TorchDecoder: only attention in the middle, vanilla or none")
-        self.post_quant_conv, self.decoder = Pointwise(module.embed_dim, module.z_channels), nn.Module()
+        self.post_quant_conv, self.decoder = (
+            Pointwise(module.embed_dim, module.z_channels),
+            nn.Module(),
+        )
         groups, widths = module.norm_groups, [mult * module.ch for mult in module.ch_mult]
         order, c = ["conv_in", "mid_block_1"], widths[-1]
         add = self.decoder.add_module

@@ -30,7 +30,9 @@ def measure(name: str, batch: int, args: Any) -> dict[str, Any]:
     backward(made.twin)
     first: Any = made.twin.input_blocks_0_0
     theirs = first.weight.grad.float().cpu().permute(2, 3, 1, 0).numpy()
-    check_same(grads["input_blocks_0_0"]["kernel"], theirs, 1e-3 if args.dtype == "float32" else 1e-1)
+    check_same(
+        grads["input_blocks_0_0"]["kernel"], theirs, 1e-3 if args.dtype == "float32" else 1e-1
+    )
     sides = {"ours": ours, "eager": in_torch(lambda: backward(made.twin))}
     if args.compile:
         faster: Any = torch.compile(made.twin)

@@ -57,10 +57,16 @@ def pair(name: str, batch: int, dtype: str) -> Pair:
     """Both sides of a case; weights float32, cast to ``dtype`` for PyTorch where that is bfloat16."""
     case, rng = CASES[name], np.random.default_rng(0)
     unet = UNet(**case.fields, dtype=jnp.dtype(dtype))
-    x = rng.standard_normal((batch, case.side, case.side, case.fields["in_channels"])).astype(np.float32)
+    x = rng.standard_normal((batch, case.side, case.side, case.fields["in_channels"])).astype(
+        np.float32
+    )
     t = rng.integers(0, 1000, batch).astype(np.int32)
-    context = rng.standard_normal((batch, case.tokens, case.fields["context_dim"])).astype(np.float32)
-    params = random_like(jax.eval_shape(unet.init, jax.random.key(0), x, t, context)["params"], "float32")
+    context = rng.standard_normal((batch, case.tokens, case.fields["context_dim"])).astype(
+        np.float32
+    )
+    params = random_like(
+        jax.eval_shape(unet.init, jax.random.key(0), x, t, context)["params"], "float32"
+    )
     twin = TorchUNet(unet)
     fill(twin, params)
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32

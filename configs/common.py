@@ -17,7 +17,9 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.seed = 0
     # A model directory whose parameters the run begins with, to go on with a trained or a converted model.
     config.init = ""
-    config.init_strict = True  # False: what that model has not, or has of another shape, begins anew
+    config.init_strict = (
+        True  # False: what that model has not, or has of another shape, begins anew
+    )
     config.steps = 100_000
     config.batch_size = 32
     config.dtype = "float32"  # of products; parameters are always float32
@@ -29,7 +31,9 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.mesh.data = -1
     config.mesh.fsdp = 1  # splits parameters, their average and the optimiser's moments
     config.mesh.tensor = 1  # splits attention and feed-forward
-    config.mesh.zero1 = False  # splits the average and the optimiser's moments alone: for models that fit a chip
+    config.mesh.zero1 = (
+        False  # splits the average and the optimiser's moments alone: for models that fit a chip
+    )
     config.log_every = 50
     config.save_every = 1000
     config.eval_every = 1000
@@ -56,14 +60,18 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.num_workers = 0  # processes that decode; 0 decodes in threads
 
     config.optim = section()
-    config.optim.kind = "adamw"  # or adafactor, whose second moments are a row and a column for each matrix
+    config.optim.kind = (
+        "adamw"  # or adafactor, whose second moments are a row and a column for each matrix
+    )
     config.optim.mu_dtype = "float32"  # of the first moments; or bfloat16
     config.optim.lr = 1e-4
     config.optim.warmup = 0
     config.optim.scale_lr = False  # times batch_size
     config.optim.decay = "constant"  # or cosine, linear; or, as config.optim.cycles says, cycles_cosine, cycles_linear
     config.optim.final = 0.0  # of lr, at the last step
-    config.optim.cycles = section(lengths=(100_000,), warmup=(10_000,), start=(1e-6,), high=(1.0,), low=(1.0,))  # of lr
+    config.optim.cycles = section(
+        lengths=(100_000,), warmup=(10_000,), start=(1e-6,), high=(1.0,), low=(1.0,)
+    )  # of lr
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.weight_decay = 0.0
@@ -77,12 +85,16 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.loss.kind = "l1"  # or l2
         config.loss.kl_weight = 1e-6
         config.loss.logvar_init = 0.0
-        config.loss.learn_logvar = False  # the original has it as a parameter that no optimiser gets
+        config.loss.learn_logvar = (
+            False  # the original has it as a parameter that no optimiser gets
+        )
         config.loss.perceptual_weight = 0.0
         config.loss.vgg16 = ""  # safetensors of VGG16's convolutions
         config.loss.lpips_heads = ""  # safetensors of LPIPS' linear heads
         config.loss.codebook_weight = 1.0
-        config.loss.restart_codes = False  # put codes that nothing chooses on encodings of the batch
+        config.loss.restart_codes = (
+            False  # put codes that nothing chooses on encodings of the batch
+        )
         config.loss.temperature = 1.0  # of the Gumbel quantiser, falling ...
         config.loss.temperature_final = 1.0  # ... to this ...
         config.loss.temperature_steps = 1  # ... over so many steps
@@ -101,7 +113,9 @@ def base(task: str) -> ml_collections.ConfigDict:
         config.adversary.alarm = 0.0  # a d_weight above this is said in the log; 0: never
 
         config.guard = section()
-        config.guard.rollbacks = 0  # how often a run that diverged goes back to its last checkpoint; 0: it stops
+        config.guard.rollbacks = (
+            0  # how often a run that diverged goes back to its last checkpoint; 0: it stops
+        )
         config.guard.lower = 0.5  # each time the adversary's weight is multiplied by this
         # Diverged is what is not finite and, unless this is 0, a recent rec_loss this many times its lowest; above the root of it nothing is saved.
         config.guard.rise = 0.0

@@ -10,8 +10,8 @@ in about 3 hours: 60 % of the concepts found again: see ldm_jax/assets/emoji/REA
 
 import ml_collections
 
-from configs.common import base, section, short
-from configs.emoji_presets import CHANNELS, CONTEXT, emoji_unet
+from ldm_jax.configs.common import base, section, short
+from ldm_jax.configs.emoji_presets import CHANNELS, CONTEXT, emoji_unet
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -22,17 +22,27 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.ema = 0.9995
     styles = ("noto", "twemoji", "fluent 3d", "fluent flat")
     concepts = ("red apple", "dog face", "grinning face", "rocket")
-    config.preview_captions = tuple(f"{concept}, {style} style" for concept in concepts for style in styles)
+    config.preview_captions = tuple(
+        f"{concept}, {style} style" for concept in concepts for style in styles
+    )
     config.data.update(path="emoji64.zip", caption="{text}, {style} style")
-    config.data.update(split_column="hexcode", holdout=0.05, pair_columns=("hexcode", "style"), pair_holdout=0.05)
-    config.optim.update(lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.0)
+    config.data.update(
+        split_column="hexcode", holdout=0.05, pair_columns=("hexcode", "style"), pair_holdout=0.05
+    )
+    config.optim.update(
+        lr=8e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99, weight_decay=0.0
+    )
     config.loss.update(caption_dropout=0.1, timestep_shift=3.0)
 
     model = config.model
     model.objective = "v"
-    model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000)
+    model.schedule = section(
+        beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000
+    )
     model.first_stage = section(path="runs/emoji_kl/model")
-    model.conditioner = section(kind="bert", dim=CONTEXT, depth=2, max_seq_len=24, heads=4, head_dim=32, embed_std=1.0)
+    model.conditioner = section(
+        kind="bert", dim=CONTEXT, depth=2, max_seq_len=24, heads=4, head_dim=32, embed_std=1.0
+    )
     model.unet = emoji_unet(CHANNELS, context=True)
     model.sampling = section(size=(64, 64), steps=50, guidance=4.0)
     model.data = section(
@@ -43,7 +53,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant == "smoke":
         short(config, steps=30)
         model.first_stage.path = "pkg:assets/emoji"
-        model.unet.update(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
+        model.unet.update(
+            model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,)
+        )
     elif variant:
         raise ValueError(f"emoji has no variant {variant!r}; there is smoke")
     return config

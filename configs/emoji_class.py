@@ -10,8 +10,16 @@ Both take 17 minutes on one CPU core; the loss on held-out concepts ends at 0.33
 
 import ml_collections
 
-from configs.common import section
-from configs.emoji_presets import CONTEXT, FACE_STYLES, FACES, GROUP_KINDS, KINDS, emoji_diffusion, smoke
+from ldm_jax.configs.common import section
+from ldm_jax.configs.emoji_presets import (
+    CONTEXT,
+    FACE_STYLES,
+    FACES,
+    GROUP_KINDS,
+    KINDS,
+    emoji_diffusion,
+    smoke,
+)
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

@@ -9,8 +9,8 @@ filled smoothly before the picture is encoded: black, as in the original, it spo
 
 import ml_collections
 
-from configs.common import section
-from configs.emoji_presets import CHANNELS, LATENT, emoji_diffusion, smoke
+from ldm_jax.configs.common import section
+from ldm_jax.configs.emoji_presets import CHANNELS, LATENT, emoji_diffusion, smoke
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

@@ -7,7 +7,7 @@
 
 import ml_collections
 
-from configs.common import base, section, short
+from ldm_jax.configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import base, section, short
+from ldm_jax.configs.common import base, section, short
 
 LATENT = (16, 16)  # of the demo's first stage: 64 / 4
 CHANNELS = 8
@@ -16,11 +16,24 @@ KINDS += ("keycap", "person", "plant-flower", "time", "transport-ground", "zodia
 # The nine groups, of each the subgroups whose pictures look alike.
 GROUP_KINDS = (*KINDS[1:], "award-medal", "book-paper")  # birds are too many-shaped beside flowers
 # Faces, which seven of the styles draw each in its own way.
-FACES = tuple(f"face-{how}" for how in ("affection", "concerned", "glasses", "hand", "hat", "negative"))
-FACES += tuple(f"face-{how}" for how in ("neutral-skeptical", "sleepy", "smiling", "tongue", "unwell"))
+FACES = tuple(
+    f"face-{how}" for how in ("affection", "concerned", "glasses", "hand", "hat", "negative")
+)
+FACES += tuple(
+    f"face-{how}" for how in ("neutral-skeptical", "sleepy", "smiling", "tongue", "unwell")
+)
 FACE_STYLES = ("emojione", "fluent", "fluent 3d", "fluent flat", "noto", "noto blob", "twemoji")
 # Of objects in scenes, which are small.
-PLAIN_KINDS = ("cat-face", "face-smiling", "food-fruit", "heart", "keycap", "plant-flower", "time", "zodiac")
+PLAIN_KINDS = (
+    "cat-face",
+    "face-smiling",
+    "food-fruit",
+    "heart",
+    "keycap",
+    "plant-flower",
+    "time",
+    "zodiac",
+)
 
 
 def emoji_diffusion(
@@ -39,7 +52,9 @@ def emoji_diffusion(
     config.loss.update(timestep_shift=3.0, caption_dropout=0.1 if guidance > 1 else 0.0)
     model = config.model
     model.objective = "v"
-    model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000)
+    model.schedule = section(
+        beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000
+    )
     model.first_stage = section(path="pkg:assets/emoji")
     model.conditioner = section(**conditioner)
     model.unet = emoji_unet(CHANNELS + joined, context)

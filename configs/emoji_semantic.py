@@ -8,14 +8,20 @@ samples of six of them 96 % of what is painted lies in the objects of their maps
 
 import ml_collections
 
-from configs.common import section
-from configs.emoji_presets import PLAIN_KINDS, emoji_diffusion, smoke
+from ldm_jax.configs.common import section
+from ldm_jax.configs.emoji_presets import PLAIN_KINDS, emoji_diffusion, smoke
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
     # 64x64 labels, one-hot, are halved twice and mapped to as many channels. The original's model maps to 3.
-    conditioner = {"kind": "rescale", "size": (64, 64), "n_stages": 2, "in_channels": 9, "out_channels": 9}
+    conditioner = {
+        "kind": "rescale",
+        "size": (64, 64),
+        "n_stages": 2,
+        "in_channels": 9,
+        "out_channels": 9,
+    }
     config = emoji_diffusion(conditioner, joined=9)
     config.steps = 3500
     config.data.update(source="scenes", count=8000, objects=3, smallest=0.4, largest=0.7)

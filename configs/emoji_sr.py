@@ -10,13 +10,15 @@ For pictures as they are found, degrade as Zhang et al. 2021 do:
 
 import ml_collections
 
-from configs.common import section
-from configs.emoji_presets import LATENT, emoji_diffusion, smoke
+from ldm_jax.configs.common import section
+from ldm_jax.configs.emoji_presets import LATENT, emoji_diffusion, smoke
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
-    config = emoji_diffusion({"kind": "joined", "of": "picture", "channels": 3, "size": LATENT}, joined=3)
+    config = emoji_diffusion(
+        {"kind": "joined", "of": "picture", "channels": 3, "size": LATENT}, joined=3
+    )
     config.steps = 3000
     config.data.condition = section(kinds=("bicubic",))
     config.data.flip = True

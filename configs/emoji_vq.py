@@ -8,7 +8,7 @@ in its UNet.
 
 import ml_collections
 
-from configs.common import base, section, short
+from ldm_jax.configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -20,7 +20,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.update(path="emoji64.zip", split_column="hexcode", holdout=0.05, flip=True)
     config.optim.update(lr=5e-4, warmup=100, decay="cosine", final=0.02, b1=0.5, b2=0.9)
     config.loss.update(kind="l1", restart_codes=True)
-    config.adversary.update(weight=0.2, start=2000, layers=2, channels=32, ramp=500, cap=10.0, alarm=100.0)
+    config.adversary.update(
+        weight=0.2, start=2000, layers=2, channels=32, ramp=500, cap=10.0, alarm=100.0
+    )
     config.guard.update(rollbacks=3, rise=2.0)
     config.model.first_stage = section(
         kind="vq",

@@ -8,7 +8,7 @@ files of the perceptual distance's published weights.
 
 import ml_collections
 
-from configs.released import first_stage
+from ldm_jax.configs.released import first_stage
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

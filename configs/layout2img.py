@@ -8,8 +8,8 @@ takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs ac
 
 import ml_collections
 
-from configs.common import section
-from configs.released import diffusion, finish
+from ldm_jax.configs.common import section
+from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -31,7 +31,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.loss.update(kind="l1", caption_dropout=0.0)
     config.data.update(source="coco", annotations="instances.json", min_boxes=2, max_boxes=30)
     config.data.condition = section(column="boxes")
-    config.model.conditioner = section(kind="tokens", dim=512, depth=16, max_seq_len=92, vocab_size=8192)
+    config.model.conditioner = section(
+        kind="tokens", dim=512, depth=16, max_seq_len=92, vocab_size=8192
+    )
     if variant == "smoke":
         for name in ("annotations", "min_boxes", "max_boxes"):
             del config.data[name]

@@ -7,7 +7,7 @@ Not trained here: it needs accelerators.
 
 import ml_collections
 
-from configs.released import diffusion, finish
+from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

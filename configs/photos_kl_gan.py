@@ -9,12 +9,13 @@ fiftieth picture or so is held out, by name. Not trained in full; docs/first_sta
 
 import ml_collections
 
-from configs.common import base, section, short
+from ldm_jax.configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """``variant`` "" is the full run, "parity" the same without what the original has not; "small" is for two CPU cores, "small_parity" both;
-    "smoke" a short one on the pictures that ship."""
+    "smoke" a short one on the pictures that ship.
+    """
     config = base("autoencoder")
     config.steps = 20_000
     config.batch_size = 16
@@ -33,7 +34,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 def vary(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
     """``config`` as one of the variants of the photos' configs."""
     if variant not in ("", "parity", "small", "small_parity", "smoke"):
-        raise ValueError(f"there is no variant {variant!r}; there are parity, small, small_parity and smoke")
+        raise ValueError(
+            f"there is no variant {variant!r}; there are parity, small, small_parity and smoke"
+        )
     if variant.startswith("small"):
         small(config)
     if variant.endswith("parity"):
@@ -45,8 +48,17 @@ def vary(config: ml_collections.ConfigDict, variant: str) -> ml_collections.Conf
 
 def first_stage(**fields) -> ml_collections.ConfigDict:
     """The network that the KL and the VQ model share."""
-    shared = {"embed_dim": 4, "z_channels": 4, "ch": 64, "ch_mult": (1, 2, 2), "num_res_blocks": 2, "resolution": 128}
-    return section(**shared, attn_resolutions=(), attn_type="none", in_channels=3, out_ch=3, **fields)
+    shared = {
+        "embed_dim": 4,
+        "z_channels": 4,
+        "ch": 64,
+        "ch_mult": (1, 2, 2),
+        "num_res_blocks": 2,
+        "resolution": 128,
+    }
+    return section(
+        **shared, attn_resolutions=(), attn_type="none", in_channels=3, out_ch=3, **fields
+    )
 
 
 def as_the_original(config: ml_collections.ConfigDict) -> None:

@@ -9,7 +9,7 @@ docs/first_stages.md has commands, times and results of the `:small` variants.
 
 import ml_collections
 
-from configs import photos_kl_gan
+from ldm_jax.configs import photos_kl_gan
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

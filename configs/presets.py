@@ -4,8 +4,8 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import section, short
-from configs.released import FIRST_STAGES
+from ldm_jax.configs.common import section, short
+from ldm_jax.configs.released import FIRST_STAGES
 
 
 def sd_unet(context_dim: int) -> ml_collections.ConfigDict:
@@ -26,7 +26,10 @@ def sd_unet(context_dim: int) -> ml_collections.ConfigDict:
 
 
 def text_to_image(
-    config: ml_collections.ConfigDict, unet: ml_collections.ConfigDict, size: tuple[int, int], guidance: float
+    config: ml_collections.ConfigDict,
+    unet: ml_collections.ConfigDict,
+    size: tuple[int, int],
+    guidance: float,
 ) -> None:
     """Fills in what does not depend on the text encoder, and a mesh for accelerators."""
     config.dtype = "bfloat16"
@@ -38,7 +41,9 @@ def text_to_image(
     model = config.model
     model.objective = "eps"
     model.scale_factor = 0.18215
-    model.schedule = section(beta_schedule="linear", linear_start=0.00085, linear_end=0.012, timesteps=1000)
+    model.schedule = section(
+        beta_schedule="linear", linear_start=0.00085, linear_end=0.012, timesteps=1000
+    )
     model.first_stage = section(path="runs/kl_f8/model", **FIRST_STAGES["kl_f8"])
     model.conditioner = section()
     model.unet = unet
@@ -53,6 +58,11 @@ def smoke(config: Any) -> None:
     config.optim.warmup = 0
     del config.model.scale_factor  # measured
     config.model.first_stage = section(path="pkg:assets/emoji")
-    narrow = {"model_channels": 32, "channel_mult": (1, 2), "attention_resolutions": (2,), "num_res_blocks": 1}
+    narrow = {
+        "model_channels": 32,
+        "channel_mult": (1, 2),
+        "attention_resolutions": (2,),
+        "num_res_blocks": 1,
+    }
     config.model.unet.update(in_channels=8, out_channels=8, context_dim=64, num_heads=2, **narrow)
     config.model.sampling.update(size=(64, 64), steps=10)

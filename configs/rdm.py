@@ -8,8 +8,8 @@ length 1. Not trained here: it needs accelerators.
 
 import ml_collections
 
-from configs.common import section
-from configs.released import diffusion, finish
+from ldm_jax.configs.common import section
+from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

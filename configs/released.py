@@ -4,10 +4,12 @@ from typing import Any
 
 import ml_collections
 
-from configs.common import base, section, short
+from ldm_jax.configs.common import base, section, short
 
 
-def _coder(kind: str, channels: int, ch_mult: tuple[int, ...], attention: tuple[int, ...] = (), **more: Any) -> dict:
+def _coder(
+    kind: str, channels: int, ch_mult: tuple[int, ...], attention: tuple[int, ...] = (), **more: Any
+) -> dict:
     shared = {"ch": 128, "num_res_blocks": 2, "resolution": 256, "in_channels": 3, "out_ch": 3}
     return {
         "kind": kind,
@@ -41,7 +43,9 @@ UNCONDITIONAL = {
 }
 
 
-def first_stage(name: str, variant: str, *, weight: float, start: int, **adversary: Any) -> ml_collections.ConfigDict:
+def first_stage(
+    name: str, variant: str, *, weight: float, start: int, **adversary: Any
+) -> ml_collections.ConfigDict:
     """The training of a row of `FIRST_STAGES`, on 256x256 crops, with the discriminator at ``weight`` from step ``start``.
 
     The losses are the released ones; the adversary's ramp and cap and the guard are ours (`configs/common.py` says how to have it without).
@@ -52,9 +56,13 @@ def first_stage(name: str, variant: str, *, weight: float, start: int, **adversa
     config.batch_size = 96  # the original's 12 on each of 8 devices
     config.data.update(path="pictures", size=(256, 256), crop="random", flip=True)
     config.optim.update(lr=4.5e-6, scale_lr=True, b1=0.5, b2=0.9)
-    config.loss.update(kind="l1", perceptual_weight=1.0, vgg16="vgg16.safetensors", lpips_heads="lpips.safetensors")
+    config.loss.update(
+        kind="l1", perceptual_weight=1.0, vgg16="vgg16.safetensors", lpips_heads="lpips.safetensors"
+    )
     # The reconstruction loss of KL is a sum over pixels, hence a d_weight of thousands, which the original's own limit is made for.
-    limits = {"kl": {"cap": 0.0, "alarm": 4500.0}, "vq": {"cap": 10.0, "alarm": 100.0}}[FIRST_STAGES[name]["kind"]]
+    limits = {"kl": {"cap": 0.0, "alarm": 4500.0}, "vq": {"cap": 10.0, "alarm": 100.0}}[
+        FIRST_STAGES[name]["kind"]
+    ]
     config.adversary.update(weight=weight, start=start, ramp=5000, **limits, **adversary)
     config.guard.update(rollbacks=3, rise=2.0)
     config.model.first_stage = section(**FIRST_STAGES[name])
@@ -73,7 +81,14 @@ def first_stage(name: str, variant: str, *, weight: float, start: int, **adversa
 
 
 def diffusion(
-    stage: str, *, linear_end: float, batch: int, steps: int, lr: float, size: int = 256, **unet: Any
+    stage: str,
+    *,
+    linear_end: float,
+    batch: int,
+    steps: int,
+    lr: float,
+    size: int = 256,
+    **unet: Any,
 ) -> ml_collections.ConfigDict:
     """The training of a latent diffusion model on the first stage ``stage`` of `FIRST_STAGES`, which lies in runs/STAGE/model.
 
@@ -87,10 +102,14 @@ def diffusion(
     channels = FIRST_STAGES[stage]["embed_dim"]
     model = config.model
     model.objective = "eps"
-    model.schedule = section(beta_schedule="linear", linear_start=0.0015, linear_end=linear_end, timesteps=1000)
+    model.schedule = section(
+        beta_schedule="linear", linear_start=0.0015, linear_end=linear_end, timesteps=1000
+    )
     model.first_stage = section(path=f"runs/{stage}/model", **FIRST_STAGES[stage])
     model.conditioner = section(kind="none")
-    model.unet = section(**{"in_channels": channels, "out_channels": channels, "num_res_blocks": 2, **unet})
+    model.unet = section(
+        **{"in_channels": channels, "out_channels": channels, "num_res_blocks": 2, **unet}
+    )
     model.sampling = section(size=(size, size), steps=200, guidance=1.0)
     return config
 
@@ -106,7 +125,13 @@ def finish(config: ml_collections.ConfigDict, variant: str) -> ml_collections.Co
         model, unet = config.model, config.model.unet
         more = unet.in_channels - unet.out_channels  # channels of a joined condition
         model.first_stage = section(path="pkg:assets/emoji")
-        unet.update(in_channels=8 + more, out_channels=8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1)
+        unet.update(
+            in_channels=8 + more,
+            out_channels=8,
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=1,
+        )
         unet.update(attention_resolutions=(2,), num_heads=2, num_head_channels=-1)
         model.sampling.update(size=(64, 64), steps=5)
     return config

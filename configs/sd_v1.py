@@ -9,8 +9,8 @@ warm-up are those of the released model's card. What it needs on which chips: do
 
 import ml_collections
 
-from configs.common import base
-from configs.presets import sd_unet, smoke, text_to_image
+from ldm_jax.configs.common import base
+from ldm_jax.configs.presets import sd_unet, smoke, text_to_image
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -24,8 +24,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.conditioner.update(kind="clip", frozen=True, path="runs/clip_text/model")
     if variant == "smoke":
         smoke(config)
-        width = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config.model.conditioner.update(**width, frozen=False, path="")  # there are no weights of CLIP to be frozen
+        width = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        config.model.conditioner.update(
+            **width, frozen=False, path=""
+        )  # there are no weights of CLIP to be frozen
     elif variant:
         raise ValueError(f"sd_v1 has no variant {variant!r}; there is smoke")
     return config

@@ -7,8 +7,8 @@ takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs ac
 
 import ml_collections
 
-from configs.common import section
-from configs.released import diffusion, finish
+from ldm_jax.configs.common import section
+from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -27,7 +27,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.loss.update(kind="l1", caption_dropout=0.0)
     config.data.update(source="label_maps", condition=section(column="map"))
-    config.model.conditioner = section(kind="rescale", size=(256, 256), n_stages=2, in_channels=182, out_channels=3)
+    config.model.conditioner = section(
+        kind="rescale", size=(256, 256), n_stages=2, in_channels=182, out_channels=3
+    )
     if variant == "smoke":
         config.data.update(source="scenes", count=50, objects=3)
         config.model.conditioner.update(size=(64, 64), in_channels=10)

@@ -7,8 +7,8 @@ takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs ac
 
 import ml_collections
 
-from configs.common import section
-from configs.released import diffusion, finish
+from ldm_jax.configs.common import section
+from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

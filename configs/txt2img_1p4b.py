@@ -9,8 +9,8 @@ which chips: docs/scale.md; it has not been trained here.
 
 import ml_collections
 
-from configs.common import base
-from configs.presets import sd_unet, smoke, text_to_image
+from ldm_jax.configs.common import base
+from ldm_jax.configs.presets import sd_unet, smoke, text_to_image
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ Not trained here: it needs accelerators.
 
 import ml_collections
 
-from configs.released import first_stage
+from ldm_jax.configs.released import first_stage
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:

@@ -17,27 +17,33 @@ from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-os.environ["FLAX_PROFILE"] = "false"  # names of scopes, which nobody reads here: a tenth of all tracing
+os.environ["FLAX_PROFILE"] = (
+    "false"  # names of scopes, which nobody reads here: a tenth of all tracing
+)
 
 import jaxlib
 
 if jaxlib.__version__.startswith(
     "0.10."
 ):  # a quarter less compiling; XLA ends the process where it does not know a flag
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    )
 
 import jax
 import numpy as np
 import pytest
 from absl import app, flags
 
-from ldm_jax import generation, heap, pipeline
-from ldm_jax.checkpoint import save_model
-from ldm_jax.latent import build, init_params
+from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.io.checkpoint import save_model
+from ldm_jax.kernels import heap
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.parallel import make_mesh
-from ldm_jax.pipeline import Pipeline, load
-from ldm_jax.train.tasks import DiffusionTask
+from ldm_jax.models.ldm import build, init_params
+from ldm_jax.sampling import pipeline
+from ldm_jax.sampling import program as generation
+from ldm_jax.sampling.pipeline import Pipeline, load
+from ldm_jax.train.tasks.base import DiffusionTask
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,9 +66,21 @@ TINY = {
     "kind": "latent_diffusion",
     "objective": "eps",
     "scale_factor": 0.5,
-    "schedule": {"beta_schedule": "linear", "linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 100},
+    "schedule": {
+        "beta_schedule": "linear",
+        "linear_start": 0.0015,
+        "linear_end": 0.0195,
+        "timesteps": 100,
+    },
     "first_stage": KL,
-    "conditioner": {"kind": "bert", "dim": 16, "depth": 1, "max_seq_len": 12, "heads": 2, "head_dim": 8},
+    "conditioner": {
+        "kind": "bert",
+        "dim": 16,
+        "depth": 1,
+        "max_seq_len": 12,
+        "heads": 2,
+        "head_dim": 8,
+    },
     "unet": {
         "in_channels": 4,
         "out_channels": 4,
@@ -91,17 +109,23 @@ SMALL = {
 def pytest_configure() -> None:
     # Tracing makes very many objects and little rubbish: looking for it all the time takes a tenth of the time.
     gc.set_threshold(100_000, 20, 10)
-    jax.config.update("jax_traceback_in_locations_limit", 0)  # nor are the lines of the code written into every program
+    jax.config.update(
+        "jax_traceback_in_locations_limit", 0
+    )  # nor are the lines of the code written into every program
     jax.config.update("jax_num_cpu_devices", 8)
     # Nearly all the time goes into compiling programs that run for an instant; unoptimised ones are no less exact.
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # many tests, and their child processes, build the same programs
+    if (
+        "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    ):  # many tests, and their child processes, build the same programs
         cache = tempfile.mkdtemp(prefix="ldm_jax_xla_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         jax.config.update("jax_compilation_cache_dir", cache)
 
-    with contextlib.suppress(SystemExit):  # absl defines its own flags at the first program; those stay
+    with contextlib.suppress(
+        SystemExit
+    ):  # absl defines its own flags at the first program; those stay
         app.run(lambda argv: None, argv=["pytest"])
 
 
@@ -136,7 +160,9 @@ def own_log() -> None:
     """A command run in this process sets up the log for people; a test wants to read it."""
     ours = logging.getLogger("ldm_jax")
     ours.handlers, ours.propagate, ours.disabled = [], True, False
-    ours.setLevel(logging.WARNING)  # not what it inherits: absl, where it is used, sets the root's to its own
+    ours.setLevel(
+        logging.WARNING
+    )  # not what it inherits: absl, where it is used, sets the root's to its own
 
 
 @pytest.fixture
@@ -152,7 +178,9 @@ def worst(found, expected) -> float:
     def apart(a, b) -> float:
         a, b = (np.asarray(leaf, np.float64) for leaf in (a, b))
         same = a == b  # infinities too
-        return float(np.abs(np.where(same, 0, a) - np.where(same, 0, b)).max() / (np.abs(b).max() + 1e-30))
+        return float(
+            np.abs(np.where(same, 0, a) - np.where(same, 0, b)).max() / (np.abs(b).max() + 1e-30)
+        )
 
     return float(np.max(jax.tree.leaves(jax.tree.map(apart, found, expected))))
 
@@ -182,7 +210,12 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
     module = model.first_stage.module
     save_model(
-        path, TINY, {**params, "first_stage": random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)}
+        path,
+        TINY,
+        {
+            **params,
+            "first_stage": random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1),
+        },
     )
     return path
 
@@ -194,7 +227,10 @@ def pipeline_of(config: dict) -> Pipeline:
     module = model.first_stage.module
     stage = module and random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
     return Pipeline(
-        dataclasses.replace(model, params=params, first_stage=model.first_stage.replace(params=stage)), devices=1
+        dataclasses.replace(
+            model, params=params, first_stage=model.first_stage.replace(params=stage)
+        ),
+        devices=1,
     )
 
 
@@ -254,7 +290,9 @@ class Ran(NamedTuple):
         return [line for line in self.stderr.splitlines() if not line.startswith("loading ")]
 
 
-def run_here(script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ran:
+def run_here(
+    script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Ran:
     """Runs train.py or sample.py in this process through its own flags: far quicker than a new process, and as true."""
     import grain  # noqa: F401  (defines flags of its own, which are to stay)
 
@@ -263,7 +301,9 @@ def run_here(script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
     # On one device, as nearly everybody's machine has: on eight, a batch of one is a batch of eight.
     monkeypatch.setattr(pipeline, "make_mesh", lambda devices: make_mesh(devices or 1))
-    monkeypatch.setattr(heap, "keep_large_blocks", lambda: False)  # this process belongs to the tests
+    monkeypatch.setattr(
+        heap, "keep_large_blocks", lambda: False
+    )  # this process belongs to the tests
     capfd.readouterr()
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -293,6 +333,8 @@ def child(script: str, *argv: Any, devices: int = 1, **popen: Any) -> subprocess
 
 
 @pytest.fixture
-def script(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+def script(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Ran]:
     """``script("sample.py", "--prompt=x", ...)`` -> what it left behind."""
     return partial(run_here, capfd=capfd, monkeypatch=monkeypatch)

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from ldm_jax.train import conditions
+from ldm_jax.conditioning import training as conditions
 from ldm_jax.train.loop import check_config
-from ldm_jax.train.tasks import TASKS
+from ldm_jax.train.tasks.base import TASKS
 
 SHARED = ("common", "presets", "emoji_presets", "released")
 NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -31,7 +31,11 @@ RELEASED = {
 
 CASES = [(name, variant) for name in NAMES if name not in SHARED for variant in ("", "smoke")]
 CASES += [("emoji_class", "group"), ("emoji_class", "style")]
-CASES += [(name, variant) for name in ("photos_kl_gan", "photos_vq_gan") for variant in ("small", "small_parity")]
+CASES += [
+    (name, variant)
+    for name in ("photos_kl_gan", "photos_vq_gan")
+    for variant in ("small", "small_parity")
+]
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -39,7 +43,9 @@ def test_a_config_is_whole(name, variant, monkeypatch):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     check_config(config)
     if config.task == "diffusion" and "kind" not in config.model.first_stage:
-        config.model.first_stage.path = "pkg:assets/emoji"  # the demo's, which need not have been trained here
+        config.model.first_stage.path = (
+            "pkg:assets/emoji"  # the demo's, which need not have been trained here
+        )
     if str(config.data.path).endswith("emoji64.zip"):
         config.data.path = "pkg:assets/emoji_subset.zip"
     if config.data.path == "pictures":  # which are not here to name their classes

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import ldm_jax
-from ldm_jax.pipeline import Pipeline
-from ldm_jax.tokenizers import ASSETS
+from ldm_jax.conditioning.tokenizers import ASSETS
+from ldm_jax.sampling.pipeline import Pipeline
 
 EMOJI = ASSETS / "emoji"
 
@@ -27,7 +27,9 @@ def test_the_demo_model_and_its_pictures_stay_small() -> None:
 
 
 def test_the_demo_paints_on_white_and_listens_to_its_prompt(pipe: Pipeline) -> None:
-    images = pipe(["red apple, noto style", "flag: Ukraine, twemoji style"], seeds=[0, 0], steps=10).astype(int)
+    images = pipe(
+        ["red apple, noto style", "flag: Ukraine, twemoji style"], seeds=[0, 0], steps=10
+    ).astype(int)
     assert images.shape == (2, 64, 64, 3)
     corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners > 200).mean() > 0.7  # the icons stand on white

@@ -9,7 +9,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ldm_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"heap", "tokenizers", "parallel", "checkpoint", "data", "metrics", "pictures", "diffusion"}
+LEAVES = {
+    "heap",
+    "tokenizers",
+    "parallel",
+    "checkpoint",
+    "data",
+    "metrics",
+    "pictures",
+    "diffusion",
+}
 # part -> the parts of ldm_jax that it may import, besides itself
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
@@ -24,7 +33,17 @@ ALLOWED = {
     "requests": {"conditioning", "latent", "generation", "fitting", "data"},
     "train": {"nn", "models", "conditioning", "latent", "generation", *LEAVES},
     "convert": {"", "models", "conditioning", "latent", "configs", *LEAVES},
-    "pipeline": {"nn", "models", "conditioning", "latent", "generation", "requests", "convert", "cores", *LEAVES},
+    "pipeline": {
+        "nn",
+        "models",
+        "conditioning",
+        "latent",
+        "generation",
+        "requests",
+        "convert",
+        "cores",
+        *LEAVES,
+    },
     "export": {"", "conditioning", "latent", "generation", "requests", "pipeline", *LEAVES},
     "many": {"requests", "pipeline", *LEAVES},
     "sampling": {"cli", "requests", "pipeline", "many", "cores", *LEAVES},
@@ -50,18 +69,24 @@ def modules(path: Path) -> Iterator[str]:
             package = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
             above = ".".join(package[: -node.level]) if node.level else ""
             base = ".".join(filter(None, (above, node.module)))
-            yield from (f"{base}.{alias.name}" for alias in node.names) if base == "ldm_jax" else (base,)
+            yield from (
+                (f"{base}.{alias.name}" for alias in node.names) if base == "ldm_jax" else (base,)
+            )
 
 
 def ours(path: Path) -> set[str]:
     return {
-        part_of(name) for name in modules(path) if name.split(".")[0] in ("ldm_jax", "configs", "benchmarks", "tests")
+        part_of(name)
+        for name in modules(path)
+        if name.split(".")[0] in ("ldm_jax", "configs", "benchmarks", "tests")
     }
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
-    part = part_of(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"))
+    part = part_of(
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    )
     if path.stem == "__main__" and part in LEAVES:
         part = "__main__"
     assert part in ALLOWED, f"{part} has no place in the order of imports"
@@ -70,7 +95,9 @@ def test_imports_run_one_way(path):
 
 def test_linen_is_imported_by_networks_alone():
     with_linen = {
-        path.relative_to(PACKAGE).parts[0] for path in SOURCES if any(m.startswith("flax.linen") for m in modules(path))
+        path.relative_to(PACKAGE).parts[0]
+        for path in SOURCES
+        if any(m.startswith("flax.linen") for m in modules(path))
     }
     with_linen |= {
         path.relative_to(PACKAGE).parts[0]

@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 
 import ldm_jax
-from ldm_jax.data import ClassOf, LabelMap, Layout, Mask, SmallPicture
-from ldm_jax.data.drawing import draw_conditions
-from ldm_jax.data.layouts import boxes_of_tokens
-from ldm_jax.latent import filled, to_float, to_uint8
-from ldm_jax.pictures import labelled_grid, save_png
-from ldm_jax.train.conditions import make_condition
+from ldm_jax.conditioning.columns import ClassOf, LabelMap, Layout, Mask, SmallPicture
+from ldm_jax.conditioning.drawing import draw_conditions
+from ldm_jax.conditioning.layouts import boxes_of_tokens
+from ldm_jax.conditioning.training import make_condition
+from ldm_jax.io.png import labelled_grid, save_png
+from ldm_jax.models.ldm import filled, to_float, to_uint8
 from ldm_jax.train.loaders import first_batches, make_loader
 
 SEEDS, ROWS, ZOOM = (0, 1, 2, 3), 6, 2
@@ -33,7 +33,9 @@ def classes(pipe: Any, condition: ClassOf) -> np.ndarray:
     """A row for each class."""
     rows = [pipe(classes=name, seeds=WIDE_SEEDS) for name in condition.names]
     return labelled_grid(
-        np.concatenate(rows).repeat(ZOOM, 1).repeat(ZOOM, 2), condition.names, [f"seed {s}" for s in WIDE_SEEDS]
+        np.concatenate(rows).repeat(ZOOM, 1).repeat(ZOOM, 2),
+        condition.names,
+        [f"seed {s}" for s in WIDE_SEEDS],
     )
 
 
@@ -62,7 +64,9 @@ def others(pipe: Any, condition: Any, raw: dict[str, Any]) -> np.ndarray:
         print(f"PSNR of samples {psnr(np.array(errors)):.2f} dB, {way} {psnr(plain):.2f} dB")
     if places:
         inside, covered = np.mean(places, 0)
-        print(f"{inside:.0%} of what is painted lies in the objects, {covered:.0%} of the objects are painted")
+        print(
+            f"{inside:.0%} of what is painted lies in the objects, {covered:.0%} of the objects are painted"
+        )
     return labelled_grid(rows, [""] * len(images), columns)
 
 
@@ -72,7 +76,8 @@ def plainly(condition: SmallPicture | Mask, image: np.ndarray, given: np.ndarray
         resized = Image.fromarray(given).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
         return np.asarray(resized, np.float32)
     return np.asarray(
-        to_uint8(filled(to_float(jnp.asarray(image[None])), jnp.asarray(1.0 - given[None])))[0], np.float32
+        to_uint8(filled(to_float(jnp.asarray(image[None])), jnp.asarray(1.0 - given[None])))[0],
+        np.float32,
     )
 
 
@@ -82,7 +87,9 @@ def objects(condition: Any, given: np.ndarray, size: tuple[int, int]) -> np.ndar
         return given > 0
     wanted, (h, w) = np.zeros(size, bool), size
     for _, (left, top, width, height) in boxes_of_tokens(given.tolist(), condition.vocabulary):
-        wanted[round(top * h) : round((top + height) * h), round(left * w) : round((left + width) * w)] = True
+        wanted[
+            round(top * h) : round((top + height) * h), round(left * w) : round((left + width) * w)
+        ] = True
     return wanted
 
 
@@ -90,14 +97,19 @@ def placed(made: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
     """Of pictures uint8 [n, H, W, 3], the share of what is not white that is ``wanted`` [H, W], and of what is wanted the share that is not white."""
     painted = made.min(-1) < 235
     both = (painted & wanted).sum((1, 2))
-    return float((both / np.maximum(painted.sum((1, 2)), 1)).mean()), float((both / max(wanted.sum(), 1)).mean())
+    return float((both / np.maximum(painted.sum((1, 2)), 1)).mean()), float(
+        (both / max(wanted.sum(), 1)).mean()
+    )
 
 
 def spread(loader: Any) -> dict[str, Any]:
     """So many pictures of the held-out ones, evenly spread: neighbours are alike."""
     batches = first_batches(loader, -(-loader.count // ROWS))
     at = np.linspace(0, loader.count - 1, ROWS).round().astype(int)
-    return {name: np.concatenate([batch[name] for batch in batches])[at] for name in ("image", "condition")}
+    return {
+        name: np.concatenate([batch[name] for batch in batches])[at]
+        for name in ("image", "condition")
+    }
 
 
 def psnr(errors: Any) -> float:
@@ -123,9 +135,13 @@ def save(out: str, run: Path, sheet: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", help="workdirs of finished runs")
-    parser.add_argument("--data", help="where the pictures are, if no longer where the run had them")
+    parser.add_argument(
+        "--data", help="where the pictures are, if no longer where the run had them"
+    )
     parser.add_argument("--out", required=True, help="the folder for the PNGs")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)

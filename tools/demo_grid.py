@@ -10,13 +10,15 @@ from pathlib import Path
 
 import ldm_jax
 from ldm_jax.data import make_source
-from ldm_jax.pictures import labelled_grid, save_png
+from ldm_jax.io.png import labelled_grid, save_png
 
 STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="the pictures that the model was trained on")
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--model", default="emoji")
@@ -26,7 +28,11 @@ def main() -> None:
     ldm_jax.use_cores()
     pipe = ldm_jax.load(args.model)
     split = pipe.model.config["data"]["split"]
-    part = {"split_column": split["column"], "holdout": split["holdout"], "split_seed": split["seed"]}
+    part = {
+        "split_column": split["column"],
+        "holdout": split["holdout"],
+        "split_seed": split["seed"],
+    }
     styles_of: dict[str, set[str]] = {}
     for row in make_source({"path": args.data, **part}).rows:
         styles_of.setdefault(row["text"], set()).add(row["style"])
@@ -36,7 +42,9 @@ def main() -> None:
     prompts = [f"{concept}, {style} style" for style in STYLES for concept in concepts]
     images = pipe(prompts, seeds=[0] * len(prompts))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    save_png(args.out, labelled_grid(images, STYLES, [c.replace(" ", "\n", 1) for c in concepts], zoom=1))
+    save_png(
+        args.out, labelled_grid(images, STYLES, [c.replace(" ", "\n", 1) for c in concepts], zoom=1)
+    )
 
 
 if __name__ == "__main__":

@@ -18,13 +18,17 @@ import matplotlib.pyplot as plt
 import ml_collections
 import numpy as np
 
-from ldm_jax.checkpoint import load_model
-from ldm_jax.latent import build_first_stage, to_float, to_uint8
-from ldm_jax.pictures import labelled_grid, save_png
+from ldm_jax.io.checkpoint import load_model
+from ldm_jax.io.png import labelled_grid, save_png
+from ldm_jax.models.ldm import build_first_stage, to_float, to_uint8
 from ldm_jax.train.loaders import first_batches, make_loader
 
 ROWS = 5
-CURVES = (("psnr", "PSNR in dB, held out"), ("p_loss", "LPIPS, held out"), ("codebook_use", "codes in use"))
+CURVES = (
+    ("psnr", "PSNR in dB, held out"),
+    ("p_loss", "LPIPS, held out"),
+    ("codebook_use", "codes in use"),
+)
 ADVERSARY = (
     ("d_weight", "d_weight"),
     ("logits_real", "discriminator on pictures"),
@@ -35,21 +39,31 @@ ADVERSARY = (
 def told(run: Path, part: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a metric, of "train" or "validation"; empty where it is not told."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [(line["step"], line[metric]) for line in lines if line["part"] == part and metric in line]
+    found = [
+        (line["step"], line[metric]) for line in lines if line["part"] == part and metric in line
+    ]
     return tuple(np.array(found).T) if found else (np.zeros(0), np.zeros(0))  # type: ignore[return-value]
 
 
 def curves(before: Path, after: dict[str, Path], path: Path) -> None:
     """Validation's metrics and the discriminator's, a line for each run."""
     steps = int(told(before, "train", "loss")[0].max())
-    start = json.loads((next(iter(after.values())) / "config.json").read_text())["adversary"]["start"]
+    start = json.loads((next(iter(after.values())) / "config.json").read_text())["adversary"][
+        "start"
+    ]
     wanted = [
         ("validation" if metric in ("psnr", "p_loss") else "train", metric, title)
         for metric, title in CURVES + ADVERSARY
     ]
-    there = [row for row in wanted if any(len(told(run, row[0], row[1])[0]) for run in after.values())]
+    there = [
+        row for row in wanted if any(len(told(run, row[0], row[1])[0]) for run in after.values())
+    ]
     figure, axes = plt.subplots(
-        -(-len(there) // 2), 2, figsize=(10, 2.7 * -(-len(there) // 2)), squeeze=False, layout="constrained"
+        -(-len(there) // 2),
+        2,
+        figsize=(10, 2.7 * -(-len(there) // 2)),
+        squeeze=False,
+        layout="constrained",
     )
     for axis in axes.flat[len(there) :]:
         axis.axis("off")
@@ -83,15 +97,27 @@ def reconstructions(run: Path, images: np.ndarray) -> np.ndarray:
     config, params = load_model(run / "model")
     module = build_first_stage(config)
     assert module is not None
-    step: Any = jax.jit(lambda params, x: to_uint8(module.apply({"params": params}, to_float(x))[0]))
-    return np.concatenate([np.asarray(step(params["first_stage"], images[i : i + 1])) for i in range(len(images))])
+    step: Any = jax.jit(
+        lambda params, x: to_uint8(module.apply({"params": params}, to_float(x))[0])
+    )
+    return np.concatenate(
+        [np.asarray(step(params["first_stage"], images[i : i + 1])) for i in range(len(images))]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", required=True, type=Path, help="workdir of the run that the others began with")
-    parser.add_argument("--after", required=True, nargs="+", help="NAME=WORKDIR of each of the others")
-    parser.add_argument("--data", help="where the pictures are, if no longer where the runs had them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--before", required=True, type=Path, help="workdir of the run that the others began with"
+    )
+    parser.add_argument(
+        "--after", required=True, nargs="+", help="NAME=WORKDIR of each of the others"
+    )
+    parser.add_argument(
+        "--data", help="where the pictures are, if no longer where the runs had them"
+    )
     parser.add_argument("--out", required=True, help="how the names of the PNGs begin")
     args = parser.parse_args()
     after = {name: Path(path) for name, path in (one.split("=", 1) for one in args.after)}
@@ -108,10 +134,14 @@ def main() -> None:
         sharp = float((sharpness(columns[-1]) / sharpness(images)).mean())
         psnr, lpips = (told(run, "validation", metric)[1] for metric in ("psnr", "p_loss"))
         distance = f", LPIPS {lpips[-1]:.4f}" if len(lpips) else ""
-        print(f"{name}: PSNR {psnr[-1]:.2f} dB{distance}, {sharp:.3f} as sharp, on {len(images)} pictures")
+        print(
+            f"{name}: PSNR {psnr[-1]:.2f} dB{distance}, {sharp:.3f} as sharp, on {len(images)} pictures"
+        )
     at = np.linspace(0, len(images) - 1, ROWS).round().astype(int)
     rows = [column[i].repeat(2, 0).repeat(2, 1) for i in at for column in columns]
-    save_png(f"{args.out}_pictures.png", labelled_grid(rows, [""] * ROWS, ["picture", "before", *after]))
+    save_png(
+        f"{args.out}_pictures.png", labelled_grid(rows, [""] * ROWS, ["picture", "before", *after])
+    )
 
 
 if __name__ == "__main__":

@@ -20,14 +20,38 @@ MIN_STYLES = 5  # a concept in fewer styles teaches little about the difference 
 
 # style: (its licence as the metadata names it, copyright and source, package it was rasterised from)
 STYLES = {
-    "fluent": ("MIT", "Fluent Emoji, Copyright (c) Microsoft Corporation", "@iconify-json/fluent-emoji"),
-    "fluent flat": ("MIT", "Fluent Emoji, Copyright (c) Microsoft Corporation", "@iconify-json/fluent-emoji-flat"),
-    "fluent 3d": ("MIT", "Fluent Emoji, Copyright (c) Microsoft Corporation", "@lobehub/fluent-emoji-3d"),
+    "fluent": (
+        "MIT",
+        "Fluent Emoji, Copyright (c) Microsoft Corporation",
+        "@iconify-json/fluent-emoji",
+    ),
+    "fluent flat": (
+        "MIT",
+        "Fluent Emoji, Copyright (c) Microsoft Corporation",
+        "@iconify-json/fluent-emoji-flat",
+    ),
+    "fluent 3d": (
+        "MIT",
+        "Fluent Emoji, Copyright (c) Microsoft Corporation",
+        "@lobehub/fluent-emoji-3d",
+    ),
     "noto": ("Apache-2.0", "Noto Emoji, Copyright Google Inc.", "@iconify-json/noto"),
-    "noto blob": ("Apache-2.0", "Noto Emoji, blob design, Copyright Google Inc.", "@iconify-json/noto-v1"),
+    "noto blob": (
+        "Apache-2.0",
+        "Noto Emoji, blob design, Copyright Google Inc.",
+        "@iconify-json/noto-v1",
+    ),
     "firefox": ("Apache-2.0", "FxEmojis, Copyright Mozilla Foundation", "@iconify-json/fxemoji"),
-    "twemoji": ("CC-BY-4.0", "Twemoji, Copyright Twitter, Inc and other contributors", "@iconify-json/twemoji"),
-    "emojione": ("CC-BY-4.0", "EmojiOne version 2, emoji art supplied by EmojiOne", "@iconify-json/emojione"),
+    "twemoji": (
+        "CC-BY-4.0",
+        "Twemoji, Copyright Twitter, Inc and other contributors",
+        "@iconify-json/twemoji",
+    ),
+    "emojione": (
+        "CC-BY-4.0",
+        "EmojiOne version 2, emoji art supplied by EmojiOne",
+        "@iconify-json/emojione",
+    ),
 }
 
 LICENSES = """\
@@ -74,7 +98,10 @@ def concept_order(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         members = concepts[hexcode]
         if len({row["style"] for row in members}) >= MIN_STYLES:
             groups[members[0]["group"]][members[0]["subgroup"]].append(hexcode)
-    per_group = [take_turns([subgroups[name] for name in sorted(subgroups)]) for _, subgroups in sorted(groups.items())]
+    per_group = [
+        take_turns([subgroups[name] for name in sorted(subgroups)])
+        for _, subgroups in sorted(groups.items())
+    ]
     return [concepts[hexcode] for hexcode in take_turns(per_group)]
 
 
@@ -83,13 +110,18 @@ def take_turns(lists: list[list[str]]) -> list[str]:
     return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None]
 
 
-def choose(rows: list[dict[str, Any]], sizes: dict[str, int], count: int, max_bytes: int) -> list[dict[str, Any]]:
+def choose(
+    rows: list[dict[str, Any]], sizes: dict[str, int], count: int, max_bytes: int
+) -> list[dict[str, Any]]:
     """Whole concepts until ``count`` pictures or ``max_bytes`` of archive are reached."""
     chosen: list[dict[str, Any]] = []
     total = 40_000  # room for the licences and the archive's own records
     for members in concept_order(rows):
         # 76 bytes of zip headers per file, which hold the name twice; the metadata are counted uncompressed.
-        cost = sum(sizes[r["file_name"]] + 76 + 2 * len(r["file_name"]) + len(json.dumps(r)) for r in members)
+        cost = sum(
+            sizes[r["file_name"]] + 76 + 2 * len(r["file_name"]) + len(json.dumps(r))
+            for r in members
+        )
         if len(chosen) + len(members) > count or total + cost > max_bytes:
             break
         chosen += members
@@ -118,22 +150,32 @@ def write_archive(source: zipfile.ZipFile, rows: list[dict[str, Any]], out: Path
         for name, text in texts.items():
             archive.writestr(zipfile.ZipInfo(name), text.encode(), zipfile.ZIP_DEFLATED, 9)
         for row in rows:
-            archive.writestr(zipfile.ZipInfo(row["file_name"]), source.read(row["file_name"]), zipfile.ZIP_STORED)
+            archive.writestr(
+                zipfile.ZipInfo(row["file_name"]), source.read(row["file_name"]), zipfile.ZIP_STORED
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("archive", type=Path, help="the full emoji archive")
     parser.add_argument("--out", type=Path, required=True, help="the archive to write")
     parser.add_argument("--count", type=int, default=1000, help="pictures at most")
-    parser.add_argument("--max_bytes", type=int, default=3_500_000, help="size of the archive at most")
+    parser.add_argument(
+        "--max_bytes", type=int, default=3_500_000, help="size of the archive at most"
+    )
     args = parser.parse_args()
 
     with zipfile.ZipFile(args.archive) as source:
-        rows = [json.loads(line) for line in source.read("metadata.jsonl").splitlines() if line.strip()]
+        rows = [
+            json.loads(line) for line in source.read("metadata.jsonl").splitlines() if line.strip()
+        ]
         for row in rows:
             if row["style"] not in STYLES or STYLES[row["style"]][0] != row["license"]:
-                parser.error(f"{row['file_name']}: add style {row['style']!r} with licence {row['license']} to STYLES")
+                parser.error(
+                    f"{row['file_name']}: add style {row['style']!r} with licence {row['license']} to STYLES"
+                )
         sizes = {info.filename: info.file_size for info in source.infolist()}
         chosen = choose(rows, sizes, args.count, args.max_bytes)
         if not chosen:
@@ -141,9 +183,15 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_archive(source, chosen, args.out)
     concepts = len({row["hexcode"] for row in chosen})
-    print(f"{args.out}: {len(chosen)} pictures of {concepts} concepts, {args.out.stat().st_size:,} bytes")
+    print(
+        f"{args.out}: {len(chosen)} pictures of {concepts} concepts, {args.out.stat().st_size:,} bytes"
+    )
     for column in ("style", "group"):
-        print(", ".join(f"{name} {n}" for name, n in sorted(Counter(row[column] for row in chosen).items())))
+        print(
+            ", ".join(
+                f"{name} {n}" for name, n in sorted(Counter(row[column] for row in chosen).items())
+            )
+        )
 
 
 if __name__ == "__main__":

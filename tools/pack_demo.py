@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_jax.checkpoint import load_model, save_model
-from ldm_jax.conditioning import bert
+from ldm_jax.conditioning.base import bert
 from ldm_jax.data import caption_template, make_source
+from ldm_jax.io.checkpoint import load_model, save_model
 
 LIMIT = 20 * 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="the model directory of the run")
     parser.add_argument("--data", required=True, help="the pictures that it was trained on")
     parser.add_argument("--out", required=True, help="the model directory to write")
@@ -46,7 +48,9 @@ def main() -> None:
 
     save_model(args.out, config, params, dtype="bfloat16")
     size = sum(file.stat().st_size for file in Path(args.out).rglob("*") if file.is_file())
-    print(f"{args.out}: {size / 2**20:.1f} MiB, {len(seen)} of {len(table)} words seen in {len(captions)} captions")
+    print(
+        f"{args.out}: {size / 2**20:.1f} MiB, {len(seen)} of {len(table)} words seen in {len(captions)} captions"
+    )
     if size > LIMIT:
         sys.exit(f"{args.out} is larger than {LIMIT / 2**20:.0f} MiB")
 

@@ -24,7 +24,8 @@ def inputs(folder: Path) -> dict[str, list[str]]:
     """What a model is asked by, by the kind of its conditioner, as flags of sample.py."""
     rng = np.random.default_rng(0)
     files = {
-        name: str(folder / name) for name in ("picture.png", "mask.png", "labels.png", "boxes.json", "vectors.npy")
+        name: str(folder / name)
+        for name in ("picture.png", "mask.png", "labels.png", "boxes.json", "vectors.npy")
     }
     Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(files["picture.png"])
     mask = np.zeros((64, 64), np.uint8)
@@ -60,23 +61,34 @@ def run(name: str, folder: Path, asked: dict[str, list[str]]) -> tuple[str, floa
                 if conditioner["kind"] == "joined"
                 else conditioner["kind"]
             )
-            wrong = execute("sample.py", [f"--model={model}", *asked[kind], *STEPS, f"--out={folder / name / 'out'}"])
+            wrong = execute(
+                "sample.py",
+                [f"--model={model}", *asked[kind], *STEPS, f"--out={folder / name / 'out'}"],
+            )
     return name, time.perf_counter() - began, wrong
 
 
 def execute(script: str, flags: list[str]) -> str:
     """The end of what a failed program said, or nothing."""
-    done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=ROOT, capture_output=True, text=True)
-    return "" if done.returncode == 0 else f"{script}: status {done.returncode}\n{done.stderr[-2000:]}"
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    return (
+        "" if done.returncode == 0 else f"{script}: status {done.returncode}\n{done.stderr[-2000:]}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="configs (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--limit", type=float, default=180, help="seconds for each")
     args = parser.parse_args()
-    names = args.names or sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in SHARED)
+    names = args.names or sorted(
+        p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in SHARED
+    )
     failed = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         asked = inputs(Path(folder))

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 import ldm_jax
-from ldm_jax.pictures import labelled_grid, save_png
-from ldm_jax.pipeline import Pipeline
-from ldm_jax.requests import interpolation
+from ldm_jax.io.png import labelled_grid, save_png
+from ldm_jax.sampling.pipeline import Pipeline
+from ldm_jax.sampling.requests import interpolation
 
 START, OTHER = "red apple, noto style", "rocket, fluent 3d style"
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -27,7 +27,9 @@ def image_to_image(pipe: Pipeline, start: np.ndarray) -> np.ndarray:
     rows = [[start, *(pictures[i] for pictures in made)] for i in range(len(prompts))]
     columns = ["image", *(f"strength {strength}" for strength in STRENGTHS)]
     return labelled_grid(
-        np.stack([picture for row in rows for picture in row]), [prompt.split(",")[0] for prompt in prompts], columns
+        np.stack([picture for row in rows for picture in row]),
+        [prompt.split(",")[0] for prompt in prompts],
+        columns,
     )
 
 
@@ -41,7 +43,9 @@ def inpainting(pipe: Pipeline, start: np.ndarray) -> np.ndarray:
     other = pipe(OTHER, image=start, mask=mask, seeds=SEEDS)
     columns = ["image", "to be made anew", *(f"seed {seed}" for seed in SEEDS)]
     rows = [start, hidden, *half, start, hidden, *other]
-    return labelled_grid(np.stack(rows), [prompt.split(",")[0] for prompt in (START, OTHER)], columns)
+    return labelled_grid(
+        np.stack(rows), [prompt.split(",")[0] for prompt in (START, OTHER)], columns
+    )
 
 
 def walk(pipe: Pipeline, start: np.ndarray) -> np.ndarray:
@@ -49,8 +53,12 @@ def walk(pipe: Pipeline, start: np.ndarray) -> np.ndarray:
     rows, frames = [], 7
     for prompts, seeds in (([START, START], [0, 3]), ([START, OTHER], [0, 0])):
         way = interpolation(prompts, seeds, frames)
-        toward = tuple([frame[name] for frame in way] for name in ("toward_subject", "toward_seed", "mix"))
-        rows.append(pipe([f["subject"] for f in way], seeds=[f["seed"] for f in way], toward=toward))
+        toward = tuple(
+            [frame[name] for frame in way] for name in ("toward_subject", "toward_seed", "mix")
+        )
+        rows.append(
+            pipe([f["subject"] for f in way], seeds=[f["seed"] for f in way], toward=toward)
+        )
     columns = [f"{i / frames:.2f}" for i in range(frames + 1)]
     return labelled_grid(np.concatenate(rows), ["seed to seed", "prompt to prompt"], columns)
 
@@ -59,7 +67,9 @@ def sweep(pipe: Pipeline, start: np.ndarray) -> np.ndarray:
     """Guidance by steps."""
     scales, steps = (1.0, 2.0, 4.0, 7.0), (5, 10, 20, 50)
     rows = [pipe(START, seeds=[0] * len(scales), guidance=scales, steps=n) for n in steps]
-    return labelled_grid(np.concatenate(rows), [f"{n} steps" for n in steps], [f"guidance {s:g}" for s in scales])
+    return labelled_grid(
+        np.concatenate(rows), [f"{n} steps" for n in steps], [f"guidance {s:g}" for s in scales]
+    )
 
 
 GRIDS: dict[str, Callable[[Pipeline, np.ndarray], np.ndarray]] = {
@@ -71,7 +81,9 @@ GRIDS: dict[str, Callable[[Pipeline, np.ndarray], np.ndarray]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="the folder for the PNGs")
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--only", nargs="+", choices=GRIDS, default=list(GRIDS))

@@ -17,16 +17,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import ldm_jax
-from ldm_jax.checkpoint import CheckpointError, load_model, save_model
+from ldm_jax.convert.compvis.infer import Names, Original, infer, loss_config
+from ldm_jax.convert.compvis.original import config_of, original_of, read_yaml, write_yaml
+from ldm_jax.convert.compvis.whole import EMA, FIRST_STAGE, Whole, whole_from_config
 from ldm_jax.convert.diffusers import from_diffusers, is_diffusers, to_diffusers
-from ldm_jax.convert.infer import Names, Original, infer, loss_config
-from ldm_jax.convert.original import config_of, original_of, read_yaml, write_yaml
-from ldm_jax.convert.reader import Checkpoint, LazyTensor, ReaderError, open_checkpoint
+from ldm_jax.convert.reader.reader import Checkpoint, LazyTensor, open_checkpoint
 from ldm_jax.convert.tables import Duplicate, Entry, Unused, as_ours, check, nest, to_theirs
 from ldm_jax.convert.tables import Path as ParamPath
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.convert.whole import EMA, FIRST_STAGE, Whole, whole_from_config
-from ldm_jax.latent import DTYPES, build, check_params
+from ldm_jax.errors import CheckpointError, ReaderError, TargetError
+from ldm_jax.io.checkpoint import load_model, save_model
+from ldm_jax.models.ldm import DTYPES, build, check_params
 from ldm_jax.models.perceptual import VGG16_WIDTHS
 
 
@@ -65,16 +65,28 @@ def is_compvis(path: Path) -> bool:
     """A file, or a folder that holds one and is nothing else."""
     if path.is_file():
         return True
-    return not (path / "config.json").exists() and any(any(path.glob(ending)) for ending in _ENDINGS)
+    return not (path / "config.json").exists() and any(
+        any(path.glob(ending)) for ending in _ENDINGS
+    )
 
 
 def from_compvis(
-    path: Path, *, config: str | Path | Original | None = None, ema: bool | None = None, dtype: str | None = None
+    path: Path,
+    *,
+    config: str | Path | Original | None = None,
+    ema: bool | None = None,
+    dtype: str | None = None,
 ) -> Converted:
     """A latent diffusion model, Stable Diffusion v1, a first stage or a VQGAN from its .ckpt or .safetensors."""
     with open_checkpoint(path) as checkpoint:
         tensors, left_out = _apart(checkpoint.tensors)
-        original = config if isinstance(config, Original) else infer(tensors) if config is None else read_yaml(config)
+        original = (
+            config
+            if isinstance(config, Original)
+            else infer(tensors)
+            if config is None
+            else read_yaml(config)
+        )
         averaged = any(name.startswith(EMA) for name in tensors)
         if ema and not averaged:
             raise TargetError(f"{path.name} holds no averages of its weights; leave --ema out")
@@ -90,7 +102,10 @@ def from_compvis(
                 continue
             array = tensor.numpy()
             flat[place] = _cast(as_ours(entry, array), dtype)  # type: ignore[arg-type]
-            entries.append(_described(entry.source, tensor) | {"path": "/".join(place), "sha256": sha256(array)})
+            entries.append(
+                _described(entry.source, tensor)
+                | {"path": "/".join(place), "sha256": sha256(array)}
+            )
         scale = float(np.asarray(tensors["scale_factor"])) if "scale_factor" in tensors else None
         about = {
             "original": {"target": original.target, "params": original.params},
@@ -99,7 +114,12 @@ def from_compvis(
             "inert classes": checkpoint.standins,
         }
         return Converted(
-            config_of(original, whole.modules, scale), nest(flat), entries, left_out, original.assumed, about
+            config_of(original, whole.modules, scale),
+            nest(flat),
+            entries,
+            left_out,
+            original.assumed,
+            about,
         )
 
 
@@ -107,7 +127,10 @@ def _apart(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], li
     """(the arrays of the model, descriptions of those that are none of it)."""
     averaged = any(name.startswith(EMA) and name not in _COUNTERS for name in tensors)
     beside = _BESIDE if averaged else _BESIDE | _COUNTERS
-    whys = {name: next((why for start, why in beside.items() if name.startswith(start)), None) for name in tensors}
+    whys = {
+        name: next((why for start, why in beside.items() if name.startswith(start)), None)
+        for name in tensors
+    }
     left_out = [_described(name, tensors[name]) | {"why": why} for name, why in whys.items() if why]
     return {name: tensor for name, tensor in tensors.items() if not whys[name]}, left_out
 
@@ -117,13 +140,20 @@ def whole_of(original: Original, tensors: Mapping[str, Any], ema: bool = False) 
 
     The names tell with which losses a first stage was saved, whatever the YAML says: often without. Raises TargetError.
     """
-    names, params, options = Names({name: tuple(t.shape) for name, t in tensors.items()}), dict(original.params), {}
+    names, params, options = (
+        Names({name: tuple(t.shape) for name, t in tensors.items()}),
+        dict(original.params),
+        {},
+    )
     try:
         if "unet_config" in params:
             options = {"ema": ema}
             loss, vgg = loss_config(names, f"{FIRST_STAGE}loss.")
             stage = params["first_stage_config"]
-            params["first_stage_config"] = {**stage, "params": {**(stage.get("params") or {}), "lossconfig": loss}}
+            params["first_stage_config"] = {
+                **stage,
+                "params": {**(stage.get("params") or {}), "lossconfig": loss},
+            }
         else:
             params["lossconfig"], vgg = loss_config(names)
         return whole_from_config(original.target, params, vgg=vgg or VGG16_WIDTHS, **options)
@@ -131,7 +161,9 @@ def whole_of(original: Original, tensors: Mapping[str, Any], ema: bool = False) 
         raise
     except Exception as error:  # whatever a section that is missing, or a size that is none, makes Flax or Python raise
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise TargetError(f"{original.target} cannot be built: {type(error).__name__}: {reason[:200]}") from None
+        raise TargetError(
+            f"{original.target} cannot be built: {type(error).__name__}: {reason[:200]}"
+        ) from None
 
 
 def _place(entry: Entry | Unused | Duplicate, ema: bool) -> tuple[ParamPath | None, str]:
@@ -140,13 +172,22 @@ def _place(entry: Entry | Unused | Duplicate, ema: bool) -> tuple[ParamPath | No
         case Duplicate(of=of):
             return None, f"the same as {of}"
         case Unused(fixed=fixed):
-            return None, "follows from the configuration, with which it agrees" if fixed else "no computation needs it"
+            return (
+                None,
+                "follows from the configuration, with which it agrees"
+                if fixed
+                else "no computation needs it",
+            )
         case Entry(path=("losses", *_)):
             return None, "of the loss that the first stage was trained with"
         case Entry(path=("scale_factor",)):
             return None, "stands in config.json"
         case Entry(path=("ema", *rest)):
-            return (tuple(rest), "") if ema else (None, "an average of the weights, which were taken themselves")
+            return (
+                (tuple(rest), "")
+                if ema
+                else (None, "an average of the weights, which were taken themselves")
+            )
         case Entry(path=("unet", *_)) if ema:
             return None, "its average over training (EMA) was taken"
     return entry.path, ""
@@ -155,9 +196,16 @@ def _place(entry: Entry | Unused | Duplicate, ema: bool) -> tuple[ParamPath | No
 def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
     """What was saved beside the state dict: numbers and texts as they are, of all else that it was left out."""
     tree = checkpoint.tree if isinstance(checkpoint.tree, dict) else {}
-    beside = {str(k): v for k, v in tree.items() if not isinstance(v, LazyTensor) and k not in ("state_dict", "model")}
+    beside = {
+        str(k): v
+        for k, v in tree.items()
+        if not isinstance(v, LazyTensor) and k not in ("state_dict", "model")
+    }
     simple = int | float | str | None
-    return {k: v if isinstance(v, simple) else "left out: of the original's training" for k, v in beside.items()}
+    return {
+        k: v if isinstance(v, simple) else "left out: of the original's training"
+        for k, v in beside.items()
+    }
 
 
 def _described(name: str, tensor: LazyTensor) -> dict[str, Any]:
@@ -171,7 +219,11 @@ def sha256(array: np.ndarray) -> str:
 
 def _cast(array: np.ndarray, dtype: str | None) -> np.ndarray:
     # numpy counts bfloat16 among its kind "V".
-    return array if dtype is None or array.dtype.kind not in "fV" else array.astype(DTYPES[dtype], copy=False)
+    return (
+        array
+        if dtype is None or array.dtype.kind not in "fV"
+        else array.astype(DTYPES[dtype], copy=False)
+    )
 
 
 def to_compvis(config: Mapping[str, Any], params: Mapping[str, Any], out: Path) -> None:
@@ -189,10 +241,16 @@ def to_compvis(config: Mapping[str, Any], params: Mapping[str, Any], out: Path) 
     if original.params.get("scale_by_std"):
         tree["scale_factor"] = np.float32(config["scale_factor"])
     section = config.get("conditioner", {})
-    if section.get("text", section).get("kind") in ("bert", "tokens") and "to_logits" not in tree["conditioner"]:
+    if (
+        section.get("text", section).get("kind") in ("bert", "tokens")
+        and "to_logits" not in tree["conditioner"]
+    ):
         # The original holds the projection that nothing calls.
         vocabulary, dim = tree["conditioner"]["token_emb"]["embedding"].shape
-        zeros = {"kernel": np.zeros((dim, vocabulary), np.float32), "bias": np.zeros(vocabulary, np.float32)}
+        zeros = {
+            "kernel": np.zeros((dim, vocabulary), np.float32),
+            "bias": np.zeros(vocabulary, np.float32),
+        }
         tree["conditioner"] = {**tree["conditioner"], "to_logits": zeros}
     whole = whole_from_config(original.target, original.params)
     parts = {part: leaves for part, leaves in tree.items() if part in whole.shapes}
@@ -207,7 +265,9 @@ def to_compvis(config: Mapping[str, Any], params: Mapping[str, Any], out: Path) 
 
 # What can be read; the first that recognises a path reads it.
 FORMATS: dict[str, Format] = {
-    "diffusers": Format(is_diffusers, lambda path, **options: Converted(*from_diffusers(path, **options))),
+    "diffusers": Format(
+        is_diffusers, lambda path, **options: Converted(*from_diffusers(path, **options))
+    ),
     "compvis": Format(is_compvis, from_compvis),
 }
 # What can be written: (config, params, the new file or folder).
@@ -223,7 +283,11 @@ def is_foreign(path: Path) -> bool:
 
 
 def read_model(
-    path: str | Path, *, config: str | Path | Original | None = None, ema: bool | None = None, dtype: str | None = None
+    path: str | Path,
+    *,
+    config: str | Path | Original | None = None,
+    ema: bool | None = None,
+    dtype: str | None = None,
 ) -> Converted:
     """A checkpoint as a model of ours, in memory; nothing is written.
 
@@ -261,7 +325,9 @@ def convert(
     if converted.config["kind"] == "latent_diffusion":
         check_params(build(converted.config, converted.params, converted.params.get("first_stage")))
     save_model(out, converted.config, converted.params, dtype=None)
-    text = json.dumps(report_of(Path(source), converted, dtype), indent=1, default=str)  # YAML knows dates
+    text = json.dumps(
+        report_of(Path(source), converted, dtype), indent=1, default=str
+    )  # YAML knows dates
     Path(report or out / "conversion.json").write_text(text + "\n", encoding="utf-8")
     return converted
 

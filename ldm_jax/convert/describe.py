@@ -4,10 +4,10 @@ from collections import Counter
 from math import prod
 from typing import Any
 
-from ldm_jax.convert.infer import infer
-from ldm_jax.convert.reader import Checkpoint
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.convert.whole import EMA
+from ldm_jax.convert.compvis.infer import infer
+from ldm_jax.convert.compvis.whole import EMA
+from ldm_jax.convert.reader.reader import Checkpoint
+from ldm_jax.errors import TargetError
 
 # Names that only one family has, the most telling first.
 FAMILIES = {
@@ -35,11 +35,17 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "values": f"{sum(values.values()):,} in {len(names) - shadows} tensors, EMA and optimizer aside",
         "dtype": ", ".join(f"{dtype} {n:,}" for dtype, n in values.most_common()),
         "EMA": f"{shadows} tensors" if shadows else "none",
-        "step": ", ".join(f"{key} {tree[key]}" for key in ("epoch", "global_step") if isinstance(tree.get(key), int))
+        "step": ", ".join(
+            f"{key} {tree[key]}"
+            for key in ("epoch", "global_step")
+            if isinstance(tree.get(key), int)
+        )
         or "-",
     }
     if checkpoint.standins:
-        told["not loaded"] = ", ".join(f"{name} ({n})" for name, n in sorted(checkpoint.standins.items()))
+        told["not loaded"] = ", ".join(
+            f"{name} ({n})" for name, n in sorted(checkpoint.standins.items())
+        )
     return told
 
 
@@ -52,19 +58,36 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
     params = original.params
     if "unet_config" not in params:
         return {"first stage": _autoencoder(original.target, params)}
-    unet, stage, conditioner = (params[f"{part}_config"] for part in ("unet", "first_stage", "cond_stage"))
-    shown = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "in_channels", "context_dim")
+    unet, stage, conditioner = (
+        params[f"{part}_config"] for part in ("unet", "first_stage", "cond_stage")
+    )
+    shown = (
+        "model_channels",
+        "channel_mult",
+        "num_res_blocks",
+        "attention_resolutions",
+        "in_channels",
+        "context_dim",
+    )
     told = {
-        "UNet": ", ".join(f"{name} {unet['params'][name]}" for name in shown if name in unet["params"]),
+        "UNet": ", ".join(
+            f"{name} {unet['params'][name]}" for name in shown if name in unet["params"]
+        ),
         "condition": _named(conditioner),
         "schedule": f"{params['beta_schedule']}, {params['timesteps']} steps",
     }
-    return told | ({"first stage": _autoencoder(stage["target"], stage["params"])} if stage.get("params") else {})
+    return told | (
+        {"first stage": _autoencoder(stage["target"], stage["params"])}
+        if stage.get("params")
+        else {}
+    )
 
 
 def _autoencoder(target: str, params: dict[str, Any]) -> str:
     shown = {name: params[name] for name in ("embed_dim", "n_embed") if name in params}
-    shown |= {name: params["ddconfig"][name] for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
+    shown |= {
+        name: params["ddconfig"][name] for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")
+    }
     return ", ".join((target.split(".")[-1], *(f"{name} {value}" for name, value in shown.items())))
 
 
@@ -72,4 +95,6 @@ def _named(section: Any) -> str:
     if not isinstance(section, dict):
         return str(section).strip("_").replace("_", " ")
     params = section.get("params", {})
-    return ", ".join((section["target"].split(".")[-1], *(f"{name} {value}" for name, value in params.items())))
+    return ", ".join(
+        (section["target"].split(".")[-1], *(f"{name} {value}" for name, value in params.items()))
+    )

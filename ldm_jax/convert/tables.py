@@ -1,7 +1,7 @@
 """Name tables: which array of a PyTorch checkpoint is which of our parameters, and how its axes turn. One table runs
 both ways.
 
-A table is a list of entries that a walker over a model's configuration yields (`ldm_jax.convert.compvis` has the
+A table is a list of entries that a walker over a model's configuration yields (`ldm_jax.convert.compvis.compvis` has the
 walkers). It is total: reading or writing with it either accounts for every array on both sides or raises a
 ConversionError that lists all that does not fit.
 """
@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from ldm_jax.errors import ConversionError
+
 Path = tuple[str, ...]
 
 
 class Op(NamedTuple):
     """How one array turns between PyTorch's layout and ours. Axes move and values stay, so a round trip is exact to the
-    bit."""
+    bit.
+    """
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
@@ -27,10 +30,14 @@ class Op(NamedTuple):
 COPY = Op(lambda a: a, lambda a: a)
 CONV = Op(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
 DENSE = Op(lambda w: w.T, lambda w: w.T)  # [out, in] <-> [in, out]
-CONV1X1 = Op(lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # a 1x1 Conv2d is a dense layer here
+CONV1X1 = Op(
+    lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None]
+)  # a 1x1 Conv2d is a dense layer here
 CONV1D = Op(lambda w: w[:, :, 0].T, lambda w: w.T[:, :, None])  # ... and so is a Conv1d of width 1
 CHANNELS = Op(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])  # [1, c, 1, 1] <-> [c]
-COUNT = Op(lambda a: a.astype(np.int32), lambda a: a.astype(np.int64))  # our counters are 32 bits wide
+COUNT = Op(
+    lambda a: a.astype(np.int32), lambda a: a.astype(np.int64)
+)  # our counters are 32 bits wide
 LEADING = Op(lambda a: a[0], lambda a: a[None])  # [1, ...] <-> [...]
 
 
@@ -65,42 +72,6 @@ class Duplicate(NamedTuple):
 
 
 Table = list[Entry | Unused | Duplicate]
-
-
-class ConversionError(ValueError):
-    """Names that do not fit a table. Each attribute lists all of its kind; ``misshapen`` holds (name, shape found,
-    shape expected), ``different`` the names of constants and duplicates whose values are not what they have to be."""
-
-    def __init__(
-        self,
-        where: str,
-        *,
-        missing: Iterable[str] = (),
-        unexpected: Iterable[str] = (),
-        duplicate: Iterable[str] = (),
-        misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
-        different: Iterable[str] = (),
-    ):
-        self.missing, self.unexpected, self.duplicate = sorted(missing), sorted(unexpected), sorted(duplicate)
-        self.misshapen, self.different = sorted(misshapen), sorted(different)
-        lists = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "duplicate": self.duplicate,
-            "misshapen": [f"{name}: found {found}, expected {expected}" for name, found, expected in self.misshapen],
-            "different": self.different,
-        }
-        lines = [f"{where}: the names and shapes do not fit"]
-        for kind, names in lists.items():
-            lines += [f"  {kind} ({len(names)}):", *(f"    {name}" for name in names)] if names else []
-        super().__init__("\n".join(lines))
-
-    @classmethod
-    def check(cls, where: str, **lists: Iterable) -> None:
-        """Raises when any of the lists holds something."""
-        problem = cls(where, **lists)
-        if problem.missing or problem.unexpected or problem.duplicate or problem.misshapen or problem.different:
-            raise problem
 
 
 # ----------------------------------------------------------------------------------------------------- pieces of tables
@@ -141,7 +112,10 @@ def constant(source: str, value: np.ndarray) -> Unused:
 
 def under(path: Path, table: Iterable[Entry | Unused | Duplicate]) -> Table:
     """The same table for parameters that live at ``path`` of a larger tree."""
-    return [entry._replace(path=(*path, *entry.path)) if isinstance(entry, Entry) else entry for entry in table]
+    return [
+        entry._replace(path=(*path, *entry.path)) if isinstance(entry, Entry) else entry
+        for entry in table
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ running a table
@@ -169,7 +143,9 @@ def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def source_shapes(table: Table, shapes: Mapping[str, Any], where: str = "table") -> dict[str, tuple[int, ...]]:
+def source_shapes(
+    table: Table, shapes: Mapping[str, Any], where: str = "table"
+) -> dict[str, tuple[int, ...]]:
     """{source name: shape in the original's layout} of everything a table names.
 
     ``shapes`` is our parameter tree with leaves that have a ``shape`` (of `jax.eval_shape`, say). Raises
@@ -177,7 +153,10 @@ def source_shapes(table: Table, shapes: Mapping[str, Any], where: str = "table")
     """
     leaves = flatten(shapes)
     entries = [entry for entry in table if isinstance(entry, Entry)]
-    paths, names = Counter(entry.path for entry in entries), Counter(entry.source for entry in table)
+    paths, names = (
+        Counter(entry.path for entry in entries),
+        Counter(entry.source for entry in table),
+    )
     ConversionError.check(
         f"{where}, table against parameters",
         missing=("/".join(path) for path in leaves.keys() - paths.keys()),
@@ -188,9 +167,14 @@ def source_shapes(table: Table, shapes: Mapping[str, Any], where: str = "table")
         ],
     )
     # Only axes move, so a zero-stride stand-in of the right shape tells the other layout's shape without memory.
-    expected = {e.source: e.op.to_theirs(np.broadcast_to(np.float32(0), leaves[e.path].shape)).shape for e in entries}
+    expected = {
+        e.source: e.op.to_theirs(np.broadcast_to(np.float32(0), leaves[e.path].shape)).shape
+        for e in entries
+    }
     expected |= {entry.source: entry.value().shape for entry in table if isinstance(entry, Unused)}
-    return expected | {entry.source: expected[entry.of] for entry in table if isinstance(entry, Duplicate)}
+    return expected | {
+        entry.source: expected[entry.of] for entry in table if isinstance(entry, Duplicate)
+    }
 
 
 def _differs(entry: Entry | Unused | Duplicate, found: Mapping[str, np.ndarray]) -> bool:
@@ -198,18 +182,29 @@ def _differs(entry: Entry | Unused | Duplicate, found: Mapping[str, np.ndarray])
     if isinstance(entry, Entry) or entry.source not in found:
         return False
     if isinstance(entry, Duplicate):
-        same = entry.of not in found or np.array_equal(found[entry.source], found[entry.of], equal_nan=True)
+        same = entry.of not in found or np.array_equal(
+            found[entry.source], found[entry.of], equal_nan=True
+        )
         return not same
     if not entry.fixed:
         return False
     ours, theirs = entry.value(), np.asarray(found[entry.source])
     # Stored in half precision, it is right to its rounding.
-    rtol = max(1e-3, float(ml_dtypes.finfo(theirs.dtype).eps)) if theirs.dtype.kind in "fV" else 1e-3
-    return ours.shape == theirs.shape and not np.allclose(ours, theirs.astype(np.float64), rtol=rtol, atol=1e-6)
+    rtol = (
+        max(1e-3, float(ml_dtypes.finfo(theirs.dtype).eps)) if theirs.dtype.kind in "fV" else 1e-3
+    )
+    return ours.shape == theirs.shape and not np.allclose(
+        ours, theirs.astype(np.float64), rtol=rtol, atol=1e-6
+    )
 
 
 def check(
-    table: Table, found: Mapping[str, Any], *, shapes: Mapping[str, Any], where: str, duplicate: Iterable[str] = ()
+    table: Table,
+    found: Mapping[str, Any],
+    *,
+    shapes: Mapping[str, Any],
+    where: str,
+    duplicate: Iterable[str] = (),
 ) -> None:
     """Raises ConversionError with every missing, unexpected, misshapen and different name of a checkpoint's arrays.
 
@@ -218,7 +213,11 @@ def check(
     expected = source_shapes(table, shapes, where)
     ConversionError.check(
         where,
-        missing=(entry.source for entry in table if isinstance(entry, Entry) and entry.source not in found),
+        missing=(
+            entry.source
+            for entry in table
+            if isinstance(entry, Entry) and entry.source not in found
+        ),
         unexpected=found.keys() - expected.keys(),
         duplicate=duplicate,
         misshapen=(
@@ -247,7 +246,9 @@ def to_ours(
     found: dict[str, Any] = dict(pairs)
     twice = (name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
     check(table, found, shapes=shapes, where=where, duplicate=twice)
-    return nest({e.path: as_ours(e, np.asarray(found[e.source])) for e in table if isinstance(e, Entry)})
+    return nest(
+        {e.path: as_ours(e, np.asarray(found[e.source])) for e in table if isinstance(e, Entry)}
+    )
 
 
 def as_ours(entry: Entry, array: np.ndarray) -> np.ndarray:
@@ -255,7 +256,9 @@ def as_ours(entry: Entry, array: np.ndarray) -> np.ndarray:
     return np.asarray(entry.op.to_ours(array), order="C")
 
 
-def to_theirs(table: Table, params: Mapping[str, Any], *, where: str = "parameters") -> dict[str, np.ndarray]:
+def to_theirs(
+    table: Table, params: Mapping[str, Any], *, where: str = "parameters"
+) -> dict[str, np.ndarray]:
     """Our nested parameter tree as {original name: array in PyTorch's layout}, dtypes unchanged: the inverse of
     `to_ours`.
 
@@ -270,4 +273,6 @@ def to_theirs(table: Table, params: Mapping[str, Any], *, where: str = "paramete
         return np.asarray(entry.op.to_theirs(np.asarray(leaves[entry.path])), order="C")
 
     written = {entry.source: value(entry) for entry in table if not isinstance(entry, Duplicate)}
-    return written | {entry.source: written[entry.of] for entry in table if isinstance(entry, Duplicate)}
+    return written | {
+        entry.source: written[entry.of] for entry in table if isinstance(entry, Duplicate)
+    }

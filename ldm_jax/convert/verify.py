@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from ldm_jax.conditioning import Cond
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.latent import FirstStage, LatentDiffusion, apply, build, build_first_stage
+from ldm_jax.conditioning.base import Cond
+from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import AutoencoderKL
+from ldm_jax.models.ldm import FirstStage, LatentDiffusion, apply, build, build_first_stage
 from ldm_jax.models.vqgan import VQModel
 
 Arrays = Mapping[str, np.ndarray]
@@ -43,19 +43,26 @@ def verify(
         spec = json.loads((case.parent / "manifest.json").read_text())["cases"][case.stem]
         arrays = load_file(case)
     except (OSError, ValueError, KeyError) as error:
-        raise TargetError(f"{case} is no recorded case with an entry in a manifest.json beside it: {error}") from None
+        raise TargetError(
+            f"{case} is no recorded case with an entry in a manifest.json beside it: {error}"
+        ) from None
     given, expected = (
-        {name.removeprefix(kind): a for name, a in arrays.items() if name.startswith(kind)} for kind in ("in/", "out/")
+        {name.removeprefix(kind): a for name, a in arrays.items() if name.startswith(kind)}
+        for kind in ("in/", "out/")
     )
     with jax.default_matmul_precision("highest"):  # the recorded results are float32 throughout
         results = outputs_of(config, params, given)
     if ema:
-        results = {f"ema.{name}" if f"ema.{name}" in expected else name: a for name, a in results.items()}
+        results = {
+            f"ema.{name}" if f"ema.{name}" in expected else name: a for name, a in results.items()
+        }
     errors = {}
     for name in sorted(results.keys() & expected.keys()):
         ours, theirs = np.asarray(results[name], np.float64), expected[name].astype(np.float64)
         if ours.shape != theirs.shape:
-            raise TargetError(f"{case.stem}: {name} has the shape {ours.shape}, recorded is {theirs.shape}")
+            raise TargetError(
+                f"{case.stem}: {name} has the shape {ours.shape}, recorded is {theirs.shape}"
+            )
         error, atol = np.abs(ours - theirs), spec["atol"][name]
         allowed = 0.0 if atol == "exact" else float(atol) + float(spec["rtol"]) * np.abs(theirs)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -66,11 +73,18 @@ def verify(
     return errors
 
 
-def outputs_of(config: Mapping[str, Any], params: Mapping[str, Any], given: Arrays) -> dict[str, np.ndarray]:
+def outputs_of(
+    config: Mapping[str, Any], params: Mapping[str, Any], given: Arrays
+) -> dict[str, np.ndarray]:
     """What a model makes of recorded inputs, under the names and in the layouts of the recordings; as much as the inputs allow."""
-    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+        params,
+    )
     if config["kind"] == "first_stage":
-        return _first_stage(FirstStage(params["first_stage"], 1.0, build_first_stage(config)), given)
+        return _first_stage(
+            FirstStage(params["first_stage"], 1.0, build_first_stage(config)), given
+        )
     return _latent_diffusion(build(config, params, params.get("first_stage")), given)
 
 
@@ -99,7 +113,9 @@ def _method(stage: FirstStage) -> Callable[..., Any]:
     """Calls methods of a first stage by name, compiled."""
 
     def run(name: str, *args: Any, **options: Any) -> Any:
-        return jax.jit(lambda params, *a: apply(stage.module, params, *a, method=name, **options))(stage.params, *args)
+        return jax.jit(lambda params, *a: apply(stage.module, params, *a, method=name, **options))(
+            stage.params, *args
+        )
 
     return run
 
@@ -107,13 +123,17 @@ def _method(stage: FirstStage) -> Callable[..., Any]:
 def _latent_diffusion(model: LatentDiffusion, given: Arrays) -> dict[str, np.ndarray]:
     results: dict[str, Any] = {}
     cond = condition_of(model, given)
-    nulls = {name.removeprefix("uncond_"): a for name, a in given.items() if name.startswith("uncond_")}
+    nulls = {
+        name.removeprefix("uncond_"): a for name, a in given.items() if name.startswith("uncond_")
+    }
     for name, condition in {"c": cond, "uc": condition_of(model, nulls)}.items():
         if jax.tree.leaves(condition):
             results[name] = _recorded(condition)
     if {"x", "t"} <= given.keys():
         x = nhwc(given["x"])
-        results["apply_model"] = nchw(jax.jit(model.apply)(model.params, x, jnp.asarray(given["t"]), cond))
+        results["apply_model"] = nchw(
+            jax.jit(model.apply)(model.params, x, jnp.asarray(given["t"]), cond)
+        )
         results["decoded_x"] = nchw(jax.jit(model.first_stage.decode)(x))
     if "image" in given and model.first_stage.module is not None:
         code = _method(model.first_stage)("encode", nhwc(given["image"]))
@@ -128,12 +148,16 @@ def condition_of(model: LatentDiffusion, given: Arrays) -> Cond:
     kind = model.config["conditioner"]["kind"]
     if "masked_image" in given:
         if kind not in ("none", "joined"):
-            raise TargetError(f"a case with a picture beside a condition of kind {kind} cannot be verified")
+            raise TargetError(
+                f"a case with a picture beside a condition of kind {kind} cannot be verified"
+            )
         stage = FirstStage(model.first_stage.params, 1.0, model.first_stage.module)
         f, code = stage.downsampling, jax.jit(stage.encode)(nhwc(given["masked_image"]))
         return Cond(concat=jnp.concatenate([code, nhwc(given["mask"])[:, ::f, ::f]], axis=-1))
     parts = ("x", "t", "x_T", "image")
-    others = [a for name, a in given.items() if name not in parts and not name.startswith("uncond_")]
+    others = [
+        a for name, a in given.items() if name not in parts and not name.startswith("uncond_")
+    ]
     if len(others) != 1:
         return Cond()
     if kind == "hybrid":

@@ -11,37 +11,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.data.conditions import ClassOf, Condition, LabelMap, Layout, Mask, SmallPicture, Vectors, class_names
-from ldm_jax.data.drawing import contact_sheet, draw_conditions
 from ldm_jax.data.latents import LatentLoader, LatentSource
 from ldm_jax.data.loader import Loader
-from ldm_jax.data.sources import SOURCES, TFDS, DataError, ImageFolder, Source, Subset
-from ldm_jax.data.transforms import ImageTransform, UnreadablePicture, caption_template, decode_image, to_rgb
+from ldm_jax.data.sources import SOURCES, TFDS, ImageFolder, Source, Subset
+from ldm_jax.data.transforms import ImageTransform, caption_template, decode_image, to_rgb
+from ldm_jax.errors import DataError, UnreadablePicture
 
 __all__ = [
     "SOURCES",
     "TFDS",
-    "ClassOf",
-    "Condition",
     "DataError",
     "ImageFolder",
     "ImageTransform",
-    "LabelMap",
     "LatentLoader",
     "LatentSource",
-    "Layout",
     "Loader",
-    "Mask",
-    "SmallPicture",
     "Source",
     "Subset",
     "UnreadablePicture",
-    "Vectors",
     "caption_template",
-    "class_names",
-    "contact_sheet",
     "decode_image",
-    "draw_conditions",
     "hold_out_pairs",
     "make_source",
     "select",
@@ -81,14 +70,20 @@ def make_source(config: Mapping[str, Any]) -> Source:
     config = dict(config)
     kind = config.pop("source", "image_folder")
     if kind not in SOURCES:
-        raise DataError(f"unknown data source {kind!r}{_nearest(kind, SOURCES)}: there are {', '.join(SOURCES)}")
+        raise DataError(
+            f"unknown data source {kind!r}{_nearest(kind, SOURCES)}: there are {', '.join(SOURCES)}"
+        )
     arguments = list(inspect.signature(SOURCES[kind]).parameters)
     known = ["source", *arguments, *_SELECTION]
     for key in config:
         if key not in known:
-            raise DataError(f"unknown data setting {key!r}{_nearest(key, known)}: there are {', '.join(known)}")
+            raise DataError(
+                f"unknown data setting {key!r}{_nearest(key, known)}: there are {', '.join(known)}"
+            )
     if not config.get("path"):
-        raise DataError("the data setting 'path' is missing: give a folder, a .zip or a dataset's name")
+        raise DataError(
+            "the data setting 'path' is missing: give a folder, a .zip or a dataset's name"
+        )
     config["path"] = _resolve(os.fspath(config["path"]))
     chosen = {key: config.pop(key, default) for key, default in _SELECTION.items()}
     if chosen["part"] not in _PARTS:
@@ -114,7 +109,13 @@ def _choose(
     if part == "pairs" and not pair_holdout:
         raise DataError("part 'pairs' needs pair_holdout above 0")
     if split_column and holdout:
-        source = split_by(source, split_column, holdout, split_seed, "validation" if part == "validation" else "train")
+        source = split_by(
+            source,
+            split_column,
+            holdout,
+            split_seed,
+            "validation" if part == "validation" else "train",
+        )
     if pair_holdout and part != "validation":
         pair_part = "validation" if part == "pairs" else "train"
         source = hold_out_pairs(source, tuple(pair_columns), pair_holdout, split_seed, pair_part)
@@ -158,7 +159,9 @@ def select(source: Source, where: Mapping[str, Any] | None) -> Source:
     return Subset(source, kept)
 
 
-def split_by(source: Source, column: str, holdout_fraction: float, seed: int = 0, part: str = "train") -> Source:
+def split_by(
+    source: Source, column: str, holdout_fraction: float, seed: int = 0, part: str = "train"
+) -> Source:
     """Splits by a column: all rows with one value, such as one concept, fall into the same part.
 
     The choice is a hash of seed and value, so it is equal on every machine, for any order and any other rows.
@@ -187,24 +190,34 @@ def hold_out_pairs(
     if part not in ("train", "validation"):
         raise DataError(f"part is {part!r}: choose 'train' or 'validation'")
     if not 0 <= fraction < 1:
-        raise DataError(f"the held-out fraction is {fraction}: give a number from 0 up to, not including, 1")
+        raise DataError(
+            f"the held-out fraction is {fraction}: give a number from 0 up to, not including, 1"
+        )
     rows = source.rows
     _check_columns(source, rows, columns)
 
     def held_out(row: Mapping[str, Any]) -> bool:
-        value = "\x1f".join(str(row.get(column)) for column in columns)  # one column: the value itself
+        value = "\x1f".join(
+            str(row.get(column)) for column in columns
+        )  # one column: the value itself
         digest = hashlib.sha256(f"{seed}:{value}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
     kept = [i for i, row in enumerate(rows) if held_out(row) == (part == "validation")]
     if not kept:
         name = "/".join(columns)
-        raise DataError(f"{source.path}: the {part} part by {name} is empty: change the fraction {fraction}")
+        raise DataError(
+            f"{source.path}: the {part} part by {name} is empty: change the fraction {fraction}"
+        )
     return Subset(source, kept)
 
 
-def _check_columns(source: Source, rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> None:
+def _check_columns(
+    source: Source, rows: Sequence[Mapping[str, Any]], columns: Iterable[str]
+) -> None:
     known = {key: None for row in rows for key in row}
     for column in columns:
         if column not in known:
-            raise DataError(f"{source.path}: there is no column {column!r}: there are {', '.join(known)}")
+            raise DataError(
+                f"{source.path}: there is no column {column!r}: there are {', '.join(known)}"
+            )

@@ -16,8 +16,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
 import numpy as np
 
-from ldm_jax.data.sources import DataError, Source, Subset
+from ldm_jax.data.sources import Source, Subset
 from ldm_jax.data.stream import Batches, Stream
+from ldm_jax.errors import DataError
 
 FORMAT = 1
 _NAME = "cache.json"
@@ -47,7 +48,10 @@ class CacheInfo:
         total = math.ceil(count / self.shard_size)
         starts = range(0, count, self.shard_size)
         return [
-            (f"{part}-{i:05d}-of-{total:05d}.array_record", range(start, min(start + self.shard_size, count)))
+            (
+                f"{part}-{i:05d}-of-{total:05d}.array_record",
+                range(start, min(start + self.shard_size, count)),
+            )
             for i, start in enumerate(starts)
         ]
 
@@ -58,7 +62,9 @@ def read_info(folder: str | os.PathLike[str]) -> CacheInfo:
     try:
         told = json.loads(file.read_text())
     except FileNotFoundError:
-        raise DataError(f"{folder} is no latent cache: make one with python -m ldm_jax.data encode") from None
+        raise DataError(
+            f"{folder} is no latent cache: make one with python -m ldm_jax.data encode"
+        ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): encode into a new folder") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
@@ -73,7 +79,9 @@ def claim(folder: str | os.PathLike[str], info: CacheInfo) -> None:
         there = read_info(folder)
         check_key(folder, there, info.key)
         if there != info:
-            raise DataError(f"{folder} was begun with another dtype, shard size or data: encode into a new folder")
+            raise DataError(
+                f"{folder} was begun with another dtype, shard size or data: encode into a new folder"
+            )
         return
     if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
         raise DataError(f"{folder} is not empty and holds no latent cache: give another folder")
@@ -89,11 +97,19 @@ def check_key(folder: str | os.PathLike[str], info: CacheInfo, key: Mapping[str,
     for name, value in key.items():
         if info.key.get(name) != value:
             what = name.removesuffix(" sha256")
-            told = f"another {what}" if what != name else f"{name}={info.key.get(name)!r}, not {value!r}"
-            raise DataError(f"the latent cache {folder} was made with {told}: encode into a new folder")
+            told = (
+                f"another {what}"
+                if what != name
+                else f"{name}={info.key.get(name)!r}, not {value!r}"
+            )
+            raise DataError(
+                f"the latent cache {folder} was made with {told}: encode into a new folder"
+            )
 
 
-def write_shard(file: Path, records: Iterable[tuple[Mapping[str, np.ndarray], str]], info: CacheInfo) -> None:
+def write_shard(
+    file: Path, records: Iterable[tuple[Mapping[str, np.ndarray], str]], info: CacheInfo
+) -> None:
     """Writes (arrays, caption) of one shard; the file appears when it is whole."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -101,7 +117,10 @@ def write_shard(file: Path, records: Iterable[tuple[Mapping[str, np.ndarray], st
     # Groups of one record: training reads single pictures in random order.
     writer = ArrayRecordWriter(str(partial), "group_size:1")
     for arrays, caption in records:
-        parts = [np.ascontiguousarray(arrays[name], field["dtype"]) for name, field in info.fields.items()]
+        parts = [
+            np.ascontiguousarray(arrays[name], field["dtype"])
+            for name, field in info.fields.items()
+        ]
         writer.write(b"".join(part.tobytes() for part in parts) + caption.encode())
     writer.close()
     partial.replace(file)
@@ -132,7 +151,9 @@ class LatentSource:
     def __init__(self, folder: str | os.PathLike[str], part: str):
         self.path, self.info = os.fspath(folder), read_info(folder)
         if part not in self.info.parts:
-            raise DataError(f"the latent cache {folder} has no part {part!r}: it has {', '.join(self.info.parts)}")
+            raise DataError(
+                f"the latent cache {folder} has no part {part!r}: it has {', '.join(self.info.parts)}"
+            )
         self._shards = self.info.shards(part)
         self._readers: dict[tuple[int, int], Any] = {}
         lost = [n for n, places in self._shards if count_records(Path(folder, n)) != len(places)]
@@ -186,10 +207,14 @@ class LatentLoader(Stream):
       DataError: the cache is not whole, or holds no mirrored pictures.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], part: str, *, flip: bool = False, **options: Any):
+    def __init__(
+        self, folder: str | os.PathLike[str], part: str, *, flip: bool = False, **options: Any
+    ):
         self.source = LatentSource(folder, part)
         if flip and self.source.info.fields["moments"]["shape"][0] != 2:
-            raise DataError(f"the latent cache {folder} was made without data.flip: encode into a new folder with it")
+            raise DataError(
+                f"the latent cache {folder} was made without data.flip: encode into a new folder with it"
+            )
 
         def make(finite: bool = False, **rest: Any) -> Batches:
             return _LatentBatches(self.source, flip and not finite, finite=finite, **rest)
@@ -205,19 +230,33 @@ class _LatentBatches(Batches):
     def sample(self, wanted: int, rng: np.random.Generator) -> dict[str, Any]:
         row = self._source[wanted]
         mirror = self._flip and rng.random(4)[3] < 0.5  # the draws of ImageTransform
-        return row | {"moments": row["moments"][int(mirror)], "index": wanted, "valid": bool(row.pop("valid")[0])}
+        return row | {
+            "moments": row["moments"][int(mirror)],
+            "index": wanted,
+            "valid": bool(row.pop("valid")[0]),
+        }
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        arrays = {name: np.stack([s[name] for s in samples]) for name in samples[0] if name not in ("caption", "valid")}
+        arrays = {
+            name: np.stack([s[name] for s in samples])
+            for name in samples[0]
+            if name not in ("caption", "valid")
+        }
         return arrays | {"caption": [s["caption"] for s in samples]}
 
 
 def fingerprint(source: Source) -> str:
     """sha256 of a source's metadata and, for folders and archives, of its files' sizes or checksums: what can be had without reading pictures."""
     digest = hashlib.sha256()
-    inner, indices = (source.source, source.indices) if isinstance(source, Subset) else (source, range(len(source)))
+    inner, indices = (
+        (source.source, source.indices)
+        if isinstance(source, Subset)
+        else (source, range(len(source)))
+    )
     stamp = getattr(inner, "stamp", None)
     rows: Sequence[dict[str, Any]] = inner.rows
     for i in indices:
-        digest.update(json.dumps([rows[i], stamp(i) if stamp else None], sort_keys=True, default=str).encode())
+        digest.update(
+            json.dumps([rows[i], stamp(i) if stamp else None], sort_keys=True, default=str).encode()
+        )
     return digest.hexdigest()

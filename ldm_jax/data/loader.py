@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.data.conditions import Condition, View
-from ldm_jax.data.sources import DataError, Source
+from ldm_jax.data.sources import Source
 from ldm_jax.data.stream import Batches, Stream
-from ldm_jax.data.transforms import ImageTransform, UnreadablePicture, caption_template, to_rgb
+from ldm_jax.data.transforms import Condition, ImageTransform, View, caption_template, to_rgb
+from ldm_jax.errors import DataError, UnreadablePicture
 
 _LOG = logging.getLogger(__name__)
 _MAX_BROKEN_IN_A_ROW = 1000
@@ -44,7 +44,10 @@ def fit_row(
     size = image.shape[0], image.shape[1]
     crop = transform.choose(size, rng)
     cut = transform.apply(image, crop)
-    return {"image": cut, "condition": np.asarray(condition(row, cut, View(transform, crop, size), rng))}
+    return {
+        "image": cut,
+        "condition": np.asarray(condition(row, cut, View(transform, crop, size), rng)),
+    }
 
 
 class Loader(Stream):
@@ -64,7 +67,7 @@ class Loader(Stream):
       batch_size: rows per global batch, over all processes.
       caption: template over the row's columns, see ``caption_template``; None gives "".
       columns: further metadata columns to put into the batches, as lists.
-      condition: what else is made of a row and its picture, see ``ldm_jax.data.conditions``; needs an ``ImageTransform``.
+      condition: what else is made of a row and its picture, see ``ldm_jax.conditioning.columns``; needs an ``ImageTransform``.
       options: those of `Stream`.
 
     Raises:
@@ -85,7 +88,9 @@ class Loader(Stream):
     ):
         for column in columns:
             if column in _RESERVED:
-                raise DataError(f"column {column!r} cannot be asked for: batches use that name themselves")
+                raise DataError(
+                    f"column {column!r} cannot be asked for: batches use that name themselves"
+                )
         if condition is not None and not isinstance(transform, ImageTransform):
             raise DataError("a condition is cut as its picture is: give an ImageTransform")
         self.source, self.transform, self.condition = source, transform, condition
@@ -94,16 +99,26 @@ class Loader(Stream):
         def make(finite: bool = False, **rest: Any) -> Batches:
             exact = getattr(transform, "deterministic", None) if finite else None
             return _PictureBatches(
-                source, exact() if exact else transform, caption, tuple(columns), condition, finite=finite, **rest
+                source,
+                exact() if exact else transform,
+                caption,
+                tuple(columns),
+                condition,
+                finite=finite,
+                **rest,
             )
 
-        super().__init__(make, path=source.path, count=len(source), batch_size=batch_size, **options)
+        super().__init__(
+            make, path=source.path, count=len(source), batch_size=batch_size, **options
+        )
 
     def note(self, batch: dict[str, Any]) -> None:
         for name, why in batch.pop(_SKIPPED):
             if name not in self.broken:
                 self.broken[name] = why
-                _LOG.warning("skipped unreadable picture %s (%s): %d so far", name, why, len(self.broken))
+                _LOG.warning(
+                    "skipped unreadable picture %s (%s): %d so far", name, why, len(self.broken)
+                )
 
 
 class _PictureBatches(Batches):
@@ -117,7 +132,12 @@ class _PictureBatches(Batches):
         **options: Any,
     ):
         super().__init__(**options)
-        self._source, self._transform, self._caption, self._columns = source, transform, caption, columns
+        self._source, self._transform, self._caption, self._columns = (
+            source,
+            transform,
+            caption,
+            columns,
+        )
         self._condition = condition
         self._broken: dict[int, str] = {}
 
@@ -137,7 +157,9 @@ class _PictureBatches(Batches):
         for column in self._columns:
             if column not in row:
                 known = ", ".join(key for key in row if key != "image")
-                raise DataError(f"{self._source.path}: there is no column {column!r}: there are {known}")
+                raise DataError(
+                    f"{self._source.path}: there is no column {column!r}: there are {known}"
+                )
         return {
             **fit_row(row, self._transform, self._condition, rng),
             "caption": "" if self._caption is None else caption_template(self._caption, row),
@@ -159,7 +181,9 @@ class _PictureBatches(Batches):
                     self._broken[index] = " ".join(str(error).split()) or type(error).__name__
             skipped.append((self._source.name(index), self._broken[index]))
         name, why = skipped[0]
-        raise DataError(f"no readable picture in {self._source.path} (tried {len(skipped)}; first: {name}: {why})")
+        raise DataError(
+            f"no readable picture in {self._source.path} (tried {len(skipped)}; first: {name}: {why})"
+        )
 
     def _candidates(self, wanted: int) -> Iterator[int]:
         count = len(self._source)

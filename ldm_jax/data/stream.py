@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.data.sources import DataError
+from ldm_jax.errors import DataError
 
 _ENDLESS = 2**48  # steps: Grain needs a length
 
 # Purposes of random numbers: one stream each, so that none repeats another.
 _STREAM_ORDER, _STREAM_SAMPLE = 0, 1
 
-_OPEN: weakref.WeakSet[Generator[dict[str, Any], None, None]] = weakref.WeakSet()  # streams that have workers
+_OPEN: weakref.WeakSet[Generator[dict[str, Any], None, None]] = (
+    weakref.WeakSet()
+)  # streams that have workers
 
 
 class Stream:
@@ -65,14 +67,20 @@ class Stream:
         if count == 0:
             raise DataError(f"{path}: there is nothing in it")
         if batch_size < 1 or batch_size % process_count:
-            raise DataError(f"batch_size {batch_size} must be a positive multiple of the {process_count} processes")
+            raise DataError(
+                f"batch_size {batch_size} must be a positive multiple of the {process_count} processes"
+            )
         if not 0 <= process_index < process_count:
             raise DataError(f"process_index {process_index} must lie in [0, {process_count})")
         if seed < 0:
             raise DataError(f"seed is {seed}: give 0 or a positive number")
         self.count, self.batch_size, self.drop_remainder = count, batch_size, drop_remainder
         self._make = make
-        self._workers = {"num_workers": num_workers, "read_threads": read_threads, "prefetch": prefetch}
+        self._workers = {
+            "num_workers": num_workers,
+            "read_threads": read_threads,
+            "prefetch": prefetch,
+        }
         self._options: dict[str, Any] = {
             "count": count,
             "batch_size": batch_size,
@@ -92,7 +100,9 @@ class Stream:
         """
         return self._open(self._make(**self._options, first=start_step, length=_ENDLESS))
 
-    def batches(self, n: int | None = None, start: int = 0) -> Generator[dict[str, Any], None, None]:
+    def batches(
+        self, n: int | None = None, start: int = 0
+    ) -> Generator[dict[str, Any], None, None]:
         """One pass in the data's order, without shuffling or augmentation, for validation.
 
         Yields:
@@ -100,7 +110,11 @@ class Stream:
           stand-ins of what cannot be read. At most ``n`` batches, from batch ``start`` on; the same number in every
           process.
         """
-        count = self.count // self.batch_size if self.drop_remainder else -(-self.count // self.batch_size)
+        count = (
+            self.count // self.batch_size
+            if self.drop_remainder
+            else -(-self.count // self.batch_size)
+        )
         count = max(0, count - start) if n is None else max(0, min(n, count - start))
         options = self._options | {"shuffle": False}
         return self._open(self._make(**options, first=start, length=count, finite=True))
@@ -128,7 +142,9 @@ class Stream:
                 gc.collect()  # batches not consumed hang in reference cycles, and hold shared memory
 
 
-def _grain_iterator(batches: "Batches", *, num_workers: int, read_threads: int, prefetch: int) -> Any:
+def _grain_iterator(
+    batches: "Batches", *, num_workers: int, read_threads: int, prefetch: int
+) -> Any:
     import grain
     from absl import flags
 
@@ -140,9 +156,13 @@ def _grain_iterator(batches: "Batches", *, num_workers: int, read_threads: int, 
     dataset: Any = grain.MapDataset.source(batches).to_iter_dataset(options)
     if num_workers > 0:
         # A dataset element is a whole batch, so that the workers' round robin keeps the order of batches.
-        atexit.unregister(_close_open)  # once only, and after Grain's own hooks: the last registered runs first
+        atexit.unregister(
+            _close_open
+        )  # once only, and after Grain's own hooks: the last registered runs first
         atexit.register(_close_open)
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        )
     return iter(dataset)
 
 
@@ -202,7 +222,11 @@ class Batches:
         start = (self._first + int(index)) * self._batch_size + self._offset
         samples = [self._numbered(number) for number in range(start, start + self._rows)]
         batch = self.collate(samples)
-        return batch | {"valid": np.array([s["valid"] for s in samples], bool)} if self.finite else batch
+        return (
+            batch | {"valid": np.array([s["valid"] for s in samples], bool)}
+            if self.finite
+            else batch
+        )
 
     def _numbered(self, number: int) -> dict[str, Any]:
         """The sample with a global number, counted over all epochs and processes."""

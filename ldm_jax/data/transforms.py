@@ -5,12 +5,12 @@ import io
 import math
 import string
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ldm_jax.data.sources import DataError
+from ldm_jax.errors import DataError, UnreadablePicture
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -19,10 +19,6 @@ _RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-class UnreadablePicture(ValueError):
-    """A picture that cannot be decoded; the message says why, in a few words."""
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -66,13 +62,17 @@ def to_rgb(picture: bytes | np.ndarray | Image.Image) -> np.ndarray:
     if array.dtype == np.uint16:
         array = _to_8_bit(array)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.size == 0:
-        raise UnreadablePicture(f"an array of {array.dtype} {array.shape} is no picture: give uint8 [H, W, 3]")
+        raise UnreadablePicture(
+            f"an array of {array.dtype} {array.shape} is no picture: give uint8 [H, W, 3]"
+        )
     if array.ndim == 3 and array.shape[2] == 3:
         return array
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim == 3 and array.shape[2] not in (2, 4):
-        raise UnreadablePicture(f"an array with {array.shape[2]} channels is no picture: give uint8 [H, W, 3]")
+        raise UnreadablePicture(
+            f"an array with {array.shape[2]} channels is no picture: give uint8 [H, W, 3]"
+        )
     return np.asarray(_rgb(Image.fromarray(array)))
 
 
@@ -82,7 +82,9 @@ def _to_8_bit(array: np.ndarray) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits in all of Pillow's spellings: convert() would clip them at 255
+    if image.mode.startswith(
+        "I"
+    ):  # 16 bits in all of Pillow's spellings: convert() would clip them at 255
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     if image.mode == "F":
         raise UnreadablePicture("pixels are floating-point numbers: save it with 8 or 16 bits")
@@ -189,17 +191,48 @@ class _Joined(list):
         return format(", ".join(map(str, self)), spec)
 
 
+class View(NamedTuple):
+    """How the picture was cut: ``crop`` of its original ``size`` (h, w), by ``transform``."""
+
+    transform: ImageTransform
+    crop: Crop
+    size: tuple[int, int]
+
+
+class Condition(Protocol):
+    """Makes one row's condition. ``column`` is the row's column that it needs, if any."""
+
+    @property
+    def column(self) -> str: ...
+
+    def read(self, row: dict[str, Any]) -> None:
+        """Decodes what the row holds as bytes, in place; UnreadablePicture where that fails."""
+        ...
+
+    def __call__(
+        self, row: Mapping[str, Any], image: np.ndarray, view: View, rng: np.random.Generator
+    ) -> np.ndarray | int:
+        """The condition of the transformed ``image`` uint8 [H, W, 3]: an array of the same shape for every row."""
+        ...
+
+
 def caption_template(template: str, row: Mapping[str, Any]) -> str:
     """Fills a caption such as "{text}, {style} style" from a row; list columns are joined with ", ".
 
     Raises:
       DataError: the template is malformed or names a column that the row does not have.
     """
-    columns = {key: _Joined(value) if isinstance(value, list) else value for key, value in row.items()}
+    columns = {
+        key: _Joined(value) if isinstance(value, list) else value for key, value in row.items()
+    }
     try:
         return string.Formatter().vformat(template, (), columns)
     except KeyError as error:
         known = ", ".join(key for key in row if key != "image")
-        raise DataError(f"caption {template!r}: there is no column {error.args[0]!r}: there are {known}") from None
+        raise DataError(
+            f"caption {template!r}: there is no column {error.args[0]!r}: there are {known}"
+        ) from None
     except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise DataError(f"caption {template!r} does not fit: {error}; write columns as {{text}}") from None
+        raise DataError(
+            f"caption {template!r} does not fit: {error}; write columns as {{text}}"
+        ) from None

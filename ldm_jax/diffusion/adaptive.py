@@ -63,13 +63,19 @@ class DPMAdaptive:
     ) -> AdaptiveNode:
         """From the last of the timesteps to 0; those between do not matter."""
         start, stop = t_to_sigma(schedule, np.array([timesteps[-1], 0.0]))
-        return self.table(start, stop, log_sigmas(schedule), rtol=rtol, atol=atol, h_init=h_init, safety=safety)
+        return self.table(
+            start, stop, log_sigmas(schedule), rtol=rtol, atol=atol, h_init=h_init, safety=safety
+        )
 
-    def table(self, start: float, stop: float, log_sigmas: np.ndarray, **controls: float) -> AdaptiveNode:
+    def table(
+        self, start: float, stop: float, log_sigmas: np.ndarray, **controls: float
+    ) -> AdaptiveNode:
         """The nodes between two sigmas."""
         controls = {"rtol": 0.05, "atol": 0.0078, "h_init": 0.05, "safety": 0.81} | controls
         node = AdaptiveNode(np.float64(start), np.float64(stop), log_sigmas, **controls)
-        return jax.tree.map(lambda a: np.asarray(a, jax.dtypes.canonicalize_dtype(np.float64)), node)
+        return jax.tree.map(
+            lambda a: np.asarray(a, jax.dtypes.canonicalize_dtype(np.float64)), node
+        )
 
     def run(self, predict: Predict, x: jax.Array, nodes: AdaptiveNode) -> tuple[jax.Array, State]:
         """(x at the last sigma, the state with the number of steps) from ``x`` [b, ...] at the first."""
@@ -77,9 +83,13 @@ class DPMAdaptive:
         end = -jnp.log(nodes.stop)
 
         def eps_at(y: jax.Array, lam: jax.Array) -> jax.Array:
-            t = jnp.interp(-lam, nodes.log_sigmas, jnp.arange(nodes.log_sigmas.shape[0], dtype=y.dtype))
+            t = jnp.interp(
+                -lam, nodes.log_sigmas, jnp.arange(nodes.log_sigmas.shape[0], dtype=y.dtype)
+            )
             a = jax.nn.sigmoid(2 * lam) ** 0.5
-            return (y - predict(lift(a, y) * y, t, (a, jnp.exp(-lam) * a)).x0) * lift(jnp.exp(lam), y)
+            return (y - predict(lift(a, y) * y, t, (a, jnp.exp(-lam) * a)).x0) * lift(
+                jnp.exp(lam), y
+            )
 
         def attempt(s: State) -> State:
             h = jnp.minimum(s.h, end - s.lam)
@@ -97,12 +107,16 @@ class DPMAdaptive:
                 row(2 / 3, psi(1, 2 / 3) - 2 * psi(2, 2 / 3), 2 * psi(2, 2 / 3)),
                 row(1.0, psi(1, 1.0) - 1.5 * psi(2, 1.0), zero, 1.5 * psi(2, 1.0)),
             ]
-            second = row(1.0, -0.5 * psi(1, 1.0), 1.5 * psi(1, 1.0))  # DPM-Solver-2 with the same r1
+            second = row(
+                1.0, -0.5 * psi(1, 1.0), 1.5 * psi(1, 1.0)
+            )  # DPM-Solver-2 with the same r1
 
             def combined(w: jax.Array, m: jax.Array) -> jax.Array:
                 return s.y + sum(lift(w[j], s.y) * m[j] for j in range(3))
 
-            def stage(carry: tuple[jax.Array, jax.Array], inputs: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+            def stage(
+                carry: tuple[jax.Array, jax.Array], inputs: Any
+            ) -> tuple[tuple[jax.Array, jax.Array], None]:
                 u, m = carry
                 index, part, w = inputs
                 m = m.at[index].set(eps_at(u, s.lam + part * h))
@@ -129,6 +143,10 @@ class DPMAdaptive:
         rows = x.shape[:1]
         y = x * jnp.sqrt(1 + nodes.start**2)
         zero = jnp.zeros(rows, jnp.int32)
-        state = State(y, y, jnp.full(rows, -jnp.log(nodes.start)), jnp.full(rows, nodes.h_init), zero, zero)
-        state = jax.lax.while_loop(lambda s: jnp.any((s.lam < end - 1e-5) & (s.attempts < self.limit)), attempt, state)
+        state = State(
+            y, y, jnp.full(rows, -jnp.log(nodes.start)), jnp.full(rows, nodes.h_init), zero, zero
+        )
+        state = jax.lax.while_loop(
+            lambda s: jnp.any((s.lam < end - 1e-5) & (s.attempts < self.limit)), attempt, state
+        )
         return state.y / jnp.sqrt(1 + nodes.stop**2), state

@@ -9,7 +9,9 @@ from ldm_jax.diffusion.schedule import Schedule, sigma_to_t, t_to_sigma
 
 def _uniform(steps: int, total: int) -> np.ndarray:
     grid = np.arange(steps) * total // steps
-    return grid + (grid[-1] + 1 < total)  # the original's +1, except where it would leave the schedule
+    return grid + (
+        grid[-1] + 1 < total
+    )  # the original's +1, except where it would leave the schedule
 
 
 # name -> ascending timesteps [steps] within 0 .. total - 1, before they are made distinct
@@ -47,12 +49,12 @@ def step_grid(kind: str, steps: int, total: int, *, compat: bool = False) -> np.
 
 
 def karras(steps: int, low: float, high: float, rho: float = 7.0) -> np.ndarray:
-    """sigmas [steps], descending: sigma^(1/rho) is linear (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
+    """Sigmas [steps], descending: sigma^(1/rho) is linear (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
     return np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho
 
 
 def polyexponential(steps: int, low: float, high: float, rho: float = 2.0) -> np.ndarray:
-    """sigmas [steps], descending: log sigma is linear in the rho-th power of a ramp; with rho > 1 denser at little noise."""
+    """Sigmas [steps], descending: log sigma is linear in the rho-th power of a ramp; with rho > 1 denser at little noise."""
     return np.exp(np.linspace(1, 0, steps) ** rho * np.log(high / low) + np.log(low))
 
 
@@ -85,12 +87,16 @@ def time_grid(kind: str | Sequence[float], steps: int, schedule: Schedule) -> np
             raise ValueError(f"a list of timesteps needs distinct numbers from 0 to {total - 1}")
         if len(given) == steps:
             return given
-        places = np.linspace(0, len(given) - 1, steps) if steps > 1 else np.array([len(given) - 1.0])
+        places = (
+            np.linspace(0, len(given) - 1, steps) if steps > 1 else np.array([len(given) - 1.0])
+        )
         logs = np.log(t_to_sigma(schedule, given))
         return sigma_to_t(schedule, np.exp(np.interp(places, np.arange(len(given)), logs)))
     if kind not in SIGMA_GRIDS:
         if kind not in GRIDS:
-            raise ValueError(f"step grid {kind!r} does not exist (have {', '.join([*GRIDS, *SIGMA_GRIDS])})")
+            raise ValueError(
+                f"step grid {kind!r} does not exist (have {', '.join([*GRIDS, *SIGMA_GRIDS])})"
+            )
         return step_grid(kind, steps, total)
     if not 1 <= steps <= total:
         raise ValueError(f"steps must be from 1 to {total}, not {steps}")

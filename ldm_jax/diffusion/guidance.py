@@ -9,13 +9,19 @@ import jax.numpy as jnp
 from ldm_jax.diffusion.objective import Prediction, get_objective
 from ldm_jax.diffusion.schedule import Array, Schedule, level, lift
 
-Model = Callable[[jax.Array, jax.Array, Any], jax.Array]  # (x [b, ...], t [b], condition pytree) -> output [b, ...]
-Denoiser = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, ...], t [] or [b]) -> output [b, ...]
+Model = Callable[
+    [jax.Array, jax.Array, Any], jax.Array
+]  # (x [b, ...], t [b], condition pytree) -> output [b, ...]
+Denoiser = Callable[
+    [jax.Array, jax.Array], jax.Array
+]  # (x [b, ...], t [] or [b]) -> output [b, ...]
 Predict = Callable[
     ..., Prediction
 ]  # (x [b, ...], t [] or [b], its (sqrt(abar), sqrt(1 - abar)) or nothing) -> Prediction
 
-Correct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (eps [b, ...], x [b, ...], t [] or [b]) -> eps
+Correct = Callable[
+    [jax.Array, jax.Array, jax.Array], jax.Array
+]  # (eps [b, ...], x [b, ...], t [] or [b]) -> eps
 
 
 def unguided(model: Model, cond: Any) -> Denoiser:
@@ -69,7 +75,10 @@ def classifier_free(
 
 
 def classifier_gradient(
-    classifier: Callable[[jax.Array, jax.Array], jax.Array], labels: Array, scale: Array, schedule: Schedule
+    classifier: Callable[[jax.Array, jax.Array], jax.Array],
+    labels: Array,
+    scale: Array,
+    schedule: Schedule,
 ) -> Correct:
     """Classifier guidance as a ``correct`` for `predictor`: eps - scale * sqrt(1 - abar_t) * grad_x log p(label | x_t) (Dhariwal & Nichol 2021,
     arXiv:2105.05233, algorithm 2), whatever the model predicts.
@@ -79,7 +88,9 @@ def classifier_gradient(
 
     def log_prob(x: jax.Array, t: jax.Array) -> jax.Array:
         logs = jax.nn.log_softmax(classifier(x, jnp.full(x.shape[:1], t)))
-        return jnp.take_along_axis(logs, jnp.asarray(labels)[:, None], axis=1).sum()  # images do not see each other
+        return jnp.take_along_axis(
+            logs, jnp.asarray(labels)[:, None], axis=1
+        ).sum()  # images do not see each other
 
     def correct(eps: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
         return eps - lift(scale, x) * level(schedule, t, x)[1] * jax.grad(log_prob)(x, t)

@@ -29,11 +29,16 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     # Ho et al. 2020
-    "eps": Objective(lambda x0, eps, a, s: eps, lambda out, xt, a, s: Prediction(out, (xt - s * out) / a)),
-    "x0": Objective(lambda x0, eps, a, s: x0, lambda out, xt, a, s: Prediction((xt - a * out) / s, out)),
+    "eps": Objective(
+        lambda x0, eps, a, s: eps, lambda out, xt, a, s: Prediction(out, (xt - s * out) / a)
+    ),
+    "x0": Objective(
+        lambda x0, eps, a, s: x0, lambda out, xt, a, s: Prediction((xt - a * out) / s, out)
+    ),
     # Salimans & Ho 2022, arXiv:2202.00512: v = a eps - s x0. Needs no division, so it holds where abar_t = 0.
     "v": Objective(
-        lambda x0, eps, a, s: a * eps - s * x0, lambda out, xt, a, s: Prediction(a * out + s * xt, a * xt - s * out)
+        lambda x0, eps, a, s: a * eps - s * x0,
+        lambda out, xt, a, s: Prediction(a * out + s * xt, a * xt - s * out),
     ),
 }
 
@@ -47,7 +52,10 @@ def get_objective(name: str) -> Objective:
 
 def target(objective: str, schedule: Schedule, x0: Array, eps: Array, t: Array) -> Array:
     """What the network should return for x_t made of ``x0`` and ``eps`` [b, ...] at ``t`` [b]."""
-    a, s = at(schedule.sqrt_alphas_cumprod, t, x0), at(schedule.sqrt_one_minus_alphas_cumprod, t, x0)
+    a, s = (
+        at(schedule.sqrt_alphas_cumprod, t, x0),
+        at(schedule.sqrt_one_minus_alphas_cumprod, t, x0),
+    )
     return get_objective(objective).target(x0, eps, a, s)
 
 
@@ -64,7 +72,9 @@ def elbo_weights(objective: str, schedule: Schedule) -> np.ndarray:
     betas, abar = np.asarray(schedule.betas), np.asarray(schedule.alphas_cumprod)
     if objective == "eps":
         with np.errstate(divide="ignore"):
-            weights = betas**2 / (2 * np.asarray(schedule.posterior_variance) * (1 - betas) * (1 - abar))
+            weights = betas**2 / (
+                2 * np.asarray(schedule.posterior_variance) * (1 - betas) * (1 - abar)
+            )
     elif objective == "x0":
         weights = 0.5 * np.sqrt(abar) / (2.0 * 1 - abar)
     elif objective == "v":
@@ -107,7 +117,10 @@ def diffusion_loss(
     loss = simple_weight * mean(w_t e / exp(logvar_t) + logvar_t) + elbo_weight * mean(elbo_t e). ``logvar`` [T] is the (learned) log variance of
     each timestep, or None for pixel-space DDPM, which ignores it; ``elbo`` [T] are `elbo_weights`; ``weights`` [T] e.g. `min_snr_weights`.
     """
-    parts = {"loss_simple": per_sample.mean(), "loss_vlb": (jnp.asarray(elbo)[t] * per_sample).mean()}
+    parts = {
+        "loss_simple": per_sample.mean(),
+        "loss_vlb": (jnp.asarray(elbo)[t] * per_sample).mean(),
+    }
     simple = per_sample if weights is None else jnp.asarray(weights)[t] * per_sample
     if logvar is not None:
         simple = simple / jnp.exp(logvar[t]) + logvar[t]

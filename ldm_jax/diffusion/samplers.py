@@ -35,7 +35,8 @@ State = tuple[Carry, jax.Array, Any]  # of the loop: the sampler's, x, and the f
 
 class Sampler(Protocol):
     """``draws`` standard normal arrays enter each step; ``blend_after`` says on which side of a step a known region is blended in. ``order`` is
-    the order of convergence of the result: to the ODE's solution, or with noise in play in its mean and covariance."""
+    the order of convergence of the result: to the ODE's solution, or with noise in play in its mean and covariance.
+    """
 
     @property
     def draws(self) -> int: ...
@@ -51,7 +52,8 @@ class Sampler(Protocol):
     @property
     def nodes(self) -> Callable[..., Any]:
         """(schedule, ascending timesteps, **options) -> a pytree of arrays [S] in the order of sampling. Its field ``t`` is the timestep at which
-        the model is called; where there is a field ``begin``, a known region is blended in only where it is true."""
+        the model is called; where there is a field ``begin``, a known region is blended in only where it is true.
+        """
         ...
 
     def init(self, x: jax.Array) -> Carry:
@@ -90,7 +92,12 @@ class DDIM:
     options = ("eta", "temperature")
 
     def nodes(
-        self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 0.0, temperature: float = 1.0
+        self,
+        schedule: Schedule,
+        timesteps: np.ndarray,
+        *,
+        eta: float = 0.0,
+        temperature: float = 1.0,
     ) -> DDIMNode:
         abar, prev = _abar_pairs(schedule, timesteps, first=1.0 if self.to_x0 else None)
         sigma = eta * np.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev))
@@ -126,17 +133,31 @@ class DDPM:
     options = ("temperature",)
 
     def nodes(
-        self, schedule: Schedule, timesteps: np.ndarray, *, eta: float = 1.0, temperature: float = 1.0
+        self,
+        schedule: Schedule,
+        timesteps: np.ndarray,
+        *,
+        eta: float = 1.0,
+        temperature: float = 1.0,
     ) -> DDPMNode:
         if eta != 1.0:
-            raise ValueError("the ddpm sampler has no eta; use ddim, whose eta 1 has the same variance")
+            raise ValueError(
+                "the ddpm sampler has no eta; use ddim, whose eta 1 has the same variance"
+            )
         abar, prev = _abar_pairs(schedule, timesteps, first=1.0)
         beta = 1 - abar / prev
-        variance = (1 - schedule.v_posterior) * beta * (1 - prev) / (1 - abar) + schedule.v_posterior * beta
+        variance = (1 - schedule.v_posterior) * beta * (1 - prev) / (
+            1 - abar
+        ) + schedule.v_posterior * beta
         std = np.sqrt(np.maximum(variance, 1e-20)) * temperature
         std[0] = 0.0  # the last step of sampling returns the mean
         return _descending(
-            DDPMNode(timesteps, beta * np.sqrt(prev) / (1 - abar), (1 - prev) * np.sqrt(1 - beta) / (1 - abar), std)
+            DDPMNode(
+                timesteps,
+                beta * np.sqrt(prev) / (1 - abar),
+                (1 - prev) * np.sqrt(1 - beta) / (1 - abar),
+                std,
+            )
         )
 
     def init(self, x: jax.Array) -> Carry:
@@ -153,7 +174,8 @@ class DDPM:
 @dataclasses.dataclass(frozen=True)
 class Inversion(Tableau):
     """DDIM run backwards (Song et al. 2021, section 4.3 and appendix; Dhariwal & Nichol 2021, appendix F): from an image's latents, which stand at
-    ``end``, up to the noise at the last timestep, from which DDIM leads back."""
+    ``end``, up to the noise at the last timestep, from which DDIM leads back.
+    """
 
     def nodes(self, schedule: Schedule, timesteps: np.ndarray, **options: float) -> Any:
         """The table over ascending timesteps, in that order."""
@@ -161,20 +183,27 @@ class Inversion(Tableau):
         return self.table(t_to_sigma(schedule, times), partial(sigma_to_t, schedule), **options)
 
 
-def _abar_pairs(schedule: Schedule, timesteps: np.ndarray, first: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """abar at each timestep and at the one before it in the grid, float64; before the first stands ``first``, or abar_0 as DDIM has it."""
+def _abar_pairs(
+    schedule: Schedule, timesteps: np.ndarray, first: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Abar at each timestep and at the one before it in the grid, float64; before the first stands ``first``, or abar_0 as DDIM has it."""
     table, timesteps = np.asarray(schedule.alphas_cumprod, np.float64), np.asarray(timesteps)
     if np.issubdtype(timesteps.dtype, np.integer):
         abar = table[timesteps]
     else:  # between timesteps, log sigma is linear
-        abar = 1 / (1 + np.exp(2 * np.interp(timesteps, np.arange(len(table)), log_sigmas(schedule))))
+        abar = 1 / (
+            1 + np.exp(2 * np.interp(timesteps, np.arange(len(table)), log_sigmas(schedule)))
+        )
     return abar, np.append(table[0] if first is None else first, abar[:-1])
 
 
 def _descending(nodes: Any) -> Any:
     """Ascending tables -> the order of sampling, in 32 bits."""
     return jax.tree.map(
-        lambda a: np.asarray(a[::-1], np.int32 if np.issubdtype(a.dtype, np.integer) else np.float32), nodes
+        lambda a: np.asarray(
+            a[::-1], np.int32 if np.issubdtype(a.dtype, np.integer) else np.float32
+        ),
+        nodes,
     )
 
 
@@ -224,7 +253,9 @@ def sample(
     ``schedule``. Rows before ``start`` [], traced, are skipped and cost nothing (see `padded`); a Trace holds x in their places.
     ``cache`` is the one by which ``predict`` calls its network.
     """
-    if keys is None and ((sampler.draws and noise is None) or (known is not None and known.noise is None)):
+    if keys is None and (
+        (sampler.draws and noise is None) or (known is not None and known.noise is None)
+    ):
         raise ValueError("sample: give keys, or every noise that the run needs")
     if known is not None and schedule is None:
         raise ValueError("sample: a known region needs the schedule")
@@ -247,7 +278,9 @@ def sample(
         if known is None:
             return x
         assert schedule is not None
-        original = q_sample(schedule, known.x0, node.t, draw(index, 1, 1)[0] if given is None else given)
+        original = q_sample(
+            schedule, known.x0, node.t, draw(index, 1, 1)[0] if given is None else given
+        )
         blended = known.mask * original + (1 - known.mask) * x
         return jnp.where(node.begin, blended, x) if hasattr(node, "begin") else blended
 
@@ -282,7 +315,9 @@ def sample(
 def padded(nodes: Any, count: int) -> tuple[Any, np.int32]:
     """(nodes with ``count`` rows, the row where they begin): filled up in front, so that shorter runs are the same program as the longest."""
     missing = count - jax.tree.leaves(nodes)[0].shape[0]
-    return jax.tree.map(lambda a: np.concatenate([np.repeat(a[:1], missing, 0), a]), nodes), np.int32(missing)
+    return jax.tree.map(
+        lambda a: np.concatenate([np.repeat(a[:1], missing, 0), a]), nodes
+    ), np.int32(missing)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the registry
@@ -313,6 +348,8 @@ SAMPLERS: dict[str, AnySampler] = {
     "dpmpp_sde": Tableau(stochastic.DPMppSDE(), 2, history=1, draws=1),
     "dpmpp_2m_sde": Tableau(stochastic.DPMppMultistepSDE(2, "half"), 2, history=1, draws=1),
     "dpmpp_3m_sde": Tableau(stochastic.DPMppMultistepSDE(3, "exact"), 2, history=2, draws=1),
-    "dpm_fast": Tableau(solvers.Singlestep(3, "eps"), 3, "eps", history=2, arrange=solvers.dpm_fast_sigmas),
+    "dpm_fast": Tableau(
+        solvers.Singlestep(3, "eps"), 3, "eps", history=2, arrange=solvers.dpm_fast_sigmas
+    ),
     "dpm_adaptive": DPMAdaptive(),
 }

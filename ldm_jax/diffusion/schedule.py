@@ -55,7 +55,11 @@ BETA_SCHEDULES = {
 
 
 def make_betas(
-    kind: str, timesteps: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
+    kind: str,
+    timesteps: int,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
 ) -> np.ndarray:
     """Betas, float64 [timesteps], of the schedule ``kind``, a key of BETA_SCHEDULES."""
     if kind not in BETA_SCHEDULES:
@@ -110,13 +114,18 @@ def make_schedule(
         "posterior_mean_coef1": betas * np.sqrt(prev) / (1 - abar),
         "posterior_mean_coef2": (1 - prev) * np.sqrt(alphas) / (1 - abar),
     }
-    return Schedule(**{name: table.astype(np.float32) for name, table in tables.items()}, v_posterior=v_posterior)
+    return Schedule(
+        **{name: table.astype(np.float32) for name, table in tables.items()},
+        v_posterior=v_posterior,
+    )
 
 
 def at(table: Array, t: Array, x: Array) -> jax.Array:
     """``table[t]`` shaped to multiply ``x``: t [] or [b] -> [1 or b, 1, ...]."""
     values = jnp.asarray(table)[t]
-    return values.reshape(values.shape[:1] + (1,) * (x.ndim - values.ndim)) if values.ndim else values
+    return (
+        values.reshape(values.shape[:1] + (1,) * (x.ndim - values.ndim)) if values.ndim else values
+    )
 
 
 def lift(value: Array, x: Array) -> jax.Array:
@@ -132,20 +141,26 @@ ABAR_FLOOR = 1e-9
 def level(schedule: Schedule, t: Array, x: Array) -> tuple[jax.Array, jax.Array]:
     """(sqrt(abar_t), sqrt(1 - abar_t)) shaped to multiply ``x``. Between the timesteps (float t) log sigma is linear in t, sigma^2 = 1 / abar - 1."""
     if not jnp.issubdtype(jnp.result_type(t), jnp.floating):
-        return at(schedule.sqrt_alphas_cumprod, t, x), at(schedule.sqrt_one_minus_alphas_cumprod, t, x)
+        return at(schedule.sqrt_alphas_cumprod, t, x), at(
+            schedule.sqrt_one_minus_alphas_cumprod, t, x
+        )
     abar = jnp.maximum(jnp.asarray(schedule.alphas_cumprod), ABAR_FLOOR)
-    log_sigma = jnp.interp(t, jnp.arange(schedule.timesteps), (jnp.log1p(-abar) - jnp.log(abar)) / 2)
-    return lift(jax.nn.sigmoid(-2 * log_sigma) ** 0.5, x), lift(jax.nn.sigmoid(2 * log_sigma) ** 0.5, x)
+    log_sigma = jnp.interp(
+        t, jnp.arange(schedule.timesteps), (jnp.log1p(-abar) - jnp.log(abar)) / 2
+    )
+    return lift(jax.nn.sigmoid(-2 * log_sigma) ** 0.5, x), lift(
+        jax.nn.sigmoid(2 * log_sigma) ** 0.5, x
+    )
 
 
 def log_sigmas(schedule: Schedule) -> np.ndarray:
-    """log sigma_t, float64 [T], ascending, with sigma_t^2 = (1 - abar_t) / abar_t: the noise of x_t / sqrt(abar_t) (Karras et al. 2022)."""
+    """Log sigma_t, float64 [T], ascending, with sigma_t^2 = (1 - abar_t) / abar_t: the noise of x_t / sqrt(abar_t) (Karras et al. 2022)."""
     abar = np.maximum(np.asarray(schedule.alphas_cumprod, np.float64), ABAR_FLOOR)
     return (np.log1p(-abar) - np.log(abar)) / 2
 
 
 def t_to_sigma(schedule: Schedule, t: Array) -> np.ndarray:
-    """sigma at float timesteps, float64, on the host; log sigma is linear between timesteps."""
+    """Sigma at float timesteps, float64, on the host; log sigma is linear between timesteps."""
     return np.exp(np.interp(t, np.arange(schedule.timesteps), log_sigmas(schedule)))
 
 
@@ -161,7 +176,9 @@ def q_sample(schedule: Schedule, x0: Array, t: Array, noise: Array) -> jax.Array
     return a * x0 + s * noise
 
 
-def q_mean_variance(schedule: Schedule, x0: Array, t: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def q_mean_variance(
+    schedule: Schedule, x0: Array, t: Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean [b, ...], variance and log variance [b, 1, ...] of q(x_t | x_0)."""
     return (
         at(schedule.sqrt_alphas_cumprod, t, x0) * x0,
@@ -170,12 +187,24 @@ def q_mean_variance(schedule: Schedule, x0: Array, t: Array) -> tuple[jax.Array,
     )
 
 
-def posterior(schedule: Schedule, x0: Array, xt: Array, t: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def posterior(
+    schedule: Schedule, x0: Array, xt: Array, t: Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean [b, ...], variance and clipped log variance [b, 1, ...] of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7)."""
-    mean = at(schedule.posterior_mean_coef1, t, xt) * x0 + at(schedule.posterior_mean_coef2, t, xt) * xt
-    return mean, at(schedule.posterior_variance, t, xt), at(schedule.posterior_log_variance_clipped, t, xt)
+    mean = (
+        at(schedule.posterior_mean_coef1, t, xt) * x0
+        + at(schedule.posterior_mean_coef2, t, xt) * xt
+    )
+    return (
+        mean,
+        at(schedule.posterior_variance, t, xt),
+        at(schedule.posterior_log_variance_clipped, t, xt),
+    )
 
 
 def predict_x0(schedule: Schedule, xt: Array, t: Array, eps: Array) -> jax.Array:
     """x_0 = sqrt(1 / abar_t) x_t - sqrt(1 / abar_t - 1) eps."""
-    return at(schedule.sqrt_recip_alphas_cumprod, t, xt) * xt - at(schedule.sqrt_recipm1_alphas_cumprod, t, xt) * eps
+    return (
+        at(schedule.sqrt_recip_alphas_cumprod, t, xt) * xt
+        - at(schedule.sqrt_recipm1_alphas_cumprod, t, xt) * eps
+    )

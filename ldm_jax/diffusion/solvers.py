@@ -74,15 +74,24 @@ def plms(b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
 
     Its first step calls the model twice (pseudo improved Euler), and forgets the second output.
     """
-    adams = {1: [1.0], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
+    adams = {
+        1: [1.0],
+        2: [3 / 2, -1 / 2],
+        3: [23 / 12, -16 / 12, 5 / 12],
+        4: [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+    }
     for i, (sigma, to) in enumerate(steps(sigmas)):
         if i == 0 and len(sigmas) > 2:
             yield Row(sigma, to, b.x + (to - sigma) * b.m[0])
             yield Row(to, to, b.x + (to - sigma) * (b.m[0] + b.m[1]) / 2, step=False)
             continue
         w = adams[min(i + 1, 4)]
-        outputs = [b.m[j + (0 < i == j)] for j in range(len(w))]  # eps of the first step lies one call further back
-        yield Row(sigma, to, b.x + (to - sigma) * sum(wj * m for wj, m in zip(w, outputs, strict=True)))
+        outputs = [
+            b.m[j + (0 < i == j)] for j in range(len(w))
+        ]  # eps of the first step lies one call further back
+        yield Row(
+            sigma, to, b.x + (to - sigma) * sum(wj * m for wj, m in zip(w, outputs, strict=True))
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- DPM-Solver, DPM-Solver++
@@ -95,7 +104,9 @@ class Multistep:
     ``lower_final`` also ends at low orders, which short runs need for stability (by default those under 15 steps).
     """
 
-    def __init__(self, order: int, form: Form, rule: Rule = "exact", lower_final: bool | None = None):
+    def __init__(
+        self, order: int, form: Form, rule: Rule = "exact", lower_final: bool | None = None
+    ):
         self.order = order
         self.form: Form = form
         self.rule: Rule = rule
@@ -107,7 +118,9 @@ class Multistep:
         for i, (sigma, to) in enumerate(steps(sigmas)):
             order = 1 if to == 0 else min(self.order, i + 1, total - i if lower else self.order)
             places = [(lam[i - j] - lam[i]) / (lam[i + 1] - lam[i]) for j in range(order)]
-            keep, w = exponential(self.form, sigma, to, places, rule=self.rule if order == 3 else "half")
+            keep, w = exponential(
+                self.form, sigma, to, places, rule=self.rule if order == 3 else "half"
+            )
             yield Row(sigma, to, keep * b.x + w @ b.m[:order])
 
 
@@ -134,7 +147,9 @@ class Singlestep:
             yield Row(sigma, points[1], keep * b.x + w @ b.m[:1])
             h = math.log(sigma / to) if order > 1 else 1.0
             r1, r2 = (math.log(sigma / points[j]) / h if j < order else 0.0 for j in (1, 2))
-            if order == 3:  # u_2 = u(r2 h) from the outputs at 0 and r1, then u(h) from those at 0 and r2
+            if (
+                order == 3
+            ):  # u_2 = u(r2 h) from the outputs at 0 and r1, then u(h) from those at 0 and r2
                 keep, (w0, w1) = exponential(self.form, sigma, points[2], [0.0, r1 / r2])
                 yield Row(points[1], points[2], keep * b.x + w0 * b.m[1] + w1 * b.m[0], step=False)
                 keep, (w0, w2) = exponential(self.form, sigma, to, [0.0, r2])
@@ -161,7 +176,9 @@ def dpm_fast_sigmas(sigmas: np.ndarray) -> np.ndarray:
     if calls < 1:
         return sigmas
     orders = split(calls, 3)
-    places = np.concatenate([[0.0], *(i + np.arange(1, order + 1) / order for i, order in enumerate(orders))])
+    places = np.concatenate(
+        [[0.0], *(i + np.arange(1, order + 1) / order for i, order in enumerate(orders))]
+    )
     grid = np.exp(np.log(sigmas[0]) + places / len(orders) * np.log(low / sigmas[0]))
     return np.append(grid, 0.0) if to_zero else grid
 

@@ -8,14 +8,18 @@ import numpy as np
 from ldm_jax.diffusion.tableau import Basis, Row, Rule, ancestral, exponential, steps
 
 
-def euler_ancestral(b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
+def euler_ancestral(
+    b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
+) -> Iterator[Row]:
     """An Euler step of the ODE beyond the next level, then noise back up to it: ancestral sampling (Ho et al. 2020) in sigma."""
     for sigma, to in steps(sigmas):
         down, up = ancestral(sigma, to, eta)
         yield Row(sigma, to, b.x + (down - sigma) * (b.x - b.m[0]) / sigma + s_noise * up * b.z)
 
 
-def dpm_2_ancestral(b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
+def dpm_2_ancestral(
+    b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
+) -> Iterator[Row]:
     """As `euler_ancestral`, with the midpoint method: the middle in log sigma."""
     for sigma, to in steps(sigmas):
         down, up = ancestral(sigma, to, eta)
@@ -29,7 +33,9 @@ def dpm_2_ancestral(b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: flo
             yield Row(middle, to, y + s_noise * up * b.z, step=False)
 
 
-def dpmpp_2s_ancestral(b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
+def dpmpp_2s_ancestral(
+    b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
+) -> Iterator[Row]:
     """As `euler_ancestral`, with DPM-Solver++(2S) (Lu et al. 2022, arXiv:2211.01095, algorithm 1), r = 1/2."""
     for sigma, to in steps(sigmas):
         down, up = ancestral(sigma, to, eta)
@@ -41,7 +47,9 @@ def dpmpp_2s_ancestral(b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: 
             keep, w = exponential("x0", sigma, middle)
             yield Row(sigma, middle, keep * b.x + w @ b.m[:1])
             keep, (w0, w1) = exponential("x0", sigma, down, [0.0, 0.5], rule="half")
-            yield Row(middle, to, keep * b.x + w0 * b.m[1] + w1 * b.m[0] + s_noise * up * b.z, step=False)
+            yield Row(
+                middle, to, keep * b.x + w0 * b.m[1] + w1 * b.m[0] + s_noise * up * b.z, step=False
+            )
 
 
 class DPMppSDE:
@@ -54,7 +62,9 @@ class DPMppSDE:
     def __init__(self, one_path: bool = True):
         self.one_path = one_path
 
-    def __call__(self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
+    def __call__(
+        self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
+    ) -> Iterator[Row]:
         for sigma, to in steps(sigmas):
             if to == 0:
                 yield Row(sigma, to, b.m[0])
@@ -68,7 +78,12 @@ class DPMppSDE:
             carried = ancestral(middle, to, eta)[0] / middle if self.one_path else 0.0
             fresh = math.sqrt(max(full**2 - (carried * up) ** 2, 0.0))
             keep, w = exponential("x0", sigma, down)  # r = 1/2: the middle's output alone
-            yield Row(middle, to, keep * b.x + w @ b.m[:1] + carried * noise + s_noise * fresh * b.z, step=False)
+            yield Row(
+                middle,
+                to,
+                keep * b.x + w @ b.m[:1] + carried * noise + s_noise * fresh * b.z,
+                step=False,
+            )
 
 
 class DPMppMultistepSDE:
@@ -78,7 +93,9 @@ class DPMppMultistepSDE:
         self.order = order
         self.rule: Rule = rule
 
-    def __call__(self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
+    def __call__(
+        self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
+    ) -> Iterator[Row]:
         lam = -np.log(np.maximum(sigmas, 1e-30))
         for i, (sigma, to) in enumerate(steps(sigmas)):
             order = 1 if to == 0 else min(self.order, i + 1)

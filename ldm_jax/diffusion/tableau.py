@@ -30,7 +30,8 @@ Form = Literal["x0", "eps"]
 
 class Basis(NamedTuple):
     """Unit vectors, of which a row's weights are made: ``x`` the state where the step began, ``u`` that of the model's call, ``m[j]`` the model's
-    output j calls ago (m[0] the row's own) and ``z`` standard normal noise."""
+    output j calls ago (m[0] the row's own) and ``z`` standard normal noise.
+    """
 
     x: np.ndarray
     u: np.ndarray
@@ -86,7 +87,9 @@ class Tableau:
     draws: int = 0
     corrects: bool = False
     end: float | None = None
-    arrange: Callable[[np.ndarray], np.ndarray] | None = None  # the sigmas of a grid -> those that the algorithm takes
+    arrange: Callable[[np.ndarray], np.ndarray] | None = (
+        None  # the sigmas of a grid -> those that the algorithm takes
+    )
     blend_after: bool = dataclasses.field(default=False, init=False)
 
     @property
@@ -100,11 +103,15 @@ class Tableau:
         sigmas = np.append(sigmas, 0.0 if self.end is None else t_to_sigma(schedule, self.end))
         return self.table(sigmas, partial(sigma_to_t, schedule), **options)
 
-    def table(self, sigmas: np.ndarray, time: Callable[[np.ndarray], np.ndarray], **options: float) -> Node:
+    def table(
+        self, sigmas: np.ndarray, time: Callable[[np.ndarray], np.ndarray], **options: float
+    ) -> Node:
         """The table over any sigmas [S + 1]; ``time`` is the model's timestep for each sigma."""
         for name in options:
             if name not in self.options:
-                raise ValueError(f"this sampler has no {name!r} (it has {', '.join(self.options) or 'no options'})")
+                raise ValueError(
+                    f"this sampler has no {name!r} (it has {', '.join(self.options) or 'no options'})"
+                )
         units = np.eye(self.history + 3 + min(self.draws, 1))
         z = units[-1] if self.draws else np.zeros(len(units))
         basis = Basis(units[0], units[1], units[2 : self.history + 3], z)
@@ -118,13 +125,28 @@ class Tableau:
             a, a_base, a_to = (1 / math.hypot(1.0, sigma) for sigma in (row.at, base, row.to))
             to_y = np.where(basis.x > 0, 1 / a_base, np.where(basis.u > 0, 1 / a, 1.0))
             restart = basis.x if row.restart is None else row.restart * to_y * a
-            columns.append((a, row.at * a, row.step, row.step and rebase, a * math.hypot(1.0, now), row.kick * a))
+            columns.append(
+                (
+                    a,
+                    row.at * a,
+                    row.step,
+                    row.step and rebase,
+                    a * math.hypot(1.0, now),
+                    row.kick * a,
+                )
+            )
             columns[-1] += (row.y * to_y * a_to, restart)
             rebase, base, now = row.restart is None, base if row.restart is None else row.at, row.to
-        a, s, begin, new, keep, kick, weights, restart = (np.array(column) for column in zip(*columns, strict=True))
-        node = Node(time(np.array([row.at for row in rows])), a, s, begin, new, keep, kick, weights, restart)
+        a, s, begin, new, keep, kick, weights, restart = (
+            np.array(column) for column in zip(*columns, strict=True)
+        )
+        node = Node(
+            time(np.array([row.at for row in rows])), a, s, begin, new, keep, kick, weights, restart
+        )
         real = jax.dtypes.canonicalize_dtype(np.float64)  # float32, unless a test asks jax for more
-        node = jax.tree.map(lambda column: column if column.dtype == bool else column.astype(real), node)
+        node = jax.tree.map(
+            lambda column: column if column.dtype == bool else column.astype(real), node
+        )
         return node if self.corrects else node._replace(base=None)
 
     def init(self, x: jax.Array) -> Any:
@@ -150,7 +172,10 @@ class Tableau:
 
 def combine(weights: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
     """sum_j weights[j] * values[j], elementwise in full precision (a matrix product would round on accelerators); weights [n] or [n, b]."""
-    return sum((lift(w, v) * v for w, v in zip(weights, values, strict=True)), jnp.zeros((), values[0].dtype))
+    return sum(
+        (lift(w, v) * v for w, v in zip(weights, values, strict=True)),
+        jnp.zeros((), values[0].dtype),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- what algorithms share
@@ -182,7 +207,13 @@ Rule = Literal["exact", "half", "released"]
 
 
 def exponential(
-    form: Form, sigma: float, to: float, places: list[float] | None = None, *, rule: Rule = "exact", eta: float = 0.0
+    form: Form,
+    sigma: float,
+    to: float,
+    places: list[float] | None = None,
+    *,
+    rule: Rule = "exact",
+    eta: float = 0.0,
 ) -> tuple[float, np.ndarray]:
     """(k, w): y' = k y + sum_j w_j m_j, the exponential integrator on the polynomial through the outputs m_j at ``places`` in units of the step h.
 
@@ -211,7 +242,9 @@ def ancestral(sigma: float, to: float, eta: float) -> tuple[float, float]:
     return math.sqrt(max(to**2 - up**2, 0.0)), up
 
 
-def churned(sigma: float, count: int, churn: float, tmin: float, tmax: float, s_noise: float) -> tuple[float, float]:
+def churned(
+    sigma: float, count: int, churn: float, tmin: float, tmax: float, s_noise: float
+) -> tuple[float, float]:
     """(sigma hat, kick): the noise added before a step (Karras et al. 2022, algorithm 2, lines 4-6) of ``count``."""
     gamma = min(churn / count, math.sqrt(2) - 1) if tmin <= sigma <= tmax else 0.0
     hat = sigma * (1 + gamma)

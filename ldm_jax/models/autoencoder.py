@@ -38,7 +38,7 @@ class DiagonalGaussian:
         return jnp.zeros_like(self.mean) if self.deterministic else jnp.exp(0.5 * self.logvar)
 
     def sample(self, noise: Array) -> Array:
-        """mean + std * noise, with standard normal ``noise`` of the mean's shape."""
+        """Mean + std * noise, with standard normal ``noise`` of the mean's shape."""
         return self.mean + self.std * noise
 
     def mode(self) -> Array:
@@ -52,7 +52,11 @@ class DiagonalGaussian:
             terms = jnp.square(self.mean) + self.var - 1.0 - self.logvar
         else:
             terms = (
-                jnp.square(self.mean - other.mean) / other.var + self.var / other.var - 1.0 - self.logvar + other.logvar
+                jnp.square(self.mean - other.mean) / other.var
+                + self.var / other.var
+                - 1.0
+                - self.logvar
+                + other.logvar
             )
         return 0.5 * terms.sum((1, 2, 3))
 
@@ -60,12 +64,20 @@ class DiagonalGaussian:
         """Negative log-likelihood [b] of ``x`` in nats, summed over height, width and channels."""
         if self.deterministic:
             return jnp.zeros(1)
-        return 0.5 * (jnp.log(2.0 * jnp.pi) + self.logvar + jnp.square(x - self.mean) / self.var).sum((1, 2, 3))
+        return 0.5 * (
+            jnp.log(2.0 * jnp.pi) + self.logvar + jnp.square(x - self.mean) / self.var
+        ).sum((1, 2, 3))
 
 
 def normal_kl(mean1: Array, logvar1: Array, mean2: Array, logvar2: Array) -> Array:
     """Elementwise KL divergence in nats between two Gaussians given by mean and log variance."""
-    return 0.5 * (-1.0 + logvar2 - logvar1 + jnp.exp(logvar1 - logvar2) + jnp.square(mean1 - mean2) * jnp.exp(-logvar2))
+    return 0.5 * (
+        -1.0
+        + logvar2
+        - logvar1
+        + jnp.exp(logvar1 - logvar2)
+        + jnp.square(mean1 - mean2) * jnp.exp(-logvar2)
+    )
 
 
 class Coder(nn.Module):
@@ -93,7 +105,9 @@ class Coder(nn.Module):
 
     def res(self, features: int, name: str) -> ResnetBlock:
         block: Any = nn.remat(ResnetBlock, static_argnums=(2,)) if self.remat else ResnetBlock
-        return block(features, self.dropout, norm_groups=self.norm_groups, dtype=self.dtype, name=name)
+        return block(
+            features, self.dropout, norm_groups=self.norm_groups, dtype=self.dtype, name=name
+        )
 
     def attends(self, level: int) -> bool:
         """Whether the blocks of a level have attention: the size is counted down (in the decoder back up) by whole halvings."""
@@ -126,10 +140,14 @@ class Encoder(Coder):
                 if self.attends(level):
                     h = apply_maybe(self.attn(features, f"down_{level}_attn_{i}"), h)
             if level != len(self.ch_mult) - 1:
-                h = Downsample(self.resamp_with_conv, "right", self.dtype, name=f"down_{level}_downsample")(h)
+                h = Downsample(
+                    self.resamp_with_conv, "right", self.dtype, name=f"down_{level}_downsample"
+                )(h)
         h = self.middle(h, train)
         h = GroupNorm(1e-6, self.norm_groups, silu=True, dtype=self.dtype, name="norm_out")(h)
-        return conv(self.z_channels * (2 if self.double_z else 1), 3, h, name="conv_out", dtype=self.dtype)(h)
+        return conv(
+            self.z_channels * (2 if self.double_z else 1), 3, h, name="conv_out", dtype=self.dtype
+        )(h)
 
 
 class Decoder(Coder):
@@ -192,7 +210,9 @@ class Autoencoder(nn.Module):
 
     def coder_fields(self) -> dict[str, Any]:
         """The fields that go to encoder and decoder alike."""
-        return {f: getattr(self, f) for f in Coder.__dataclass_fields__ if f not in ("parent", "name")}
+        return {
+            f: getattr(self, f) for f in Coder.__dataclass_fields__ if f not in ("parent", "name")
+        }
 
 
 class AutoencoderKL(Autoencoder):
@@ -209,14 +229,16 @@ class AutoencoderKL(Autoencoder):
         self.post_quant_conv = nn.Dense(self.z_channels, dtype=self.dtype)
 
     def encode(self, x: Array, train: bool = False) -> DiagonalGaussian:
-        """x [b, H, W, in_channels] in [-1, 1] -> the posterior over latents [b, H / f, W / f, embed_dim]."""
+        """X [b, H, W, in_channels] in [-1, 1] -> the posterior over latents [b, H / f, W / f, embed_dim]."""
         return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(x, train)))
 
     def decode(self, z: Array, train: bool = False) -> Array:
-        """z [b, h, w, embed_dim] -> pixels [b, h f, w f, out_ch], float32, about [-1, 1]."""
+        """Z [b, h, w, embed_dim] -> pixels [b, h f, w f, out_ch], float32, about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z), train).astype(jnp.float32)
 
-    def __call__(self, x: Array, noise: Array | None = None, train: bool = False) -> tuple[Array, DiagonalGaussian]:
+    def __call__(
+        self, x: Array, noise: Array | None = None, train: bool = False
+    ) -> tuple[Array, DiagonalGaussian]:
         """(reconstruction, posterior); from the posterior's sample with ``noise``, else from its mode."""
         posterior = self.encode(x, train)
         z = posterior.mode() if noise is None else posterior.sample(noise)

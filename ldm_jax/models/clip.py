@@ -12,7 +12,7 @@ from ldm_jax.nn.layers import Array, Dtype, gelu, keep_rows, look_up
 
 
 def quick_gelu(x: Array) -> Array:
-    """x sigmoid(1.702 x): the approximation of GELU that CLIP was trained with."""
+    """X sigmoid(1.702 x): the approximation of GELU that CLIP was trained with."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -35,7 +35,9 @@ class CLIPLayer(nn.Module):
             raise ValueError(f"CLIP: {c} channels do not divide into {self.heads} heads")
 
         def linear(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype, name=name)
+            return nn.Dense(
+                features, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype, name=name
+            )
 
         h = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="norm1")(x)
         q, k, v = (split_heads(linear(c, name)(h), self.heads) for name in ("q", "k", "v"))
@@ -79,11 +81,19 @@ class CLIPText(nn.Module):
     def __call__(self, tokens: Array) -> TextStates:
         n, normal = tokens.shape[1], nn.initializers.normal(0.02)
         if n > self.max_position_embeddings:
-            raise ValueError(f"CLIPText: {n} tokens exceed max_position_embeddings {self.max_position_embeddings}")
+            raise ValueError(
+                f"CLIPText: {n} tokens exceed max_position_embeddings {self.max_position_embeddings}"
+            )
         embed = nn.Embed(
-            self.vocab_size, self.hidden_size, embedding_init=normal, dtype=self.dtype, name="token_embedding"
+            self.vocab_size,
+            self.hidden_size,
+            embedding_init=normal,
+            dtype=self.dtype,
+            name="token_embedding",
         )
-        positions = self.param("position_embedding", normal, (self.max_position_embeddings, self.hidden_size))
+        positions = self.param(
+            "position_embedding", normal, (self.max_position_embeddings, self.hidden_size)
+        )
         x = keep_rows(look_up(embed, tokens) + positions[:n].astype(self.dtype))
         mask, hidden = causal_mask(n), [x]
         for i in range(self.num_hidden_layers):
@@ -101,7 +111,9 @@ class CLIPText(nn.Module):
         end = (tokens if self.eos_token_id is None else tokens == self.eos_token_id).argmax(1)
         pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
         if self.projection_dim is not None:
-            pooled = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="projection")(pooled)
+            pooled = nn.Dense(
+                self.projection_dim, use_bias=False, dtype=self.dtype, name="projection"
+            )(pooled)
         return TextStates(last, pooled, tuple(hidden))
 
 
@@ -134,7 +146,9 @@ class CLIPVision(nn.Module):
     def __call__(self, x: Array) -> VisionStates:
         b, h, w, _ = x.shape
         if (h, w) != (self.image_size, self.image_size):
-            raise ValueError(f"CLIPVision: pictures of {h}x{w} pixels, expected {self.image_size}x{self.image_size}")
+            raise ValueError(
+                f"CLIPVision: pictures of {h}x{w} pixels, expected {self.image_size}x{self.image_size}"
+            )
         normal, p = nn.initializers.normal(0.02), self.patch_size
         patch = nn.Conv(
             self.hidden_size,
@@ -149,7 +163,9 @@ class CLIPVision(nn.Module):
         x = patch(x).reshape(b, -1, self.hidden_size)
         token = self.param("class_embedding", normal, (self.hidden_size,)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(token, (b, 1, self.hidden_size)), x], axis=1)
-        x = x + self.param("position_embedding", normal, (x.shape[1], self.hidden_size)).astype(self.dtype)
+        x = x + self.param("position_embedding", normal, (x.shape[1], self.hidden_size)).astype(
+            self.dtype
+        )
         x = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="pre_norm")(x)
         for i in range(self.num_hidden_layers):
             layer = CLIPLayer(
@@ -163,7 +179,9 @@ class CLIPVision(nn.Module):
             x = layer(x)
         pooled = nn.LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="post_norm")(x[:, 0])
         if self.projection_dim is not None:
-            pooled = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="projection")(pooled)
+            pooled = nn.Dense(
+                self.projection_dim, use_bias=False, dtype=self.dtype, name="projection"
+            )(pooled)
         return VisionStates(x, pooled)
 
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.convolution import convolve
+from ldm_jax.kernels.convolution import convolve
 from ldm_jax.nn.layers import Array, Dtype, torch_bias_init
 
 
@@ -85,7 +85,11 @@ class ActNorm(nn.Module):
             fitted = {"loc": -mean, "scale": 1 / (jnp.sqrt(var * n / (n - 1)) + 1e-6)}
             for name, value in fitted.items():
                 old = self.get_variable("params", name)
-                self.put_variable("params", name, jnp.where(initialized.value == 0, jax.lax.stop_gradient(value), old))
+                self.put_variable(
+                    "params",
+                    name,
+                    jnp.where(initialized.value == 0, jax.lax.stop_gradient(value), old),
+                )
             initialized.value = jnp.ones_like(initialized.value)
         loc, scale = self.get_variable("params", "loc"), self.get_variable("params", "scale")
         return (scale * (x + loc)).astype(self.dtype)
@@ -93,7 +97,8 @@ class ActNorm(nn.Module):
 
 class Place(NamedTuple):
     """One layer of the discriminator: its index in the original's Sequential, that of its normalisation, and what it
-    is."""
+    is.
+    """
 
     conv: int
     norm: int | None
@@ -122,7 +127,9 @@ class PatchDiscriminator(nn.Module):
         places = [Place(0, None, self.ndf, 2, True)]
         for i in range(1, self.n_layers + 1):
             features = self.ndf * min(2**i, 8)
-            places.append(Place(3 * i - 1, 3 * i, features, 2 if i < self.n_layers else 1, self.use_actnorm))
+            places.append(
+                Place(3 * i - 1, 3 * i, features, 2 if i < self.n_layers else 1, self.use_actnorm)
+            )
         return [*places, Place(3 * self.n_layers + 2, None, 1, 1, True)]
 
     def patches(self, side: int) -> int:
@@ -161,6 +168,7 @@ class PatchDiscriminator(nn.Module):
 
 def fit_actnorm(model: PatchDiscriminator, variables: dict, x: Array) -> dict:
     """Variables whose ActNorm layers are fitted to the batch x [b, h, w, c], the first of training; unchanged once they
-    are."""
+    are.
+    """
     _, written = model.apply(variables, x, train=True, mutable=["params", "batch_stats"])
     return {**variables, **written}

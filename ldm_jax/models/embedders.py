@@ -20,7 +20,13 @@ class ClassEmbedder(nn.Module):
     def __call__(self, labels: Array) -> Array:
         # PyTorch's default for embeddings.
         normal = nn.initializers.normal(1.0)
-        embed = nn.Embed(self.n_classes, self.embed_dim, embedding_init=normal, dtype=self.dtype, name="embedding")
+        embed = nn.Embed(
+            self.n_classes,
+            self.embed_dim,
+            embedding_init=normal,
+            dtype=self.dtype,
+            name="embedding",
+        )
         return keep_rows(look_up(embed, labels))[:, None]
 
 
@@ -44,4 +50,6 @@ class SpatialRescaler(nn.Module):
             x = resize(x, self.multiplier, self.method)
         if self.out_channels is None:
             return x
-        return dense(self.out_channels, x, use_bias=self.bias, name="channel_mapper", dtype=self.dtype)(x)
+        return dense(
+            self.out_channels, x, use_bias=self.bias, name="channel_mapper", dtype=self.dtype
+        )(x)

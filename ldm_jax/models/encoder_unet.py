@@ -49,7 +49,9 @@ class EncoderUNet(Trunk):
     @nn.compact
     def __call__(self, x: Array, t: Array, train: bool = False) -> Array:
         if self.pool not in ("adaptive", "attention", "spatial", "spatial_v2"):
-            raise ValueError(f"EncoderUNet: pool {self.pool!r} is not one of adaptive, attention, spatial, spatial_v2")
+            raise ValueError(
+                f"EncoderUNet: pool {self.pool!r} is not one of adaptive, attention, spatial, spatial_v2"
+            )
         plan, emb, means = encoder_layout(self), self.embed_time(t), []
         h = x.astype(self.dtype)
         for i, row in enumerate(plan.input):
@@ -63,14 +65,20 @@ class EncoderUNet(Trunk):
             h = dense(2048, h, name="out_0", dtype=self.dtype)(h)
             norm = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")
             h = nn.relu(h) if self.pool == "spatial" else norm(h)
-            return dense(self.out_channels, h, name="out_1", dtype=self.dtype)(h).astype(jnp.float32)
+            return dense(self.out_channels, h, name="out_1", dtype=self.dtype)(h).astype(
+                jnp.float32
+            )
         h = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")(h)
         if self.pool == "adaptive":
             h = h.mean((1, 2))
-            return dense(self.out_channels, h, zero=True, name="out_1", dtype=self.dtype)(h).astype(jnp.float32)
+            return dense(self.out_channels, h, zero=True, name="out_1", dtype=self.dtype)(h).astype(
+                jnp.float32
+            )
         if self.num_head_channels == -1:
             raise ValueError("EncoderUNet: pool='attention' needs num_head_channels")
-        pool = AttentionPool2d(self.num_head_channels, self.out_channels, self.dtype, name="attn_pool")
+        pool = AttentionPool2d(
+            self.num_head_channels, self.out_channels, self.dtype, name="attn_pool"
+        )
         return pool(h).astype(jnp.float32)
 
 

@@ -12,7 +12,8 @@ from ldm_jax.nn.layers import Array, Dtype, gelu, layer_norm
 
 class Cache(NamedTuple):
     """Keys and values of the positions seen so far: k, v [layers, b, block_size, heads, d], and how many positions that
-    is."""
+    is.
+    """
 
     k: Array
     v: Array
@@ -21,7 +22,8 @@ class Cache(NamedTuple):
 
 def causal_mask(size: int, n_unmasked: int = 0) -> Array:
     """Boolean [size, size]: whether position i sees position j, which it does when j <= i or both are among the first
-    ``n_unmasked``."""
+    ``n_unmasked``.
+    """
     i, j = jnp.arange(size)[:, None], jnp.arange(size)[None]
     return (j <= i) | ((i < n_unmasked) & (j < n_unmasked))
 
@@ -45,10 +47,14 @@ class GPTBlock(nn.Module):
         c = x.shape[-1]
 
         def linear(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype, name=name)
+            return nn.Dense(
+                features, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype, name=name
+            )
 
         h = layer_norm("ln1", self.dtype)(x)
-        q, k, v = (split_heads(linear(c, name)(h), self.heads) for name in ("query", "key", "value"))
+        q, k, v = (
+            split_heads(linear(c, name)(h), self.heads) for name in ("query", "key", "value")
+        )
         if past is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
@@ -81,10 +87,16 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Array, embeddings: Array | None = None, cache: Cache | None = None, train: bool = False
+        self,
+        tokens: Array,
+        embeddings: Array | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
     ) -> Array | tuple[Array, Cache]:
         normal = nn.initializers.normal(0.02)
-        x = nn.Embed(self.vocab_size, self.n_embd, embedding_init=normal, dtype=self.dtype, name="tok_emb")(tokens)
+        x = nn.Embed(
+            self.vocab_size, self.n_embd, embedding_init=normal, dtype=self.dtype, name="tok_emb"
+        )(tokens)
         if embeddings is not None:
             x = jnp.concatenate([embeddings.astype(x.dtype), x], axis=1)
         n = x.shape[1]
@@ -100,12 +112,14 @@ class GPT(nn.Module):
         seen = []
         for i in range(self.n_layer):
             past = None if cache is None else (cache.k[i], cache.v[i])
-            x, kv = GPTBlock(self.n_head, self.resid_pdrop, self.dtype, name=f"blocks_{i}")(x, mask, past, start, train)
+            x, kv = GPTBlock(self.n_head, self.resid_pdrop, self.dtype, name=f"blocks_{i}")(
+                x, mask, past, start, train
+            )
             seen.append(kv)
         x = layer_norm("ln_f", self.dtype)(x)
-        logits = nn.Dense(self.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype, name="head")(x).astype(
-            jnp.float32
-        )
+        logits = nn.Dense(
+            self.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype, name="head"
+        )(x).astype(jnp.float32)
         if cache is None:
             return logits
         k, v = (jnp.stack(part) for part in zip(*seen, strict=True))
@@ -160,4 +174,6 @@ def generate(
     logits, cache = advance(tokens, model.empty_cache(b))
     first = choose(logits, jnp.int32(0))
     _, rest = jax.lax.scan(body, (first, cache), jnp.arange(1, steps))
-    return jnp.concatenate([tokens.astype(jnp.int32), first[:, None], rest.T.astype(jnp.int32)], axis=1)
+    return jnp.concatenate(
+        [tokens.astype(jnp.int32), first[:, None], rest.T.astype(jnp.int32)], axis=1
+    )

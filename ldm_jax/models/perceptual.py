@@ -51,12 +51,18 @@ class VGG16Features(nn.Module):
     def __call__(self, images: jax.Array) -> tuple[jax.Array, ...]:
         _, h, w, c = images.shape
         if c != 3 or min(h, w) < 16:
-            raise ValueError(f"VGG16Features takes images [b, h >= 16, w >= 16, 3], not {images.shape}")
+            raise ValueError(
+                f"VGG16Features takes images [b, h >= 16, w >= 16, 3], not {images.shape}"
+            )
         if len(self.widths) != len(VGG16_LAYERS):
-            raise ValueError(f"VGG16Features has {len(VGG16_LAYERS)} blocks: widths={tuple(self.widths)} does not fit")
+            raise ValueError(
+                f"VGG16Features has {len(VGG16_LAYERS)} blocks: widths={tuple(self.widths)} does not fit"
+            )
         x = _PREPROCESS[self.preprocess](images.astype(jnp.float32)).astype(self.dtype)
         maps = []
-        for block, (layers, width) in enumerate(zip(VGG16_LAYERS, self.widths, strict=True), start=1):
+        for block, (layers, width) in enumerate(
+            zip(VGG16_LAYERS, self.widths, strict=True), start=1
+        ):
             if block > 1:
                 x = max_pool(x)
             for i in range(1, len(layers) + 1):
@@ -83,7 +89,9 @@ class LPIPS(nn.Module):
     @nn.compact
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         if a.shape != b.shape:
-            raise ValueError(f"LPIPS compares image with image: shapes {a.shape} and {b.shape} differ")
+            raise ValueError(
+                f"LPIPS compares image with image: shapes {a.shape} and {b.shape} differ"
+            )
         vgg = VGG16Features(self.widths, self.preprocess, self.dtype, name="vgg")
         distance = jnp.zeros(a.shape[0], jnp.float32)
         for i, (fa, fb) in enumerate(zip(vgg(a), vgg(b), strict=True)):
@@ -111,7 +119,7 @@ def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def unit_length(x: jax.Array) -> jax.Array:
-    """x [..., c] over its Euclidean length along c, in float32, as LPIPS divides: x / (|x| + 1e-10).
+    """X [..., c] over its Euclidean length along c, in float32, as LPIPS divides: x / (|x| + 1e-10).
 
     The gradient where all channels are zero is zero. (The original's is NaN there: its square root has no slope at 0.)
     """
@@ -147,7 +155,9 @@ def load_vgg16(
     Raises FileNotFoundError, or ValueError listing every missing, unexpected and misshapen name.
     """
     tensors, metadata = _read(path, VGG_VARIABLE, "VGG-16 weights")
-    params = vgg16_params({k: v for k, v in tensors.items() if not k.startswith("classifier.")}, widths)
+    params = vgg16_params(
+        {k: v for k, v in tensors.items() if not k.startswith("classifier.")}, widths
+    )
     return VGG16Features(tuple(widths), _preprocess_of(metadata)), params
 
 
@@ -164,7 +174,10 @@ def load_lpips(
     """
     module, vgg = load_vgg16(vgg_path, widths)
     heads, _ = _read(heads_path, HEADS_VARIABLE, "LPIPS heads")
-    return LPIPS(module.widths, module.preprocess), {"vgg": vgg, **_assemble(heads, _head_names(widths))}
+    return LPIPS(module.widths, module.preprocess), {
+        "vgg": vgg,
+        **_assemble(heads, _head_names(widths)),
+    }
 
 
 def vgg16_params(tensors: Mapping[str, np.ndarray], widths: Sequence[int] = VGG16_WIDTHS) -> Params:
@@ -186,12 +199,15 @@ def lpips_params(tensors: Mapping[str, np.ndarray], widths: Sequence[int] = VGG1
             raise ValueError(f"{name} is {np.ravel(tensors[name])}, and LPIPS has {values}")
     rest = {k: v for k, v in tensors.items() if not k.startswith("scaling_layer.")}
     vgg = {
-        name: (("vgg", *path), shape) for name, (path, shape) in _vgg_names(widths, "net.slice{block}.{layer}").items()
+        name: (("vgg", *path), shape)
+        for name, (path, shape) in _vgg_names(widths, "net.slice{block}.{layer}").items()
     }
     return _assemble(rest, vgg | _head_names(widths))
 
 
-_Names = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]  # original name -> (our path, original shape)
+_Names = dict[
+    str, tuple[tuple[str, ...], tuple[int, ...]]
+]  # original name -> (our path, original shape)
 
 
 def _vgg_names(widths: Sequence[int], pattern: str) -> _Names:
@@ -206,7 +222,10 @@ def _vgg_names(widths: Sequence[int], pattern: str) -> _Names:
 
 
 def _head_names(widths: Sequence[int]) -> _Names:
-    return {f"lin{i}.model.1.weight": ((f"lin{i}", "kernel"), (1, width, 1, 1)) for i, width in enumerate(widths)}
+    return {
+        f"lin{i}.model.1.weight": ((f"lin{i}", "kernel"), (1, width, 1, 1))
+        for i, width in enumerate(widths)
+    }
 
 
 def _assemble(tensors: Mapping[str, np.ndarray], names: _Names) -> Params:
@@ -218,7 +237,9 @@ def _assemble(tensors: Mapping[str, np.ndarray], names: _Names) -> Params:
         if name in tensors and np.shape(tensors[name]) != shape
     ]
     if missing or unexpected or misshapen:
-        raise ValueError(f"the weights do not fit: missing {missing}, unexpected {unexpected}, misshapen {misshapen}")
+        raise ValueError(
+            f"the weights do not fit: missing {missing}, unexpected {unexpected}, misshapen {misshapen}"
+        )
     params: Params = {}
     for name, (path, shape) in names.items():
         *parents, leaf = path
@@ -227,12 +248,18 @@ def _assemble(tensors: Mapping[str, np.ndarray], names: _Names) -> Params:
             node = node.setdefault(parent, {})
         value = np.asarray(tensors[name], np.float32)
         if len(shape) == 4:  # OIHW -> HWIO; a head's 1x1 kernel becomes a dense one, [c, 1]
-            value = value[:, :, 0, 0].T if leaf == "kernel" and shape[2:] == (1, 1) else value.transpose(2, 3, 1, 0)
+            value = (
+                value[:, :, 0, 0].T
+                if leaf == "kernel" and shape[2:] == (1, 1)
+                else value.transpose(2, 3, 1, 0)
+            )
         node[leaf] = jnp.asarray(value)
     return params
 
 
-def _read(path: str | os.PathLike | None, variable: str, what: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _read(
+    path: str | os.PathLike | None, variable: str, what: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     path = path or os.environ.get(variable)
     if not path:
         raise FileNotFoundError(f"{what}: give the path of a safetensors file or set {variable}")

@@ -45,7 +45,12 @@ def spiral_out(h: int, w: int) -> Order:
         return identity(h, w)
     row, column, length, forward = h // 2, w // 2 - 1, 1, [h // 2 * w + w // 2 - 1]
     while len(forward) < h * w:
-        for down, right, steps in ((-1, 0, length), (0, 1, length), (1, 0, length + 1), (0, -1, length + 1)):
+        for down, right, steps in (
+            (-1, 0, length),
+            (0, 1, length),
+            (1, 0, length + 1),
+            (0, -1, length + 1),
+        ):
             for _ in range(steps):
                 row, column = row + down, column + right
                 if 0 <= row < h and 0 <= column < w:

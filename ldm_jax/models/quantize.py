@@ -37,7 +37,7 @@ def nearest_codes(x: Array, codebook: Array) -> Array:
 
 
 def perplexity_of(indices: Array, n: int, axis_name: str | None = None) -> Array:
-    """exp of the entropy in nats of how often each of ``n`` codes occurs in ``indices``."""
+    """Exp of the entropy in nats of how often each of ``n`` codes occurs in ``indices``."""
     share = share_of(indices, n)
     return perplexity(share if axis_name is None else jax.lax.pmean(share, axis_name))
 
@@ -48,7 +48,7 @@ def share_of(indices: Array, n: int) -> Array:
 
 
 def perplexity(share: Array) -> Array:
-    """exp of the entropy in nats of shares [n]: so many codes in equal use would have the same."""
+    """Exp of the entropy in nats of shares [n]: so many codes in equal use would have the same."""
     return jnp.exp(-jnp.sum(share * jnp.log(share + 1e-10)))
 
 
@@ -74,7 +74,11 @@ class Quantizer(nn.Module):
     @property
     def re_embed(self) -> int:
         """How many values an index can take."""
-        return self.n_embed if self.remap is None else len(self.remap) + (self.unknown_index == "extra")
+        return (
+            self.n_embed
+            if self.remap is None
+            else len(self.remap) + (self.unknown_index == "extra")
+        )
 
     def remap_to_used(self, indices: Array) -> Array:
         """Indices of codes [...] -> places in ``remap``."""
@@ -83,7 +87,11 @@ class Quantizer(nn.Module):
         match = indices[..., None] == jnp.asarray(self.remap, jnp.int32)
         if self.unknown_index == "random":
             # Initialising draws nothing that lasts, so it needs no rng of this name.
-            key = self.make_rng("remap") if self.has_rng("remap") or not self.is_initializing() else jax.random.key(0)
+            key = (
+                self.make_rng("remap")
+                if self.has_rng("remap") or not self.is_initializing()
+                else jax.random.key(0)
+            )
             unknown: Any = jax.random.randint(key, indices.shape, 0, self.re_embed)
         else:
             unknown = len(self.remap) if self.unknown_index == "extra" else self.unknown_index
@@ -121,14 +129,16 @@ class VectorQuantizer(Quantizer):
         )
 
     def __call__(self, h: Array) -> Quantized:
-        """h [b, h, w, embed_dim] -> its nearest codes."""
+        """H [b, h, w, embed_dim] -> its nearest codes."""
         b, height, width, c = h.shape
         h = h.astype(jnp.float32)
         indices = nearest_codes(h.reshape(-1, c), self.embedding)
         codes = jnp.take(self.embedding, indices, axis=0).reshape(h.shape)
         commitment = jnp.square(jax.lax.stop_gradient(codes) - h).mean()
         codebook = jnp.square(codes - jax.lax.stop_gradient(h)).mean()
-        loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
+        loss = (
+            commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
+        )
         use = perplexity_of(indices, self.n_embed)
         z = straight_through(h, codes).astype(self.dtype)
         return Quantized(z, loss, self.shaped(indices, b, height, width), use)
@@ -153,28 +163,40 @@ class GumbelQuantizer(Quantizer):
 
     @nn.compact
     def __call__(
-        self, h: Array, gumbels: Array | None = None, temperature: float | Array | None = None, train: bool = False
+        self,
+        h: Array,
+        gumbels: Array | None = None,
+        temperature: float | Array | None = None,
+        train: bool = False,
     ) -> Quantized:
-        """h [b, h, w, c]. ``gumbels`` [b, h, w, codes in use]: standard Gumbel noise, else drawn from the rng "gumbel".
+        """H [b, h, w, c]. ``gumbels`` [b, h, w, codes in use]: standard Gumbel noise, else drawn from the rng "gumbel".
 
         ``temperature``: ``temp_init`` unless given, so that training can lower it.
         """
         b, height, width, c = h.shape
         if c != (self.num_hiddens or self.embed_dim):
-            raise ValueError(f"GumbelQuantizer: {c} channels, expected {self.num_hiddens or self.embed_dim}")
+            raise ValueError(
+                f"GumbelQuantizer: {c} channels, expected {self.num_hiddens or self.embed_dim}"
+            )
         logits = dense(self.n_embed, h, name="proj", dtype=self.dtype)(h).astype(jnp.float32)
         embed = self.param("embed", nn.initializers.normal(1.0), (self.n_embed, self.embed_dim))
         used = np.arange(self.n_embed) if self.remap is None else np.asarray(self.remap)
         logits = logits[..., used]
         if gumbels is None:
-            key = self.make_rng("gumbel") if self.has_rng("gumbel") or not self.is_initializing() else jax.random.key(0)
+            key = (
+                self.make_rng("gumbel")
+                if self.has_rng("gumbel") or not self.is_initializing()
+                else jax.random.key(0)
+            )
             gumbels = jax.random.gumbel(key, logits.shape)
         temperature = self.temp_init if temperature is None else temperature
         weights = jax.nn.softmax((logits + gumbels) / temperature, axis=-1)
         place = weights.argmax(-1)
         if self.straight_through or not train:
             weights = straight_through(weights, jax.nn.one_hot(place, len(used)))
-        z = jnp.einsum("bhwn,nd->bhwd", weights, jnp.asarray(embed)[used], precision="highest").astype(self.dtype)
+        z = jnp.einsum(
+            "bhwn,nd->bhwd", weights, jnp.asarray(embed)[used], precision="highest"
+        ).astype(self.dtype)
         q = jax.nn.softmax(logits, axis=-1)
         loss = self.kl_weight * jnp.sum(q * jnp.log(q * self.n_embed + 1e-10), axis=-1).mean()
         indices = self.remap_to_used(jnp.asarray(used, jnp.int32)[place]).reshape(b, height, width)
@@ -207,7 +229,7 @@ class EMAQuantizer(Quantizer):
         self.cluster_size = self.variable("codebook", "cluster_size", jnp.zeros, (self.n_embed,))
 
     def __call__(self, h: Array, train: bool = False) -> Quantized:
-        """h [b, h, w, embed_dim] -> its nearest codes."""
+        """H [b, h, w, embed_dim] -> its nearest codes."""
         b, height, width, c = h.shape
         h = h.astype(jnp.float32)
         flat = jax.lax.stop_gradient(h).reshape(-1, c)

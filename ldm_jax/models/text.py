@@ -30,19 +30,29 @@ class TransformerEncoder(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Array, mask: Array | None = None, logits: bool = False, train: bool = False) -> Array:
+    def __call__(
+        self, tokens: Array, mask: Array | None = None, logits: bool = False, train: bool = False
+    ) -> Array:
         n = tokens.shape[1]
         if n > self.max_seq_len:
-            raise ValueError(f"TransformerEncoder: {n} tokens exceed max_seq_len {self.max_seq_len}")
+            raise ValueError(
+                f"TransformerEncoder: {n} tokens exceed max_seq_len {self.max_seq_len}"
+            )
         normal = nn.initializers.normal(self.embed_std)
-        table = nn.Embed(self.vocab_size, self.dim, embedding_init=normal, dtype=self.dtype, name="token_emb")
+        table = nn.Embed(
+            self.vocab_size, self.dim, embedding_init=normal, dtype=self.dtype, name="token_emb"
+        )
         x = look_up(table, tokens)
         x = x + self.param("pos_emb", normal, (self.max_seq_len, self.dim)).astype(self.dtype)[:n]
         x = keep_rows(nn.Dropout(self.dropout, deterministic=not train)(x))
         pair = None if mask is None else mask[:, None, :, None] & mask[:, None, None, :]
         for i in range(self.depth):
-            attn = CrossAttention(self.heads, self.head_dim, self.dropout, self.dtype, name=f"attn_{i}")
-            x = keep_rows(x + attn(layer_norm(f"attn_norm_{i}", self.dtype)(x), mask=pair, train=train))
+            attn = CrossAttention(
+                self.heads, self.head_dim, self.dropout, self.dtype, name=f"attn_{i}"
+            )
+            x = keep_rows(
+                x + attn(layer_norm(f"attn_norm_{i}", self.dtype)(x), mask=pair, train=train)
+            )
             ff = FeedForward(self.ff_mult, self.ff_glu, self.dropout, self.dtype, name=f"ff_{i}")
             x = keep_rows(x + ff(layer_norm(f"ff_norm_{i}", self.dtype)(x), train=train))
         x = layer_norm("norm", self.dtype)(x)

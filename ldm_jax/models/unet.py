@@ -12,9 +12,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.kernels.attention import SAVED
 from ldm_jax.nn.attention import AttentionBlock, SpatialTransformer
-from ldm_jax.nn.kernels import SAVED
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, as_many, conv, dense, keep_rows, look_up, timestep_embedding
+from ldm_jax.nn.layers import (
+    Array,
+    Dtype,
+    GroupNorm,
+    as_many,
+    conv,
+    dense,
+    keep_rows,
+    look_up,
+    timestep_embedding,
+)
 from ldm_jax.nn.resnet import Downsample, ResBlock, Upsample
 
 
@@ -70,17 +80,21 @@ class Trunk(nn.Module):
     dtype: Dtype = jnp.float32
 
     def embed_time(self, t: Array) -> Array:
-        """t [b] -> [b, 4 model_channels]; called inside ``__call__``."""
+        """T [b] -> [b, 4 model_channels]; called inside ``__call__``."""
         module = TimeEmbedding(4 * self.model_channels, self.dtype, name="time_embed")
         return module(timestep_embedding(t, self.model_channels))
 
-    def run(self, row: list[Block], name: str, h: Array, emb: Array, context: Array | None, train: bool) -> Array:
+    def run(
+        self, row: list[Block], name: str, h: Array, emb: Array, context: Array | None, train: bool
+    ) -> Array:
         """Runs one row of blocks; called inside ``__call__``, whose submodules these become."""
 
         def make(cls: Any, *args: Any, remat_static: tuple[int, ...] = (), **fields: Any) -> Any:
             if self.remat:
                 cls = nn.remat(
-                    cls, static_argnums=remat_static, policy=jax.checkpoint_policies.save_only_these_names(SAVED)
+                    cls,
+                    static_argnums=remat_static,
+                    policy=jax.checkpoint_policies.save_only_these_names(SAVED),
                 )
             return cls(*args, norm_groups=self.norm_groups, dtype=self.dtype, **fields)
 
@@ -92,10 +106,14 @@ class Trunk(nn.Module):
                 case "res" | "res_up" | "res_down":
                     resample = {"res": "none", "res_up": "up", "res_down": "down"}[block.kind]
                     fields = (block.channels_out, self.dropout, self.use_scale_shift_norm, resample)
-                    h = make(ResBlock, *fields, remat_static=(3,), name=at)(h, as_many(emb, h), train)
+                    h = make(ResBlock, *fields, remat_static=(3,), name=at)(
+                        h, as_many(emb, h), train
+                    )
                 case "transformer":
                     fields = (block.heads, block.head_dim, block.depth)
-                    h = make(SpatialTransformer, *fields, remat_static=(3,), name=at)(h, context, train)
+                    h = make(SpatialTransformer, *fields, remat_static=(3,), name=at)(
+                        h, context, train
+                    )
                 case "attn":
                     h = make(AttentionBlock, block.heads, self.use_new_attention_order, name=at)(h)
                 case "down":
@@ -153,10 +171,17 @@ class UNet(Trunk):
             )
         emb = self.embed_time(t)
         if self.num_classes is not None and y is not None:
-            table = nn.Embed(self.num_classes, 4 * self.model_channels, dtype=self.dtype, name="label_emb")
+            table = nn.Embed(
+                self.num_classes, 4 * self.model_channels, dtype=self.dtype, name="label_emb"
+            )
             emb = emb + keep_rows(look_up(table, y))
 
-        h, skips, reused, last = x.astype(self.dtype), [], deep is not None, len(plan.output) - depth
+        h, skips, reused, last = (
+            x.astype(self.dtype),
+            [],
+            deep is not None,
+            len(plan.output) - depth,
+        )
         for i, row in enumerate(plan.input[:depth] if reused else plan.input):
             h = self.run(row, f"input_blocks_{i}", h, emb, context, train)
             skips.append(h)
@@ -175,7 +200,9 @@ class UNet(Trunk):
             out = dense(self.n_embed, h, name="id_predictor", dtype=jnp.float32)(h)
         else:
             h = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")(h)
-            out = conv(self.out_channels, 3, h, zero=True, name="out_conv", dtype=self.dtype)(h).astype(jnp.float32)
+            out = conv(self.out_channels, 3, h, zero=True, name="out_conv", dtype=self.dtype)(
+                h
+            ).astype(jnp.float32)
         return out if deep is None else (out, deep)
 
 
@@ -202,7 +229,9 @@ def resampler(net: Trunk, kind: Literal["up", "down"], ch: int) -> Block:
     return Block(f"res_{kind}" if net.resblock_updown else kind, ch, ch)  # type: ignore[arg-type]
 
 
-def downward(net: Trunk, attention: Callable[[int], Block]) -> tuple[list[list[Block]], list[Block]]:
+def downward(
+    net: Trunk, attention: Callable[[int], Block]
+) -> tuple[list[list[Block]], list[Block]]:
     """The input rows and the middle; ``attention`` makes the attention block of a channel count."""
     ch, ds = net.model_channels, 1
     rows = [[Block("conv", net.in_channels, ch)]]
@@ -228,8 +257,12 @@ def layout(unet: UNet) -> Layout:
     def attention(ch: int, upward: bool = False) -> Block:
         heads = unet.num_heads if unet.num_head_channels == -1 else ch // unet.num_head_channels
         if not transformer and unet.num_head_channels == -1 and unet.legacy and upward:
-            heads = heads_up  # only the plain attention of the decoder listens to num_heads_upsample
-        fixed = unet.num_head_channels != -1 and not unet.legacy  # legacy spreads what does not divide over the heads
+            heads = (
+                heads_up  # only the plain attention of the decoder listens to num_heads_upsample
+            )
+        fixed = (
+            unet.num_head_channels != -1 and not unet.legacy
+        )  # legacy spreads what does not divide over the heads
         head_dim = unet.num_head_channels if fixed else ch // heads
         if transformer:
             return Block("transformer", ch, ch, heads, head_dim, unet.transformer_depth)
@@ -252,4 +285,6 @@ def layout(unet: UNet) -> Layout:
     return Layout(rows_in, middle, rows_out)
 
 
-FIELDS = tuple(f.name for f in dataclasses.fields(UNet) if f.name not in ("parent", "name", "dtype", "remat"))
+FIELDS = tuple(
+    f.name for f in dataclasses.fields(UNet) if f.name not in ("parent", "name", "dtype", "remat")
+)

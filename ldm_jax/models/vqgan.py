@@ -61,13 +61,17 @@ class VQModel(Autoencoder, kw_only=True):
             self.colorize = self.param("colorize", nn.initializers.normal(1.0), (self.n_labels, 3))
 
     def prequant(self, x: Array, train: bool = False) -> Array:
-        """x [b, H, W, in_channels] in [-1, 1] -> what is then quantised, float32 [b, H / f, W / f, embed_dim]."""
+        """X [b, H, W, in_channels] in [-1, 1] -> what is then quantised, float32 [b, H / f, W / f, embed_dim]."""
         return self.quant_conv(self.encoder(x, train)).astype(jnp.float32)
 
     def quantized(
-        self, h: Array, train: bool = False, gumbels: Array | None = None, temperature: float | Array | None = None
+        self,
+        h: Array,
+        train: bool = False,
+        gumbels: Array | None = None,
+        temperature: float | Array | None = None,
     ) -> Quantized:
-        """h [b, h, w, embed_dim] -> codes, loss and indices. ``gumbels`` and ``temperature`` are the Gumbel quantiser's."""
+        """H [b, h, w, embed_dim] -> codes, loss and indices. ``gumbels`` and ``temperature`` are the Gumbel quantiser's."""
         match self.quantize:
             case VectorQuantizer():
                 return self.quantize(h)
@@ -76,7 +80,7 @@ class VQModel(Autoencoder, kw_only=True):
         return self.quantize(h, train=train)
 
     def encode(self, x: Array, train: bool = False) -> Quantized:
-        """x [b, H, W, in_channels] in [-1, 1] -> codes, loss and indices."""
+        """X [b, H, W, in_channels] in [-1, 1] -> codes, loss and indices."""
         return self.quantized(self.prequant(x, train), train)
 
     def decode(self, z: Array, train: bool = False) -> Array:
@@ -121,7 +125,11 @@ class VQModelInterface(VQModel, kw_only=True):
     """
 
     def quantized(
-        self, h: Array, train: bool = False, gumbels: Array | None = None, temperature: float | Array | None = None
+        self,
+        h: Array,
+        train: bool = False,
+        gumbels: Array | None = None,
+        temperature: float | Array | None = None,
     ) -> Quantized:
         """As `VQModel.quantized`, and outside of training without noise unless that is given."""
         if gumbels is None and not train:
@@ -129,7 +137,7 @@ class VQModelInterface(VQModel, kw_only=True):
         return super().quantized(h, train, gumbels, temperature)
 
     def encode(self, x: Array, train: bool = False) -> Array:  # type: ignore[override]
-        """x [b, H, W, in_channels] in [-1, 1] -> latents float32 [b, H / f, W / f, embed_dim], unscaled, not quantised."""
+        """X [b, H, W, in_channels] in [-1, 1] -> latents float32 [b, H / f, W / f, embed_dim], unscaled, not quantised."""
         return self.prequant(x, train)
 
     def decode(self, z: Array, train: bool = False, quantize: bool = True) -> Array:

@@ -6,16 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.kernels import attend, plain
+from ldm_jax.kernels.attention import attend, plain
 from ldm_jax.nn.layers import Array, Dtype, GroupNorm, as_many, dense, geglu, gelu, layer_norm
 from ldm_jax.nn.norms import apart
 
 
-def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Array | None = None) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Array | None = None
+) -> Array:
     """softmax(scale q k^T) v (Vaswani et al. 2017). q [b, n, h, d], k [b, m, h, d], v [b, m, h, e] -> [b, n, h, e].
 
     ``scale`` defaults to 1/sqrt(d). ``mask`` is boolean, broadcastable to [b, h, n, m]; a row masked whole attends uniformly.
-    The softmax is float32 whatever the inputs are. Without a mask it may be a kernel: see `ldm_jax.nn.kernels`.
+    The softmax is float32 whatever the inputs are. Without a mask it may be a kernel: see `ldm_jax.kernels.attention`.
     """
     by = q.shape[-1] ** -0.5 if scale is None else scale
     return attend(q, k, v, by) if mask is None else plain(q, k, v, by, mask)
@@ -43,12 +45,22 @@ class CrossAttention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None, train: bool = False) -> Array:
+    def __call__(
+        self, x: Array, context: Array | None = None, mask: Array | None = None, train: bool = False
+    ) -> Array:
         context = x if context is None else context
         inner = self.heads * self.head_dim
-        q = split_heads(dense(inner, x, use_bias=False, name="to_q", dtype=self.dtype)(x), self.heads)
-        k = split_heads(dense(inner, context, use_bias=False, name="to_k", dtype=self.dtype)(context), self.heads)
-        v = split_heads(dense(inner, context, use_bias=False, name="to_v", dtype=self.dtype)(context), self.heads)
+        q = split_heads(
+            dense(inner, x, use_bias=False, name="to_q", dtype=self.dtype)(x), self.heads
+        )
+        k = split_heads(
+            dense(inner, context, use_bias=False, name="to_k", dtype=self.dtype)(context),
+            self.heads,
+        )
+        v = split_heads(
+            dense(inner, context, use_bias=False, name="to_v", dtype=self.dtype)(context),
+            self.heads,
+        )
         y = merge_heads(attention(as_many(q, k), k, v, mask=mask))
         y = dense(x.shape[-1], y, name="to_out", dtype=self.dtype)(y)
         return nn.Dropout(self.dropout, deterministic=not train)(y)
@@ -73,7 +85,8 @@ class FeedForward(nn.Module):
 
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each pre-normalised and residual. x [b, n, c], context [b, m, k] or None -> [b, n, c];
-    of a context [r b, m, k] -> [r b, n, c]."""
+    of a context [r b, m, k] -> [r b, n, c].
+    """
 
     heads: int
     head_dim: int
@@ -110,10 +123,14 @@ class SpatialTransformer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, train: bool = False) -> Array:
         b, h, w, c = x.shape
-        y = apart(GroupNorm(1e-6, self.norm_groups, dtype=self.dtype, name="norm")(x)).reshape(b, h * w, c)
+        y = apart(GroupNorm(1e-6, self.norm_groups, dtype=self.dtype, name="norm")(x)).reshape(
+            b, h * w, c
+        )
         y = dense(self.heads * self.head_dim, y, name="proj_in", dtype=self.dtype)(y)
         for i in range(self.depth):
-            block = BasicTransformerBlock(self.heads, self.head_dim, self.dropout, dtype=self.dtype, name=f"blocks_{i}")
+            block = BasicTransformerBlock(
+                self.heads, self.head_dim, self.dropout, dtype=self.dtype, name=f"blocks_{i}"
+            )
             y = block(y, context, train)
         y = dense(c, y, zero=True, name="proj_out", dtype=self.dtype)(y)
         return as_many(x, y) + y.reshape(-1, h, w, c)
@@ -155,7 +172,9 @@ class AttnBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
         y = GroupNorm(1e-6, self.norm_groups, dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
-        q, k, v = (split_heads(dense(c, y, name=n, dtype=self.dtype)(y), 1) for n in ("q", "k", "v"))
+        q, k, v = (
+            split_heads(dense(c, y, name=n, dtype=self.dtype)(y), 1) for n in ("q", "k", "v")
+        )
         y = merge_heads(attention(q, k, v))
         return x + dense(c, y, name="proj_out", dtype=self.dtype)(y).reshape(b, h, w, c)
 
@@ -171,7 +190,9 @@ class LinearAttention(nn.Module):
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
         y = x.reshape(b, h * w, c)
-        qkv = dense(3 * self.heads * self.head_dim, y, use_bias=False, name="to_qkv", dtype=self.dtype)(y)
+        qkv = dense(
+            3 * self.heads * self.head_dim, y, use_bias=False, name="to_qkv", dtype=self.dtype
+        )(y)
         q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, 3, self.heads, self.head_dim), 2, 0)
         k = jax.nn.softmax(k.astype(jnp.float32), axis=1).astype(v.dtype)
         summary = jnp.einsum("bnhd,bnhe->bhde", k, v)
@@ -179,7 +200,9 @@ class LinearAttention(nn.Module):
         return dense(c, y, name="to_out", dtype=self.dtype)(y).reshape(b, h, w, c)
 
 
-def autoencoder_attention(kind: str, channels: int, *, norm_groups: int, name: str, dtype: Dtype) -> nn.Module | None:
+def autoencoder_attention(
+    kind: str, channels: int, *, norm_groups: int, name: str, dtype: Dtype
+) -> nn.Module | None:
     """The attention of one place in an autoencoder; None is the identity. ``kind`` is "vanilla", "linear" or "none"."""
     if kind == "vanilla":
         return AttnBlock(norm_groups, dtype=dtype, name=name)

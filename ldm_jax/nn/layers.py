@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ldm_jax.distributed.parallel import Target, compiled_for, for_one_cpu, target
+from ldm_jax.kernels.convolution import convolve
+from ldm_jax.kernels.vjp import own_gradient
 from ldm_jax.nn import norms
-from ldm_jax.nn.convolution import convolve
-from ldm_jax.nn.gradients import own_gradient
-from ldm_jax.parallel import Target, compiled_for, for_one_cpu, target
 
 Dtype = Any
 Array = jax.Array
@@ -31,7 +31,9 @@ torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def torch_bias_init(fan_in: int) -> Initializer:
     """PyTorch's default bias: uniform(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1 / np.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 def init(module: nn.Module, *args: Any) -> Any:
@@ -44,7 +46,9 @@ def shapes_of(make: Callable[..., Any], *args: Any) -> Any:
     """`jax.eval_shape` of what makes fresh parameters: their random numbers, a third of the time, are not traced."""
     token = _BLANK.set(True)
     try:
-        return jax.eval_shape(lambda *args: make(*args), *args)  # a function of its own: nobody shall find this trace
+        return jax.eval_shape(
+            lambda *args: make(*args), *args
+        )  # a function of its own: nobody shall find this trace
     finally:
         _BLANK.reset(token)
 
@@ -54,7 +58,8 @@ _BLANK: ContextVar[bool] = ContextVar("blank", default=False)
 
 class Quick(nn.Module):
     """A module whose parameters are compared with the shapes that they should have. Flax traces their initialisers for it, each time that a module is
-    applied, which takes a third of tracing a network."""
+    applied, which takes a third of tracing a network.
+    """
 
     @nn.nowrap
     def param(self, name: str, init_fn: Any, *init_args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -105,7 +110,15 @@ def conv(
     )
 
 
-def dense(features: int, like: Array, *, name: str, dtype: Dtype, use_bias: bool = True, zero: bool = False) -> Dense:
+def dense(
+    features: int,
+    like: Array,
+    *,
+    name: str,
+    dtype: Dtype,
+    use_bias: bool = True,
+    zero: bool = False,
+) -> Dense:
     """A linear layer (also every 1x1 convolution) initialised as PyTorch does; ``zero`` starts it at zero."""
     return Dense(
         features,
@@ -134,7 +147,8 @@ _product_in_rows = own_gradient(lambda x, w: (_product(x, w), (x, w)), _product_
 
 def product(x: Array, w: Array, dimension_numbers: Any, **options: Any) -> Array:
     """``jax.lax.dot_general`` of ``x`` [..., c] and ``w`` [c, features], for `flax.linen.Dense`. For a single CPU the weights' gradient is of all
-    rows in one dimension (and without forward-mode derivatives): over several, XLA makes it of a transposed copy, in twice the time."""
+    rows in one dimension (and without forward-mode derivatives): over several, XLA makes it of a transposed copy, in twice the time.
+    """
     if x.ndim < 3 or any(value is not None for value in options.values()) or not for_one_cpu():
         return jax.lax.dot_general(x, w, dimension_numbers, **options)
     return _product_in_rows(x, w)
@@ -217,7 +231,9 @@ def look_up(table: nn.Embed, tokens: Array) -> Array:
     rows = kept_rows()
     if not isinstance(rows, NamedSharding):
         return table(tokens)
-    x = table(jax.lax.with_sharding_constraint(tokens, NamedSharding(rows.mesh, PartitionSpec("data"))))
+    x = table(
+        jax.lax.with_sharding_constraint(tokens, NamedSharding(rows.mesh, PartitionSpec("data")))
+    )
     channels = "fsdp" if x.shape[-1] % rows.mesh.shape["fsdp"] == 0 else None
     split = PartitionSpec("data", *[None] * (x.ndim - 2), channels)
     return jax.lax.with_sharding_constraint(x, NamedSharding(rows.mesh, split))
@@ -230,7 +246,8 @@ def layer_norm(name: str, dtype: Dtype) -> LayerNorm:
 
 def gelu(x: Array) -> Array:
     """The exact GELU x Phi(x) (Hendrycks & Gimpel 2016). On a CPU from erf as PyTorch computes it, elsewhere from erfc, whose two series are slow
-    there alone, in x's own type: a TPU keeps less for the backward pass."""
+    there alone, in x's own type: a TPU keeps less for the backward pass.
+    """
     if not _for_cpu():
         return jax.nn.gelu(x, approximate=False)
     x32 = x.astype(jnp.float32)
@@ -267,7 +284,11 @@ def _geglu_backward(h: Array, dy: Array) -> tuple[Array]:
         gate + 0 * dy
     )  # XLA's CPU compiler, which heeds no optimization_barrier here, would compute cdf and pdf before dy is there, and keep them
     cdf, pdf = _normal_cdf(gate), jnp.exp(-0.5 * gate * gate) * np.float32(1 / np.sqrt(2 * np.pi))
-    return (jnp.concatenate([dy * gate * cdf, dy * value * (cdf + gate * pdf)], axis=-1).astype(h.dtype),)
+    return (
+        jnp.concatenate([dy * gate * cdf, dy * value * (cdf + gate * pdf)], axis=-1).astype(
+            h.dtype
+        ),
+    )
 
 
 _geglu = own_gradient(_geglu_forward, _geglu_backward)
@@ -284,7 +305,9 @@ def timestep_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Array
     Frequencies are max_period^(-i / half); an odd ``dim`` ends in a zero column.
     """
     half = dim // 2
-    freqs = _exp(np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half))
+    freqs = _exp(
+        np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    )
     args = t.astype(jnp.float32)[:, None] * freqs
     emb = jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
     return jnp.pad(emb, ((0, 0), (0, dim % 2)))
@@ -302,7 +325,9 @@ def ddpm_timestep_embedding(t: Array, dim: int) -> Array:
 def upsample_nearest(x: Array) -> Array:
     """[b, h, w, c] -> [b, 2h, 2w, c], each pixel repeated."""
     b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(
+        b, 2 * h, 2 * w, c
+    )
 
 
 def avg_pool(x: Array) -> Array:

@@ -10,15 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.gradients import own_gradient
-from ldm_jax.parallel import for_one_cpu, for_tpu
+from ldm_jax.distributed.parallel import for_one_cpu, for_tpu
+from ldm_jax.kernels.vjp import own_gradient
 
 Array = jax.Array
 
 
 def apart(x: Array) -> Array:
     """``x``; in a TPU's program as an array of its own, and so is its gradient: the compiler moves neither layouts nor conversions to float32 through
-    it."""
+    it.
+    """
     return jax.lax.optimization_barrier(x) if for_tpu() else x
 
 
@@ -29,7 +30,8 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
 
 def _told(x: Array, dy: Array) -> tuple[Array, Array]:
     """Both in float32; on a CPU ``x`` as if it depended on ``dy``: else XLA, long before dy is there, would compute from x what the backward pass
-    needs, and keep that."""
+    needs, and keep that.
+    """
     dy = dy.astype(jnp.float32)
     x = x.astype(jnp.float32)
     return (x + 0 * dy if for_one_cpu() else x), dy
@@ -40,20 +42,23 @@ def _told(x: Array, dy: Array) -> tuple[Array, Array]:
 
 def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> Array:
     """Group normalisation of ``x`` [b, ..., c] over what lies between and the channels of a group (Wu & He 2018), times ``scale`` [c] plus ``bias``
-    [c], through SiLU if told so; float32."""
+    [c], through SiLU if told so; float32.
+    """
     return _group_norm(x, scale, bias, groups, eps, silu)
 
 
 def _group_mean(a: Array, groups: int) -> Array:
     """[b, ..., c] -> [b, 1..., c], the mean over a group. Channel by channel first: a reduction over (height, width, part of channels) at once is 3
-    to 4 times slower on CPU."""
+    to 4 times slower on CPU.
+    """
     by_channel = a.mean(tuple(range(1, a.ndim - 1))).reshape(a.shape[0], groups, -1)
     return _level(by_channel).reshape(_beside(a))
 
 
 def _level(a: Array) -> Array:
     """[b, groups, channels of a group] -> the same, each with the mean of its group. On a CPU by a product, whose result XLA writes down by channel:
-    of a mean it keeps a number for each group, and looks that up anew for every element, which makes SiLU's loop twice as slow."""
+    of a mean it keeps a number for each group, and looks that up anew for every element, which makes SiLU's loop twice as slow.
+    """
     if not for_one_cpu():
         return jnp.broadcast_to(a.mean(-1, keepdims=True), a.shape)
     even = jnp.full((a.shape[-1], a.shape[-1]), 1 / a.shape[-1], a.dtype)
@@ -86,14 +91,18 @@ def _statistics_in_one_pass(x: Array, groups: int, eps: float) -> tuple[Array, A
     rows = x[:, every // 2 :: every] if over else x
     near = rows.astype(jnp.float32).mean(over, keepdims=True)
     d = x.astype(jnp.float32) - near
-    near, shift, square = (a.mean(over).reshape(x.shape[0], groups, -1) for a in (near, d, jnp.square(d)))
+    near, shift, square = (
+        a.mean(over).reshape(x.shape[0], groups, -1) for a in (near, d, jnp.square(d))
+    )
     means = near + shift
     mean = _level(means)
     variance = _level(square - jnp.square(shift) + jnp.square(means - mean))
     return mean.reshape(_beside(x)), jax.lax.rsqrt(variance + eps).reshape(_beside(x))
 
 
-def _group_forward(x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool) -> tuple[Array, Any]:
+def _group_forward(
+    x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool
+) -> tuple[Array, Any]:
     mean, rsqrt = (_statistics if for_one_cpu() else _statistics_in_one_pass)(x, groups, eps)
     # One multiply-add per element: normalisation and affine folded into a per-channel gain and offset.
     gain = rsqrt * scale
@@ -101,7 +110,9 @@ def _group_forward(x: Array, scale: Array, bias: Array, groups: int, eps: float,
     return nn.silu(y) if silu else y, (x, scale, bias, mean, rsqrt)
 
 
-def _group_backward(groups: int, eps: float, silu: bool, kept: Any, dy: Array) -> tuple[Array, Array, Array]:
+def _group_backward(
+    groups: int, eps: float, silu: bool, kept: Any, dy: Array
+) -> tuple[Array, Array, Array]:
     given, scale, bias, mean, rsqrt = kept
     x, dy = _told(given, dy)
     x = (x - mean) * rsqrt
@@ -111,7 +122,9 @@ def _group_backward(groups: int, eps: float, silu: bool, kept: Any, dy: Array) -
         dy = dy * s * (1 + y * (1 - s))
     space = tuple(range(1, x.ndim - 1))
     dscale, dbias = (a.sum(space, keepdims=True) for a in (dy * x, dy))
-    size = x.size // (x.shape[0] * x.shape[-1])  # sums over space stand for their means from here on
+    size = x.size // (
+        x.shape[0] * x.shape[-1]
+    )  # sums over space stand for their means from here on
     along, level = (_group_mean(a * scale / size, groups) for a in (dscale, dbias))
     dx = rsqrt * (dy * scale - level - x * along)
     rows = tuple(range(x.ndim - 1))
@@ -145,7 +158,9 @@ def _layer_backward(eps: float, kept: Any, dy: Array) -> tuple[Array, Array, Arr
     given, scale = kept
     x, dy = _told(given, dy)
     x, rsqrt = _standardised(x, eps)  # again: XLA would keep both statistics as large as x
-    level, along = ((a @ (scale / x.shape[-1]))[..., None] for a in (dy, dy * x))  # means of what reaches x
+    level, along = (
+        (a @ (scale / x.shape[-1]))[..., None] for a in (dy, dy * x)
+    )  # means of what reaches x
     rows = tuple(range(x.ndim - 1))
     dx = rsqrt * (dy * scale - level - x * along)
     return dx.astype(given.dtype), (dy * x).sum(rows), dy.sum(rows)

@@ -57,7 +57,7 @@ _MATRICES = {"bilinear": _linear, "bicubic": _cubic, "area": _area}
 
 
 def resize(x: Array, scale: float, method: Method = "bilinear") -> Array:
-    """x [b, h, w, c] -> [b, floor(h scale), floor(w scale), c]; float32 arithmetic, x's dtype.
+    """X [b, h, w, c] -> [b, floor(h scale), floor(w scale), c]; float32 arithmetic, x's dtype.
 
     Source coordinates follow ``scale`` itself, also where it does not divide the size. Raises ValueError for another method, or when nothing would
     be left.
@@ -75,6 +75,8 @@ def resize(x: Array, scale: float, method: Method = "bilinear") -> Array:
         return x[:, rows][:, :, columns]
     if method not in _MATRICES:
         raise ValueError(f"resize: method {method!r} is not one of nearest, {', '.join(_MATRICES)}")
-    vertical, horizontal = (_MATRICES[method](n, m, scale) for n, m in zip((h, w), sizes, strict=True))
+    vertical, horizontal = (
+        _MATRICES[method](n, m, scale) for n, m in zip((h, w), sizes, strict=True)
+    )
     y = jnp.einsum("ph,bhwc->bpwc", vertical, x.astype(jnp.float32), precision="highest")
     return jnp.einsum("qw,bpwc->bpqc", horizontal, y, precision="highest").astype(x.dtype)

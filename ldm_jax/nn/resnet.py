@@ -6,9 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.convolution import convolve
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, avg_pool, conv, dense, keep_rows, upsample_nearest
-from ldm_jax.parallel import for_tpu
+from ldm_jax.distributed.parallel import for_tpu
+from ldm_jax.kernels.convolution import convolve
+from ldm_jax.nn.layers import (
+    Array,
+    Dtype,
+    GroupNorm,
+    avg_pool,
+    conv,
+    dense,
+    keep_rows,
+    upsample_nearest,
+)
 
 
 class Upsample(nn.Module):
@@ -34,10 +43,14 @@ def convolve_doubled(x: Array, w: Array, strides: Any, padding: Any, **options: 
         return convolve(keep_rows(upsample_nearest(x)), w, strides, padding, **options)
     sums = w.astype(jnp.float32)
     for axis in (0, 1):
-        before, after = (tuple(ends if i == axis else (0, 0) for i in range(4)) for ends in ((1, 0), (0, 1)))
+        before, after = (
+            tuple(ends if i == axis else (0, 0) for i in range(4)) for ends in ((1, 0), (0, 1))
+        )
         sums = jnp.pad(sums, before) + jnp.pad(sums, after)
     options["lhs_dilation"] = (2, 2)
-    return jax.lax.conv_general_dilated(keep_rows(x), sums.astype(w.dtype), (1, 1), ((2, 2), (2, 2)), **options)
+    return jax.lax.conv_general_dilated(
+        keep_rows(x), sums.astype(w.dtype), (1, 1), ((2, 2), (2, 2)), **options
+    )
 
 
 class Downsample(nn.Module):
@@ -76,7 +89,9 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, emb: Array, train: bool = False) -> Array:
         resample = {"none": lambda a: a, "up": upsample_nearest, "down": avg_pool}[self.resample]
-        h = resample(GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="in_norm")(x))
+        h = resample(
+            GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="in_norm")(x)
+        )
         x = resample(x)
         h = conv(self.features, 3, h, name="in_conv", dtype=self.dtype)(h)
 
@@ -85,9 +100,15 @@ class ResBlock(nn.Module):
         e = dense(width, emb, name="emb", dtype=self.dtype)(emb)[:, None, None]
         if self.scale_shift:
             scale, shift = jnp.split(e, 2, axis=-1)
-            h = nn.silu(GroupNorm(1e-5, self.norm_groups, dtype=self.dtype, name="out_norm")(h) * (1 + scale) + shift)
+            h = nn.silu(
+                GroupNorm(1e-5, self.norm_groups, dtype=self.dtype, name="out_norm")(h)
+                * (1 + scale)
+                + shift
+            )
         else:
-            h = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")(h + e)
+            h = GroupNorm(1e-5, self.norm_groups, silu=True, dtype=self.dtype, name="out_norm")(
+                h + e
+            )
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.features, 3, h, zero=True, name="out_conv", dtype=self.dtype)(h)
 

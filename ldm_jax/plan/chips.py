@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ldm_jax.errors import PlanError
+
 GIB = 2.0**30
-
-
-class PlanError(ValueError):
-    """Something that cannot be planned; its message is one line that says what to change."""
 
 
 class Chip(NamedTuple):
@@ -68,7 +66,9 @@ def find_devices(topology: Topology) -> tuple[Sequence[Any] | None, str]:
             jax.config.update("jax_num_cpu_devices", topology.size)
         there = jax.devices("cpu")
         if len(there) < topology.size:
-            raise PlanError(f"--topology {topology.text}: this process has {len(there)} CPU devices already")
+            raise PlanError(
+                f"--topology {topology.text}: this process has {len(there)} CPU devices already"
+            )
         return there[: topology.size], ""
     if not topology.kind.startswith("v"):
         try:
@@ -82,7 +82,10 @@ def find_devices(topology: Topology) -> tuple[Sequence[Any] | None, str]:
             f'a GPU program compiles on a machine with {topology.text}: pip install "ldm_jax[cuda]" there and plan again',
         )
     if importlib.util.find_spec("libtpu") is None:
-        return None, 'the TPU compiler is not installed: pip install "ldm_jax[tpu]" (no TPU is needed)'
+        return (
+            None,
+            'the TPU compiler is not installed: pip install "ldm_jax[tpu]" (no TPU is needed)',
+        )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud for a TPU
     from jax.experimental import topologies
 

@@ -23,8 +23,16 @@ _MOVES = re.compile(
 
 def inner(eqn: Any) -> list[Jaxpr]:
     """The jaxprs inside an equation: of a scan's body, a call, a rematerialised block ..."""
-    values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
-    return [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
+    values = [
+        v
+        for value in eqn.params.values()
+        for v in (value if isinstance(value, tuple | list) else (value,))
+    ]
+    return [
+        v.jaxpr if isinstance(v, ClosedJaxpr) else v
+        for v in values
+        if isinstance(v, ClosedJaxpr | Jaxpr)
+    ]
 
 
 def count_flops(jaxpr: Jaxpr, in_kernel: bool = False) -> Counter[str]:
@@ -42,13 +50,19 @@ def count_flops(jaxpr: Jaxpr, in_kernel: bool = False) -> Counter[str]:
             total["padded"] += in_kernel * _dot(eqn, _TILE)
         elif name == "conv_general_dilated":
             total["convolution"] += _conv(eqn)
-        elif name.startswith("dot_product_attention"):  # cuDNN's: two products forwards, five backwards
+        elif name.startswith(
+            "dot_product_attention"
+        ):  # cuDNN's: two products forwards, five backwards
             total["attention"] += _fused(eqn)
         elif name == "cond":
             total += max((count_flops(part, in_kernel) for part in parts), key=lambda c: c.total())
         elif parts:
             kernel = name == "pallas_call"
-            times = math.prod(eqn.params["grid_mapping"].grid) if kernel else eqn.params.get("length", 1)
+            times = (
+                math.prod(eqn.params["grid_mapping"].grid)
+                if kernel
+                else eqn.params.get("length", 1)
+            )
             for part in parts:
                 counted = count_flops(part, in_kernel or kernel)
                 total += Counter({kind: times * n for kind, n in counted.items()})
@@ -65,7 +79,12 @@ def _kind_of_dot(eqn: Any) -> str:
 def _dot(eqn: Any, tile: int = 1) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     lhs, (*rows, columns) = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    return 2 * math.prod(rows) * _ceil(columns, tile) * _ceil(math.prod(lhs[d] for d in contracted), tile)
+    return (
+        2
+        * math.prod(rows)
+        * _ceil(columns, tile)
+        * _ceil(math.prod(lhs[d] for d in contracted), tile)
+    )
 
 
 def _fused(eqn: Any) -> int:
@@ -87,7 +106,11 @@ def _conv(eqn: Any) -> int:
 
 
 def _floats(aval: Any) -> int:
-    return math.prod(aval.shape) if hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating) else 0
+    return (
+        math.prod(aval.shape)
+        if hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
+        else 0
+    )
 
 
 def nbytes(aval: Any) -> int:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (\S+|\(.*?\)) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_INSTRUCTION = re.compile(
+    rf"^\s+(?:ROOT )?%?([\w.\-]+) = (\S+|\(.*?\)) ({'|'.join(COLLECTIVES)})(-start)?\("
+)
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"\b(body|condition|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -37,7 +39,13 @@ class Collective(NamedTuple):
         """Bytes that a device sends, by the ring algorithm."""
         if self.kind == "collective-permute":
             return self.times * self.size
-        return self.times * self.size * (2 if self.kind == "all-reduce" else 1) * (self.group - 1) / max(self.group, 1)
+        return (
+            self.times
+            * self.size
+            * (2 if self.kind == "all-reduce" else 1)
+            * (self.group - 1)
+            / max(self.group, 1)
+        )
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
@@ -70,7 +78,11 @@ def _group(line: str, devices: int) -> int:
         return devices
     each, listed, axes, over = match.groups()
     if axes is not None:
-        return math.prod(int(size) for name, size in re.findall(r"('\w+')=(\d+)", axes) if name in over.split(","))
+        return math.prod(
+            int(size)
+            for name, size in re.findall(r"('\w+')=(\d+)", axes)
+            if name in over.split(",")
+        )
     return int(each) if each else len([x for x in listed.split(",") if x])
 
 
@@ -95,7 +107,9 @@ def _multiplicity(bodies: dict[str, list[str]]) -> dict[str, int]:
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in bodies.items():
         for line in lines:
-            if " async-done(" in line or " async-update(" in line:  # names again what async-start has called
+            if (
+                " async-done(" in line or " async-update(" in line
+            ):  # names again what async-start has called
                 continue
             turns = _TURNS.search(line)
             for how, called in _CALLED.findall(line):

@@ -1,5 +1,6 @@
 """What a training step, a call of the UNet or a decoding needs, and how fast it can be, from shapes and from the compiler: nothing is run, no weights
-and no data are read."""
+and no data are read.
+"""
 
 import dataclasses
 from collections import Counter
@@ -9,12 +10,13 @@ from typing import Any, Literal, get_args
 
 from jax.sharding import AbstractMesh
 
-from ldm_jax.parallel import AXES, make_mesh, mesh_sizes, row_shards
-from ldm_jax.plan.chips import PlanError, Topology, find_devices
+from ldm_jax.distributed.parallel import AXES, make_mesh, mesh_sizes, row_shards
+from ldm_jax.errors import PlanError
+from ldm_jax.plan.chips import Topology, find_devices
 from ldm_jax.plan.flops import KINDS, PRODUCTS, count_flops, peak_bytes
 from ldm_jax.plan.programs import Compiled, Decode, Forward, Program, Step
 from ldm_jax.train.loop import check_config, check_rows
-from ldm_jax.train.tasks import plain
+from ldm_jax.train.tasks.base import plain
 
 What = Literal["train", "forward", "decode"]
 # Pictures of a trace: enough that what grows with them outweighs what does not. Tracing more costs no more.
@@ -69,7 +71,9 @@ class Plan:
         chip, compiled = self.topology.chip, self.compiled
         if compiled is None or compiled.seconds is None or chip is None or self.sending is None:
             return None
-        seconds = max(compiled.seconds, self.sending) if overlapped else compiled.seconds + self.sending
+        seconds = (
+            max(compiled.seconds, self.sending) if overlapped else compiled.seconds + self.sending
+        )
         return self.useful / (self.topology.size * chip.peak * seconds)
 
 
@@ -88,7 +92,7 @@ def plan(
     two rows for each picture) or the decoding of latents ("decode").
 
     ``per_chip`` pictures at a time on a chip take the place of ``config.batch_size``; of sampling it is 1 where it is not given, and the mesh is
-    that of `ldm_jax.pipeline`: whole weights on every chip. ``cached``: from a latent cache (as with config.data.cache).
+    that of `ldm_jax.sampling.pipeline`: whole weights on every chip. ``cached``: from a latent cache (as with config.data.cache).
     ``compile`` False gives the analytic part alone. ``find_batch`` compiles up to four times to find the largest number of pictures that fits.
 
     Raises ConfigError, MeshError, PlanError.
@@ -157,7 +161,9 @@ def plan(
         return result
     if compiled is None:
         fixed = result.needed - rows * per_picture
-        return dataclasses.replace(result, largest=max(int((topology.chip.memory - fixed) / per_picture), 0))
+        return dataclasses.replace(
+            result, largest=max(int((topology.chip.memory - fixed) / per_picture), 0)
+        )
     largest = largest_batch(lambda n: compiled if n == rows else run(n), topology.chip.memory, rows)
     return dataclasses.replace(result, largest=largest)
 

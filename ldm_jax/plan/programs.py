@@ -12,10 +12,8 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from ldm_jax.data import Mask
-from ldm_jax.generation import Form, decode, decode_part
-from ldm_jax.latent import DTYPES, ConfigError, to_uint8
-from ldm_jax.parallel import (
+from ldm_jax.conditioning.columns import Mask
+from ldm_jax.distributed.parallel import (
     ROWS,
     Target,
     compile_step,
@@ -25,14 +23,17 @@ from ldm_jax.parallel import (
     state_shardings,
     target,
 )
-from ldm_jax.plan.chips import PlanError, Topology
+from ldm_jax.errors import ConfigError, PlanError
+from ldm_jax.models.ldm import DTYPES, to_uint8
+from ldm_jax.plan.chips import Topology
 from ldm_jax.plan.flops import count_flops, nbytes
 from ldm_jax.plan.hlo import Collective, collectives
-from ldm_jax.train.diffusion_step import conditions
+from ldm_jax.sampling.program import Form, decode, decode_part
 from ldm_jax.train.loop import over_rows
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
-from ldm_jax.train.tasks import TASKS, DiffusionTask
+from ldm_jax.train.tasks.base import TASKS, DiffusionTask
+from ldm_jax.train.tasks.diffusion_step import conditions
 
 # At its default effort the TPU compiler takes several times as long; its estimates must be compared at equal effort only.
 # It may also fold a gather of weights into a loop around the product that wants them, whose body its estimate counts once: not in a plan.
@@ -94,18 +95,29 @@ class Program:
 
     def batch(self, rows: int) -> Any:
         """Shapes of a training's batch of ``rows`` pictures."""
-        raw: dict[str, Any] = {"image": np.zeros((1, *self.config.data.size, 3), np.uint8), "caption": [""]}
+        raw: dict[str, Any] = {
+            "image": np.zeros((1, *self.config.data.size, 3), np.uint8),
+            "caption": [""],
+        }
         if isinstance(self.task, DiffusionTask) and self.task.conditions.condition is not None:
             # No data are read: the null condition has the shapes of any other, but for masks, which the step turns into latents.
             masked = isinstance(self.task.conditions.condition, Mask)
             raw["encoded"] = (
-                np.zeros((1, *self.config.data.size, 1), np.uint8) if masked else self.task.conditions.null()
+                np.zeros((1, *self.config.data.size, 1), np.uint8)
+                if masked
+                else self.task.conditions.null()
             )
         if self.cached:
             pixels = jax.ShapeDtypeStruct(raw["image"].shape, jnp.float32)
-            moments = jax.eval_shape(lambda stage, x: stage.moments(x), self.frozen["first_stage"], pixels)
+            moments = jax.eval_shape(
+                lambda stage, x: stage.moments(x), self.frozen["first_stage"], pixels
+            )
             encoded = self.task.host_batch(raw)["encoded"]
-            raw = {"moments": np.zeros(moments.shape, np.float16), "encoded": encoded, "caption": [""]}
+            raw = {
+                "moments": np.zeros(moments.shape, np.float16),
+                "encoded": encoded,
+                "caption": [""],
+            }
         one = self.task.host_batch(raw)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *np.shape(a)[1:]), a.dtype), one)
 
@@ -139,12 +151,20 @@ class Program:
             compiled = traced.lower().compile(compiler_options=dict(_OPTIONS) if tpu else None)
         except Exception as error:  # RESOURCE_EXHAUSTED of whatever class
             return Compiled(fits=False, needed=out_of_memory(str(error)))
-        text, memory, costs = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
-        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        text, memory, costs = (
+            compiled.as_text(),
+            compiled.memory_analysis(),
+            compiled.cost_analysis(),
+        )
+        needed = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        )
         needed += memory.temp_size_in_bytes
         seconds, kernels = costs.get("optimal_seconds") if tpu and costs else None, 0.0
         if seconds is not None:  # each of these counts as -1 s
-            seconds = loops * (seconds + len(re.findall(r'custom_call_target="(ConcatBitcast|ZeroCrop)"', text)))
+            seconds = loops * (
+                seconds + len(re.findall(r'custom_call_target="(ConcatBitcast|ZeroCrop)"', text))
+            )
             assert topology.chip is not None
             kernels = count_flops(traced.jaxpr.jaxpr)["padded"] / topology.chip.peak
             seconds += kernels
@@ -160,15 +180,22 @@ class Step(Program):
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh, zero1: bool, cached: bool):
         if cached and config.task != "diffusion":
-            raise ConfigError("a latent cache is for a diffusion stage: plan this one without --cached")
+            raise ConfigError(
+                "a latent cache is for a diffusion stage: plan this one without --cached"
+            )
         super().__init__(config, mesh)
         self.cached = cached
         self.tx = make_optimizer(config.optim, config.steps)
         self.state = jax.eval_shape(
-            lambda key: create_state(self.task.init(key), self.tx, config.ema > 0, self.task.extra(key)),
+            lambda key: create_state(
+                self.task.init(key), self.tx, config.ema > 0, self.task.extra(key)
+            ),
             jax.random.key(0),
         )
-        state, self.frozen_placed = state_shardings(self.state, mesh, zero1), shardings(self.frozen, mesh)
+        state, self.frozen_placed = (
+            state_shardings(self.state, mesh, zero1),
+            shardings(self.frozen, mesh),
+        )
         self.placed, self.placed_out = (state, self.frozen_placed, False), (state, True)
 
     def arguments(self, rows: int) -> tuple[Any, ...]:
@@ -182,7 +209,11 @@ class Step(Program):
         if self.config.task == "autoencoder":
             parts = {"first_stage": sum(parts.values())}
         first_stage = self.frozen.get("first_stage")
-        frozen = {name: _count(part) for name, part in self.frozen.items() if name in ("conditioner", "perceptual")}
+        frozen = {
+            name: _count(part)
+            for name, part in self.frozen.items()
+            if name in ("conditioner", "perceptual")
+        }
         if first_stage is not None and first_stage.params is not None:
             frozen["first_stage"] = _count(first_stage.params)
         return {**parts, **{f"{name} (frozen)": n for name, n in frozen.items()}}
@@ -211,14 +242,18 @@ class Sampling(Program):
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
         if config.task != "diffusion":
-            raise ConfigError("only a diffusion stage has pictures to sample: plan the training of this one")
+            raise ConfigError(
+                "only a diffusion stage has pictures to sample: plan the training of this one"
+            )
         super().__init__(config, mesh)
         assert isinstance(self.task, DiffusionTask)
         self.model, stage = self.task.model, self.frozen["first_stage"]
         if stage.module is None and self.name == "first_stage":
             raise ConfigError("this model makes pixels: there is nothing to decode")
         dtype = DTYPES[config.dtype]
-        params = jax.eval_shape(self.task.init, jax.random.key(0)) | {"conditioner": self.frozen.get("conditioner")}
+        params = jax.eval_shape(self.task.init, jax.random.key(0)) | {
+            "conditioner": self.frozen.get("conditioner")
+        }
         if params["conditioner"] is None:
             params["conditioner"] = jax.eval_shape(self.model.conditioner.init, jax.random.key(0))
         cast = partial(jax.tree.map, lambda s: jax.ShapeDtypeStruct(s.shape, dtype))
@@ -309,6 +344,8 @@ def _count(tree: Any) -> int:
 def _held(shapes: Any, placed: Any) -> float:
     """Bytes of one device's part."""
     held = jax.tree.map(
-        lambda s, where: nbytes(jax.ShapeDtypeStruct(where.shard_shape(s.shape), s.dtype)), shapes, placed
+        lambda s, where: nbytes(jax.ShapeDtypeStruct(where.shard_shape(s.shape), s.dtype)),
+        shapes,
+        placed,
     )
     return float(sum(jax.tree.leaves(held)))

@@ -6,7 +6,11 @@ from typing import Any
 from ldm_jax.plan.chips import GIB
 from ldm_jax.plan.planner import Plan
 
-NAMES = {"train": "", "forward": ", a call of the UNet", "decode": ", decoding"}  # of what is planned
+NAMES = {
+    "train": "",
+    "forward": ", a call of the UNet",
+    "decode": ", decoding",
+}  # of what is planned
 COLUMNS = (
     "config",
     "chips",
@@ -49,8 +53,13 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "seconds": compiled.seconds,
             "kernel_seconds": compiled.kernels,
             "sending_seconds": plan.sending,
-            "collectives": {kind: {"count": count, "bytes": size} for kind, (count, size, _) in by_kind(plan).items()},
-            "largest_all_reduce": max((c.size for c in compiled.collectives if c.kind == "all-reduce"), default=0),
+            "collectives": {
+                kind: {"count": count, "bytes": size}
+                for kind, (count, size, _) in by_kind(plan).items()
+            },
+            "largest_all_reduce": max(
+                (c.size for c in compiled.collectives if c.kind == "all-reduce"), default=0
+            ),
         },
         "uncompiled": plan.uncompiled,
         "mfu": plan.utilisation(True),
@@ -91,34 +100,46 @@ def verdict(plan: Plan) -> str:
             else "put fewer pictures on a chip (batch_size, optim.accumulate)"
             + (" or set remat='blocks'" if plan.remat == "none" else "")
         )
-        may = "does not fit" if sure else "may not fit (the bound counts what a compiler fuses away)"
+        may = (
+            "does not fit" if sure else "may not fit (the bound counts what a compiler fuses away)"
+        )
         return f"{may}: {needed:.1f} GiB of {room:.1f} on a chip; {cause}"
     text = f"{'fits' if sure else 'fits by the analytic bound'}: {needed:.1f} GiB of {room:.1f} on a chip"
     mfu, least = plan.utilisation(True), plan.utilisation(False)
-    if mfu is None or least is None or plan.compiled is None or plan.compiled.seconds is None or plan.sending is None:
+    if (
+        mfu is None
+        or least is None
+        or plan.compiled is None
+        or plan.compiled.seconds is None
+        or plan.sending is None
+    ):
         return text
-    seconds, at_peak = plan.compiled.seconds, sum(plan.flops.values()) / plan.topology.size / chip.peak
+    seconds, at_peak = (
+        plan.compiled.seconds,
+        sum(plan.flops.values()) / plan.topology.size / chip.peak,
+    )
     limits = {
         "the collectives": plan.sending,
         "memory traffic and what is not a product": seconds - at_peak,
         "arithmetic": at_peak,
     }
     most = max(limits, key=lambda name: limits[name])
-    return (
-        f"{text}, estimated MFU {100 * mfu:.0f} % ({100 * least:.0f} % if no collective is hidden), limited by {most}"
-    )
+    return f"{text}, estimated MFU {100 * mfu:.0f} % ({100 * least:.0f} % if no collective is hidden), limited by {most}"
 
 
 def as_text(plan: Plan) -> str:
     """The whole report."""
     count, chip, compiled = plan.topology.size, plan.topology.chip, plan.compiled
     per_step, of = sum(plan.flops.values()), "a step" if plan.what == "train" else "in all"
-    axes = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) + (" with ZeRO-1" if plan.zero1 else "")
+    axes = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()) + (
+        " with ZeRO-1" if plan.zero1 else ""
+    )
     accumulated = f" x {plan.accumulate} in turn" if plan.accumulate > 1 else ""
     lines = [
         f"{plan.config}{NAMES[plan.what]} on {plan.topology.text}: {count} x {chip.name if chip else 'CPU device'}, {axes}",
         f"batch          {plan.batch} pictures, {plan.rows} on a chip at a time{accumulated}{', from cached latents' if plan.cached else ''}",
-        "parameters     " + ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in plan.parameters.items()),
+        "parameters     "
+        + ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in plan.parameters.items()),
         f"arithmetic     {per_step / 1e12:.3g} TFLOP {of}, {plan.useful / 1e12:.3g} of it useful: "
         + ", ".join(f"{kind} {100 * n / per_step:.1f} %" for kind, n in plan.flops.items()),
         "bytes a chip   "
@@ -134,12 +155,18 @@ def as_text(plan: Plan) -> str:
             f"compiled       {compiled.needed / GIB:.2f} GiB a chip, {compiled.temporary / GIB:.2f} of it temporary"
             " (activations, gradients, gathered weights)"
         )
-        kinds = [f"{n} {kind} of {size / GIB:.3f} GiB" for kind, (n, size, _) in by_kind(plan).items()]
+        kinds = [
+            f"{n} {kind} of {size / GIB:.3f} GiB" for kind, (n, size, _) in by_kind(plan).items()
+        ]
         lines.append("collectives    " + ("; ".join(kinds) or "none"))
     if compiled is not None and compiled.seconds is not None and plan.sending is not None:
         lines.append(
             f"speed          {1e3 * compiled.seconds:.1f} ms {of} by the compiler's estimate"
-            + (f", {1e3 * compiled.kernels:.1f} ms of it kernels at the chip's peak" if compiled.kernels else "")
+            + (
+                f", {1e3 * compiled.kernels:.1f} ms of it kernels at the chip's peak"
+                if compiled.kernels
+                else ""
+            )
             + f"; {1e3 * plan.sending:.1f} ms of sending at full speed"
         )
     elif chip is not None:
@@ -147,14 +174,18 @@ def as_text(plan: Plan) -> str:
             f"speed          {1e3 * per_step / count / chip.peak:.1f} ms {of} at the chips' peak, which nothing reaches"
         )
     if plan.largest is not None:
-        lines.append(f"largest batch  {plan.largest} pictures on a chip at a time{'' if compiled else ' (a bound)'}")
+        lines.append(
+            f"largest batch  {plan.largest} pictures on a chip at a time{'' if compiled else ' (a bound)'}"
+        )
     return "\n".join([*lines, f"verdict        {verdict(plan)}"])
 
 
 def as_row(plan: Plan) -> str:
     """One row of the table whose head is `HEAD`."""
     mfu, least, compiled = plan.utilisation(True), plan.utilisation(False), plan.compiled
-    state = sum(plan.bytes.get(name, 0.0) for name in ("parameters", "average", "optimiser", "frozen"))
+    state = sum(
+        plan.bytes.get(name, 0.0) for name in ("parameters", "average", "optimiser", "frozen")
+    )
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) + (
         ", ZeRO-1" if plan.zero1 else ""
     )

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ldm_jax import pictures
-from ldm_jax.conditioning import CONDITIONERS
-from ldm_jax.data import DataError, Loader, caption_template, contact_sheet, draw_conditions
+from ldm_jax.conditioning.base import CONDITIONERS
+from ldm_jax.conditioning.drawing import contact_sheet, draw_conditions
+from ldm_jax.conditioning.training import load_frozen
+from ldm_jax.data import Loader, caption_template
 from ldm_jax.data.loader import UNREADABLE, fit_row, read_row
-from ldm_jax.latent import DTYPES, construct
-from ldm_jax.train.conditions import load_frozen
+from ldm_jax.errors import DataError
+from ldm_jax.io import png as pictures
+from ldm_jax.models.ldm import DTYPES, construct
 from ldm_jax.train.loaders import make_loader
-from ldm_jax.train.tasks import plain
+from ldm_jax.train.tasks.base import plain
 
 LOG = logging.getLogger(__name__)
 FEW = 10  # pictures of a class to train on
@@ -38,12 +40,20 @@ def check(config: Any, out: str | Path, *, sample: int = 2000) -> list[str]:
         count = len(loader.source)
         LOG.info("%s: %d pictures in %s", part, count, loader.source.path)
         if part == "train" and count < config.batch_size:
-            problems.append(f"{part}: a batch of {config.batch_size} has pictures twice: there are {count}")
-        problems += [f"{part}: {line}" for line in check_rows(loader, config, FEW if part == "train" else 1)]
+            problems.append(
+                f"{part}: a batch of {config.batch_size} has pictures twice: there are {count}"
+            )
+        problems += [
+            f"{part}: {line}" for line in check_rows(loader, config, FEW if part == "train" else 1)
+        ]
         places = (
-            range(count) if not sample or sample >= count else np.linspace(0, count - 1, sample).astype(int).tolist()
+            range(count)
+            if not sample or sample >= count
+            else np.linspace(0, count - 1, sample).astype(int).tolist()
         )
-        problems += [f"{part}: {line}" for line in check_pictures(loader, places, tuple(config.data.size))]
+        problems += [
+            f"{part}: {line}" for line in check_pictures(loader, places, tuple(config.data.size))
+        ]
         if part == "train":
             write_sheet(loader, out)
     for line in problems:
@@ -66,7 +76,9 @@ def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
     if kind == "class":
         column = plain(config.data)["condition"]["column"]
         counts = Counter(row.get(column) for row in rows)
-        told = ", ".join(f"{name} {n}" for name, n in counts.most_common(20)) + (" ..." if len(counts) > 20 else "")
+        told = ", ".join(f"{name} {n}" for name, n in counts.most_common(20)) + (
+            " ..." if len(counts) > 20 else ""
+        )
         LOG.info("%d classes: %s", len(counts), told)
         if rare := [str(name) for name, n in counts.items() if n < few]:
             yield f"{len(rare)} of {len(counts)} classes have fewer than {few} pictures ({some(rare)})"
@@ -77,10 +89,14 @@ def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
             yield f"{len(empty)} of {len(rows)} pictures have no box ({some(empty)})"
 
 
-def check_captions(loader: Loader, captions: list[str], conditioner: dict[str, Any]) -> Iterator[str]:
+def check_captions(
+    loader: Loader, captions: list[str], conditioner: dict[str, Any]
+) -> Iterator[str]:
     """What is empty, too long, or not in the vocabulary."""
     fields = {k: v for k, v in conditioner.items() if k != "kind"}
-    reader = construct(CONDITIONERS[conditioner["kind"]], "conditioner", fields, dtype=DTYPES["float32"])
+    reader = construct(
+        CONDITIONERS[conditioner["kind"]], "conditioner", fields, dtype=DTYPES["float32"]
+    )
     n, source = len(captions), loader.source
     LOG.info("%d different captions", len(set(captions)))
     if empty := [source.name(i) for i, caption in enumerate(captions) if not caption.strip()]:
@@ -88,7 +104,13 @@ def check_captions(loader: Loader, captions: list[str], conditioner: dict[str, A
     room = reader.max_length - 2
     known = sorted(set(captions))
     # One id for each word or part of one; special tokens are not among them.
-    ids = dict(zip(known, reader.tokenizer(known, add_special_tokens=False)["input_ids"], strict=True)) if known else {}
+    ids = (
+        dict(
+            zip(known, reader.tokenizer(known, add_special_tokens=False)["input_ids"], strict=True)
+        )
+        if known
+        else {}
+    )
     if long := [repr(c) for c in captions if len(ids[c]) > room]:
         yield f"{len(long)} of {n} captions are cut after {room} tokens, model.conditioner.max_seq_len - 2 ({some(long)})"
     vocabulary = getattr(reader.module, "vocab_size", 0)
@@ -141,8 +163,13 @@ def write_sheet(loader: Any, out: str | Path) -> None:
     texts = batch["caption"]
     names = getattr(loader.condition, "names", ())
     if batch.get("condition", np.zeros(())).ndim == 1:
-        texts = [f"{names[c] if names else c}: {text}" for c, text in zip(batch["condition"], texts, strict=True)]
+        texts = [
+            f"{names[c] if names else c}: {text}"
+            for c, text in zip(batch["condition"], texts, strict=True)
+        ]
     n = min(len(loader.source), SHEET)
     shown = draw_conditions(loader.condition, batch)
-    pictures.save_png(out, contact_sheet(batch["image"][:n], texts[:n], None if shown is None else shown[:n]))
+    pictures.save_png(
+        out, contact_sheet(batch["image"][:n], texts[:n], None if shown is None else shown[:n])
+    )
     LOG.info("the contact sheet is %s", out)

@@ -3,10 +3,12 @@
 import contextlib
 from typing import Any
 
-from ldm_jax.data import ClassOf, Condition, ImageTransform, LatentLoader, Loader, Vectors, make_source
-from ldm_jax.latent import ConfigError
-from ldm_jax.train.conditions import make_condition, source_settings
-from ldm_jax.train.tasks import plain
+from ldm_jax.conditioning.columns import ClassOf, Vectors
+from ldm_jax.conditioning.training import make_condition, source_settings
+from ldm_jax.data import ImageTransform, LatentLoader, Loader, make_source
+from ldm_jax.data.transforms import Condition
+from ldm_jax.errors import ConfigError
+from ldm_jax.train.tasks.base import plain
 
 AnyLoader = Loader | LatentLoader
 
@@ -17,7 +19,9 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
     ``process`` = (index, count) shares every batch among processes.
     """
     data = plain(config.data)
-    transform = ImageTransform(tuple(data["size"]), data["crop"], data["flip"], min_crop=data.get("min_crop", 1.0))
+    transform = ImageTransform(
+        tuple(data["size"]), data["crop"], data["flip"], min_crop=data.get("min_crop", 1.0)
+    )
     condition = make_condition(plain(config))
     if part == "validation" and not data.get("holdout"):
         part = "train"

@@ -12,16 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ldm_jax.checkpoint import (
-    BestCheckpoints,
-    CheckpointError,
-    TrainingCheckpoints,
-    read_config,
-    save_model,
-)
-from ldm_jax.latent import DTYPES, REMATS, ConfigError, nearest
-from ldm_jax.nn.layers import rows_over, shapes_of
-from ldm_jax.parallel import (
+from ldm_jax.distributed.parallel import (
     ROWS,
     Preemption,
     barrier,
@@ -34,13 +25,23 @@ from ldm_jax.parallel import (
     shardings,
     state_shardings,
 )
-from ldm_jax.train.begin import adopted, begin_with
+from ldm_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    TrainingDiverged,
+    TrainingStopped,
+    did_you_mean,
+)
+from ldm_jax.io.checkpoint import BestCheckpoints, TrainingCheckpoints, read_config, save_model
+from ldm_jax.models.ldm import DTYPES, REMATS
+from ldm_jax.nn.layers import rows_over, shapes_of
 from ldm_jax.train.encode import check_cache
+from ldm_jax.train.initial import adopted, begin_with
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import KINDS, learning_rate, make_optimizer, scaled, told_rate
-from ldm_jax.train.report import Report, TrainingDiverged, TrainingStopped, find_wandb
+from ldm_jax.train.report import Report, find_wandb
 from ldm_jax.train.state import TrainState, create_state
-from ldm_jax.train.tasks import TASKS, Task, plain
+from ldm_jax.train.tasks.base import TASKS, Task, plain
 
 LOG = logging.getLogger(__name__)
 
@@ -85,7 +86,10 @@ def train(config: Any, workdir: str | Path) -> Path:
 
     # ------------------------------------------------------------------------------------------------ data
     here = jax.process_index(), jax.process_count()
-    train_loader, eval_loader = make_loader(config, "train", here), make_loader(config, "validation", here)
+    train_loader, eval_loader = (
+        make_loader(config, "train", here),
+        make_loader(config, "validation", here),
+    )
     # A preview is of whole batches, the same in every process.
     preview_loader = eval_loader if here[1] == 1 else make_loader(config, "validation")
     LOG.info(
@@ -115,7 +119,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         told = jax.eval_shape(task.evaluate, task.weights(shapes), task.frozen, batch)
         if config.best.metric not in told:
             raise ConfigError(
-                f"best.metric {config.best.metric!r} is nothing that validation tells{nearest(config.best.metric, told)}"
+                f"best.metric {config.best.metric!r} is nothing that validation tells{did_you_mean(config.best.metric, told)}"
             )
 
     given = None
@@ -128,7 +132,9 @@ def train(config: Any, workdir: str | Path) -> Path:
     barrier("claimed")
     checkpoints = TrainingCheckpoints(workdir, config.keep)
     best = BestCheckpoints(workdir, **config.best) if config.best.keep else None
-    like = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed)
+    like = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed
+    )
     first = checkpoints.latest()
     if first is None:
         # Every process measures on all rows, and so gets the same.
@@ -144,14 +150,21 @@ def train(config: Any, workdir: str | Path) -> Path:
     task.use(prepared)
     frozen_placed = shardings(task.frozen, mesh)
     frozen = jax.device_put(task.frozen, frozen_placed)
-    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in state.params.items()}
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(part))
+        for name, part in state.params.items()
+    }
     LOG.info(told_rate(config.optim, config.batch_size))
     LOG.info(
-        "%.2f M parameters (%s)", sum(counts.values()) / 1e6, ", ".join(f"{k} {v / 1e6:.2f}" for k, v in counts.items())
+        "%.2f M parameters (%s)",
+        sum(counts.values()) / 1e6,
+        ", ".join(f"{k} {v / 1e6:.2f}" for k, v in counts.items()),
     )
     step = task.make_step(tx, seed=config.seed, ema=config.ema, parts=config.optim.accumulate)
     if config.parallel == "pmap":
-        step_fn = compile_step(step, mesh, "pmap", shared=(True, True, False), donate=(0,), out_shared=(True, True))
+        step_fn = compile_step(
+            step, mesh, "pmap", shared=(True, True, False), donate=(0,), out_shared=(True, True)
+        )
     else:
         step_fn = compile_step(
             over_rows(step, mesh),
@@ -162,7 +175,9 @@ def train(config: Any, workdir: str | Path) -> Path:
             out_shared=(placed, True),
         )
     weights_placed = task.weights(placed)
-    evaluate = compile_step(over_rows(task.evaluate, mesh), mesh, "jit", shared=(weights_placed, frozen_placed, False))
+    evaluate = compile_step(
+        over_rows(task.evaluate, mesh), mesh, "jit", shared=(weights_placed, frozen_placed, False)
+    )
     rate = learning_rate(optim, config.steps)
 
     # ------------------------------------------------------------------------------------------------ loop
@@ -172,14 +187,18 @@ def train(config: Any, workdir: str | Path) -> Path:
         """From step ``first`` to the last; TrainingDiverged before anything is saved that is no good."""
         report = Report(workdir, config, first)
         asked = False  # to save as soon as there is something good
-        unread: tuple[int, dict] | None = None  # the metrics of the step before: read while the device runs the next
+        unread: tuple[int, dict] | None = (
+            None  # the metrics of the step before: read while the device runs the next
+        )
         batches = train_loader.iterate(first)
         with contextlib.closing(batches), contextlib.closing(report):
             for step in range(first + 1, config.steps + 1):
                 # While the device is at the step before: a batch is read, encoded and brought there behind its back.
                 with report.waiting(None if unread is None else unread[1]):
                     batch = global_rows(task.host_batch(next(batches), here[0] * local), mesh)
-                with report.pause() if step == first + 1 else contextlib.nullcontext():  # the first call compiles
+                with (
+                    report.pause() if step == first + 1 else contextlib.nullcontext()
+                ):  # the first call compiles
                     state, metrics = step_fn(state, frozen, batch)
                 if unread is not None:
                     report.step(*unread, rate, checkpoints)
@@ -189,7 +208,9 @@ def train(config: Any, workdir: str | Path) -> Path:
                 asked = preemption.save_wanted(step % config.log_every == 0) or asked
                 saving = step % config.save_every == 0 or step == config.steps or stopping or asked
                 if saving or step % config.eval_every == 0 or step % config.preview_every == 0:
-                    report.step(*unread, rate, checkpoints)  # nothing is saved or shown before its loss was seen
+                    report.step(
+                        *unread, rate, checkpoints
+                    )  # nothing is saved or shown before its loss was seen
                     unread = None
                 weights = task.weights(state)
                 with report.pause():
@@ -204,12 +225,21 @@ def train(config: Any, workdir: str | Path) -> Path:
                             f"stopped at step {step}, and step {saved} is saved; the same command goes on from there"
                         )
                     if step % config.eval_every == 0 or step == config.steps:
-                        means = run_evaluation(evaluate, weights, frozen, task, eval_loader, config, mesh)
+                        means = run_evaluation(
+                            evaluate, weights, frozen, task, eval_loader, config, mesh
+                        )
                         report.evaluation(step, means)
                         if best is not None and best.offer(step, weights, prepared, means):
-                            LOG.info("the best so far: %s %.4f at step %d", best.metric, means[best.metric], step)
+                            LOG.info(
+                                "the best so far: %s %.4f at step %d",
+                                best.metric,
+                                means[best.metric],
+                                step,
+                            )
                     if step % config.preview_every == 0 or step == config.steps:
-                        report.preview(step, task.preview(weights, frozen, first_batches(preview_loader, 1)[0]))
+                        report.preview(
+                            step, task.preview(weights, frozen, first_batches(preview_loader, 1)[0])
+                        )
         return state
 
     with contextlib.ExitStack() as opened:
@@ -240,8 +270,12 @@ def train(config: Any, workdir: str | Path) -> Path:
         checkpoints.latest()  # waits: what is still being written is in memory
         export(task, model_dir, int(state.step), lambda: task.weights(state))
         if best is not None and (step := best.best()) is not None:
-            export(task, workdir / "model_best", step, lambda: best.restore(step, task.weights(like)))
-            LOG.info("the best by %s, of step %d, is in %s", best.metric, step, workdir / "model_best")
+            export(
+                task, workdir / "model_best", step, lambda: best.restore(step, task.weights(like))
+            )
+            LOG.info(
+                "the best by %s, of step %d, is in %s", best.metric, step, workdir / "model_best"
+            )
     LOG.info("finished: the model is in %s", model_dir)
     return model_dir
 
@@ -262,8 +296,12 @@ def mesh_of(config: Any) -> jax.sharding.Mesh:
     """The mesh that the config asks for; ConfigError where the devices or the batch do not fit it."""
     axes = plain(config.mesh)
     zero1 = axes.pop("zero1")
-    if config.parallel == "pmap" and (axes["fsdp"] != 1 or axes["tensor"] != 1 or zero1 or jax.process_count() > 1):
-        raise ConfigError("parallel='pmap' is one host with all of the model on every device: use 'jit' with this mesh")
+    if config.parallel == "pmap" and (
+        axes["fsdp"] != 1 or axes["tensor"] != 1 or zero1 or jax.process_count() > 1
+    ):
+        raise ConfigError(
+            "parallel='pmap' is one host with all of the model on every device: use 'jit' with this mesh"
+        )
     mesh = make_mesh(**axes)
     check_rows(config, row_shards(mesh))
     return mesh
@@ -295,7 +333,7 @@ def over_rows(step: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[...
 def check_config(config: Any) -> None:
     """ConfigError for what would fail only later."""
     if config.task not in TASKS:
-        raise ConfigError(f"task {config.task!r} does not exist{nearest(config.task, TASKS)}")
+        raise ConfigError(f"task {config.task!r} does not exist{did_you_mean(config.task, TASKS)}")
     least_one = (
         "steps",
         "batch_size",
@@ -306,7 +344,9 @@ def check_config(config: Any) -> None:
         "log_every",
         "keep",
     )
-    for name, value in [(name, config[name]) for name in least_one] + [("optim.accumulate", config.optim.accumulate)]:
+    for name, value in [(name, config[name]) for name in least_one] + [
+        ("optim.accumulate", config.optim.accumulate)
+    ]:
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
     if config.best.keep < 0:
@@ -322,13 +362,17 @@ def check_config(config: Any) -> None:
         "loss.posterior": ("sample", "mode"),
     }
     there = flatten(plain(config))
-    for name, value, known in [(name, there[name], known) for name, known in choices.items() if name in there]:
+    for name, value, known in [
+        (name, there[name], known) for name, known in choices.items() if name in there
+    ]:
         if value not in known:
-            raise ConfigError(f"{name} {value!r} does not exist{nearest(value, known)}")
+            raise ConfigError(f"{name} {value!r} does not exist{did_you_mean(value, known)}")
     if config.wandb.project:
         find_wandb()
     if config.data.cache and config.task != "diffusion":
-        raise ConfigError("data.cache holds latents, which only a diffusion stage trains on: leave it empty")
+        raise ConfigError(
+            "data.cache holds latents, which only a diffusion stage trains on: leave it empty"
+        )
 
 
 def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
@@ -339,7 +383,9 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
             there, here = flatten(json.loads(file.read_text())), flatten(config)
         except (ValueError, AttributeError):
             raise ConfigError(f"{file} is damaged: give another --workdir") from None
-        differing = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k) and k not in FREE]
+        differing = [
+            k for k in sorted({*there, *here}) if there.get(k) != here.get(k) and k not in FREE
+        ]
         if differing:
             k = differing[0]
             more = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
@@ -347,7 +393,9 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
                 f"{workdir} holds a run with {k}={there.get(k)!r}, not {here.get(k)!r}{more}: give another --workdir, or its own settings"
             )
     elif workdir.exists() and any(workdir.iterdir()):
-        raise ConfigError(f"{workdir} is not empty and holds no run of ours: give another --workdir")
+        raise ConfigError(
+            f"{workdir} is not empty and holds no run of ours: give another --workdir"
+        )
 
 
 def is_run(workdir: Path) -> bool:
@@ -378,18 +426,32 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts -> {"a.b.c": value}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
 def run_evaluation(
-    evaluate: Any, weights: Any, frozen: Any, task: Any, loader: AnyLoader, config: Any, mesh: jax.sharding.Mesh
+    evaluate: Any,
+    weights: Any,
+    frozen: Any,
+    task: Any,
+    loader: AnyLoader,
+    config: Any,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
     """Mean metrics over ``config.eval_batches`` batches; every batch draws its own noise, the same at every evaluation."""
     results = []
     for i, raw in enumerate(first_batches(loader, config.eval_batches)):
         first_row = i * config.batch_size + jax.process_index() * len(raw["caption"])
-        results.append(jax.device_get(evaluate(weights, frozen, global_rows(task.host_batch(raw, first_row), mesh))))
+        results.append(
+            jax.device_get(
+                evaluate(weights, frozen, global_rows(task.host_batch(raw, first_row), mesh))
+            )
+        )
     return {k: float(np.mean([r[k] for r in results])) for k in results[0]}
 
 

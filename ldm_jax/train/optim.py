@@ -44,7 +44,12 @@ def cycles(config: Any, shape: str) -> optax.Schedule:
     names = ("lengths", "warmup", "start", "high", "low")
     table = {name: np.atleast_1d(np.asarray(config[name], np.float32)) for name in names}
     sizes = {len(values) for values in table.values()}
-    if len(sizes) != 1 or 0 in sizes or (table["lengths"] <= 0).any() or (table["warmup"] >= table["lengths"]).any():
+    if (
+        len(sizes) != 1
+        or 0 in sizes
+        or (table["lengths"] <= 0).any()
+        or (table["warmup"] >= table["lengths"]).any()
+    ):
         raise ValueError(
             f"optim.cycles: {', '.join(names)} need one number for each cycle, and warmup less than its length"
         )
@@ -57,7 +62,9 @@ def cycles(config: Any, shape: str) -> optax.Schedule:
         n = jnp.minimum(step - (jnp.asarray(ends)[i] - length), length)
         rising = start + (high - start) * n / jnp.maximum(warmup, 1)
         if shape == "cosine":
-            falling = low + 0.5 * (high - low) * (1 + jnp.cos(jnp.pi * (n - warmup) / (length - warmup)))
+            falling = low + 0.5 * (high - low) * (
+                1 + jnp.cos(jnp.pi * (n - warmup) / (length - warmup))
+            )
         else:
             falling = low + (high - low) * (length - n) / length
         return jnp.where(n < warmup, rising, falling)
@@ -77,7 +84,11 @@ def scaled(config: Any, batch_size: int) -> Any:
 def told_rate(config: Any, batch_size: int) -> str:
     """The learning rate that is meant, for people."""
     meant = f"learning rate {scaled(config, batch_size).lr:.4g}"
-    return f"{meant} = {config.lr:.4g} x {batch_size} pictures in a batch" if config.scale_lr else meant
+    return (
+        f"{meant} = {config.lr:.4g} x {batch_size} pictures in a batch"
+        if config.scale_lr
+        else meant
+    )
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
@@ -90,7 +101,9 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     if config.kind == "adafactor":
         momentum = {"momentum": config.b1 or None, "dtype_momentum": config.mu_dtype}
         decay = config.weight_decay or None
-        chosen = optax.adafactor(rate, multiply_by_parameter_scale=False, weight_decay_rate=decay, **momentum)
+        chosen = optax.adafactor(
+            rate, multiply_by_parameter_scale=False, weight_decay_rate=decay, **momentum
+        )
     else:
         moments = {"b1": config.b1, "b2": config.b2, "mu_dtype": config.mu_dtype}
         chosen = optax.adamw(rate, weight_decay=config.weight_decay, **moments)

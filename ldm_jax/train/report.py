@@ -14,10 +14,10 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from ldm_jax import pictures
-from ldm_jax.checkpoint import TrainingCheckpoints
-from ldm_jax.latent import ConfigError
-from ldm_jax.parallel import is_first
+from ldm_jax.distributed.parallel import is_first
+from ldm_jax.errors import ConfigError, TrainingDiverged
+from ldm_jax.io import png as pictures
+from ldm_jax.io.checkpoint import TrainingCheckpoints
 
 LOG = logging.getLogger(__name__)
 WATCHED = (
@@ -29,18 +29,6 @@ WATCHED = (
     "d_weight",
     "disc_factor",
 )  # looked at after every step
-
-
-class TrainingDiverged(RuntimeError):
-    """Going on would make nothing good; the message names the last good checkpoint, ``reason`` is its beginning."""
-
-    def __init__(self, reason: str, advice: str):
-        super().__init__(f"{reason}; {advice}")
-        self.reason = reason
-
-
-class TrainingStopped(RuntimeError):
-    """The run was asked to stop (SIGTERM), and has saved its state."""
 
 
 class Report:
@@ -59,13 +47,21 @@ class Report:
             self.jsonl = reopen_metrics(workdir / "metrics.jsonl", first)
             self.wandb = open_wandb(workdir, config)
         self.terminal = self.speaks and sys.stderr.isatty()
-        self.bar = tqdm(total=config.steps, initial=first, unit="step", disable=not self.terminal, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=config.steps,
+            initial=first,
+            unit="step",
+            disable=not self.terminal,
+            dynamic_ncols=True,
+        )
         self.since, self.last = time.perf_counter(), first
         self.waited = 0.0
         self.rise, self.doubt = config.guard.rise if "guard" in config else 0.0, False
         self.alarm, self.alarmed = config.adversary.alarm if "adversary" in config else 0.0, False
 
-    def step(self, step: int, metrics: dict[str, jax.Array], rate: Any, checkpoints: TrainingCheckpoints) -> None:
+    def step(
+        self, step: int, metrics: dict[str, jax.Array], rate: Any, checkpoints: TrainingCheckpoints
+    ) -> None:
         """Takes one step's metrics; raises TrainingDiverged where `what_is_wrong` says something.
 
         ``doubt`` is on while a step is half-way there, and no good to go back to.
@@ -89,7 +85,10 @@ class Report:
             return
         now = time.perf_counter()
         took = max(now - self.since, 1e-9)
-        per_second, waited = (step - self.last) * self.config.batch_size / took, min(self.waited / took, 1.0)
+        per_second, waited = (
+            (step - self.last) * self.config.batch_size / took,
+            min(self.waited / took, 1.0),
+        )
         left = (self.config.steps - step) * self.config.batch_size / per_second
         self.since, self.last, self.waited = now, step, 0.0
         values = {k: float(v) for k, v in metrics.items()} | {
@@ -126,7 +125,9 @@ class Report:
             return
         self._write(step, "validation", values)
         shown = {k: v for k, v in values.items() if k in ("loss", "loss_simple", "psnr")}
-        LOG.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+        LOG.info(
+            "validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in shown.items())
+        )
 
     def preview(self, step: int, image: np.ndarray) -> None:
         """Takes a picture."""
@@ -159,7 +160,9 @@ class Report:
         for key, value in values.items():
             self.board.add_scalar(f"{part}/{key}", value, step)
         if self.wandb is not None:
-            self.wandb.log({f"{part}/{key}": value for key, value in values.items()} | {"step": step})
+            self.wandb.log(
+                {f"{part}/{key}": value for key, value in values.items()} | {"step": step}
+            )
         rounded = {k: float(f"{v:.6g}") for k, v in values.items()}
         self.jsonl.write(json.dumps({"step": step, "part": part, **rounded}) + "\n")
         self.jsonl.flush()
@@ -175,9 +178,15 @@ class Report:
 
 def what_is_wrong(metrics: dict[str, Any], rise: float = 0.0) -> str:
     """Why a step's metrics say that training diverged, "" where they do not: a loss or gradient, of either network, that is not finite, or a
-    reconstruction loss that has risen more than ``rise`` times above its lowest (0: any)."""
-    for loss, norm, whose in (("loss", "grad_norm", ""), ("disc_loss", "disc_grad_norm", "discriminator's ")):
-        if loss in metrics and not (np.isfinite(float(metrics[loss])) and np.isfinite(float(metrics[norm]))):
+    reconstruction loss that has risen more than ``rise`` times above its lowest (0: any).
+    """
+    for loss, norm, whose in (
+        ("loss", "grad_norm", ""),
+        ("disc_loss", "disc_grad_norm", "discriminator's "),
+    ):
+        if loss in metrics and not (
+            np.isfinite(float(metrics[loss])) and np.isfinite(float(metrics[norm]))
+        ):
             return f"the {whose}loss is {float(metrics[loss])} and its gradient's norm {float(metrics[norm])}"
     if rise and float(metrics.get("rise", 0.0)) > rise:
         return f"the reconstruction loss is {float(metrics['rise']):.2f} times its lowest"
@@ -202,7 +211,9 @@ def find_wandb() -> Any:
     except ImportError:
         wandb = None
     if not hasattr(wandb, "init"):  # a folder of that name, as its runs leave behind, imports too
-        raise ConfigError("wandb.project: wandb is not installed: pip install wandb, or leave the project empty")
+        raise ConfigError(
+            "wandb.project: wandb is not installed: pip install wandb, or leave the project empty"
+        )
     return wandb
 
 
@@ -230,7 +241,9 @@ def open_wandb(workdir: Path, config: Any) -> Any:
         )
     except Exception as error:  # its own errors: no account, no network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"wandb.project: wandb cannot start ({reason[:200]}): see to it, or leave it empty") from None
+        raise ConfigError(
+            f"wandb.project: wandb cannot start ({reason[:200]}): see to it, or leave it empty"
+        ) from None
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

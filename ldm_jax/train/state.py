@@ -36,7 +36,11 @@ def create_state(
     """Step 0, with the average starting at the parameters."""
     average = jax.tree.map(jnp.copy, params) if ema else None
     state = TrainState(jnp.zeros((), jnp.int32), params, average, tx.init(params))
-    return ExtendedState(state.step, state.params, state.ema, state.opt_state, extra) if extra else state
+    return (
+        ExtendedState(state.step, state.params, state.ema, state.opt_state, extra)
+        if extra
+        else state
+    )
 
 
 def extra_of(state: TrainState) -> dict[str, Any]:
@@ -56,12 +60,14 @@ def ema_decay(updates: jax.Array, decay: float) -> jax.Array:
 
 
 def ema_update(ema: Any, params: Any, updates: jax.Array, decay: float) -> Any:
-    """ema <- ema - (1 - d) (ema - params), with d of `ema_decay` after ``updates`` updates, this one counted."""
+    """Ema <- ema - (1 - d) (ema - params), with d of `ema_decay` after ``updates`` updates, this one counted."""
     rate = 1.0 - ema_decay(updates, decay)
     return jax.tree.map(lambda e, p: e - rate * (e - p), ema, params)
 
 
-def apply_gradients(state: TrainState, grads: Any, tx: optax.GradientTransformation, decay: float) -> TrainState:
+def apply_gradients(
+    state: TrainState, grads: Any, tx: optax.GradientTransformation, decay: float
+) -> TrainState:
     """The next state; ``extra`` is left as it is."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -70,14 +76,18 @@ def apply_gradients(state: TrainState, grads: Any, tx: optax.GradientTransformat
     return dataclasses.replace(state, step=step, params=params, ema=ema, opt_state=opt_state)
 
 
-def in_parts(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int) -> tuple[Any, Any]:
+def in_parts(
+    run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, batch: Any, parts: int
+) -> tuple[Any, Any]:
     """(last carry, mean results) of ``run(carry, piece) -> (carry, results)``, over a batch cut into ``parts`` that follow one another.
 
     Part i takes rows i, i + parts, ..., so that a batch split over devices stays split.
     """
     if parts == 1:
         return run(carry, batch)
-    pieces = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch)
+    pieces = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch
+    )
 
     def body(so_far: Any, piece: Any) -> tuple[Any, None]:
         carry, total = so_far

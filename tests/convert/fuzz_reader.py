@@ -17,10 +17,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import hostile
 import mutations
 
-from ldm_jax.convert.reader import ReaderError, open_checkpoint
+from ldm_jax.convert.reader.reader import open_checkpoint
+from ldm_jax.errors import ReaderError
 
 DATA = Path(__file__).parent / "data"
-WATCHED = ("os.", "subprocess.", "socket.", "exec", "compile", "import", "ctypes.", "shutil.", "pty.", "open")
+WATCHED = (
+    "os.",
+    "subprocess.",
+    "socket.",
+    "exec",
+    "compile",
+    "import",
+    "ctypes.",
+    "shutil.",
+    "pty.",
+    "open",
+)
 
 
 def peak_mib() -> int:
@@ -31,14 +43,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutations", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--also", type=Path, nargs="*", default=[], help="further checkpoints to mutate")
+    parser.add_argument(
+        "--also", type=Path, nargs="*", default=[], help="further checkpoints to mutate"
+    )
     args = parser.parse_args()
-    good = [file.read_bytes() for file in [*sorted(DATA.glob("*.ckpt")), *sorted(DATA.glob("*.bin")), *args.also]]
+    good = [
+        file.read_bytes()
+        for file in [*sorted(DATA.glob("*.ckpt")), *sorted(DATA.glob("*.bin")), *args.also]
+    ]
     path = Path(tempfile.mkdtemp()) / "mutant"
     reading, events = False, []
 
     def audit(event: str, details: tuple) -> None:
-        if reading and event.startswith(WATCHED) and not (event == "open" and str(details[0]) == str(path)):
+        if (
+            reading
+            and event.startswith(WATCHED)
+            and not (event == "open" and str(details[0]) == str(path))
+        ):
             events.append((event, details))
 
     path.write_bytes(hostile.GOOD_ZIP)

@@ -53,13 +53,20 @@ def pickled(value: bytes) -> bytes:
 
 
 def storage(cls: str = "FloatStorage", key: str = "0", numel: int = 4, *extra: bytes) -> bytes:
-    return tup(text("storage"), name("torch", cls), text(key), text("cpu"), number(numel), *extra) + b"Q"
+    return (
+        tup(text("storage"), name("torch", cls), text(key), text("cpu"), number(numel), *extra)
+        + b"Q"
+    )
 
 
-def tensor(of: bytes | None = None, offset: int = 0, shape=(4,), strides=(1,), hooks: bytes = b"}") -> bytes:
+def tensor(
+    of: bytes | None = None, offset: int = 0, shape=(4,), strides=(1,), hooks: bytes = b"}"
+) -> bytes:
     shape, strides = (tup(*(number(n) for n in values)) for values in (shape, strides))
     rebuild = name("torch._utils", "_rebuild_tensor_v2")
-    return call(rebuild, storage() if of is None else of, number(offset), shape, strides, b"\x89", hooks)
+    return call(
+        rebuild, storage() if of is None else of, number(offset), shape, strides, b"\x89", hooks
+    )
 
 
 def mapping(**values: bytes) -> bytes:
@@ -73,7 +80,10 @@ RUN = name("posix", "system"), text(f"touch {CANARY}")
 
 
 def archive(
-    value: bytes | None, storages: dict[str, bytes] | None = None, deflate: bool = False, **more: bytes
+    value: bytes | None,
+    storages: dict[str, bytes] | None = None,
+    deflate: bool = False,
+    **more: bytes,
 ) -> bytes:
     """A zip checkpoint of the pickle of ``value``; ``more`` are further entries, "__" standing for "/"."""
     out = io.BytesIO()
@@ -87,12 +97,17 @@ def archive(
     return out.getvalue()
 
 
-def legacy(value: bytes, keys: bytes | None = None, raw: bytes | None = None, **head: bytes) -> bytes:
+def legacy(
+    value: bytes, keys: bytes | None = None, raw: bytes | None = None, **head: bytes
+) -> bytes:
     keys = b"](" + text("0") + b"e" if keys is None else keys
     raw = struct.pack("<q", 4) + bytes(16) if raw is None else raw
     magic = head.get("magic", number(MAGIC))
     system = head.get("system", mapping(little_endian=b"\x88"))
-    return b"".join(map(pickled, (magic, head.get("protocol", number(1001)), system, value, keys))) + raw
+    return (
+        b"".join(map(pickled, (magic, head.get("protocol", number(1001)), system, value, keys)))
+        + raw
+    )
 
 
 def legacy_tensor(view: bytes = b"N", **options) -> bytes:
@@ -131,9 +146,21 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
     yield "in a dict", mapping(weight=tensor(), x=call(function, argument)), "posix.system"
     yield "as a key", b"}" + call(function, argument) + b"Ns", "posix.system"
     yield "in a list in a tuple", b"(](" + call(function, argument) + b"et", "posix.system"
-    yield "in a tensor's hooks", mapping(weight=tensor(hooks=call(function, argument))), "posix.system"
-    yield "as a storage's key", tensor(tup(text("storage"), call(function, argument)) + b"Q"), "posix.system"
-    yield "memoised", b"](" + function + b"q\x05" + argument + b"\x85q\x06h\x05h\x06Re", "posix.system"
+    yield (
+        "in a tensor's hooks",
+        mapping(weight=tensor(hooks=call(function, argument))),
+        "posix.system",
+    )
+    yield (
+        "as a storage's key",
+        tensor(tup(text("storage"), call(function, argument)) + b"Q"),
+        "posix.system",
+    )
+    yield (
+        "memoised",
+        b"](" + function + b"q\x05" + argument + b"\x85q\x06h\x05h\x06Re",
+        "posix.system",
+    )
     yield (
         "memoised, name split",
         text("posix") + b"q\x010" + text("system") + b"q\x020h\x01h\x02\x93" + tup(argument) + b"R",
@@ -144,10 +171,18 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
     yield "obj", b"(" + function + argument + b"o", "posix.system"
     yield "newobj", function + tup(argument) + b"\x81", "posix.system"
     yield "newobj_ex", function + tup(argument) + b"}\x92", "posix.system"
-    yield "build on a class", name("some.module", "Class") + mapping(run=number(1)) + b"b", "changes something"
+    yield (
+        "build on a class",
+        name("some.module", "Class") + mapping(run=number(1)) + b"b",
+        "changes something",
+    )
     yield "build on a function", name("os", "system") + mapping(run=number(1)) + b"b", "os.system"
     setstate = mapping(__setstate__=name("os", "system"))
-    yield "setstate", name("some", "Class") + b")\x81" + setstate + b"b" + argument + b"b", "os.system"
+    yield (
+        "setstate",
+        name("some", "Class") + b")\x81" + setstate + b"b" + argument + b"b",
+        "os.system",
+    )
     yield (
         "reconstructor",
         call(name("copyreg", "_reconstructor"), function, name("builtins", "object"), b"N"),
@@ -155,10 +190,22 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
     )
     yield "partial", call(name("functools", "partial"), function, argument), "posix.system"
     yield "default factory", call(name("collections", "defaultdict"), function), "posix.system"
-    yield "functools.reduce", call(name("functools", "reduce"), name("some", "Class"), b"]"), "functools.reduce"
+    yield (
+        "functools.reduce",
+        call(name("functools", "reduce"), name("some", "Class"), b"]"),
+        "functools.reduce",
+    )
     yield "map", call(name("builtins", "map"), name("some", "Class"), b"]"), "builtins.map"
-    yield "a module's module", text("torch") + text("os.system") + b"\x93" + tup(argument) + b"R", "torch.os.system"
-    yield "a type's subclasses", text("builtins") + text("dict.__subclasses__") + b"\x93)R", "__subclasses__"
+    yield (
+        "a module's module",
+        text("torch") + text("os.system") + b"\x93" + tup(argument) + b"R",
+        "torch.os.system",
+    )
+    yield (
+        "a type's subclasses",
+        text("builtins") + text("dict.__subclasses__") + b"\x93)R",
+        "__subclasses__",
+    )
     yield "globals", text("torch") + text("Tensor.__init__.__globals__") + b"\x93", "__globals__"
     yield "extension registry", b"\x82\x01", "EXT1"
     yield "persistent name", b"Pos.system\n", "PERSID"
@@ -166,7 +213,11 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
     yield "result of a call", call(call(name("torch", "Size"), tup())), "no class"
     rebuild = name("torch._tensor", "_rebuild_from_type_v2")
     yield "tensor of a type", call(rebuild, function, b"N", tup(argument), b"N"), "posix.system"
-    yield "tensor of a call", call(rebuild, name("a", "B"), b"N", tup(argument), b"N"), "does not fit"
+    yield (
+        "tensor of a call",
+        call(rebuild, name("a", "B"), b"N", tup(argument), b"N"),
+        "does not fit",
+    )
     functions = """
         builtins.eval builtins.exec builtins.compile builtins.getattr builtins.setattr builtins.open builtins.__import__
         __builtin__.eval __builtin__.execfile builtins.input builtins.breakpoint os.popen os.execv nt.system
@@ -179,7 +230,11 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
     """
     for full in functions.split():
         module, attribute = full.rsplit(".", 1)
-        yield full, call(name(module, attribute), text(f"touch {CANARY}")), full.replace("__builtin__", "builtins")
+        yield (
+            full,
+            call(name(module, attribute), text(f"touch {CANARY}")),
+            full.replace("__builtin__", "builtins"),
+        )
 
 
 def _pickles() -> Iterator[tuple[str, bytes, str]]:
@@ -201,7 +256,11 @@ def _pickles() -> Iterator[tuple[str, bytes, str]]:
     yield "no line end", b"I123", "damaged"
     yield "deep", b"]" * 100_000 + b"a" * 99_999, "deep"
     yield "contains itself", b"]q\x00h\x00a", "contains itself"
-    yield "laughs as a key", b"Nq\x00" + b"h\x00h\x00\x86q\x000h\x00" * 80 + b"0" * 80 + b"}h\x00Ns", "as a key"
+    yield (
+        "laughs as a key",
+        b"Nq\x00" + b"h\x00h\x00\x86q\x000h\x00" * 80 + b"0" * 80 + b"}h\x00Ns",
+        "as a key",
+    )
     yield "list as a key", b"}]Ns", "as a key"
     yield "tensor as a key", b"}" + tensor() + b"Ns", "as a key"
     yield "large number as a key", b"}" + number(1 << 80) + b"Ns", "as a key"
@@ -209,20 +268,43 @@ def _pickles() -> Iterator[tuple[str, bytes, str]]:
     yield "no name", name("os;import x", "y"), "which is no name"
     yield "no text as name", b"NN\x93", "no text"
     make = name("collections", "OrderedDict") + b"q\x010](" + tup(text("k"), b"N") + b"eq\x020]("
-    copies = b"](" + b"N" * 50_000 + b"eq\x020](" + (name("builtins", "set") + b"h\x02\x85R") * 2000 + b"e"
+    copies = (
+        b"]("
+        + b"N" * 50_000
+        + b"eq\x020]("
+        + (name("builtins", "set") + b"h\x02\x85R") * 2000
+        + b"e"
+    )
     yield "copies of a list", copies, "copies more"
-    encode = name("_codecs", "encode") + b"q\x010" + text("x" * 1_000_000) + b"q\x020" + text("latin1") + b"q\x030"
+    encode = (
+        name("_codecs", "encode")
+        + b"q\x010"
+        + text("x" * 1_000_000)
+        + b"q\x020"
+        + text("latin1")
+        + b"q\x030"
+    )
     yield "copies of bytes", encode + b"](" + b"h\x01h\x02h\x03\x86R" * 1000 + b"e", "copies more"
     yield "copies of a dict", make + b"h\x01h\x02\x85R" * 3 + b"e" + b"N", "left over"
     yield "endless", b"N0" * 500_001 + b"N", "too long"
-    yield "bytearray of a size", call(name("builtins", "bytearray"), number(1 << 45)), "does not fit"
+    yield (
+        "bytearray of a size",
+        call(name("builtins", "bytearray"), number(1 << 45)),
+        "does not fit",
+    )
     yield "bytes of a size", call(name("builtins", "bytes"), number(1 << 45)), "does not fit"
     yield "other codec", call(name("_codecs", "encode"), text("x"), text("zlib")), "does not fit"
     dtype = call(name("numpy", "dtype"), text("f4"), b"\x89", b"\x88")
-    empty = call(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), tup(), text("b"))
+    empty = call(
+        name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), tup(), text("b")
+    )
     state = tup(number(1), tup(number(1 << 40)), dtype, b"\x89", text("abcd"))
     yield "numpy array too large", mapping(x=empty + state + b"b"), "has 4 bytes"
-    yield "numpy scalar too large", call(name("numpy.core.multiarray", "scalar"), dtype, text("a")), "has 1 bytes"
+    yield (
+        "numpy scalar too large",
+        call(name("numpy.core.multiarray", "scalar"), dtype, text("a")),
+        "has 1 bytes",
+    )
     yield "numpy dtype order", dtype + tup(number(3), text("?")) + b"b", "numpy dtype"
 
 
@@ -272,7 +354,11 @@ def _archives() -> Iterator[tuple[str, bytes, str]]:
     backslash = archive(GOOD, **{"a|..|evil": b""}).replace(b"a|..|evil", b"a\\..\\evil")
     yield "zip entry with backslashes", backslash, "not safe"
     yield "zip entry no UTF-8", archive(GOOD, abcd=b"").replace(b"abcd", b"ab\xff\xfe"), "no UTF-8"
-    yield "zip entry twice", archive(GOOD, a__data__1=bytes(16)).replace(b"a/data/1", b"a/data/0"), "twice"
+    yield (
+        "zip entry twice",
+        archive(GOOD, a__data__1=bytes(16)).replace(b"a/data/1", b"a/data/0"),
+        "twice",
+    )
     directory = b"PK\x01\x02"
     yield "zip entries overlap", _overlapping(), "overlap"
     yield "zip encrypted", patched(GOOD_ZIP, directory, 8, b"\x01"), "encrypted"
@@ -280,24 +366,54 @@ def _archives() -> Iterator[tuple[str, bytes, str]]:
     yield "zip local method", patched(GOOD_ZIP, b"PK\x03\x04", 8, b"\x08"), "not where"
     yield "zip local name", patched(GOOD_ZIP, b"PK\x03\x04", 30, b"b"), "not where"
     yield "zip entry nowhere", patched(GOOD_ZIP, directory, 42, b"\xff\xff\xff\x00"), "are needed"
-    yield "zip sizes", patched(GOOD_ZIP, directory, 20, struct.pack("<2I", 1 << 30, 1 << 30)), "cannot hold"
+    yield (
+        "zip sizes",
+        patched(GOOD_ZIP, directory, 20, struct.pack("<2I", 1 << 30, 1 << 30)),
+        "cannot hold",
+    )
     yield "zip size", patched(GOOD_ZIP, directory, 24, struct.pack("<I", 17)), "unknown way"
     end = b"PK\x05\x06"
     yield "zip count", patched(GOOD_ZIP, end, 8, struct.pack("<2H", 9, 9)), "damaged directory"
-    yield "zip count too small", patched(GOOD_ZIP, end, 8, struct.pack("<2H", 1, 1)), "damaged directory"
-    yield "zip directory elsewhere", patched(GOOD_ZIP, end, 16, struct.pack("<I", 7)), "damaged directory"
-    yield "zip directory outside", patched(GOOD_ZIP, end, 12, struct.pack("<I", 1 << 30)), "does not fit"
+    yield (
+        "zip count too small",
+        patched(GOOD_ZIP, end, 8, struct.pack("<2H", 1, 1)),
+        "damaged directory",
+    )
+    yield (
+        "zip directory elsewhere",
+        patched(GOOD_ZIP, end, 16, struct.pack("<I", 7)),
+        "damaged directory",
+    )
+    yield (
+        "zip directory outside",
+        patched(GOOD_ZIP, end, 12, struct.pack("<I", 1 << 30)),
+        "does not fit",
+    )
     yield "zip on disks", patched(GOOD_ZIP, end, 4, b"\x01"), "several parts"
     yield "zip64 nowhere", _with_zip64(1 << 40), "damaged end"
     yield "zip64 count", _with_zip64(None, count=1 << 40), "does not fit"
     packed = archive(GOOD, deflate=True)
     yield "bomb announced", archive(text("x" * 70_000_000), deflate=True), "more than"
-    yield "bomb hidden", patched(packed, directory, 24, struct.pack("<I", 64), last=False), "does not expand"
-    zeros = archive(
-        mapping(weight=tensor(storage(numel=1 << 29), shape=(1 << 29,))), {"0": bytes(1 << 20)}, deflate=True
+    yield (
+        "bomb hidden",
+        patched(packed, directory, 24, struct.pack("<I", 64), last=False),
+        "does not expand",
     )
-    yield "bomb in a storage", patched(zeros, directory, 24, struct.pack("<I", 1 << 31)), "cannot hold"
-    yield "deflate damaged", patched(packed, b"a/data.pkl", 10, b"\xff\xff\xff\xff", last=False), "damaged"
+    zeros = archive(
+        mapping(weight=tensor(storage(numel=1 << 29), shape=(1 << 29,))),
+        {"0": bytes(1 << 20)},
+        deflate=True,
+    )
+    yield (
+        "bomb in a storage",
+        patched(zeros, directory, 24, struct.pack("<I", 1 << 31)),
+        "cannot hold",
+    )
+    yield (
+        "deflate damaged",
+        patched(packed, b"a/data.pkl", 10, b"\xff\xff\xff\xff", last=False),
+        "damaged",
+    )
 
 
 def zipped_empty() -> bytes:
@@ -317,11 +433,15 @@ def _overlapping() -> bytes:
     nested = archive(GOOD, {"0": inner})
     begin = nested.index(inner)
     record = (
-        b"PK\x01\x02" + struct.pack("<6H3I5H2I", 20, 20, 0, 0, 0, 0, 0, 16, 16, 8, 0, 0, 0, 0, 0, begin) + b"a/data/1"
+        b"PK\x01\x02"
+        + struct.pack("<6H3I5H2I", 20, 20, 0, 0, 0, 0, 0, 16, 16, 8, 0, 0, 0, 0, 0, begin)
+        + b"a/data/1"
     )
     end = nested.rindex(b"PK\x05\x06")
     _, _, _, _, count, length, start, _ = struct.unpack("<4s4H2LH", nested[end : end + 22])
-    tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count + 1, count + 1, length + len(record), start, 0)
+    tail = struct.pack(
+        "<4s4H2LH", b"PK\x05\x06", 0, 0, count + 1, count + 1, length + len(record), start, 0
+    )
     return nested[:end] + record + tail
 
 
@@ -345,14 +465,22 @@ def _legacies() -> Iterator[tuple[str, bytes, str]]:
     yield "legacy keys other", legacy(value, keys=b"](" + text("1") + b"e"), "does not fit"
     yield "legacy keys nested", legacy(value, keys=b"](]e"), "does not fit"
     yield "legacy count", legacy(value, raw=struct.pack("<q", 5) + bytes(16)), "has 5 elements"
-    yield "legacy negative count", legacy(value, raw=struct.pack("<q", -4) + bytes(16)), "has -4 elements"
+    yield (
+        "legacy negative count",
+        legacy(value, raw=struct.pack("<q", -4) + bytes(16)),
+        "has -4 elements",
+    )
     yield (
         "legacy view",
         legacy(mapping(weight=legacy_tensor(tup(text("v"), number(2), number(3))))),
         "beyond its storage",
     )
     yield "legacy odd view", legacy(mapping(weight=legacy_tensor(text("v")))), "unknown way"
-    yield "legacy persistent", legacy(tup(text("module"), name("a", "B")) + b"Q" + b"N"), "left over"
+    yield (
+        "legacy persistent",
+        legacy(tup(text("module"), name("a", "B")) + b"Q" + b"N"),
+        "left over",
+    )
     yield "legacy zip reference", legacy(mapping(weight=tensor())), "no storage"
     run = call(*RUN)
     yield "legacy runs in its magic", legacy(value, magic=run), "posix.system"
@@ -367,18 +495,34 @@ def _safetensors() -> Iterator[tuple[str, bytes, str]]:
         return safetensors({f"w{i}": value for i, value in enumerate(entries)}, data)
 
     for keep in (3, 9, 20, len(GOOD_SAFETENSORS) - 1):
-        yield f"safetensors cut at {keep}", GOOD_SAFETENSORS[:keep], "truncated|damaged|not a checkpoint"
+        yield (
+            f"safetensors cut at {keep}",
+            GOOD_SAFETENSORS[:keep],
+            "truncated|damaged|not a checkpoint",
+        )
     yield "safetensors header beyond", safetensors({"w": entry()}, length=1 << 20), "truncated"
     yield "safetensors header huge", safetensors({"w": entry()}, length=1 << 39), "more than"
-    yield "safetensors header endless", safetensors({"w": entry()}, length=1 << 63), "not a checkpoint"
+    yield (
+        "safetensors header endless",
+        safetensors({"w": entry()}, length=1 << 63),
+        "not a checkpoint",
+    )
     yield "safetensors header large", safetensors(b"{" + b" " * (17 << 20) + b"}", b""), "more than"
     yield "safetensors header short", safetensors({"w": entry()}, length=7), "no JSON"
     yield "safetensors no JSON", safetensors(b"{'w': 1}"), "no JSON"
     yield "safetensors no UTF-8", safetensors(b'{"\xff\xfe": 1}'), "no JSON"
-    yield "safetensors deep", safetensors(b'{"w":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "no JSON"
+    yield (
+        "safetensors deep",
+        safetensors(b'{"w":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+        "no JSON",
+    )
     yield "safetensors long number", safetensors(b'{"w":' + b"9" * 10_000 + b"}"), "no JSON"
     double = json.dumps(entry()).encode()
-    yield "safetensors name twice", safetensors(b'{"w":' + double + b',"w":' + double + b"}"), "twice"
+    yield (
+        "safetensors name twice",
+        safetensors(b'{"w":' + double + b',"w":' + double + b"}"),
+        "twice",
+    )
     yield "safetensors overlap", of(entry(), entry(8, 16, (2,))), "overlaps"
     yield "safetensors same bytes", of(entry(), entry()), "overlaps"
     yield "safetensors hole", of(entry(0, 4, (1,)), entry(8, 16, (2,))), "hole"
@@ -399,13 +543,21 @@ def _safetensors() -> Iterator[tuple[str, bytes, str]]:
     yield "safetensors no offsets", safetensors({"w": {"dtype": "F32", "shape": [4]}}), "properly"
     yield "safetensors list", safetensors({"w": [1, 2]}), "properly"
     yield "safetensors more", of(entry() | {"more": 1}), "not supported"
-    yield "safetensors metadata", safetensors({"__metadata__": {"a": 1}, "w": entry()}), "__metadata__"
+    yield (
+        "safetensors metadata",
+        safetensors({"__metadata__": {"a": 1}, "w": entry()}),
+        "__metadata__",
+    )
 
 
 def _indexes() -> Iterator[Case]:
     def case(title: str, message: str, index: object, **shards: bytes) -> Case:
         files = {"x.index.json": json.dumps(index).encode()}
-        return Case(f"index {title}", files | {f"{shard}.bin": data for shard, data in shards.items()}, message)
+        return Case(
+            f"index {title}",
+            files | {f"{shard}.bin": data for shard, data in shards.items()},
+            message,
+        )
 
     names = {"weight": "a.bin"}
     for unsafe in ("../a.bin", "/etc/passwd", "..", "", "b\\a.bin", "a\n.bin"):
@@ -420,7 +572,9 @@ def _indexes() -> Iterator[Case]:
         **{str(i): archive(mapping(**{str(i): tensor()})) for i in range(257)},
     )
     yield case("of itself", "not a checkpoint", {"weight_map": {"weight": "x.index.json"}})
-    yield case("missing", "1 tensors missing", {"weight_map": names | {"bias": "a.bin"}}, a=GOOD_ZIP)
+    yield case(
+        "missing", "1 tensors missing", {"weight_map": names | {"bias": "a.bin"}}, a=GOOD_ZIP
+    )
     yield case(
         "extra",
         "1 not in the index",
@@ -448,9 +602,18 @@ def _others() -> Iterator[tuple[str, bytes, str]]:
 
 def cases() -> list[Case]:
     """All of them; made anew each time, some are large."""
-    found = [Case(f"call {title}", {"x.ckpt": archive(value)}, message) for title, value, message in _calls()]
-    found += [Case(f"pickle {title}", {"x.ckpt": archive(value)}, message) for title, value, message in _pickles()]
-    found += [Case(f"tensor {title}", {"x.ckpt": archive(value)}, message) for title, value, message in _tensors()]
+    found = [
+        Case(f"call {title}", {"x.ckpt": archive(value)}, message)
+        for title, value, message in _calls()
+    ]
+    found += [
+        Case(f"pickle {title}", {"x.ckpt": archive(value)}, message)
+        for title, value, message in _pickles()
+    ]
+    found += [
+        Case(f"tensor {title}", {"x.ckpt": archive(value)}, message)
+        for title, value, message in _tensors()
+    ]
     for family in (_archives, _legacies, _safetensors, _others):
         found += [Case(title, {"x.ckpt": data}, message) for title, data, message in family()]
     return [*found, *_indexes()]

@@ -6,9 +6,30 @@ import random
 import zipfile
 from collections.abc import Callable, Iterator
 
-from hostile import GOOD, GOOD_LEGACY, GOOD_SAFETENSORS, GOOD_ZIP, RUN, archive, call, entry, safetensors
+from hostile import (
+    GOOD,
+    GOOD_LEGACY,
+    GOOD_SAFETENSORS,
+    GOOD_ZIP,
+    RUN,
+    archive,
+    call,
+    entry,
+    safetensors,
+)
 
-_EXTREMES = [0, 1, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
+_EXTREMES = [
+    0,
+    1,
+    0x7F,
+    0xFF,
+    0xFFFF,
+    0x7FFFFFFF,
+    0xFFFFFFFF,
+    1 << 40,
+    (1 << 63) - 1,
+    (1 << 64) - 1,
+]
 _INSERTS = [
     call(*RUN),
     b"cbuiltins\neval\n",
@@ -103,7 +124,13 @@ def inside(data: bytes, other: bytes, rng: random.Random) -> bytes:
 def seeds() -> list[bytes]:
     """Good checkpoints of each kind, the hand-made ones."""
     sharded = {f"layer.{i}": entry(16 * i, 16 * i + 16) for i in range(20)}
-    return [GOOD_ZIP, GOOD_LEGACY, GOOD_SAFETENSORS, safetensors(sharded, bytes(320)), archive(GOOD, deflate=True)]
+    return [
+        GOOD_ZIP,
+        GOOD_LEGACY,
+        GOOD_SAFETENSORS,
+        safetensors(sharded, bytes(320)),
+        archive(GOOD, deflate=True),
+    ]
 
 
 def mutants(count: int, seed: int, more: list[bytes]) -> Iterator[bytes]:

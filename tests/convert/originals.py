@@ -9,9 +9,9 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from ldm_jax.convert.infer import LATENT_DIFFUSION
+from ldm_jax.convert.compvis.infer import LATENT_DIFFUSION
+from ldm_jax.convert.compvis.whole import Whole, whole_from_config
 from ldm_jax.convert.tables import flatten, to_theirs
-from ldm_jax.convert.whole import Whole, whole_from_config
 
 EMBEDDERS = "ldm.modules.encoders.modules"
 UNET: dict[str, Any] = {
@@ -36,17 +36,27 @@ CODER = {
     "attn_resolutions": [128],
     "dropout": 0.0,
 }
-KL = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"embed_dim": 4, "ddconfig": CODER}}
+KL = {
+    "target": "ldm.models.autoencoder.AutoencoderKL",
+    "params": {"embed_dim": 4, "ddconfig": CODER},
+}
 VQ = {
     "target": "ldm.models.autoencoder.VQModelInterface",
-    "params": {"embed_dim": 4, "n_embed": 9, "ddconfig": CODER | {"double_z": False, "attn_resolutions": []}},
+    "params": {
+        "embed_dim": 4,
+        "n_embed": 9,
+        "ddconfig": CODER | {"double_z": False, "attn_resolutions": []},
+    },
 }
 BERT = {"n_embed": 16, "n_layer": 1, "max_seq_len": 6}
 
 
 def model(stage: Any, conditioner: Any, unet: dict[str, Any] = {}, **params: Any) -> dict[str, Any]:  # noqa: B006
     """Parameters of a tiny LatentDiffusion."""
-    unet_config = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNET | unet}
+    unet_config = {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": UNET | unet,
+    }
     return {
         "timesteps": 50,
         "linear_start": 0.0015,
@@ -78,7 +88,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         LATENT_DIFFUSION,
         model(
             VQ,
-            {"target": f"{EMBEDDERS}.ClassEmbedder", "params": {"embed_dim": 12, "n_classes": 5, "key": "label"}},
+            {
+                "target": f"{EMBEDDERS}.ClassEmbedder",
+                "params": {"embed_dim": 12, "n_classes": 5, "key": "label"},
+            },
             crossattn(12),
             conditioning_key="crossattn",
         ),
@@ -89,7 +102,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             KL,
             {
                 "target": f"{EMBEDDERS}.TinyCLIP",
-                "params": {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+                "params": {
+                    "vocab_size": 20,
+                    "hidden_size": 16,
+                    "intermediate_size": 24,
+                    "num_hidden_layers": 1,
+                }
                 | {"num_attention_heads": 1, "max_position_embeddings": 7},
             },
             crossattn(16) | {"in_channels": 9},
@@ -102,24 +120,48 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         LATENT_DIFFUSION,
         model(
             VQ,
-            {"target": f"{EMBEDDERS}.SpatialRescaler", "params": {"in_channels": 3, "out_channels": 2}},
+            {
+                "target": f"{EMBEDDERS}.SpatialRescaler",
+                "params": {"in_channels": 3, "out_channels": 2},
+            },
             {"in_channels": 6, "resblock_updown": True, "use_scale_shift_norm": True},
             concat_mode=True,
             scale_by_std=True,
         ),
     ),
-    "held twice": (LATENT_DIFFUSION, model(VQ, "__is_first_stage__", {"in_channels": 9}, concat_mode=True)),
+    "held twice": (
+        LATENT_DIFFUSION,
+        model(VQ, "__is_first_stage__", {"in_channels": 9}, concat_mode=True),
+    ),
     "small picture": (
         LATENT_DIFFUSION,
-        model(VQ, {"target": "torch.nn.Identity"}, {"in_channels": 7}, conditioning_key="concat", scale_factor=1.0),
+        model(
+            VQ,
+            {"target": "torch.nn.Identity"},
+            {"in_channels": 7},
+            conditioning_key="concat",
+            scale_factor=1.0,
+        ),
     ),
     "unconditional": (
         LATENT_DIFFUSION,
-        model(KL, "__is_unconditional__", {"conv_resample": False}, learn_logvar=True, scale_by_std=True),
+        model(
+            KL,
+            "__is_unconditional__",
+            {"conv_resample": False},
+            learn_logvar=True,
+            scale_by_std=True,
+        ),
     ),
     "ready-made": (
         LATENT_DIFFUSION,
-        model(KL, {"target": "torch.nn.Identity"}, crossattn(12), conditioning_key="crossattn", scale_factor=1.0),
+        model(
+            KL,
+            {"target": "torch.nn.Identity"},
+            crossattn(12),
+            conditioning_key="crossattn",
+            scale_factor=1.0,
+        ),
     ),
     "kl": (KL["target"], KL["params"]),
     "vqgan": (

@@ -9,16 +9,16 @@ import pytest
 from originals import MODELS, Written, told, writer
 from safetensors.numpy import load_file, save_file
 
-from ldm_jax.checkpoint import load_model, read_config
 from ldm_jax.convert.__main__ import main
+from ldm_jax.convert.compvis.infer import infer
+from ldm_jax.convert.compvis.original import config_of, read_yaml
+from ldm_jax.convert.compvis.schedules import schedule_params
+from ldm_jax.convert.compvis.whole import BUFFERS, EMA, whole_from_config
 from ldm_jax.convert.conversion import read_model, sha256
-from ldm_jax.convert.infer import infer
-from ldm_jax.convert.original import config_of, read_yaml
-from ldm_jax.convert.schedules import schedule_params
-from ldm_jax.convert.targets import TargetError
 from ldm_jax.convert.verify import outputs_of
-from ldm_jax.convert.whole import BUFFERS, EMA, whole_from_config
 from ldm_jax.diffusion.schedule import make_betas
+from ldm_jax.errors import TargetError
+from ldm_jax.io.checkpoint import load_model, read_config
 
 # ------------------------------------------------------------------------------------------------------------- round trips
 
@@ -67,7 +67,11 @@ def test_there_and_back_is_the_same_to_the_bit(written, tmp_path, name, dtype, w
         else:
             assert np.allclose(a.astype(np.float64), b, rtol=2e-3, atol=1e-6), source_name
             known = (*BUFFERS.split(), "scale_factor")
-            assert source_name in known or source_name.startswith("cond_stage_model.") or "position_ids" in source_name
+            assert (
+                source_name in known
+                or source_name.startswith("cond_stage_model.")
+                or "position_ids" in source_name
+            )
     # What the YAML that comes with it describes is again the same model.
     again = read_yaml(back.with_suffix(".yaml"))
     whole = whole_from_config(again.target, again.params)
@@ -78,7 +82,11 @@ def test_there_and_back_is_the_same_to_the_bit(written, tmp_path, name, dtype, w
 
 def without_size(section: Any) -> Any:
     """How large its maps are, a file does not tell."""
-    return {k: without_size(v) for k, v in section.items() if k != "size"} if isinstance(section, dict) else section
+    return (
+        {k: without_size(v) for k, v in section.items() if k != "size"}
+        if isinstance(section, dict)
+        else section
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,7 +94,9 @@ def test_names_and_shapes_tell_what_the_yaml_says(written, name):
     arrays, (target, params) = load_file(written(name)), MODELS[name]
     found, given = infer(arrays), read_yaml(written(name).with_suffix(".yaml"))
     options = {"buffers": False} if "unet_config" in params else {}
-    whole, known = (whole_from_config(o.target, o.params, losses=False, **options) for o in (found, given))
+    whole, known = (
+        whole_from_config(o.target, o.params, losses=False, **options) for o in (found, given)
+    )
     assert whole.modules == known.modules
     assert sorted(e.source for e in whole.table) == sorted(e.source for e in known.table)
     ours, theirs = config_of(found, whole.modules, 1.0), config_of(given, known.modules, 1.0)
@@ -94,7 +104,10 @@ def test_names_and_shapes_tell_what_the_yaml_says(written, name):
         assert without_size(ours.get(section)) == without_size(theirs.get(section))
     if "unet_config" in params:
         assert found.target == target
-        schedule = {"beta_schedule": "linear", **{n: params[n] for n in ("timesteps", "linear_start", "linear_end")}}
+        schedule = {
+            "beta_schedule": "linear",
+            **{n: params[n] for n in ("timesteps", "linear_start", "linear_end")},
+        }
         assert ours["schedule"] == schedule
         assumed = " ".join(found.assumed)
         assert all(word in assumed for word in ("num_head_channels 32", "eps", "size"))
@@ -114,16 +127,22 @@ def test_averages_are_taken_unless_the_weights_are_asked_for(written, tmp_path, 
         (other,) = (e for e in report["left_out"] if e["source"] in {raw, average} - {taken})
         assert "average" in other["why"]
         shadows = {n for n in arrays if n.startswith(EMA)} - {f"{EMA}decay", f"{EMA}num_updates"}
-        assert {e["source"] for e in report["entries"]} & shadows == (shadows if taken == average else set())
+        assert {e["source"] for e in report["entries"]} & shadows == (
+            shadows if taken == average else set()
+        )
     assert "averaged" in capsys.readouterr().out
     assert main([str(written("class")), "--out", str(tmp_path / "none"), "--ema"]) == 2
-    assert told(capsys) == [f"error: {written('class').name} holds no averages of its weights; leave --ema out"]
+    assert told(capsys) == [
+        f"error: {written('class').name} holds no averages of its weights; leave --ema out"
+    ]
 
 
 def test_what_is_no_part_of_the_model_is_left_out_by_name(written, tmp_path):
     arrays = load_file(written("class"))
     beside = {"model_ema.decay", "model_ema.num_updates", "safety_checker.visual_projection.weight"}
-    save_file(arrays | {name: np.zeros(2, np.float32) for name in beside}, tmp_path / "x.safetensors")
+    save_file(
+        arrays | {name: np.zeros(2, np.float32) for name in beside}, tmp_path / "x.safetensors"
+    )
     converted = read_model(tmp_path)  # a folder that holds nothing else
     assert beside <= {entry["source"] for entry in converted.left_out}
     assert not beside & {entry["source"] for entry in converted.entries}
@@ -133,7 +152,18 @@ def test_what_is_no_part_of_the_model_is_left_out_by_name(written, tmp_path):
 def test_dtype_casts_the_parameters(written, tmp_path):
     out = tmp_path / "model"
     assert (
-        main([str(written("kl")), "--out", str(out), "--dtype", "bfloat16", "--report", str(tmp_path / "r.json")]) == 0
+        main(
+            [
+                str(written("kl")),
+                "--out",
+                str(out),
+                "--dtype",
+                "bfloat16",
+                "--report",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
     )
     _, params = load_model(out)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
@@ -148,23 +178,38 @@ def test_dtype_casts_the_parameters(written, tmp_path):
 @pytest.mark.parametrize(
     "params",
     [
-        {"beta_schedule": "linear", "timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012},
+        {
+            "beta_schedule": "linear",
+            "timesteps": 1000,
+            "linear_start": 0.00085,
+            "linear_end": 0.012,
+        },
         {"beta_schedule": "linear", "timesteps": 50, "linear_start": 0.0015, "linear_end": 0.0195},
-        {"beta_schedule": "sqrt_linear", "timesteps": 1000, "linear_start": 0.0001, "linear_end": 0.02},
+        {
+            "beta_schedule": "sqrt_linear",
+            "timesteps": 1000,
+            "linear_start": 0.0001,
+            "linear_end": 0.02,
+        },
         {"beta_schedule": "sqrt", "timesteps": 100, "linear_start": 0.0001, "linear_end": 0.02},
         {"beta_schedule": "cosine", "timesteps": 100},
     ],
     ids=lambda params: f"{params['beta_schedule']}{params['timesteps']}",
 )
 def test_schedules_are_told_from_their_betas(params, dtype):
-    betas = make_betas(**{"kind" if name == "beta_schedule" else name: value for name, value in params.items()})
+    betas = make_betas(
+        **{"kind" if name == "beta_schedule" else name: value for name, value in params.items()}
+    )
     found, assumed = schedule_params({"betas": betas.astype(dtype)})
     assert assumed == []
     if params["beta_schedule"] != "sqrt" or dtype == np.float32:
         assert found == params
     assert found["beta_schedule"] == params["beta_schedule"]
     if dtype == np.float32 and params["beta_schedule"] == "linear":
-        assert schedule_params({"alphas_cumprod": np.cumprod(1 - betas).astype(dtype)}) == (params, [])
+        assert schedule_params({"alphas_cumprod": np.cumprod(1 - betas).astype(dtype)}) == (
+            params,
+            [],
+        )
 
 
 def test_other_schedules_are_an_error_and_none_is_an_assumption():
@@ -185,10 +230,15 @@ def test_verify_prints_the_error_of_a_recorded_case(written, tmp_path, capsys):
         "x": rng.normal(size=(1, 3, 16, 16)).astype(np.float32),
         "z": rng.normal(size=(1, 4, 8, 8)).astype(np.float32),
     }
-    found = {name: np.asarray(a) for name, a in outputs_of(converted.config, converted.params, given).items()}
+    found = {
+        name: np.asarray(a)
+        for name, a in outputs_of(converted.config, converted.params, given).items()
+    }
     assert set(found) == {"mean", "logvar", "decode_z"}
     found["mean"] = found["mean"] + np.float32(0.5)
-    arrays = {f"in/{n}": a for n, a in given.items()} | {f"out/{n}": np.ascontiguousarray(a) for n, a in found.items()}
+    arrays = {f"in/{n}": a for n, a in given.items()} | {
+        f"out/{n}": np.ascontiguousarray(a) for n, a in found.items()
+    }
     save_file(arrays, tmp_path / "case.safetensors")
     spec = {"atol": dict.fromkeys(found, 0.1), "rtol": 0.0}
     (tmp_path / "manifest.json").write_text(json.dumps({"cases": {"case": spec}}))

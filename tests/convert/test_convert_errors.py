@@ -6,13 +6,12 @@ from originals import MODELS, Written, told, writer
 from safetensors.numpy import load_file, save_file
 
 import ldm_jax
-from ldm_jax.checkpoint import CheckpointError
 from ldm_jax.convert.__main__ import main
+from ldm_jax.convert.compvis.infer import Original
+from ldm_jax.convert.compvis.original import config_of, read_yaml
+from ldm_jax.convert.compvis.whole import whole_from_config
 from ldm_jax.convert.conversion import to_compvis
-from ldm_jax.convert.infer import Original
-from ldm_jax.convert.original import config_of, read_yaml
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.convert.whole import whole_from_config
+from ldm_jax.errors import CheckpointError, TargetError
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +27,45 @@ def test_everything_that_does_not_fit_is_listed(written, tmp_path, capsys):
     arrays["betas"] = arrays["betas"] * 2
     save_file(arrays, tmp_path / "x.safetensors")
     yaml_file = written("class").with_suffix(".yaml")
-    assert main([str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "m"), "--config", str(yaml_file)]) == 2
+    assert (
+        main(
+            [
+                str(tmp_path / "x.safetensors"),
+                "--out",
+                str(tmp_path / "m"),
+                "--config",
+                str(yaml_file),
+            ]
+        )
+        == 2
+    )
     text = capsys.readouterr().err
-    for part in (f"missing (1):\n    {gone}", "unexpected (1):\n    surplus", f"{bad}: found (5, 11)", "    betas"):
+    for part in (
+        f"missing (1):\n    {gone}",
+        "unexpected (1):\n    surplus",
+        f"{bad}: found (5, 11)",
+        "    betas",
+    ):
         assert part in text
     assert not (tmp_path / "m").exists()
     with pytest.raises(CheckpointError, match="surplus"):
         ldm_jax.load(tmp_path / "x.safetensors", config=yaml_file)
 
 
-UNET_ROW, STAGE_ROW = "model.diffusion_model.output_blocks.3.0.", "first_stage_model.encoder.down.1.block.0."
+UNET_ROW, STAGE_ROW = (
+    "model.diffusion_model.output_blocks.3.0.",
+    "first_stage_model.encoder.down.1.block.0.",
+)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "shape"),
     [
-        (UNET_ROW, UNET_ROW.replace("3", "3" * 30), None),  # a number that a loop would not come to the end of
+        (
+            UNET_ROW,
+            UNET_ROW.replace("3", "3" * 30),
+            None,
+        ),  # a number that a loop would not come to the end of
         (STAGE_ROW, STAGE_ROW.replace("1", "9" * 12), None),
         ("model.diffusion_model.input_blocks.0.0.weight", None, ()),
         ("model.diffusion_model.input_blocks.0.0.weight", None, (0, 4, 3, 3)),
@@ -92,8 +114,14 @@ def test_nothing_is_written_over(written, tmp_path, capsys):
         ("lr: 1", "describes no model"),
         ("model: {target: a.B, params: {x: '${y.z}'}}", r"refers to ${y.z}"),
         ("model: {target: no.such.Class}", "no.such.Class is not supported"),
-        ("model: {target: ldm.models.autoencoder.AutoencoderKL}", "AutoencoderKL cannot be built: KeyError"),
-        ("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {unet_config: 3}}", "cannot be built"),
+        (
+            "model: {target: ldm.models.autoencoder.AutoencoderKL}",
+            "AutoencoderKL cannot be built: KeyError",
+        ),
+        (
+            "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {unet_config: 3}}",
+            "cannot be built",
+        ),
         (None, "cannot be read: No such file"),
     ],
 )
@@ -107,8 +135,14 @@ def test_a_yaml_that_says_nothing_is_one_line(written, tmp_path, capsys, text, m
 
 
 def test_numbers_in_yaml_are_numbers(tmp_path):
-    (tmp_path / "x.yaml").write_text("target: a.B\nparams: {a: 1e-4, b: [2E3, text, 1.5e-06], c: 1}")
-    assert read_yaml(tmp_path / "x.yaml") == ("a.B", {"a": 1e-4, "b": [2e3, "text", 1.5e-06], "c": 1}, ())
+    (tmp_path / "x.yaml").write_text(
+        "target: a.B\nparams: {a: 1e-4, b: [2E3, text, 1.5e-06], c: 1}"
+    )
+    assert read_yaml(tmp_path / "x.yaml") == (
+        "a.B",
+        {"a": 1e-4, "b": [2e3, "text", 1.5e-06], "c": 1},
+        (),
+    )
 
 
 def test_files_of_no_known_family_are_one_line(tmp_path, capsys):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ldm_jax.checkpoint import CheckpointError
+from ldm_jax.conditioning.tokenizers import bert_tokenizer
 from ldm_jax.convert.diffusers import (
     configs,
     from_diffusers,
@@ -28,18 +28,31 @@ from ldm_jax.convert.diffusers import (
 )
 from ldm_jax.convert.diffusers.components import MODULES
 from ldm_jax.convert.diffusers.tables import join_qkv, split_qkv
-from ldm_jax.convert.tables import ConversionError, flatten
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.latent import build, init_params
+from ldm_jax.convert.tables import flatten
+from ldm_jax.errors import CheckpointError, ConversionError, TargetError
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.ldm import build, init_params
 from ldm_jax.models.text import TransformerEncoder
 from ldm_jax.models.unet import UNet, layout
-from ldm_jax.pipeline import load
-from ldm_jax.tokenizers import bert_tokenizer
+from ldm_jax.sampling.pipeline import load
 
-UNET = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1}
-KL = {"kind": "kl", "embed_dim": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "resolution": 16}
+UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "channel_mult": [1, 2],
+    "num_res_blocks": 1,
+}
+KL = {
+    "kind": "kl",
+    "embed_dim": 4,
+    "z_channels": 4,
+    "ch": 32,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "resolution": 16,
+}
 KL |= {"in_channels": 3, "out_ch": 3}
 VQ = KL | {"kind": "vq", "z_channels": 3, "n_embed": 16, "attn_resolutions": [8]}
 SECTIONS = {
@@ -58,9 +71,21 @@ MODEL = {
     "kind": "latent_diffusion",
     "objective": "v",
     "scale_factor": 0.5,
-    "schedule": {"beta_schedule": "linear", "linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 100},
+    "schedule": {
+        "beta_schedule": "linear",
+        "linear_start": 0.0015,
+        "linear_end": 0.0195,
+        "timesteps": 100,
+    },
     "first_stage": KL,
-    "conditioner": {"kind": "bert", "dim": 8, "depth": 1, "max_seq_len": 5, "heads": 2, "head_dim": 4},
+    "conditioner": {
+        "kind": "bert",
+        "dim": 8,
+        "depth": 1,
+        "max_seq_len": 5,
+        "heads": 2,
+        "head_dim": 4,
+    },
     "unet": SECTIONS["transformers"][1],
     "sampling": {"size": [16, 16], "sampler": "ddim_x0", "grid": "leading"},
 }
@@ -69,7 +94,10 @@ MODEL = {
 def filled(shapes: Any) -> Any:
     """Random arrays of these shapes; every second one in half precision."""
     rng, leaves = np.random.default_rng(0), jax.tree.leaves(shapes)
-    arrays = [rng.normal(size=leaf.shape).astype((np.float32, np.float16)[i % 2]) for i, leaf in enumerate(leaves)]
+    arrays = [
+        rng.normal(size=leaf.shape).astype((np.float32, np.float16)[i % 2])
+        for i, leaf in enumerate(leaves)
+    ]
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
@@ -81,7 +109,12 @@ def part_params(part: str, section: dict[str, Any]) -> Any:
     example: tuple = (np.zeros((1, 2), np.int32),)
     if part == "unet":
         y = None if module.num_classes is None else np.zeros(1, np.int32)
-        example = (np.zeros((1, 2, 2, 4)), np.zeros(1), None if module.context_dim is None else np.zeros((1, 1, 8)), y)
+        example = (
+            np.zeros((1, 2, 2, 4)),
+            np.zeros(1),
+            None if module.context_dim is None else np.zeros((1, 1, 8)),
+            y,
+        )
     return filled(jax.eval_shape(lambda: module.init(key, *example)["params"]))
 
 
@@ -104,7 +137,9 @@ def written(model: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 def digests(params: Any) -> dict[tuple[str, ...], str]:
     """{path: hash of dtype, shape and bytes}."""
     return {
-        path: hashlib.sha256(f"{a.dtype} {a.shape}".encode() + np.ascontiguousarray(a).tobytes()).hexdigest()
+        path: hashlib.sha256(
+            f"{a.dtype} {a.shape}".encode() + np.ascontiguousarray(a).tobytes()
+        ).hexdigest()
         for path, a in flatten(params).items()
     }
 
@@ -148,11 +183,19 @@ def test_a_pipeline_comes_back_to_the_bit(model: dict[str, Any], written: Path) 
     # Written once more, the files are the same.
     to_diffusers(config, params, written.parent / "again")
     for file in written.rglob("*.safetensors"):
-        assert file.read_bytes() == (written.parent / "again" / file.relative_to(written)).read_bytes()
+        assert (
+            file.read_bytes() == (written.parent / "again" / file.relative_to(written)).read_bytes()
+        )
 
 
 def test_an_inpainting_pipeline_comes_back_to_the_bit(tmp_path: Path) -> None:
-    text = {"kind": "clip", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "kind": "clip",
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     joined = {"channels": 5, "of": "masked_sd", "size": [8, 8]}
     config = MODEL | {"conditioner": {"kind": "hybrid", "text": text, "joined": joined}}
     config["unet"] = MODEL["unet"] | {"in_channels": 9}
@@ -169,10 +212,13 @@ def test_an_inpainting_pipeline_comes_back_to_the_bit(tmp_path: Path) -> None:
         ({"text": text, "joined": joined | {"of": "masked"}}, "reads 'clip' and joins 'masked_sd'"),
     ]:
         with pytest.raises(TargetError, match=message):
-            to_diffusers(config | {"conditioner": {"kind": "hybrid", **section}}, params, tmp_path / "other")
+            to_diffusers(
+                config | {"conditioner": {"kind": "hybrid", **section}}, params, tmp_path / "other"
+            )
     change(tmp_path / "pipeline" / "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(
-        TargetError, match="takes 5 channels beside the latent's, which StableDiffusionPipeline does not"
+        TargetError,
+        match="takes 5 channels beside the latent's, which StableDiffusionPipeline does not",
     ):
         from_diffusers(tmp_path / "pipeline")
 
@@ -216,7 +262,13 @@ def test_older_names_and_shapes_are_read(tmp_path: Path) -> None:
     save_file(arrays, file)
     assert digests(from_diffusers(tmp_path).params[part]) == digests(params)
     save_file(
-        arrays | {"encoder.mid_block.attentions.0.to_q.bias": arrays["encoder.mid_block.attentions.0.query.bias"]}, file
+        arrays
+        | {
+            "encoder.mid_block.attentions.0.to_q.bias": arrays[
+                "encoder.mid_block.attentions.0.query.bias"
+            ]
+        },
+        file,
     )
     with pytest.raises(ConversionError) as raised:
         from_diffusers(tmp_path)
@@ -228,7 +280,10 @@ def test_misfits_are_listed(written: Path, tmp_path: Path) -> None:
     file = tmp_path / "vqvae" / "diffusion_pytorch_model.safetensors"
     arrays = load_file(file)
     del arrays["decoder.conv_out.bias"]
-    arrays |= {"extra": np.zeros(1), "encoder.conv_in.weight": arrays["encoder.conv_in.weight"][:, :2].copy()}
+    arrays |= {
+        "extra": np.zeros(1),
+        "encoder.conv_in.weight": arrays["encoder.conv_in.weight"][:, :2].copy(),
+    }
     save_file(arrays, file)
     with pytest.raises(ConversionError) as raised:
         from_diffusers(tmp_path / "vqvae")
@@ -318,13 +373,18 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("function", "fields", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", None) or str(value)[:40]
+    ("function", "fields", "message"),
+    REFUSED,
+    ids=lambda value: getattr(value, "__name__", None) or str(value)[:40],
 )
-def test_what_has_no_word_on_the_other_side_is_refused(function: Any, fields: dict[str, Any], message: str) -> None:
+def test_what_has_no_word_on_the_other_side_is_refused(
+    function: Any, fields: dict[str, Any], message: str
+) -> None:
     given: Any = fields
     if function is unets.unet_to:
         given = UNet(
-            **{"in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1} | fields,
+            **{"in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1}
+            | fields,
             attention_resolutions=(1, 2),
         )
     with pytest.raises(TargetError, match=message) as raised:
@@ -342,11 +402,27 @@ def test_text_encoders_that_have_no_word_there_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "sampling", "lines"),
     [
-        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}, ("plms", "uniform"), 0),
+        (
+            {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1},
+            ("plms", "uniform"),
+            0,
+        ),
         ({"_class_name": "DDIMScheduler", "clip_sample": False}, ("ddim_x0", "leading"), 0),
-        ({"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}, ("ddim", "leading"), 0),
-        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, ("euler", "karras"), 0),
-        ({"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing"}, ("dpmpp_2m", "trailing"), 0),
+        (
+            {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
+            ("ddim", "leading"),
+            0,
+        ),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True},
+            ("euler", "karras"),
+            0,
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "timestep_spacing": "trailing"},
+            ("dpmpp_2m", "trailing"),
+            0,
+        ),
         ({"_class_name": "LMSDiscreteScheduler"}, ("lms", "uniform"), 1),
     ],
 )
@@ -378,7 +454,9 @@ def change(file: Path, **fields: Any) -> None:
 def spoil_vocabulary(folder: Path) -> None:
     entries = sorted(bert_tokenizer().get_vocab().items(), key=lambda item: item[1])
     (folder / "tokenizer" / "tokenizer.json").unlink()
-    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(entry for entry, _ in entries[:-1]), encoding="utf-8")
+    (folder / "tokenizer" / "vocab.txt").write_text(
+        "\n".join(entry for entry, _ in entries[:-1]), encoding="utf-8"
+    )
 
 
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -424,9 +502,13 @@ def test_what_is_no_folder_of_diffusers(tmp_path: Path) -> None:
         from_diffusers(tmp_path)
 
 
-def test_what_diffusers_has_no_pipeline_for_is_refused(model: dict[str, Any], written: Path, tmp_path: Path) -> None:
+def test_what_diffusers_has_no_pipeline_for_is_refused(
+    model: dict[str, Any], written: Path, tmp_path: Path
+) -> None:
     with pytest.raises(TargetError, match="no pipeline for conditioner 'class'"):
-        to_diffusers(MODEL | {"conditioner": {"kind": "class", "embed_dim": 8}}, model, tmp_path / "a")
+        to_diffusers(
+            MODEL | {"conditioner": {"kind": "class", "embed_dim": 8}}, model, tmp_path / "a"
+        )
     assert not any(tmp_path.iterdir())  # nothing half-written
     with pytest.raises(TargetError, match="is not empty"):
         to_diffusers(MODEL, model, written)
@@ -446,7 +528,9 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise ConnectionError("no route to host\nand more")
 
     monkeypatch.setattr(hub, "_download", offline)
-    with pytest.raises(CheckpointError, match=r"the Hugging Face Hub does not give it: no route to host$"):
+    with pytest.raises(
+        CheckpointError, match=r"the Hugging Face Hub does not give it: no route to host$"
+    ):
         hub.fetched("org/name")
 
 

@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 
 from benchmarks import convert_full_size
-from ldm_jax.convert.reader import open_checkpoint
+from ldm_jax.convert.compvis.whole import whole_from_config
+from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.tables import source_shapes, to_ours
-from ldm_jax.convert.whole import whole_from_config
 
 TARGET = "ldm.models.diffusion.ddpm.LatentDiffusion"
-CODER = {"z_channels": 4, "resolution": 8, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1], "num_res_blocks": 1}
+CODER = {
+    "z_channels": 4,
+    "resolution": 8,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1],
+    "num_res_blocks": 1,
+}
 STAGE = {
     "target": "ldm.models.autoencoder.AutoencoderKL",
     "params": {"embed_dim": 4, "ddconfig": {**CODER, "attn_type": "none"}},
@@ -48,7 +56,11 @@ def test_the_checkpoint_is_one_that_the_reader_takes_whole(tmp_path: Path) -> No
     once = sum(4 * np.prod(shape) for name, shape in shapes.items() if name not in twice)
     assert twice
     assert once < size < once + 1000 * len(shapes)  # what is held twice is stored once
-    scales = [float(a.std()) * np.prod(a.shape[:-1]) ** 0.5 for a in jax.tree.leaves(params) if a.size > 1000]
+    scales = [
+        float(a.std()) * np.prod(a.shape[:-1]) ** 0.5
+        for a in jax.tree.leaves(params)
+        if a.size > 1000
+    ]
     np.testing.assert_allclose(scales, 1, atol=0.1)
 
 

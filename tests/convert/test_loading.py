@@ -13,14 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 import ldm_jax
 from ldm_jax.convert.__main__ import main
+from ldm_jax.convert.compvis.infer import Original
+from ldm_jax.convert.compvis.whole import whole_from_config
 from ldm_jax.convert.conversion import read_model
-from ldm_jax.convert.infer import Original
-from ldm_jax.convert.whole import whole_from_config
 from ldm_jax.diffusion.samplers import SAMPLERS
-from ldm_jax.generation import Form, Rows, generate
-from ldm_jax.latent import build
-from ldm_jax.pictures import read_settings
-from ldm_jax.pipeline import Given, Pipeline, RequestError
+from ldm_jax.errors import RequestError
+from ldm_jax.io.png import read_settings
+from ldm_jax.models.ldm import build
+from ldm_jax.sampling.pipeline import Given, Pipeline
+from ldm_jax.sampling.program import Form, Rows, generate
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 def ckpt(arrays: dict[str, np.ndarray], **beside: bytes) -> bytes:
     """A .ckpt as PyTorch Lightning saves it, with what it holds beside the weights."""
     storages, state = {}, {}
-    kinds = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage", "int32": "IntStorage"}
+    kinds = {
+        "float32": "FloatStorage",
+        "float16": "HalfStorage",
+        "int64": "LongStorage",
+        "int32": "IntStorage",
+    }
     for i, (name, a) in enumerate(arrays.items()):
         a = np.asarray(a, order="C")
         strides = [s // a.itemsize for s in a.strides]
@@ -44,7 +50,11 @@ def test_a_ckpt_loads_and_samples_like_its_model_directory(written, tmp_path):
     source = written("class", ema=True)
     file = tmp_path / "last.ckpt"
     callback = hostile.name("pytorch_lightning.callbacks", "ModelCheckpoint")
-    more = {"global_step": hostile.number(7), "callbacks": b"}" + callback + b"}s", "optimizer_states": b"]"}
+    more = {
+        "global_step": hostile.number(7),
+        "callbacks": b"}" + callback + b"}s",
+        "optimizer_states": b"]",
+    }
     file.write_bytes(ckpt(load_file(source), **more))
     assert main([str(file), "--out", str(tmp_path / "model")]) == 0
     report = json.loads((tmp_path / "model" / "conversion.json").read_text())
@@ -81,7 +91,10 @@ def test_every_kind_of_condition_reaches_its_network(written, name, given):
     pipe = ldm_jax.load(source, config=source.with_suffix(".yaml"), devices=1)
     chosen, conditioner = pipe.settings(steps=2), pipe.model.conditioner
     encoded, null = conditioner.encode([given]), conditioner.encode_null(1)
-    plan, rows = pipe.plan(chosen, Given()), Rows(np.zeros(1, np.uint32), encoded, null, np.full(1, 2, np.float32))
+    plan, rows = (
+        pipe.plan(chosen, Given()),
+        Rows(np.zeros(1, np.uint32), encoded, null, np.full(1, 2, np.float32)),
+    )
 
     def made(model, plan, rows):
         return generate(model, SAMPLERS["ddim"], plan, rows, Form((16, 16))).images
@@ -92,7 +105,12 @@ def test_every_kind_of_condition_reaches_its_network(written, name, given):
 
 def test_sample_takes_a_checkpoint_and_its_yaml(written, tmp_path, script):
     source, out = written("class", ema=True), tmp_path / "out"
-    flags = [f"--model={source}", f"--model_config={source.with_suffix('.yaml')}", "--num=1", "--steps=2"]
+    flags = [
+        f"--model={source}",
+        f"--model_config={source.with_suffix('.yaml')}",
+        "--num=1",
+        "--steps=2",
+    ]
     ran = script("sample.py", f"--out={out}", "--class=3", *flags)
     assert (ran.status, len(list(out.iterdir()))) == (0, 1), ran.stderr
     (picture,) = out.iterdir()
@@ -108,7 +126,10 @@ def test_sample_takes_a_checkpoint_and_its_yaml(written, tmp_path, script):
 def test_the_losses_of_a_first_stage_are_left_out_by_name(written, tmp_path):
     target, params = MODELS["vqgan"]
     options = {"disc_start": 1, "disc_ndf": 4, "disc_num_layers": 1}
-    loss = {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": options}
+    loss = {
+        "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+        "params": options,
+    }
     whole = whole_from_config(target, params | {"lossconfig": loss}, vgg=(4, 4, 4, 4, 4))
     file = tmp_path / "vqgan.ckpt"
     arrays = arrays_of(whole)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.convert.__main__ import main as inspect_main
-from ldm_jax.convert.reader import Checkpoint, LazyTensor, ReaderError, Standin, open_checkpoint
+from ldm_jax.convert.reader.reader import Checkpoint, LazyTensor, Standin, open_checkpoint
+from ldm_jax.errors import ReaderError
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent.parent
@@ -43,10 +44,14 @@ def test_every_layout_and_dtype_of_torch_save(name):
     with open_checkpoint(DATA / name) as checkpoint:
         assert checkpoint.format == ("legacy" if name.startswith("legacy") else "zip")
         newer = ("as.uint16", "as.float8_e4m3fn")
-        assert list(checkpoint.tensors) == [n for n in EXPECTED if (n in newer) == (name == "newer_dtypes.bin")]
+        assert list(checkpoint.tensors) == [
+            n for n in EXPECTED if (n in newer) == (name == "newer_dtypes.bin")
+        ]
         for key, tensor in checkpoint.tensors.items():
             wanted, values = EXPECTED[key], tensor.numpy()
-            assert (list(tensor.shape), str(tensor.dtype)) == (wanted["shape"], wanted["dtype"]), key
+            assert (list(tensor.shape), str(tensor.dtype)) == (wanted["shape"], wanted["dtype"]), (
+                key
+            )
             assert (values.shape, values.dtype) == (tensor.shape, tensor.dtype), key
             assert values.flags.c_contiguous
             assert values.flags.writeable
@@ -61,13 +66,24 @@ def test_every_layout_and_dtype_of_torch_save(name):
 def test_what_is_not_a_tensor(name):
     with open_checkpoint(DATA / name) as checkpoint:
         tree = checkpoint.tree
-        assert (tree["epoch"], tree["global_step"], tree["lr"], tree["seen"]) == (3, 1234, 0.25, {1, 2})
+        assert (tree["epoch"], tree["global_step"], tree["lr"], tree["seen"]) == (
+            3,
+            1234,
+            0.25,
+            {1, 2},
+        )
         assert (tree["size"], tree["ids"]) == ((2, 3), {"a": [1]})
-        np.testing.assert_array_equal(tree["array"].numpy(), np.arange(6, dtype=np.int16).reshape(2, 3).T)
+        np.testing.assert_array_equal(
+            tree["array"].numpy(), np.arange(6, dtype=np.int16).reshape(2, 3).T
+        )
         assert tree["state_dict"]["float32"] is checkpoint.tensors["float32"]
         assert isinstance(tree["path"], Standin)
         assert tree["path"].args == ("a", "b")
-        assert checkpoint.standins == {"torch.device": 1, "pathlib.PurePosixPath": 1, "__main__.Tagged": 1}
+        assert checkpoint.standins == {
+            "torch.device": 1,
+            "pathlib.PurePosixPath": 1,
+            "__main__.Tagged": 1,
+        }
 
 
 def test_metadata():
@@ -104,9 +120,14 @@ def test_golden_checkpoints(name):
             tensor = checkpoint.tensors[key]
             # The manifest has the dtypes before the large ones were halved.
             halved = case.get("half_ckpt") and tensor.dtype == np.float16
-            assert (list(tensor.shape), "float32" if halved else str(tensor.dtype)) == (shape, dtype), key
+            assert (list(tensor.shape), "float32" if halved else str(tensor.dtype)) == (
+                shape,
+                dtype,
+            ), key
             assert tensor.numpy().shape == tuple(shape)
-        assert checkpoint.standins == {"pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": 1}
+        assert checkpoint.standins == {
+            "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": 1
+        }
         assert checkpoint.tree["global_step"] == 1234
         (callback,) = checkpoint.tree["callbacks"]
         assert isinstance(callback, Standin)
@@ -124,7 +145,12 @@ def test_golden_checkpoints(name):
 
 @pytest.mark.parametrize(
     "data",
-    [hostile.GOOD_ZIP, hostile.GOOD_LEGACY, hostile.GOOD_SAFETENSORS, hostile.archive(hostile.GOOD, deflate=True)],
+    [
+        hostile.GOOD_ZIP,
+        hostile.GOOD_LEGACY,
+        hostile.GOOD_SAFETENSORS,
+        hostile.archive(hostile.GOOD, deflate=True),
+    ],
 )
 def test_the_hand_made_ones_are_good_before_they_are_spoilt(tmp_path, data):
     with open_checkpoint(written(tmp_path, {"x": data})) as checkpoint:
@@ -143,7 +169,11 @@ def test_safetensors_of_the_library(tmp_path):
     }
     save_file(arrays, tmp_path / "model.safetensors", {"format": "pt"})
     with open_checkpoint(tmp_path) as checkpoint:  # the folder
-        assert (checkpoint.format, checkpoint.metadata, checkpoint.tree) == ("safetensors", {"format": "pt"}, {})
+        assert (checkpoint.format, checkpoint.metadata, checkpoint.tree) == (
+            "safetensors",
+            {"format": "pt"},
+            {},
+        )
         for name, array in arrays.items():
             np.testing.assert_array_equal(checkpoint.tensors[name].numpy(), array)
             assert checkpoint.tensors[name].dtype == array.dtype
@@ -189,7 +219,9 @@ def test_the_other_byte_order(tmp_path):
     }
     for name, data in big.items():
         with open_checkpoint(written(tmp_path, {name: data})) as checkpoint:
-            np.testing.assert_array_equal(checkpoint.tensors["weight"].numpy(), values.astype("<f4"))
+            np.testing.assert_array_equal(
+                checkpoint.tensors["weight"].numpy(), values.astype("<f4")
+            )
 
 
 def test_views_of_the_oldest_legacy_files(tmp_path):
@@ -204,7 +236,9 @@ def test_views_of_the_oldest_legacy_files(tmp_path):
 
 def test_a_bool_is_true_or_false(tmp_path):
     value = hostile.mapping(mask=hostile.tensor(hostile.storage("BoolStorage")))
-    with open_checkpoint(written(tmp_path, {"x": hostile.archive(value, {"0": b"\x00\x01\x02\xff"})})) as checkpoint:
+    with open_checkpoint(
+        written(tmp_path, {"x": hostile.archive(value, {"0": b"\x00\x01\x02\xff"})})
+    ) as checkpoint:
         assert checkpoint.tensors["mask"].numpy().tolist() == [False, True, True, True]
 
 
@@ -218,7 +252,9 @@ def test_foreign_objects_become_inert(tmp_path):
         settings = Settings(lr=0.1)
         settings.note = "kept"
         hidden = pickle.dumps(settings, protocol)
-        hidden = hidden[2 if protocol > 1 else 0 : -1]  # without PROTO and STOP, to put it into another pickle
+        hidden = hidden[
+            2 if protocol > 1 else 0 : -1
+        ]  # without PROTO and STOP, to put it into another pickle
         value = hostile.mapping(state_dict=tensor, settings=hidden)
         path = written(tmp_path, {"x": hostile.archive(value)})
         with open_checkpoint(path) as checkpoint:
@@ -289,7 +325,9 @@ def test_hostile_files_end_in_one_clear_line(case, tmp_path):
     assert time.process_time() - start < 10
     assert set(sys.modules) <= modules, "a name in a checkpoint was imported"
     assert not Path(hostile.CANARY).exists(), "code in a checkpoint was run"
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(case.files), "something was unpacked"
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(case.files), (
+        "something was unpacked"
+    )
 
 
 def test_paths_that_hold_no_file(tmp_path):
@@ -339,9 +377,14 @@ def test_a_lazy_tensor_says_what_it_is():
 
 def test_inspect(tmp_path, capsys):
     state = hostile.mapping(
-        **{"model.diffusion_model.time_embed.0.weight": hostile.tensor(), "model_ema.x": hostile.tensor()}
+        **{
+            "model.diffusion_model.time_embed.0.weight": hostile.tensor(),
+            "model_ema.x": hostile.tensor(),
+        }
     )
-    tree = hostile.mapping(state_dict=state, epoch=hostile.number(3), global_step=hostile.number(12))
+    tree = hostile.mapping(
+        state_dict=state, epoch=hostile.number(3), global_step=hostile.number(12)
+    )
     path = written(tmp_path, {"x.ckpt": hostile.archive(tree)})
     assert inspect_main(["inspect", str(path)]) == 0
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

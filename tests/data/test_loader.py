@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.data import (
-    DataError,
-    ImageFolder,
-    ImageTransform,
-    Loader,
-    UnreadablePicture,
-    caption_template,
-    decode_image,
-    to_rgb,
-)
+from ldm_jax.data import ImageFolder, ImageTransform, Loader, caption_template, decode_image, to_rgb
+from ldm_jax.errors import DataError, UnreadablePicture
 
 RNG = np.random.default_rng(0)
 BROKEN = {"04.png": "empty file", "05.png": "not a picture", "09.png": "truncated"}
@@ -57,7 +49,9 @@ def damaged(tmp_path_factory, pictures):
 
 def loader(source, **options) -> Loader:
     transform = options.pop("transform", ImageTransform((8, 8), crop="random", flip=True))
-    return Loader(source, transform, **{"batch_size": 5, "seed": 7, "columns": ("file_name",), **options})
+    return Loader(
+        source, transform, **{"batch_size": 5, "seed": 7, "columns": ("file_name",), **options}
+    )
 
 
 def take(source, count: int, start: int = 0, **options) -> list[dict]:
@@ -85,8 +79,12 @@ def test_transparency_lies_on_white():
     palette = Image.new("P", (1, 1), 3)
     palette.putpalette(bytes(range(30)))
     np.testing.assert_array_equal(decode_image(encode(palette)), [[[9, 10, 11]]])
-    np.testing.assert_array_equal(decode_image(encode(palette, transparency=3)), [[[255, 255, 255]]])
-    np.testing.assert_array_equal(decode_image(encode(Image.new("LA", (1, 1), (7, 0)))), [[[255, 255, 255]]])
+    np.testing.assert_array_equal(
+        decode_image(encode(palette, transparency=3)), [[[255, 255, 255]]]
+    )
+    np.testing.assert_array_equal(
+        decode_image(encode(Image.new("LA", (1, 1), (7, 0)))), [[[255, 255, 255]]]
+    )
 
 
 def test_grey_and_16_bit():
@@ -96,7 +94,9 @@ def test_grey_and_16_bit():
     wide = grey.astype(np.uint16) * 257
     np.testing.assert_array_equal(decode_image(encode(Image.fromarray(wide))), expected)
     np.testing.assert_array_equal(decode_image(encode(Image.fromarray(wide), "TIFF")), expected)
-    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(wide.astype(np.int32)), "TIFF")), expected)
+    np.testing.assert_array_equal(
+        decode_image(encode(Image.fromarray(wide.astype(np.int32)), "TIFF")), expected
+    )
     for array in (grey, wide, grey[:, :, None]):
         np.testing.assert_array_equal(to_rgb(array), expected)
     with pytest.raises(UnreadablePicture, match="floating-point"):
@@ -114,7 +114,9 @@ def test_cmyk_and_exif_orientation():
     exif[0x0112] = 6  # the camera was held turned: upright is a quarter turn clockwise
     turned = decode_image(encode(Image.fromarray(picture), "PNG", exif=exif))
     np.testing.assert_array_equal(turned, np.rot90(picture, -1))
-    damaged = encode(Image.fromarray(picture), "WEBP", lossless=True, exif=b"Exif\0\0 no exif at all")
+    damaged = encode(
+        Image.fromarray(picture), "WEBP", lossless=True, exif=b"Exif\0\0 no exif at all"
+    )
     np.testing.assert_array_equal(decode_image(damaged), picture)
 
 
@@ -153,7 +155,11 @@ def test_short_side_fits_and_aspect_ratio_stays():
     stretched = ImageTransform((16, 16), crop="none", resample="box")(wide, RNG)
     assert stretched[:, 0].max() == 0
     assert ImageTransform((24, 12))(noise(7, 5, 3), RNG).shape == (24, 12, 3)
-    assert ImageTransform((12, 12), crop="random", min_crop=0.5)(noise(1, 30, 3), RNG).shape == (12, 12, 3)
+    assert ImageTransform((12, 12), crop="random", min_crop=0.5)(noise(1, 30, 3), RNG).shape == (
+        12,
+        12,
+        3,
+    )
 
 
 def test_min_crop_zooms_and_deterministic_drops_all_randomness():
@@ -166,7 +172,8 @@ def test_min_crop_zooms_and_deterministic_drops_all_randomness():
 
 
 @pytest.mark.parametrize(
-    "options", [{"size": (8,)}, {"size": (8, 0)}, {"crop": "left"}, {"resample": "area"}, {"min_crop": 0.0}]
+    "options",
+    [{"size": (8,)}, {"size": (8, 0)}, {"crop": "left"}, {"resample": "area"}, {"min_crop": 0.0}],
 )
 def test_transform_settings_are_checked(options):
     with pytest.raises(DataError, match=next(iter(options))):
@@ -186,7 +193,9 @@ def test_caption_template():
 
 
 def test_every_epoch_is_another_permutation(pictures):
-    batches = take(pictures, 12)  # 60 rows: five epochs of 12 pictures, batches of 5 straddle their borders
+    batches = take(
+        pictures, 12
+    )  # 60 rows: five epochs of 12 pictures, batches of 5 straddle their borders
     assert batches[0]["image"].shape == (5, 8, 8, 3)
     assert batches[0]["image"].dtype == np.uint8
     assert batches[0]["index"].dtype == np.int64
@@ -243,7 +252,9 @@ def test_broken_pictures_are_replaced_and_named_once(damaged, pictures, caplog):
 def test_no_readable_picture(tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes(b"text")
-    with pytest.raises(DataError, match=r"no readable picture in .* \(tried 3; first: .\.png: not a picture") as caught:
+    with pytest.raises(
+        DataError, match=r"no readable picture in .* \(tried 3; first: .\.png: not a picture"
+    ) as caught:
         take(ImageFolder(tmp_path), 1)
     assert "\n" not in str(caught.value)
 
@@ -272,7 +283,8 @@ def test_finite_pass(damaged, pictures):
     assert list(reader.batches(0)) == []
     assert len(list(loader(pictures, drop_remainder=True).batches())) == 2
     assert [
-        b["valid"].tolist() for b in loader(pictures, batch_size=8, process_count=2, process_index=1).batches()
+        b["valid"].tolist()
+        for b in loader(pictures, batch_size=8, process_count=2, process_index=1).batches()
     ] == [
         [True] * 4,
         [False] * 4,

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from test_sources import lines, picture, write_folder, write_zip
 
-from ldm_jax.data import SOURCES, DataError, LabelMap, Layout, decode_image, make_source
-from ldm_jax.data.conditions import View, boxes_of, read_labels
+from ldm_jax.conditioning.columns import LabelMap, Layout, boxes_of, read_labels
+from ldm_jax.data import SOURCES, decode_image, make_source
 from ldm_jax.data.sources.files import Files
-from ldm_jax.data.transforms import Crop, ImageTransform
+from ldm_jax.data.transforms import Crop, ImageTransform, View
+from ldm_jax.errors import DataError
 
 
 def write_tar(path: pathlib.Path, files: dict[str, bytes], mode: str = "w") -> pathlib.Path:
@@ -35,7 +36,10 @@ def values(source) -> list[int]:
 
 
 def test_every_source_is_tried_here_or_beside():
-    text = pathlib.Path(__file__).read_text() + (pathlib.Path(__file__).parent / "test_sources.py").read_text()
+    text = (
+        pathlib.Path(__file__).read_text()
+        + (pathlib.Path(__file__).parent / "test_sources.py").read_text()
+    )
     assert [name for name in SOURCES if f'"{name}"' not in text and name != "image_folder"] == []
 
 
@@ -45,8 +49,13 @@ def test_tars_are_read_at_random(tmp_path):
     assert [row["file_name"] for row in source.rows] == ["a/a.png", "b.png"]
     assert values(source) == [1, 2]
     assert source.stamp(0) == 1000 + len(picture(1))
-    with_text = {"1.png": picture(7), "metadata.jsonl": lines({"file_name": "1.png", "text": "seven"})}
-    assert make_source({"path": write_tar(tmp_path / "m.tar", with_text)}).rows[0]["text"] == "seven"
+    with_text = {
+        "1.png": picture(7),
+        "metadata.jsonl": lines({"file_name": "1.png", "text": "seven"}),
+    }
+    assert (
+        make_source({"path": write_tar(tmp_path / "m.tar", with_text)}).rows[0]["text"] == "seven"
+    )
     with pytest.raises(DataError, match="unpack it first if it is compressed"):
         Files(write_tar(tmp_path / "d.tar.gz", files, "w:gz"))
     whole = (tmp_path / "d.tar").read_bytes()
@@ -61,7 +70,9 @@ def test_class_folders(tmp_path, kind):
     if kind == "folder":
         path = write_folder(tmp_path / "train", files)
     elif kind == "zip":
-        path = write_zip(tmp_path / "d.zip", {f"imagenet/train/{name}": data for name, data in files.items()})
+        path = write_zip(
+            tmp_path / "d.zip", {f"imagenet/train/{name}": data for name, data in files.items()}
+        )
     elif kind == "tar":
         path = write_tar(tmp_path / "d.tar", files)
     else:  # as ImageNet's own training set comes
@@ -71,7 +82,9 @@ def test_class_folders(tmp_path, kind):
             inner[f"n{c}.tar"] = write_tar(tmp_path / "inner.tar", mine).read_bytes()
         path = write_tar(tmp_path / "outer.tar", inner)
     (tmp_path / "names.txt").write_text("n1 tench, Tinca tinca\nn3 shark\n")
-    source = make_source({"source": "class_folders", "path": path, "names": str(tmp_path / "names.txt")})
+    source = make_source(
+        {"source": "class_folders", "path": path, "names": str(tmp_path / "names.txt")}
+    )
     found = [(row["class"], row["label"], row["text"]) for row in source.rows]
     assert found == [("n1", 0, "tench, Tinca tinca")] * 2 + [("n3", 1, "shark")] * 2
     assert values(source) == [10, 11, 30, 31]
@@ -79,7 +92,9 @@ def test_class_folders(tmp_path, kind):
 
 def test_pictures_outside_of_class_folders_are_named(tmp_path):
     path = write_folder(tmp_path / "d", {"a/1.png": picture(1), "2.png": picture(2)})
-    with pytest.raises(DataError, match=r"2\.png lies in no class folder: use the source image_folder"):
+    with pytest.raises(
+        DataError, match=r"2\.png lies in no class folder: use the source image_folder"
+    ):
         make_source({"source": "class_folders", "path": path})
     (path / "2.png").unlink()
     (tmp_path / "names.txt").write_text("n1\n")
@@ -98,7 +113,9 @@ def test_text_lists(tmp_path):
     assert [row["text"] for row in beside.rows] == ["zwei ü", "a caption, with comma"]
     zipped = write_zip(tmp_path / "i.zip", {n.removeprefix("img/"): d for n, d in files.items()})
     assert values(make_source(asked | {"root": str(zipped)})) == [2, 0]
-    with pytest.raises(DataError, match=r"2 of 2 files listed in list\.txt are missing \(first: 2\.png\)"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 files listed in list\.txt are missing \(first: 2\.png\)"
+    ):
         make_source(asked | {"root": ""})
     with pytest.raises(DataError, match="'column' or 'beside'"):
         make_source(asked | {"captions": "above"})
@@ -109,7 +126,10 @@ def test_text_lists(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_tables(tmp_path, kind):
     write_folder(tmp_path, {f"img/{i}.png": picture(i) for i in range(3)})
-    rows = [{"url": "img/2.png", "caption": 'a "b", c', "n": 5}, {"url": "img/0.png", "caption": "", "n": 6}]
+    rows = [
+        {"url": "img/2.png", "caption": 'a "b", c', "n": 5},
+        {"url": "img/0.png", "caption": "", "n": 6},
+    ]
     path = tmp_path / f"table.{kind}"
     if kind == "parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -119,7 +139,9 @@ def test_tables(tmp_path, kind):
     else:
         mark = "\t" if kind == "tsv" else ","
         quoted = '"a ""b"", c"'
-        path.write_text(f"url{mark}caption{mark}n\nimg/2.png{mark}{quoted}{mark}5\nimg/0.png{mark}{mark}6\n")
+        path.write_text(
+            f"url{mark}caption{mark}n\nimg/2.png{mark}{quoted}{mark}5\nimg/0.png{mark}{mark}6\n"
+        )
     source = make_source({"source": "table", "path": path, "image": "url", "text": "caption"})
     number = str if kind in ("csv", "tsv") else int
     assert source.rows == [
@@ -127,7 +149,9 @@ def test_tables(tmp_path, kind):
         {"file_name": "img/0.png", "text": "", "n": number(6)},
     ]
     assert values(source) == [2, 0]
-    with pytest.raises(DataError, match=r"row 1 has no column 'image' but url, caption, n: set data\.image"):
+    with pytest.raises(
+        DataError, match=r"row 1 has no column 'image' but url, caption, n: set data\.image"
+    ):
         make_source({"source": "table", "path": path, "image": "image"})
 
 
@@ -136,20 +160,33 @@ def test_parquet_with_pictures_inside(tmp_path, struct, monkeypatch):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for shard, numbers in enumerate([range(5), range(5, 7)]):
         rows = [
-            {"image": {"bytes": picture(i), "path": None} if struct else picture(i), "caption": f"number {i}", "n": i}
+            {
+                "image": {"bytes": picture(i), "path": None} if struct else picture(i),
+                "caption": f"number {i}",
+                "n": i,
+            }
             for i in numbers
         ]
-        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"train-{shard}.parquet", row_group_size=2)
+        parquet.write_table(
+            pyarrow.Table.from_pylist(rows), tmp_path / f"train-{shard}.parquet", row_group_size=2
+        )
     asked = {"source": "parquet", "path": tmp_path, "text": "caption"}
     source = make_source(asked)
-    assert source.rows[5] == {"file_name": "train-1.parquet[0]", "caption": "number 5", "n": 5, "text": "number 5"}
+    assert source.rows[5] == {
+        "file_name": "train-1.parquet[0]",
+        "caption": "number 5",
+        "n": 5,
+        "text": "number 5",
+    }
     assert values(source) == list(range(7))
     with ThreadPoolExecutor(4) as pool:  # as the loader reads
         order = [6, 0, 3, 1, 5, 2, 4] * 6
         found = list(pool.map(lambda i: int(decode_image(source[i]["image"])[0, 0, 0]), order))
     assert found == order
     assert len(make_source(asked | {"path": f"{tmp_path}/*-1.parquet"})) == 2
-    with pytest.raises(DataError, match=r"no column 'png': there are image, caption, n; set data\.image"):
+    with pytest.raises(
+        DataError, match=r"no column 'png': there are image, caption, n; set data\.image"
+    ):
         make_source(asked | {"image": "png"})
     with pytest.raises(DataError, match=r"there is no \.parquet there"):
         make_source(asked | {"path": tmp_path / "none"})
@@ -162,7 +199,9 @@ def test_parquet_with_pictures_inside(tmp_path, struct, monkeypatch):
 
 
 def test_table_errors(tmp_path, monkeypatch):
-    write_folder(tmp_path, {"t.csv": b"file_name,text\na.png\n", "t.xls": b"", "t.parquet": b"PAR?"})
+    write_folder(
+        tmp_path, {"t.csv": b"file_name,text\na.png\n", "t.xls": b"", "t.parquet": b"PAR?"}
+    )
     for name, message in [
         ("t.csv", "row 2 has not 2 fields"),
         ("t.xls", r"a table ends in \.csv"),
@@ -183,7 +222,9 @@ def test_label_maps_beside_their_pictures(tmp_path):
     files = {"images/training/a.jpg": picture(4), "annotations/training/a.png": buffer.getvalue()}
     path = write_zip(tmp_path / "ade.zip", files | {"annotations/training/b.png": b""})
     source = make_source({"source": "label_maps", "path": path})
-    assert source.rows == [{"file_name": "images/training/a.jpg", "map": "annotations/training/a.png", "text": ""}]
+    assert source.rows == [
+        {"file_name": "images/training/a.jpg", "map": "annotations/training/a.png", "text": ""}
+    ]
     np.testing.assert_array_equal(read_labels(source[0]["map"]), labels)
     with pytest.raises(DataError, match=r"1 of 1 pictures in images have no map in other .*a\.jpg"):
         make_source({"source": "label_maps", "path": path, "maps": "other"})
@@ -204,13 +245,17 @@ def coco(tmp_path):
     ]
     categories = [{"id": 2, "name": "bicycle"}, {"id": 5, "name": "cat"}]
     table = {"images": images, "annotations": captions}
-    files = {f"val/{i:03d}.png": picture(i) for i in (7, 8, 9)} | {f"maps/{i:03d}.png": picture(0) for i in (7, 8)}
+    files = {f"val/{i:03d}.png": picture(i) for i in (7, 8, 9)} | {
+        f"maps/{i:03d}.png": picture(0) for i in (7, 8)
+    }
     write_folder(
         tmp_path,
         files
         | {
             "captions.json": json.dumps(table).encode(),
-            "instances.json": json.dumps(table | {"annotations": boxes, "categories": categories}).encode(),
+            "instances.json": json.dumps(
+                table | {"annotations": boxes, "categories": categories}
+            ).encode(),
         },
     )
     return tmp_path
@@ -225,11 +270,19 @@ def test_coco_captions_and_boxes(coco):
     both = f"{coco}/captions.json,{coco}/instances.json"
     source = make_source(asked | {"annotations": both, "min_boxes": 1})
     assert [row["file_name"] for row in source.rows] == ["007.png", "008.png"]
-    assert boxes_of(source.rows[0], "boxes") == [("bicycle", (0.25, 0.25, 0.5, 0.5)), ("cat", (0.25, 0.25, 0.5, 0.5))]
+    assert boxes_of(source.rows[0], "boxes") == [
+        ("bicycle", (0.25, 0.25, 0.5, 0.5)),
+        ("cat", (0.25, 0.25, 0.5, 0.5)),
+    ]
     assert source.rows[1]["text"] == "caption 0 of 8"
-    source = make_source(asked | {"path": coco, "annotations": both, "min_boxes": 1, "maps": "maps"})
+    source = make_source(
+        asked | {"path": coco, "annotations": both, "min_boxes": 1, "maps": "maps"}
+    )
     assert source.rows[0]["map"] == "maps/007.png"
-    with pytest.raises(DataError, match=r"1 of 6 files listed in captions\.json are missing \(first: maps/009\.png\)"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 6 files listed in captions\.json are missing \(first: maps/009\.png\)",
+    ):
         make_source(asked | {"path": coco, "maps": "maps"})
 
 
@@ -245,8 +298,18 @@ def test_coco_errors(coco):
 
 
 def test_webdataset_shards(tmp_path):
-    first = {"s/0.jpg": picture(10), "s/0.txt": b"nought", "s/0.json": b'{"text": "x", "size": 3}', "s/0.cls": b"4"}
-    second = {"1.seg.png": picture(0), "1.png": picture(20), "1.json": b'{"caption": "one"}', "2.txt": b"no picture"}
+    first = {
+        "s/0.jpg": picture(10),
+        "s/0.txt": b"nought",
+        "s/0.json": b'{"text": "x", "size": 3}',
+        "s/0.cls": b"4",
+    }
+    second = {
+        "1.seg.png": picture(0),
+        "1.png": picture(20),
+        "1.json": b'{"caption": "one"}',
+        "2.txt": b"no picture",
+    }
     write_tar(tmp_path / "a-0.tar", first)
     write_tar(tmp_path / "a-1.tar", second)
     source = make_source({"source": "webdataset", "path": tmp_path})
@@ -292,7 +355,10 @@ def scenes(tmp_path_factory):
     red[4:12, 4:12] = (255, 0, 0)
     green = np.zeros((16, 16, 4), np.uint8)
     green[4:12, 2:6] = green[4:12, 10:14] = (0, 255, 0, 255)
-    rows = [{"file_name": "r.png", "text": "red", "kind": "b"}, {"file_name": "g.png", "text": "green", "kind": "a"}]
+    rows = [
+        {"file_name": "r.png", "text": "red", "kind": "b"},
+        {"file_name": "g.png", "text": "green", "kind": "a"},
+    ]
     Image.fromarray(red).save(folder / "r.png")
     Image.fromarray(green).save(folder / "g.png")
     (folder / "metadata.jsonl").write_bytes(lines(*rows))
@@ -338,7 +404,10 @@ def test_scenes_have_exact_maps_and_boxes(scenes):
     chosen = make_source(scenes | {"classes": ("b",)})
     assert chosen.classes == ["b"]
     assert {box["label"] for row in chosen.rows for box in row["boxes"]} == {"b"}
-    assert {int(label) for i in range(len(chosen)) for label in np.unique(chosen[i]["map"])} == {0, 1}
+    assert {int(label) for i in range(len(chosen)) for label in np.unique(chosen[i]["map"])} == {
+        0,
+        1,
+    }
     with pytest.raises(DataError, match=r"no picture has the \w+ 'c': change data\.classes"):
         make_source(scenes | {"classes": ["b", "c"]})
     # Both conditions read them.
@@ -346,7 +415,9 @@ def test_scenes_have_exact_maps_and_boxes(scenes):
     row = source[0]
     condition = LabelMap("map", 3)
     condition.read(row)
-    np.testing.assert_array_equal(condition(row, row["image"], view, np.random.default_rng(0)), source[0]["map"])
+    np.testing.assert_array_equal(
+        condition(row, row["image"], view, np.random.default_rng(0)), source[0]["map"]
+    )
     tokens = Layout("boxes", 9, 1026, ("a", "b"))(row, row["image"], view, np.random.default_rng(0))
     assert tokens.shape == (9,)
     with pytest.raises(DataError, match="not every picture has a 'group'"):

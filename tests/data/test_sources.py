@@ -14,7 +14,6 @@ from PIL import Image
 
 from ldm_jax.data import (
     TFDS,
-    DataError,
     ImageFolder,
     Subset,
     decode_image,
@@ -23,13 +22,16 @@ from ldm_jax.data import (
     select,
     split_by,
 )
+from ldm_jax.errors import DataError
 
 RNG = np.random.default_rng(0)
 
 
 def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **options)
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(
+        buffer, kind, **options
+    )
     return buffer.getvalue()
 
 
@@ -60,7 +62,12 @@ def concepts(count: int = 200) -> ImageFolder:
     source = ImageFolder.__new__(ImageFolder)
     source.path = "concepts"
     source.rows = [
-        {"file_name": f"{style}/{i}.png", "hexcode": f"{i:04X}", "style": style, "tags": [f"t{i % 2}", "all"]}
+        {
+            "file_name": f"{style}/{i}.png",
+            "hexcode": f"{i:04X}",
+            "style": style,
+            "tags": [f"t{i % 2}", "all"],
+        }
         for style in ("a", "b", "c")
         for i in range(count)
     ]
@@ -77,9 +84,19 @@ def test_importing_data_loads_nothing_heavy():
 @pytest.mark.parametrize("write", [write_zip, write_folder])
 @pytest.mark.parametrize("top", ["", "set/"])
 def test_folder_and_zip_with_metadata(tmp_path, write, top):
-    rows = [{"file_name": "b/2.png", "text": "two", "style": "x"}, {"file_name": "./1.png", "text": "one", "n": [1, 2]}]
-    files = {top + "1.png": picture(1), top + "b/2.png": picture(2), top + "unlisted.png": picture(3)}
-    path = write(tmp_path / "data", files | {top + "metadata.jsonl": b"\xef\xbb\xbf" + lines(*rows) + b"\n\n"})
+    rows = [
+        {"file_name": "b/2.png", "text": "two", "style": "x"},
+        {"file_name": "./1.png", "text": "one", "n": [1, 2]},
+    ]
+    files = {
+        top + "1.png": picture(1),
+        top + "b/2.png": picture(2),
+        top + "unlisted.png": picture(3),
+    }
+    path = write(
+        tmp_path / "data",
+        files | {top + "metadata.jsonl": b"\xef\xbb\xbf" + lines(*rows) + b"\n\n"},
+    )
     source = ImageFolder(path)
     assert source.rows == rows
     assert len(source) == 2
@@ -91,7 +108,15 @@ def test_folder_and_zip_with_metadata(tmp_path, write, top):
 
 @pytest.mark.parametrize("write", [write_zip, write_folder])
 def test_folder_and_zip_without_metadata(tmp_path, write):
-    names = ["z.png", "a/b/c.JPG", "a/1.webp", "x.gif", "notes.txt", ".hidden.png", "__MACOSX/._z.png"]
+    names = [
+        "z.png",
+        "a/b/c.JPG",
+        "a/1.webp",
+        "x.gif",
+        "notes.txt",
+        ".hidden.png",
+        "__MACOSX/._z.png",
+    ]
     source = ImageFolder(write(tmp_path / "data", {name: picture(5) for name in names}))
     expected = ["a/1.webp", "a/b/c.JPG", "x.gif", "z.png"]
     assert source.rows == [{"file_name": name, "text": ""} for name in expected]
@@ -100,7 +125,9 @@ def test_folder_and_zip_without_metadata(tmp_path, write):
 
 def test_metadata_without_any_text_gets_empty_text(tmp_path):
     files = {"1.png": picture(1), "metadata.jsonl": lines({"file_name": "1.png", "width": 8})}
-    assert ImageFolder(write_zip(tmp_path / "d.zip", files)).rows == [{"file_name": "1.png", "width": 8, "text": ""}]
+    assert ImageFolder(write_zip(tmp_path / "d.zip", files)).rows == [
+        {"file_name": "1.png", "width": 8, "text": ""}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +137,10 @@ def test_metadata_without_any_text_gets_empty_text(tmp_path):
         (b'\n{"file_name": "\xff.png"}', r"line 2 is not JSON"),
         (b"[1, 2]", r"line 1 is not a JSON object"),
         (b'{"file_name": "1.png"}\n\n{"text": "x"}', r"line 3 has no file_name"),
-        (lines(*({"file_name": n} for n in ("1.png", "no.png", "../1.png"))), r"2 of 3 files .*\(first: no\.png\)"),
+        (
+            lines(*({"file_name": n} for n in ("1.png", "no.png", "../1.png"))),
+            r"2 of 3 files .*\(first: no\.png\)",
+        ),
         (b"", r"no picture found"),
     ],
 )
@@ -139,7 +169,9 @@ def test_select_by_values_and_by_list_columns():
     assert all("t1" in row["tags"] for row in chosen.rows)
     assert len(chosen) == 10
     assert select(source, None) is source
-    with pytest.raises(DataError, match="no column 'colour': there are file_name, hexcode, style, tags"):
+    with pytest.raises(
+        DataError, match="no column 'colour': there are file_name, hexcode, style, tags"
+    ):
         select(source, {"colour": ["red"]})
     with pytest.raises(DataError, match="no row has"):
         select(source, {"style": ["z"]})
@@ -147,13 +179,17 @@ def test_select_by_values_and_by_list_columns():
 
 def test_split_is_disjoint_complete_and_keeps_values_together():
     source = concepts()
-    train, held = (split_by(source, "hexcode", 0.2, seed=3, part=part) for part in ("train", "validation"))
+    train, held = (
+        split_by(source, "hexcode", 0.2, seed=3, part=part) for part in ("train", "validation")
+    )
     train_codes, held_codes = ({row["hexcode"] for row in part.rows} for part in (train, held))
     assert not train_codes & held_codes
     assert len(train) + len(held) == len(source)
     assert len(held) == 3 * len(held_codes)
     assert 20 <= len(held_codes) <= 60
-    other = {row["hexcode"] for row in split_by(source, "hexcode", 0.2, seed=4, part="validation").rows}
+    other = {
+        row["hexcode"] for row in split_by(source, "hexcode", 0.2, seed=4, part="validation").rows
+    }
     assert other != held_codes
 
 
@@ -161,7 +197,20 @@ def test_split_depends_on_seed_and_value_alone():
     source = concepts()
     codes = {row["hexcode"] for row in split_by(source, "hexcode", 0.05, part="validation").rows}
     # a change here would silently move concepts between parts for every user
-    pinned = ["000D", "0023", "0025", "0040", "0041", "0044", "005C", "0078", "00A3", "00AA", "00AC", "00BE"]
+    pinned = [
+        "000D",
+        "0023",
+        "0025",
+        "0040",
+        "0041",
+        "0044",
+        "005C",
+        "0078",
+        "00A3",
+        "00AA",
+        "00AC",
+        "00BE",
+    ]
     assert sorted(codes) == pinned
     shuffled = Subset(source, list(RNG.permutation(len(source))[:300]))
     again = {row["hexcode"] for row in split_by(shuffled, "hexcode", 0.05, part="validation").rows}
@@ -170,7 +219,9 @@ def test_split_depends_on_seed_and_value_alone():
 
 def test_hold_out_pairs_takes_combinations_not_concepts():
     source = concepts()
-    train, held = (hold_out_pairs(source, fraction=0.3, part=part) for part in ("train", "validation"))
+    train, held = (
+        hold_out_pairs(source, fraction=0.3, part=part) for part in ("train", "validation")
+    )
     pairs = [{(row["hexcode"], row["style"]) for row in part.rows} for part in (train, held)]
     assert not pairs[0] & pairs[1]
     assert len(pairs[0]) + len(pairs[1]) == len(source)
@@ -197,7 +248,10 @@ def test_make_source_parts_and_package_path():
         "holdout": 0.1,
         "pair_holdout": 0.1,
     }
-    parts = {part: make_source({**config, "part": part}) for part in ("all", "train", "validation", "pairs")}
+    parts = {
+        part: make_source({**config, "part": part})
+        for part in ("all", "train", "validation", "pairs")
+    }
     names = {part: {row["file_name"] for row in source.rows} for part, source in parts.items()}
     assert names["train"] | names["validation"] | names["pairs"] == names["all"]
     assert sum(len(names[part]) for part in ("train", "validation", "pairs")) == len(names["all"])
@@ -211,7 +265,10 @@ def test_make_source_parts_and_package_path():
         ({"path": "x", "source": "imagefolder"}, "did you mean 'image_folder'"),
         ({"source": "image_folder"}, "'path' is missing"),
         ({"path": "x", "part": "test"}, "unknown part 'test'"),
-        ({"path": "pkg:assets/emoji_subset.zip", "part": "validation"}, "needs split_column and holdout"),
+        (
+            {"path": "pkg:assets/emoji_subset.zip", "part": "validation"},
+            "needs split_column and holdout",
+        ),
         ({"path": "pkg:assets/emoji_subset.zip", "part": "pairs"}, "needs pair_holdout"),
     ],
 )
@@ -233,22 +290,43 @@ def test_tfds_round_trip_without_tensorflow(tmp_path):
                 "caption": tfds.features.Text(),
                 "label": tfds.features.ClassLabel(names=["even", "odd"]),
             }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}
 
         def _generate_examples(self):
             for i in range(6):
-                yield i, {"image": io.BytesIO(picture(i * 10)), "caption": f"number {i} ü", "label": i % 2}
+                yield (
+                    i,
+                    {
+                        "image": io.BytesIO(picture(i * 10)),
+                        "caption": f"number {i} ü",
+                        "label": i % 2,
+                    },
+                )
 
     data_dir = str(tmp_path / "tfds")
     with pytest.raises(DataError, match="prepare it, or set download=True"):
         TFDS("ldm_jax_tiny", data_dir=data_dir)
     TFDS("ldm_jax_tiny", data_dir=data_dir, download=True)
-    source = make_source({"source": "tfds", "path": f"{data_dir}/ldm_jax_tiny/1.0.0", "where": {"label_name": ["odd"]}})
-    assert sorted(row["caption"] for row in source.rows) == ["number 1 ü", "number 3 ü", "number 5 ü"]
-    source = pickle.loads(pickle.dumps(TFDS("ldm_jax_tiny:1.0.0", data_dir=data_dir, columns=["caption"])))
+    source = make_source(
+        {
+            "source": "tfds",
+            "path": f"{data_dir}/ldm_jax_tiny/1.0.0",
+            "where": {"label_name": ["odd"]},
+        }
+    )
+    assert sorted(row["caption"] for row in source.rows) == [
+        "number 1 ü",
+        "number 3 ü",
+        "number 5 ü",
+    ]
+    source = pickle.loads(
+        pickle.dumps(TFDS("ldm_jax_tiny:1.0.0", data_dir=data_dir, columns=["caption"]))
+    )
     for i in range(6):
         row = source[i]
         assert decode_image(row["image"])[0, 0, 0] == 10 * int(row["caption"].split()[1])

@@ -11,7 +11,11 @@ from ldm_jax.diffusion.schedule import level, make_schedule
 from ldm_jax.models.encoder_unet import EncoderUNet
 
 SCHEDULE = make_schedule("linear", 1000, 0.0015, 0.0195)
-MEANS, STD, PRIOR = jnp.array([[2.0, -1.0], [-1.0, 0.5], [0.0, 3.0]]), 0.6, jnp.array([0.5, 0.2, 0.3])
+MEANS, STD, PRIOR = (
+    jnp.array([[2.0, -1.0], [-1.0, 0.5], [0.0, 3.0]]),
+    0.6,
+    jnp.array([0.5, 0.2, 0.3]),
+)
 X, LABELS = jnp.array([[0.3, 0.1], [-0.5, 1.0], [1.5, 1.5]]), jnp.array([0, 1, 2])
 
 
@@ -20,11 +24,17 @@ def joint(x, t):
     a, s = level(SCHEDULE, t, x)
     a, s = jnp.reshape(a, (-1, 1, 1)), jnp.reshape(s, (-1, 1, 1))
     variance = a**2 * STD**2 + s**2
-    return jnp.log(PRIOR) - (jnp.square(x[:, None] - a * MEANS) / (2 * variance)).sum(-1), (a, s, variance)
+    return jnp.log(PRIOR) - (jnp.square(x[:, None] - a * MEANS) / (2 * variance)).sum(-1), (
+        a,
+        s,
+        variance,
+    )
 
 
 def marginal_eps(x, t):
-    return -level(SCHEDULE, t, x)[1] * jax.grad(lambda x: jax.nn.logsumexp(joint(x, t)[0], axis=1).sum())(x)
+    return -level(SCHEDULE, t, x)[1] * jax.grad(
+        lambda x: jax.nn.logsumexp(joint(x, t)[0], axis=1).sum()
+    )(x)
 
 
 def class_eps(x, t, labels):
@@ -43,7 +53,10 @@ def test_bayes(t, objective):
         return get_objective(objective).target((x - s * eps) / a, eps, a, s)
 
     guided = predictor(
-        denoise, SCHEDULE, objective, correct=classifier_gradient(lambda x, t: joint(x, t)[0], LABELS, 1.0, SCHEDULE)
+        denoise,
+        SCHEDULE,
+        objective,
+        correct=classifier_gradient(lambda x, t: joint(x, t)[0], LABELS, 1.0, SCHEDULE),
     )
     eps, x0 = guided(X, t)
     expected = class_eps(X, t, LABELS)
@@ -58,7 +71,8 @@ def test_every_picture_has_its_own_scale():
 
     t, zero = jnp.int32(500), jnp.zeros_like(X)
     one, many = (
-        classifier_gradient(classifier, LABELS, s, SCHEDULE)(zero, X, t) for s in (1.0, jnp.array([0.0, 1.0, 3.0]))
+        classifier_gradient(classifier, LABELS, s, SCHEDULE)(zero, X, t)
+        for s in (1.0, jnp.array([0.0, 1.0, 3.0]))
     )
     np.testing.assert_allclose(many, one * jnp.array([[0.0], [1.0], [3.0]]), rtol=1e-5)
 
@@ -75,10 +89,15 @@ def test_the_networks_gradient_is_that_of_its_log_probability():
         num_heads=2,
         norm_groups=8,
     )
-    x, t = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 2)), jnp.float32), jnp.int32(300)
+    x, t = (
+        jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 2)), jnp.float32),
+        jnp.int32(300),
+    )
     shapes = jax.eval_shape(net.init, jax.random.key(0), x, jnp.full(2, t))
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), jnp.float32), shapes)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), jnp.float32), shapes
+    )
     labels = jnp.array([2, 0])
 
     @jax.jit

@@ -60,12 +60,16 @@ def linear(sampler: Any, nodes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """(c, A, B [n, 3]) with x = c + A x_T + sum_i B_i z_i, found by running the sampler itself on 0 and on unit vectors."""
     n = len(nodes.t) if sampler.draws else 0
     x = jnp.zeros((n + 2, 3)).at[1].set(1.0)
-    noise = jnp.zeros((n, 1, n + 2, 3)).at[jnp.arange(n), 0, 2 + jnp.arange(n)].set(1.0) if n else None
+    noise = (
+        jnp.zeros((n, 1, n + 2, 3)).at[jnp.arange(n), 0, 2 + jnp.arange(n)].set(1.0) if n else None
+    )
     out = np.asarray(run(sampler, nodes, x, noise))
     return out[0], out[1] - out[0], out[2:] - out[0]
 
 
-def moments(sampler: Any, nodes: Any, start: float, stop: float, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def moments(
+    sampler: Any, nodes: Any, start: float, stop: float, shift: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of y = x / sqrt(abar) at the sigma ``stop``, where its distribution at ``start`` is the right one, but for
     a mean that is ``shift`` times the standard deviation off."""
     a, a_end = 1 / np.hypot(1, start), 1 / np.hypot(1, stop)
@@ -119,7 +123,9 @@ def test_order_of_the_ode_with_eta_0(name: str, order: int) -> None:
     assert abs(slope(COUNTS, of_mean) - order) < 0.3
 
 
-@pytest.mark.parametrize(("name", "options"), [("ddim", {"eta": 0.0}), ("ddim", {"eta": 1.0}), ("ddpm", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("ddim", {"eta": 0.0}), ("ddim", {"eta": 1.0}), ("ddpm", {})]
+)
 def test_order_on_timesteps(name: str, options: dict[str, float]) -> None:
     """DDIM stops at the schedule's first level and DDPM with the mean of x0 there."""
     first, last = t_to_sigma(SCHEDULE, [0, 999])
@@ -180,7 +186,9 @@ def pictures(
     x = initial_noise(keys, (4, 4, 2)).astype(jnp.float32)
     cond, null = jnp.full(x.shape[:1], 0.3), jnp.zeros(x.shape[:1])
     denoise = classifier_free(model, cond, null, scale, interval=(0.0, last), rescale=phi)
-    return sample(sampler, predictor(denoise, SCHEDULE, "eps"), x, nodes, schedule=SCHEDULE, keys=keys)[0]
+    return sample(
+        sampler, predictor(denoise, SCHEDULE, "eps"), x, nodes, schedule=SCHEDULE, keys=keys
+    )[0]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -193,9 +201,18 @@ def test_a_seed_is_a_picture_and_settings_compile_nothing(name: str) -> None:
         eight = pictures(sampler, nodes, seeds, *common)
         assert np.isfinite(eight).all()
         assert np.abs(eight[0] - eight[3]).max() > 0.01
-        np.testing.assert_allclose(pictures(sampler, nodes, seeds[3:4], *common)[0], eight[3], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(
+            pictures(sampler, nodes, seeds[3:4], *common)[0], eight[3], rtol=2e-5, atol=2e-5
+        )
         compiled = pictures._cache_size()
-        changed = {"eta": 0.3, "temperature": 0.7, "s_noise": 1.01, "churn": 2.0, "s_tmin": 0.1, "s_tmax": 9.0}
+        changed = {
+            "eta": 0.3,
+            "temperature": 0.7,
+            "s_noise": 1.01,
+            "churn": 2.0,
+            "s_tmin": 0.1,
+            "s_tmax": 9.0,
+        }
         changed |= {"rtol": 0.02, "atol": 0.01, "h_init": 0.1, "safety": 0.9}
         for option in sampler.options:
             settings = {o: v for o, v in {"churn": 2.0, "eta": 0.5}.items() if o in sampler.options}
@@ -203,8 +220,13 @@ def test_a_seed_is_a_picture_and_settings_compile_nothing(name: str) -> None:
             off = np.abs(pictures(sampler, nodes_changed, seeds, *common) - eight).max()
             assert off > 1e-6 or option == "safety", option  # which decides on few steps
         for other in ((1.5, 0.0, 999.0), (3.0, 0.7, 999.0), (3.0, 0.0, 500.0)):
-            assert np.abs(pictures(sampler, nodes, seeds, *map(jnp.float32, other)) - eight).max() > 1e-6
-        pictures(sampler, sampler.nodes(SCHEDULE, time_grid("trailing", 7, SCHEDULE)), seeds + 8, *common)
+            assert (
+                np.abs(pictures(sampler, nodes, seeds, *map(jnp.float32, other)) - eight).max()
+                > 1e-6
+            )
+        pictures(
+            sampler, sampler.nodes(SCHEDULE, time_grid("trailing", 7, SCHEDULE)), seeds + 8, *common
+        )
         assert pictures._cache_size() == compiled
 
 
@@ -230,7 +252,9 @@ def test_the_fewest_steps_give_pictures(name: str) -> None:
         out = run_from(sampler, nodes, start, x)
         assert np.isfinite(out).all(), steps
         # Inversion goes away from the data, to noise of the last level.
-        assert np.abs(out - (0 if isinstance(sampler, Inversion) else MEAN)).max() < 4 * STD.max(), steps
+        assert (
+            np.abs(out - (0 if isinstance(sampler, Inversion) else MEAN)).max() < 4 * STD.max()
+        ), steps
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -244,14 +268,18 @@ def test_every_step_calls_the_model_once_in_the_program(name: str) -> None:
 
     nodes, _, _ = table(TABLES[name], 6)
     noise = jnp.zeros((len(nodes.t), 1, 2, 3)) if TABLES[name].draws else None
-    jax.eval_shape(lambda x: sample(TABLES[name], counted, x, nodes, noise=noise), jnp.zeros((2, 3)))
+    jax.eval_shape(
+        lambda x: sample(TABLES[name], counted, x, nodes, noise=noise), jnp.zeros((2, 3))
+    )
     assert len(calls) == 1
 
 
 def test_inversion_leads_back() -> None:
     grid = time_grid("exponential", 200, SCHEDULE)
     x = jnp.asarray(MEAN + STD * np.array([[1.0], [-1.2]]))
-    noise = run(SAMPLERS["ddim_inversion"], SAMPLERS["ddim_inversion"].nodes(SCHEDULE, grid), x, None)
+    noise = run(
+        SAMPLERS["ddim_inversion"], SAMPLERS["ddim_inversion"].nodes(SCHEDULE, grid), x, None
+    )
     back = run(SAMPLERS["plms"], SAMPLERS["plms"].nodes(SCHEDULE, grid), noise, None)
     np.testing.assert_allclose(back, x, atol=0.06)
 

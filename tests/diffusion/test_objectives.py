@@ -28,13 +28,19 @@ def test_objectives_say_the_same_in_other_words():
     x0, noise = RNG.standard_normal((2, 3, 8)).astype(np.float32)
     t = np.array([5, 400, 800])
     a, s = np.sqrt(ABAR[t])[:, None], np.sqrt(1 - ABAR[t])[:, None]
-    np.testing.assert_allclose(obj.target("v", SCHEDULE, x0, noise, t), a * noise - s * x0, atol=1e-5)
+    np.testing.assert_allclose(
+        obj.target("v", SCHEDULE, x0, noise, t), a * noise - s * x0, atol=1e-5
+    )
     assert (obj.target("eps", SCHEDULE, x0, noise, t) == noise).all()
     assert (obj.target("x0", SCHEDULE, x0, noise, t) == x0).all()
 
 
-@pytest.mark.parametrize(("name", "weight_of_x0_error"), [("eps", SNR), ("x0", 1.0), ("v", SNR + 1)])
-def test_min_snr_weighs_the_error_of_x0_alike_whatever_the_network_predicts(name, weight_of_x0_error):
+@pytest.mark.parametrize(
+    ("name", "weight_of_x0_error"), [("eps", SNR), ("x0", 1.0), ("v", SNR + 1)]
+)
+def test_min_snr_weighs_the_error_of_x0_alike_whatever_the_network_predicts(
+    name, weight_of_x0_error
+):
     """An error of the output counts weight_of_x0_error times that of x0, so all three come to min(SNR, gamma)."""
     weights = obj.min_snr_weights(name, SCHEDULE, 5.0)
     assert weights.shape == (1000,)
@@ -44,7 +50,12 @@ def test_min_snr_weighs_the_error_of_x0_alike_whatever_the_network_predicts(name
 def test_bound_weights_are_those_of_the_variational_bound():
     """KL of two Gaussians with the posterior's variance: coef1^2 (x0 error) / (2 variance), x0 error = eps error (1 - abar) / abar."""
     t = np.arange(1, 1000)
-    expected = SCHEDULE.posterior_mean_coef1[t] ** 2 * (1 - ABAR[t]) / ABAR[t] / (2 * SCHEDULE.posterior_variance[t])
+    expected = (
+        SCHEDULE.posterior_mean_coef1[t] ** 2
+        * (1 - ABAR[t])
+        / ABAR[t]
+        / (2 * SCHEDULE.posterior_variance[t])
+    )
     weights = obj.elbo_weights("eps", SCHEDULE)
     np.testing.assert_allclose(weights[1:], expected, rtol=1e-3)
     assert weights[0] == weights[1]
@@ -80,7 +91,10 @@ def test_errors_are_means_over_each_picture(kind, expected):
     [
         (lambda: obj.get_objective("noise"), "objective 'noise' does not exist"),
         (lambda: obj.elbo_weights("noise", SCHEDULE), "objective 'noise' does not exist"),
-        (lambda: obj.pointwise("huber", jnp.zeros((1, 2)), jnp.zeros((1, 2))), "'huber' is not one of l1, l2"),
+        (
+            lambda: obj.pointwise("huber", jnp.zeros((1, 2)), jnp.zeros((1, 2))),
+            "'huber' is not one of l1, l2",
+        ),
     ],
 )
 def test_unknown_names_are_refused(call, message):

@@ -18,7 +18,10 @@ DDIM, DDPM = SAMPLERS["ddim"], SAMPLERS["ddpm"]
 
 def exact_eps(x, t):
     """E[eps | x_t] where x0 ~ N(MEAN, STD^2): x_t is Gaussian too."""
-    a, s = jnp.asarray(SCHEDULE.sqrt_alphas_cumprod)[t], jnp.asarray(SCHEDULE.sqrt_one_minus_alphas_cumprod)[t]
+    a, s = (
+        jnp.asarray(SCHEDULE.sqrt_alphas_cumprod)[t],
+        jnp.asarray(SCHEDULE.sqrt_one_minus_alphas_cumprod)[t],
+    )
     return s * (x - a * MEAN) / (a**2 * STD**2 + s**2)
 
 
@@ -56,7 +59,9 @@ def test_more_steps_come_closer_to_the_distribution(sampler, eta):
 def test_ddpm_over_all_steps_is_the_posterior_of_the_schedule():
     nodes = DDPM.nodes(SCHEDULE, np.arange(1000))
     assert nodes.t.tolist() == list(range(999, -1, -1))
-    np.testing.assert_allclose(nodes.coef_x0[::-1], SCHEDULE.posterior_mean_coef1, rtol=2e-3)  # from tables in float32
+    np.testing.assert_allclose(
+        nodes.coef_x0[::-1], SCHEDULE.posterior_mean_coef1, rtol=2e-3
+    )  # from tables in float32
     np.testing.assert_allclose(nodes.coef_xt[::-1], SCHEDULE.posterior_mean_coef2, rtol=2e-3)
     np.testing.assert_allclose(nodes.std[::-1][1:] ** 2, SCHEDULE.posterior_variance[1:], rtol=2e-3)
     assert nodes.std[-1] == 0
@@ -69,7 +74,9 @@ def test_ddim_with_eta_1_has_the_variance_of_ddpm():
 
 
 def test_an_eta_above_1_stays_finite():
-    assert np.isfinite(DDIM.nodes(SCHEDULE, step_grid("uniform", 10, 1000), eta=3.0).direction).all()
+    assert np.isfinite(
+        DDIM.nodes(SCHEDULE, step_grid("uniform", 10, 1000), eta=3.0).direction
+    ).all()
 
 
 def test_ddpm_has_no_eta_but_its_own():
@@ -91,7 +98,12 @@ class TestLoop:
         """Steps' noise by the rule of the loop: the key folded with 1, step and purpose (0 the sampler's, 1 the known region's)."""
         fold = jax.random.fold_in
         rows = [
-            [jax.random.normal(fold(fold(fold(key, 1), index), purpose), (count, *self.SHAPE[1:])) for key in self.KEYS]
+            [
+                jax.random.normal(
+                    fold(fold(fold(key, 1), index), purpose), (count, *self.SHAPE[1:])
+                )
+                for key in self.KEYS
+            ]
             for index in range(4)
         ]
         return jnp.stack([jnp.stack(row, axis=1) for row in rows])
@@ -101,7 +113,9 @@ class TestLoop:
         drawn, _ = sample(SAMPLERS[name], PREDICT, x, self.nodes(name), keys=self.KEYS)
         given, _ = sample(SAMPLERS[name], PREDICT, x, self.nodes(name), noise=self.step_noise(0, 1))
         np.testing.assert_allclose(drawn, given, rtol=1e-6)
-        other, _ = sample(SAMPLERS[name], PREDICT, x, self.nodes(name), noise=self.step_noise(0, 1) + 1)
+        other, _ = sample(
+            SAMPLERS[name], PREDICT, x, self.nodes(name), noise=self.step_noise(0, 1) + 1
+        )
         assert np.abs(other - given).max() > 0.01
 
     def test_scan_is_a_loop(self, name):
@@ -110,14 +124,22 @@ class TestLoop:
         last, trace = sample(sampler, PREDICT, x, nodes, noise=noise, trace=True)
         carry = sampler.init(x)
         for i in range(4):
-            carry, x, x0 = sampler.step(carry, jax.tree.map(lambda a, i=i: a[i], nodes), x, PREDICT, noise[i])
+            carry, x, x0 = sampler.step(
+                carry, jax.tree.map(lambda a, i=i: a[i], nodes), x, PREDICT, noise[i]
+            )
             np.testing.assert_allclose(trace.x[i], x, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(trace.x0[i], x0, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(last, trace.x[-1])
 
     def test_an_image_depends_on_its_own_key_alone(self, name):
         def made(keys):
-            return sample(SAMPLERS[name], PREDICT, initial_noise(keys, self.SHAPE[1:]), self.nodes(name), keys=keys)[0]
+            return sample(
+                SAMPLERS[name],
+                PREDICT,
+                initial_noise(keys, self.SHAPE[1:]),
+                self.nodes(name),
+                keys=keys,
+            )[0]
 
         both = made(self.KEYS)
         np.testing.assert_allclose(both[1], made(self.KEYS[1:])[0], rtol=1e-6)
@@ -127,7 +149,15 @@ class TestLoop:
         x, x0 = initial_noise(self.KEYS, self.SHAPE[1:]), jnp.full(self.SHAPE, 3.0)
         mask = jnp.array([[1.0, 1.0, 0.0]])
         nodes = self.nodes(name)
-        made, _ = sample(SAMPLERS[name], PREDICT, x, nodes, schedule=SCHEDULE, keys=self.KEYS, known=Known(x0, mask))
+        made, _ = sample(
+            SAMPLERS[name],
+            PREDICT,
+            x,
+            nodes,
+            schedule=SCHEDULE,
+            keys=self.KEYS,
+            known=Known(x0, mask),
+        )
         if SAMPLERS[name].blend_after:
             level = float(SCHEDULE.sqrt_one_minus_alphas_cumprod[nodes.t[-1]])
             expected = q_sample(SCHEDULE, x0, jnp.int32(nodes.t[-1]), self.step_noise(1, 1)[-1, 0])
@@ -138,11 +168,22 @@ class TestLoop:
         assert np.abs(made[:, 2] - 3.0).min() > 0.5
 
     def test_a_known_regions_noise_can_be_handed_in(self, name):
-        x, x0, mask = initial_noise(self.KEYS, self.SHAPE[1:]), jnp.full(self.SHAPE, 3.0), jnp.array([[1.0, 1.0, 0.0]])
+        x, x0, mask = (
+            initial_noise(self.KEYS, self.SHAPE[1:]),
+            jnp.full(self.SHAPE, 3.0),
+            jnp.array([[1.0, 1.0, 0.0]]),
+        )
         options = {"schedule": SCHEDULE, "keys": self.KEYS}
-        drawn, _ = sample(SAMPLERS[name], PREDICT, x, self.nodes(name), known=Known(x0, mask), **options)
+        drawn, _ = sample(
+            SAMPLERS[name], PREDICT, x, self.nodes(name), known=Known(x0, mask), **options
+        )
         given, _ = sample(
-            SAMPLERS[name], PREDICT, x, self.nodes(name), known=Known(x0, mask, self.step_noise(1, 1)[:, 0]), **options
+            SAMPLERS[name],
+            PREDICT,
+            x,
+            self.nodes(name),
+            known=Known(x0, mask, self.step_noise(1, 1)[:, 0]),
+            **options,
         )
         np.testing.assert_allclose(drawn, given, rtol=1e-5, atol=1e-6)
 
@@ -172,7 +213,9 @@ def test_skipped_rows_do_nothing_and_every_start_is_one_program(name):
 
     @jax.jit
     def run(nodes, start):
-        last, trace = sample(sampler, PREDICT_AT_ANY_TIME, x, nodes, keys=keys, start=start, trace=True)
+        last, trace = sample(
+            sampler, PREDICT_AT_ANY_TIME, x, nodes, keys=keys, start=start, trace=True
+        )
         assert trace is not None
         return last, trace.x
 
@@ -181,7 +224,9 @@ def test_skipped_rows_do_nothing_and_every_start_is_one_program(name):
         nodes, start = padded(short, rows)
         assert (len(nodes.t), start) == (rows, rows - len(short.t))
         last, states = run(nodes, start)
-        np.testing.assert_allclose(last, sample(sampler, PREDICT_AT_ANY_TIME, x, short, keys=keys)[0], rtol=2e-5)
+        np.testing.assert_allclose(
+            last, sample(sampler, PREDICT_AT_ANY_TIME, x, short, keys=keys)[0], rtol=2e-5
+        )
         np.testing.assert_array_equal(states[:start], np.broadcast_to(x, (start, *x.shape)))
         assert np.abs(last - x).max() > 1e-3
     assert run._cache_size() == 1

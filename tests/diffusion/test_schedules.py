@@ -28,7 +28,12 @@ def beta(kind: str, i: int) -> float:
             return (START * (1 - even) + END * even) ** 0.5
         case "cosine":
             return min(
-                1 - (np.cos(((i + 1) / T + S) / (1 + S) * np.pi / 2) / np.cos((i / T + S) / (1 + S) * np.pi / 2)) ** 2,
+                1
+                - (
+                    np.cos(((i + 1) / T + S) / (1 + S) * np.pi / 2)
+                    / np.cos((i / T + S) / (1 + S) * np.pi / 2)
+                )
+                ** 2,
                 0.999,
             )
     raise AssertionError
@@ -68,7 +73,9 @@ def test_every_table_is_its_float64_value_rounded_once(kind):
     for name, values in expected.items():
         table = getattr(tables, name)
         assert table.dtype == np.float32
-        np.testing.assert_allclose(table, values.astype(np.float64), rtol=1e-7, atol=1e-16, err_msg=name)
+        np.testing.assert_allclose(
+            table, values.astype(np.float64), rtol=1e-7, atol=1e-16, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("kind", BETA_SCHEDULES)
@@ -94,7 +101,9 @@ def test_posterior_agrees_with_bayes(v):
     prev, x0, xt = a[t - 1], 0.7, -1.3
     precision = (1 - betas[t]) / betas[t] + 1 / (1 - prev)
     mean = (np.sqrt(1 - betas[t]) / betas[t] * xt + np.sqrt(prev) / (1 - prev) * x0) / precision
-    found_mean, variance, log_variance = posterior(tables, np.full(T - 1, x0), np.full(T - 1, xt), t)
+    found_mean, variance, log_variance = posterior(
+        tables, np.full(T - 1, x0), np.full(T - 1, xt), t
+    )
     np.testing.assert_allclose(found_mean, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(variance, (1 - v) / precision + v * betas[t], rtol=1e-5)
     np.testing.assert_allclose(np.exp(log_variance), variance, rtol=1e-5)

@@ -22,7 +22,11 @@ def test_uniform_grid_is_the_originals_where_that_exists(steps):
     original = np.arange(0, T, T // steps) + 1
     grid = step_grid("uniform", steps, T)
     if original[-1] < T:
-        assert grid.tolist() == original.tolist() == step_grid("uniform", steps, T, compat=True).tolist()
+        assert (
+            grid.tolist()
+            == original.tolist()
+            == step_grid("uniform", steps, T, compat=True).tolist()
+        )
     else:  # of the counts that divide T, only T itself leaves the schedule
         assert steps == T
         assert grid.tolist() == list(range(T))
@@ -33,7 +37,16 @@ def test_trailing_grid_begins_at_pure_noise():
 
 
 def test_compat_keeps_the_originals_count_even_where_it_is_off():
-    assert step_grid("uniform", 7, T, compat=True).tolist() == [1, 143, 285, 427, 569, 711, 853, 995]
+    assert step_grid("uniform", 7, T, compat=True).tolist() == [
+        1,
+        143,
+        285,
+        427,
+        569,
+        711,
+        853,
+        995,
+    ]
     assert len(step_grid("uniform", 7, T)) == 7
 
 

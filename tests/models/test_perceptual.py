@@ -20,7 +20,10 @@ def images(seed: int, shape: tuple[int, ...] = (2, 32, 32, 3)) -> jax.Array:
 
 
 def original_shapes(widths=NARROW) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, (_, shape) in perceptual._vgg_names(widths, "features.{layer}").items()}
+    return {
+        name: shape
+        for name, (_, shape) in perceptual._vgg_names(widths, "features.{layer}").items()
+    }
 
 
 def lpips_shapes(widths) -> dict[str, tuple[int, ...]]:
@@ -40,7 +43,9 @@ def params() -> dict:
     shapes = {k: v for k, v in lpips_shapes(NARROW).items() if not k.startswith("scaling_layer.")}
     fans = {k: np.prod(v[1:], initial=1) for k, v in shapes.items()}
     tensors = {k: v * np.sqrt(2 / fans[k]) for k, v in random_tensors(shapes).items()}
-    return perceptual.lpips_params({k: np.abs(v) if k.startswith("lin") else v for k, v in tensors.items()}, NARROW)
+    return perceptual.lpips_params(
+        {k: np.abs(v) if k.startswith("lin") else v for k, v in tensors.items()}, NARROW
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +65,17 @@ def test_features_have_five_scales(params):
 
 def test_the_full_network_has_the_published_size():
     params = jax.eval_shape(VGG16Features().init, jax.random.key(0), images(0, (1, 32, 32, 3)))
-    assert sum(x.size for x in jax.tree.leaves(params)) == 14_714_688  # torchvision's vgg16().features
+    assert (
+        sum(x.size for x in jax.tree.leaves(params)) == 14_714_688
+    )  # torchvision's vgg16().features
 
 
 @pytest.mark.parametrize("side", [8, 9])
 def test_pooling_is_linens_and_the_first_of_equals_takes_the_gradient(side):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.integers(0, 3, (2, side, side, 4)), jnp.float32)  # many of a square are equal
+    x = jnp.asarray(
+        rng.integers(0, 3, (2, side, side, 4)), jnp.float32
+    )  # many of a square are equal
 
     def results(form):
         y, pull = jax.vjp(form, x)
@@ -101,7 +110,9 @@ def test_images_that_do_not_fit_raise():
 )
 def test_preprocessing_is_that_of_the_weights(preprocess, expected):
     pixel = jnp.array([[[[1.0, 0.0, -1.0]]]])  # red 255, green 127.5, blue 0
-    np.testing.assert_allclose(perceptual._PREPROCESS[preprocess](pixel)[0, 0, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        perceptual._PREPROCESS[preprocess](pixel)[0, 0, 0], expected, rtol=1e-5
+    )
     first = {n: np.zeros(s, np.float32) for n, s in original_shapes().items()}
     first["features.0.weight"][:3, :, 1, 1] = first["features.2.weight"][:3, :3, 1, 1] = np.eye(3)
     maps = VGG16Features(NARROW, preprocess).apply(
@@ -120,7 +131,9 @@ def test_distance_is_a_distance_per_image(lpips):
     assert both.shape == (2,)
     assert (both > 0).all()
     np.testing.assert_allclose(lpips(b, a), both, rtol=1e-6)
-    np.testing.assert_allclose(lpips(a, jnp.stack([b[0], a[1]])), [both[0], 0], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(
+        lpips(a, jnp.stack([b[0], a[1]])), [both[0], 0], rtol=1e-6, atol=1e-12
+    )
 
 
 def test_distance_grows_with_the_noise(lpips):
@@ -131,7 +144,10 @@ def test_distance_grows_with_the_noise(lpips):
 
 def test_bfloat16_is_close_and_the_distance_stays_float32(params):
     a, b = images(0, (1, 16, 16, 3)), images(1, (1, 16, 16, 3))
-    full, half = (jax.jit(LPIPS(NARROW, dtype=d).apply)({"params": params}, a, b) for d in (jnp.float32, jnp.bfloat16))
+    full, half = (
+        jax.jit(LPIPS(NARROW, dtype=d).apply)({"params": params}, a, b)
+        for d in (jnp.float32, jnp.bfloat16)
+    )
     assert half.dtype == jnp.float32
     assert not np.array_equal(half, full)
     np.testing.assert_allclose(half, full, rtol=0.05, atol=0.01)
@@ -140,7 +156,9 @@ def test_bfloat16_is_close_and_the_distance_stays_float32(params):
 def test_unit_length_is_finite_and_flat_where_all_channels_are_zero():
     x = jnp.array([[0.0, 0.0], [3.0, 4.0]])
     np.testing.assert_allclose(perceptual.unit_length(x), [[0, 0], [0.6, 0.8]], rtol=1e-6)
-    slopes = jax.grad(lambda x: jnp.sum(perceptual.unit_length(x) ** 2 + perceptual.unit_length(x)[:, :1]))(x)
+    slopes = jax.grad(
+        lambda x: jnp.sum(perceptual.unit_length(x) ** 2 + perceptual.unit_length(x)[:, :1])
+    )(x)
     assert np.isfinite(slopes).all()
     assert slopes[1, 0] > 0
 
@@ -153,7 +171,9 @@ def test_misfitting_names_are_all_listed():
     del tensors["features.0.bias"]
     tensors["features.1.weight"] = tensors["features.2.bias"]
     tensors["features.28.weight"] = tensors["features.28.weight"][:, :, :1]
-    with pytest.raises(ValueError, match=r"features\.0\.bias.*features\.1\.weight.*features\.28\.weight") as error:
+    with pytest.raises(
+        ValueError, match=r"features\.0\.bias.*features\.1\.weight.*features\.28\.weight"
+    ) as error:
         perceptual.vgg16_params(tensors, NARROW)
     assert "(16, 16, 1, 3)" in str(error.value)
 
@@ -178,15 +198,21 @@ def test_lpips_names_are_strict_and_constants_are_checked():
 )
 def test_files_are_read_with_their_preprocessing(tmp_path, monkeypatch, metadata, expected):
     vgg = random_tensors(original_shapes())
-    heads = {f"lin{i}.model.1.weight": np.full((1, w, 1, 1), i, np.float32) for i, w in enumerate(NARROW)}
+    heads = {
+        f"lin{i}.model.1.weight": np.full((1, w, 1, 1), i, np.float32) for i, w in enumerate(NARROW)
+    }
     save_file({**vgg, "classifier.0.bias": np.zeros(3)}, tmp_path / "vgg.safetensors", metadata)
     save_file(heads, tmp_path / "heads.safetensors")
     monkeypatch.setenv("LDM_JAX_LPIPS", str(tmp_path / "heads.safetensors"))
     module, params = perceptual.load_lpips(tmp_path / "vgg.safetensors", widths=NARROW)
     assert module == LPIPS(NARROW, expected)
     template = jax.eval_shape(LPIPS(NARROW).init, jax.random.key(0), images(0), images(0))["params"]
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), template)
-    np.testing.assert_array_equal(params["vgg"]["conv3_2"]["kernel"][0, 2, 5, 7], vgg["features.12.weight"][7, 5, 0, 2])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), template
+    )
+    np.testing.assert_array_equal(
+        params["vgg"]["conv3_2"]["kernel"][0, 2, 5, 7], vgg["features.12.weight"][7, 5, 0, 2]
+    )
     np.testing.assert_array_equal(params["lin3"]["kernel"], np.full((16, 1), 3))
     module, alone = perceptual.load_vgg16(tmp_path / "vgg.safetensors", NARROW)
     assert module == VGG16Features(NARROW, expected)
@@ -206,7 +232,11 @@ def test_absent_files_and_unknown_preprocessing_say_so(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.environ.get("LDM_JAX_VGG16"), reason="LDM_JAX_VGG16 names no weights")
 def test_published_weights_see_structure():
     module, params = perceptual.load_vgg16()
-    stripes = jnp.broadcast_to(jnp.where(jnp.arange(32) // 4 % 2, 1.0, -1.0)[:, None, None], (32, 32, 3))
+    stripes = jnp.broadcast_to(
+        jnp.where(jnp.arange(32) // 4 % 2, 1.0, -1.0)[:, None, None], (32, 32, 3)
+    )
     batch = jnp.stack([stripes, jnp.roll(stripes, 4, axis=0), stripes.transpose(1, 0, 2)])
     deep = perceptual.unit_length(module.apply({"params": params}, batch)[3].mean(axis=(1, 2)))
-    assert deep[0] @ deep[1] > deep[0] @ deep[2] + 0.05  # shifted stripes are nearer than turned ones
+    assert (
+        deep[0] @ deep[1] > deep[0] @ deep[2] + 0.05
+    )  # shifted stripes are nearer than turned ones

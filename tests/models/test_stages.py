@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.conditioning import CONDITIONERS
-from ldm_jax.latent import FirstStage, build_first_stage
+from ldm_jax.conditioning.base import CONDITIONERS
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.clip import CLIPVision
 from ldm_jax.models.encoder_unet import EncoderUNet
+from ldm_jax.models.ldm import FirstStage, build_first_stage
 from ldm_jax.models.permuter import PERMUTERS
 from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, VectorQuantizer
 from ldm_jax.nn.resize import resize
@@ -48,13 +48,20 @@ def test_pools_give_one_row_a_picture(pool: str) -> None:
 def test_an_unknown_pool_is_an_error() -> None:
     with pytest.raises(ValueError, match="'max' is not one of"):
         jax.eval_shape(
-            EncoderUNet(**CLASSIFIER, pool="max").init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)
+            EncoderUNet(**CLASSIFIER, pool="max").init,
+            jax.random.key(0),
+            jnp.zeros((1, 8, 8, 3)),
+            jnp.zeros(1),
         )
 
 
 def test_codes_come_back_from_their_indices() -> None:
     h = jax.random.normal(jax.random.key(0), (2, 3, 4, 2))
-    for module in (VectorQuantizer(5, 2, sane_index_shape=True), GumbelQuantizer(5, 2), EMAQuantizer(5, 2)):
+    for module in (
+        VectorQuantizer(5, 2, sane_index_shape=True),
+        GumbelQuantizer(5, 2),
+        EMAQuantizer(5, 2),
+    ):
         variables = module.init(jax.random.key(1), h)
         rngs = {"gumbel": jax.random.key(2)}
         out = module.apply(variables, h, rngs=rngs)
@@ -66,7 +73,9 @@ def test_unknown_codes_become_random_ones_of_those_in_use() -> None:
     module = VectorQuantizer(8, 2, remap=(1, 3), sane_index_shape=True)
     h = jax.random.normal(jax.random.key(0), (4, 8, 8, 2))
     params = module.init(jax.random.key(1), h)
-    first, second = (module.apply(params, h, rngs={"remap": jax.random.key(seed)}).indices for seed in (0, 1))
+    first, second = (
+        module.apply(params, h, rngs={"remap": jax.random.key(seed)}).indices for seed in (0, 1)
+    )
     assert set(np.unique(first)) == {0, 1}
     assert (first != second).any()
 
@@ -75,13 +84,19 @@ def test_the_averaged_codebook_follows_the_whole_batch() -> None:
     h = jax.random.normal(jax.random.key(0), (jax.device_count() * 2, 3, 3, 2))
     whole = EMAQuantizer(5, 2)
     variables = whole.init(jax.random.key(1), h)
-    _, expected = jax.jit(lambda v, h: whole.apply(v, h, train=True, mutable=["codebook"]))(variables, h)
+    _, expected = jax.jit(lambda v, h: whole.apply(v, h, train=True, mutable=["codebook"]))(
+        variables, h
+    )
     split = EMAQuantizer(5, 2, axis_name="batch")
     step = jax.pmap(
-        lambda v, h: split.apply(v, h, train=True, mutable=["codebook"]), axis_name="batch", in_axes=(None, 0)
+        lambda v, h: split.apply(v, h, train=True, mutable=["codebook"]),
+        axis_name="batch",
+        in_axes=(None, 0),
     )
     _, found = step(variables, h.reshape(jax.device_count(), 2, 3, 3, 2))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], rtol=1e-5, atol=1e-6), expected, found)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[0], rtol=1e-5, atol=1e-6), expected, found
+    )
 
 
 def test_resizing() -> None:
@@ -110,15 +125,31 @@ def test_a_vq_first_stage_quantises_when_it_decodes() -> None:
     codes = params["quantize"]["embedding"]
     nearest = stage.quantized(z)
     assert all((np.abs(codes - c).sum(1).min() < 1e-6) for c in np.asarray(nearest).reshape(-1, 2))
-    np.testing.assert_allclose(stage.decode(z), stage.decode(2.0 * stage.quantized(z / 2.0), quantize=False), atol=1e-5)
+    np.testing.assert_allclose(
+        stage.decode(z), stage.decode(2.0 * stage.quantized(z / 2.0), quantize=False), atol=1e-5
+    )
 
 
 def test_clip_tokens() -> None:
     text = CONDITIONERS["clip"](dtype=jnp.float32)
-    tokens = text.encode(["a photograph of an astronaut riding a horse", "A  cat's 1st word, " + "word " * 90])
+    tokens = text.encode(
+        ["a photograph of an astronaut riding a horse", "A  cat's 1st word, " + "word " * 90]
+    )
     assert tokens.shape == (2, 77)
     assert tokens.dtype == np.int32
-    assert tokens[0, :11].tolist() == [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407, 49407]
+    assert tokens[0, :11].tolist() == [
+        49406,
+        320,
+        8853,
+        539,
+        550,
+        18376,
+        6765,
+        320,
+        4558,
+        49407,
+        49407,
+    ]
     assert tokens[1, :6].tolist() == [49406, 320, 2368, 568, 272, 545]
     assert tokens[1, -1] == 49407
     assert text.encode_null(2).tolist() == [[49406] + [49407] * 76] * 2
@@ -132,13 +163,17 @@ def test_conditioners() -> None:
     with pytest.raises(ValueError, match="from 0 to 4"):
         label.encode([5])
 
-    maps = CONDITIONERS["rescale"](size=(8, 8), n_stages=2, in_channels=5, out_channels=3, dtype=jnp.float32)
+    maps = CONDITIONERS["rescale"](
+        size=(8, 8), n_stages=2, in_channels=5, out_channels=3, dtype=jnp.float32
+    )
     small = maps(maps.init(jax.random.key(0)), maps.encode([np.ones((8, 8, 5))]))
     assert small.concat.shape == (1, 2, 2, 3)
     with pytest.raises(ValueError, match=r"\[b, h, w, 5\]"):
         maps.encode([np.ones((8, 8, 3))])
 
-    boxes = CONDITIONERS["tokens"](dim=8, depth=1, vocab_size=10, max_seq_len=3, heads=1, head_dim=4, dtype=jnp.float32)
+    boxes = CONDITIONERS["tokens"](
+        dim=8, depth=1, vocab_size=10, max_seq_len=3, heads=1, head_dim=4, dtype=jnp.float32
+    )
     assert boxes.encode([[1, 2, 3]]).tolist() == [[1, 2, 3]]
     for wrong in ([[1, 2]], [[1, 2, 10]]):
         with pytest.raises(ValueError, match="tokens"):
@@ -147,7 +182,9 @@ def test_conditioners() -> None:
 
 def test_the_image_tower_projects_its_class_token() -> None:
     tower = CLIPVision(16, 32, 1, 2, image_size=8, patch_size=4, projection_dim=6)
-    last, pooled = jax.eval_shape(lambda: tower.init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 3)))[0])
+    last, pooled = jax.eval_shape(
+        lambda: tower.init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 3)))[0]
+    )
     assert (last.shape, pooled.shape) == ((2, 5, 16), (2, 6))
 
 

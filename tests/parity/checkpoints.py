@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.convert.compvis.infer import Original
 from ldm_jax.convert.conversion import from_compvis, whole_of
-from ldm_jax.convert.infer import Original
-from ldm_jax.convert.reader import open_checkpoint
+from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.tables import to_ours
 from ldm_jax.convert.verify import condition_of, outputs_of
 from ldm_jax.diffusion import objective as obj
@@ -16,7 +16,7 @@ from ldm_jax.diffusion.grids import step_grid
 from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import DDIM, sample
 from ldm_jax.diffusion.schedule import Schedule
-from ldm_jax.latent import LatentDiffusion, build
+from ldm_jax.models.ldm import LatentDiffusion, build
 from ldm_jax.models.vqgan import VQModel
 
 from .golden import Case, NotYet, nchw
@@ -31,15 +31,22 @@ def latent_diffusion(case: Case) -> Results:
     results, schedule = run(case, ema=False)
     if any(name.startswith("ema.") for name in case.expected):
         results |= {f"ema.{name}": value for name, value in run(case, ema=True)[0].items()}
-    tables = {name: getattr(schedule, name) for name in ("betas", "alphas_cumprod", "posterior_variance")}
+    tables = {
+        name: getattr(schedule, name) for name in ("betas", "alphas_cumprod", "posterior_variance")
+    }
     tables["lvlb_weights"] = obj.elbo_weights(case.kwargs.get("parameterization", "eps"), schedule)
     return results | {f"buffer.{name}": table for name, table in tables.items()}
 
 
 def run(case: Case, ema: bool) -> tuple[Results, Schedule]:
     """(what the converted model computes, its schedule)."""
-    converted = from_compvis(case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs), ema=ema)
-    config, params = converted.config, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), converted.params)
+    converted = from_compvis(
+        case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs), ema=ema
+    )
+    config, params = (
+        converted.config,
+        jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), converted.params),
+    )
     model = build(config, {"conditioner": {}, **params}, params["first_stage"])
     return outputs_of(config, params, case.inputs) | sampled(case, model), model.schedule
 
@@ -48,7 +55,9 @@ def sampled(case: Case, model: LatentDiffusion) -> Results:
     """DDIM without noise from x_T, guided as recorded, and the pictures of that."""
     grid = step_grid("uniform", case.spec["S"], model.schedule.timesteps, compat=True)
     nodes = DDIM().nodes(model.schedule, grid)
-    nulls = {n.removeprefix("uncond_"): a for n, a in case.inputs.items() if n.startswith("uncond_")}
+    nulls = {
+        n.removeprefix("uncond_"): a for n, a in case.inputs.items() if n.startswith("uncond_")
+    }
 
     @jax.jit
     def program(model: LatentDiffusion, x: jax.Array) -> Any:
@@ -56,8 +65,15 @@ def sampled(case: Case, model: LatentDiffusion) -> Results:
             return model.apply(model.params, x, t, cond)
 
         cond, scale = condition_of(model, case.inputs), case.spec["unconditional_guidance_scale"]
-        denoise = classifier_free(apply, cond, condition_of(model, nulls), scale) if nulls else unguided(apply, cond)
-        predict, noise = predictor(denoise, model.schedule, model.objective), jnp.zeros((len(grid), 1, *x.shape))
+        denoise = (
+            classifier_free(apply, cond, condition_of(model, nulls), scale)
+            if nulls
+            else unguided(apply, cond)
+        )
+        predict, noise = (
+            predictor(denoise, model.schedule, model.objective),
+            jnp.zeros((len(grid), 1, *x.shape)),
+        )
         z, _ = sample(DDIM(), predict, x, nodes, schedule=model.schedule, noise=noise)
         return z, model.first_stage.decode(z)
 
@@ -67,7 +83,9 @@ def sampled(case: Case, model: LatentDiffusion) -> Results:
 
 def first_stage_params(case: Case) -> dict[str, Any]:
     """The parameters of a first stage that lies in a file of its own."""
-    params = from_compvis(case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs)).params["first_stage"]
+    params = from_compvis(
+        case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs)
+    ).params["first_stage"]
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
 
 
@@ -78,8 +96,14 @@ def vqgan(case: Case) -> Results:
     results = outputs_of(converted.config, converted.params, case.inputs)
     with open_checkpoint(path) as checkpoint:
         whole = whole_of(original, checkpoint.tensors)
-        losses = to_ours(whole.table, checkpoint.tensors, shapes=whole.shapes, where=case.name)["losses"]
-    module, params, x = whole.modules["first_stage"], converted.params["first_stage"], case.image("x")
+        losses = to_ours(whole.table, checkpoint.tensors, shapes=whole.shapes, where=case.name)[
+            "losses"
+        ]
+    module, params, x = (
+        whole.modules["first_stage"],
+        converted.params["first_stage"],
+        case.image("x"),
+    )
     assert isinstance(module, VQModel)
     indices = case.inputs["random_indices"].reshape(1, *results["quant"].shape[2:])
     y = np.moveaxis(results["reconstruction"], 1, -1)
@@ -99,7 +123,9 @@ def vqgan(case: Case) -> Results:
     }
     return {
         **results,
-        "decode_random_indices": nchw(module.apply({"params": params}, indices, method="decode_code")),
+        "decode_random_indices": nchw(
+            module.apply({"params": params}, indices, method="decode_code")
+        ),
         "disc_logits": nchw(logits),
         "lpips": np.asarray(distance)[:, None, None, None],
         "val_aeloss": total,

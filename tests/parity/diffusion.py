@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning import Cond, Unconditional
-from ldm_jax.convert.compvis import unet_table
+from ldm_jax.conditioning.base import Cond, Unconditional
+from ldm_jax.convert.compvis.compvis import unet_table
+from ldm_jax.convert.compvis.targets import module_from_config
+from ldm_jax.convert.compvis.whole import latent_diffusion as latent_diffusion_of
+from ldm_jax.convert.compvis.whole import schedule_buffers
 from ldm_jax.convert.tables import Entry, Table, to_ours, to_theirs, under
-from ldm_jax.convert.targets import TargetError, module_from_config
-from ldm_jax.convert.whole import latent_diffusion as latent_diffusion_of
-from ldm_jax.convert.whole import schedule_buffers
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
@@ -35,7 +35,8 @@ from ldm_jax.diffusion.schedule import (
 from ldm_jax.diffusion.solvers import Multistep, Singlestep, dpm_fast_sigmas, split
 from ldm_jax.diffusion.stochastic import DPMppMultistepSDE, DPMppSDE
 from ldm_jax.diffusion.tableau import Tableau
-from ldm_jax.latent import FirstStage, LatentDiffusion
+from ldm_jax.errors import TargetError
+from ldm_jax.models.ldm import FirstStage, LatentDiffusion
 from ldm_jax.models.unet import UNet
 
 from . import checkpoints
@@ -56,7 +57,9 @@ def schedule_of(kwargs: Mapping[str, Any]) -> Schedule:
     """The schedule that DDPM's arguments describe."""
     if kwargs.get("given_betas") is not None:
         raise NotYet("given_betas")
-    return make_schedule(**pick(kwargs, "beta_schedule timesteps linear_start linear_end cosine_s v_posterior"))
+    return make_schedule(
+        **pick(kwargs, "beta_schedule timesteps linear_start linear_end cosine_s v_posterior")
+    )
 
 
 def objective_of(kwargs: Mapping[str, Any]) -> str:
@@ -92,7 +95,9 @@ def model_of(case: Case) -> tuple[LatentDiffusion, Table]:
         shapes["logvar"] = jax.ShapeDtypeStruct((schedule.timesteps,), jnp.float32)
     params = case.params(table, shapes, only=(UNET, "logvar"))
     first_stage = FirstStage(None, 1.0, None)
-    return LatentDiffusion(params, first_stage, schedule, unet, Unconditional(), objective_of(kwargs)), table
+    return LatentDiffusion(
+        params, first_stage, schedule, unet, Unconditional(), objective_of(kwargs)
+    ), table
 
 
 def condition_of(case: Case, name: str = "c") -> Cond:
@@ -105,7 +110,13 @@ def condition_of(case: Case, name: str = "c") -> Cond:
     given = case.inputs
 
     def of(kind: str) -> str | None:
-        return f"{name}_{kind}" if f"{name}_{kind}" in given else name if key == kind and name in given else None
+        return (
+            f"{name}_{kind}"
+            if f"{name}_{kind}" in given
+            else name
+            if key == kind and name in given
+            else None
+        )
 
     concat, crossattn, vector = of("concat"), of("crossattn"), of("adm")
     return Cond(
@@ -120,7 +131,11 @@ def condition_of(case: Case, name: str = "c") -> Cond:
 
 def register_schedule(case: Case) -> Results:
     schedule = schedule_of(case.kwargs)
-    tables = {name: getattr(schedule, name) for name in Schedule.__dataclass_fields__ if name != "v_posterior"}
+    tables = {
+        name: getattr(schedule, name)
+        for name in Schedule.__dataclass_fields__
+        if name != "v_posterior"
+    }
     names = {
         "beta_schedule": "kind",
         "timesteps": "timesteps",
@@ -128,8 +143,13 @@ def register_schedule(case: Case) -> Results:
         "linear_end": "linear_end",
         "cosine_s": "cosine_s",
     }
-    betas = make_betas(**{ours: case.kwargs[theirs] for theirs, ours in names.items() if theirs in case.kwargs})
-    return tables | {"lvlb_weights": obj.elbo_weights(objective_of(case.kwargs), schedule), "betas_float64": betas}
+    betas = make_betas(
+        **{ours: case.kwargs[theirs] for theirs, ours in names.items() if theirs in case.kwargs}
+    )
+    return tables | {
+        "lvlb_weights": obj.elbo_weights(objective_of(case.kwargs), schedule),
+        "betas_float64": betas,
+    }
 
 
 def ddim_schedules(case: Case) -> Results:
@@ -146,7 +166,8 @@ def ddim_schedules(case: Case) -> Results:
             "alphas": abar[grid],
             "alphas_prev": nodes.sqrt_abar_prev.astype(np.float64) ** 2,
             "sqrt_one_minus_alphas": np.sqrt(1 - abar[grid]),
-            "sigmas_for_original_num_steps": np.float32(eta) * np.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev)),
+            "sigmas_for_original_num_steps": np.float32(eta)
+            * np.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev)),
         }
         results |= {f"{kind}_S{steps}_eta{eta}.{what}": value for what, value in values.items()}
     return results
@@ -163,7 +184,13 @@ def q_functions(case: Case) -> Results:
         "q": q_mean_variance(schedule, x0, t),
         "q_posterior": posterior(schedule, x0, xt, t),
     }.items():
-        results |= dict(zip((f"{prefix}_mean", f"{prefix}_variance", f"{prefix}_log_variance"), triple, strict=True))
+        results |= dict(
+            zip(
+                (f"{prefix}_mean", f"{prefix}_variance", f"{prefix}_log_variance"),
+                triple,
+                strict=True,
+            )
+        )
     return {name: nchw(a) for name, a in results.items()}
 
 
@@ -183,24 +210,36 @@ def p_losses(case: Case) -> Results:
         def loss(params: Any) -> Any:
             out = model.apply(params, q_sample(schedule, x0, t, noise), t, cond)
             per_sample = obj.pointwise(
-                kwargs.get("loss_type", "l2"), out, obj.target(model.objective, schedule, x0, noise, t)
+                kwargs.get("loss_type", "l2"),
+                out,
+                obj.target(model.objective, schedule, x0, noise, t),
             )
             logvar = (
-                params.get("logvar", jnp.full(schedule.timesteps, kwargs.get("logvar_init", 0.0))) if latent else None
+                params.get("logvar", jnp.full(schedule.timesteps, kwargs.get("logvar_init", 0.0)))
+                if latent
+                else None
             )
             weights = {
                 "simple_weight": kwargs.get("l_simple_weight", 1.0),
                 "elbo_weight": kwargs.get("original_elbo_weight", 0.0),
             }
             return obj.diffusion_loss(
-                per_sample, t, elbo=obj.elbo_weights(model.objective, schedule), **weights, logvar=logvar
+                per_sample,
+                t,
+                elbo=obj.elbo_weights(model.objective, schedule),
+                **weights,
+                logvar=logvar,
             )
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, parts), grads = run(model.params)
-    logged = {f"{prefix}/{name}": value for prefix in ("train", "val") for name, value in parts.items()}
-    return {"loss": loss, **parts, **logged} | {f"grad:{name}": g for name, g in to_theirs(table, grads).items()}
+    logged = {
+        f"{prefix}/{name}": value for prefix in ("train", "val") for name, value in parts.items()
+    }
+    return {"loss": loss, **parts, **logged} | {
+        f"grad:{name}": g for name, g in to_theirs(table, grads).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers
@@ -240,7 +279,9 @@ def quantizer_of(case: Case) -> Callable[[jax.Array], jax.Array]:
     if len(own) != 1:
         raise NotYet("a first stage without a codebook")
     codebook = jnp.asarray(*own.values())
-    return lambda x0: codebook[nearest_codes(x0.reshape(-1, x0.shape[-1]), codebook)].reshape(x0.shape)
+    return lambda x0: codebook[nearest_codes(x0.reshape(-1, x0.shape[-1]), codebook)].reshape(
+        x0.shape
+    )
 
 
 def known_of(case: Case) -> Known | None:
@@ -264,7 +305,11 @@ def run_sampler(
 ) -> tuple[jax.Array, Trace]:
     """The whole run from ``x`` with step noise [S, b, c, h, w], zeros where a case records none; ``options`` are the
     sampler's eta and temperature."""
-    quantize = quantizer_of(case) if case.kwargs.get("quantize_x0") or case.kwargs.get("quantize_denoised") else None
+    quantize = (
+        quantizer_of(case)
+        if case.kwargs.get("quantize_x0") or case.kwargs.get("quantize_denoised")
+        else None
+    )
     nodes = sampler.nodes(model.schedule, grid, **options)
     correct = corrector(case.kwargs.get("score_corrector"))
 
@@ -279,7 +324,14 @@ def run_sampler(
             quantize=quantize,
         )
         return sample(
-            sampler, predict, x, nodes, schedule=model.schedule, noise=noise[:, None], known=known, trace=True
+            sampler,
+            predict,
+            x,
+            nodes,
+            schedule=model.schedule,
+            noise=noise[:, None],
+            known=known,
+            trace=True,
         )
 
     steps = np.zeros((len(grid), *x.shape), np.float32) if noise is None else nhwc(noise)
@@ -292,7 +344,9 @@ def ddim_sampler(case: Case) -> Results:
     kwargs, (model, _) = case.kwargs, model_of(case)
     if "t_start" in kwargs:
         return img2img(case, model)
-    grid = step_grid(kwargs.get("ddim_discretize", "uniform"), kwargs["S"], model.schedule.timesteps, compat=True)
+    grid = step_grid(
+        kwargs.get("ddim_discretize", "uniform"), kwargs["S"], model.schedule.timesteps, compat=True
+    )
     x, options = case.image("x_T"), pick(kwargs, "eta temperature")
     last, trace = run_sampler(
         case,
@@ -332,7 +386,9 @@ def img2img(case: Case, model: LatentDiffusion) -> Results:
     return {name: nchw(a) for name, a in results.items()}
 
 
-def rows_from(node: Any, sampler: Tableau, recorded: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+def rows_from(
+    node: Any, sampler: Tableau, recorded: np.ndarray | None, shape: tuple[int, ...]
+) -> np.ndarray:
     """Recorded noise [draws, b, c, h, w] at the rows that draw it, [n, 1, b, h, w, c], zeros elsewhere.
 
     Samplers with churn draw when a step begins, also where that adds nothing; others where the noise has a weight.
@@ -380,7 +436,9 @@ def run_tableau(
             correct=corrector(case.kwargs.get("score_corrector")),
             quantize=thresholded if threshold else None,
         )
-        return sample(sampler, predict, x, node, schedule=model.schedule, noise=steps, known=known, trace=True)
+        return sample(
+            sampler, predict, x, node, schedule=model.schedule, noise=steps, known=known, trace=True
+        )
 
     _, trace = run(model, jnp.asarray(x, jnp.float32), steps, known)
     return np.concatenate([x[None], np.asarray(trace.x)]), trace
@@ -391,7 +449,9 @@ def plms_sampler(case: Case) -> Results:
     kwargs, (model, _) = case.kwargs, model_of(case)
     if kwargs.get("quantize_x0"):
         raise NotYet("a quantising first stage")
-    grid = step_grid(kwargs.get("ddim_discretize", "uniform"), kwargs["S"], model.schedule.timesteps, compat=True)
+    grid = step_grid(
+        kwargs.get("ddim_discretize", "uniform"), kwargs["S"], model.schedule.timesteps, compat=True
+    )
     sampler, x = SAMPLERS["plms"], case.image("x_T")
     assert isinstance(sampler, Tableau)
     node = sampler.nodes(model.schedule, grid)
@@ -427,7 +487,9 @@ def plms_sampler(case: Case) -> Results:
 
 def log_alpha(schedule: Schedule, t: np.ndarray) -> np.ndarray:
     n = schedule.timesteps
-    return np.interp(t, np.arange(1, n + 1) / n, np.log(np.asarray(schedule.alphas_cumprod, np.float64)) / 2)
+    return np.interp(
+        t, np.arange(1, n + 1) / n, np.log(np.asarray(schedule.alphas_cumprod, np.float64)) / 2
+    )
 
 
 def sigma_of_time(schedule: Schedule, t: np.ndarray) -> np.ndarray:
@@ -443,7 +505,9 @@ def dpm_solver_grid(schedule: Schedule, skip: str, steps: int) -> np.ndarray:
     """Times [steps + 1] from 1 down to 1 / N."""
     first, last = 1.0, 1.0 / schedule.timesteps
     if skip == "logSNR":
-        return time_of_sigma(schedule, np.geomspace(*sigma_of_time(schedule, np.array([first, last])), steps + 1))
+        return time_of_sigma(
+            schedule, np.geomspace(*sigma_of_time(schedule, np.array([first, last])), steps + 1)
+        )
     if skip == "time_uniform":
         return np.linspace(first, last, steps + 1)
     if skip == "time_quadratic":
@@ -455,7 +519,10 @@ def dpm_solver(case: Case) -> Results:
     """DPM_Solver used directly, or by DPMSolverSampler, which has its defaults."""
     kwargs, (model, _) = case.kwargs, model_of(case)
     schedule, n = model.schedule, model.schedule.timesteps
-    steps, order = int(kwargs["steps"] if "steps" in kwargs else kwargs["S"]), kwargs.get("order", 2)
+    steps, order = (
+        int(kwargs["steps"] if "steps" in kwargs else kwargs["S"]),
+        kwargs.get("order", 2),
+    )
     skip, method = kwargs.get("skip_type", "time_uniform"), kwargs.get("method", "multistep")
     form = "x0" if kwargs.get("predict_x0", True) else "eps"
     if kwargs.get("solver_type", "dpm_solver") != "dpm_solver" or kwargs.get("denoise_to_zero"):
@@ -470,13 +537,21 @@ def dpm_solver(case: Case) -> Results:
         if skip == "logSNR":  # steps of one length, with their calls evenly within them
             orders = split(steps, order)
             ends = np.log(sigmas[[0, -1]])
-            places = np.concatenate([[0.0], *(i + np.arange(1, o + 1) / o for i, o in enumerate(orders))])
+            places = np.concatenate(
+                [[0.0], *(i + np.arange(1, o + 1) / o for i, o in enumerate(orders))]
+            )
             sigmas = np.exp(ends[0] + places / len(orders) * (ends[1] - ends[0]))
     else:
         raise NotYet(f"method {method!r}")
     node = sampler.table(sigmas, lambda sigma: (time_of_sigma(schedule, sigma) - 1 / n) * 1000)
     states, _ = run_tableau(
-        case, model, sampler, node, case.image("x_T"), scale=kwargs["scale"], threshold=bool(kwargs.get("thresholding"))
+        case,
+        model,
+        sampler,
+        node,
+        case.image("x_T"),
+        scale=kwargs["scale"],
+        threshold=bool(kwargs.get("thresholding")),
     )
     results = {"x_final": nchw(states[-1]), "timesteps": grid}
     if "sched_t" in case.inputs:
@@ -539,7 +614,9 @@ def k_sampler(case: Case) -> Results:
         last, _ = sampler.run(predict, jnp.asarray(x, jnp.float32), node)
         return results | {"x_final": nchw(last * np.hypot(1, sigmas[-1] or sigmas[-2]))}
     if name == "dpm_fast":
-        sigmas = dpm_fast_sigmas(np.append(np.full(kwargs["n"], sigmas[0]), sigmas[-1] or sigmas[-2]))
+        sigmas = dpm_fast_sigmas(
+            np.append(np.full(kwargs["n"], sigmas[0]), sigmas[-1] or sigmas[-2])
+        )
     theirs = {"churn": "s_churn"}
     options = {o: kwargs[theirs.get(o, o)] for o in sampler.options if theirs.get(o, o) in kwargs}
     if name == "dpmpp_2m_sde" and kwargs.get("solver_type") == "heun":
@@ -547,12 +624,22 @@ def k_sampler(case: Case) -> Results:
     node = sampler.table(sigmas, lambda sigma: sigma_to_t(schedule, sigma), **options)
     x = case.image("x_T") * (sigmas[0] / np.hypot(1, sigmas[0]))
     states, trace = run_tableau(
-        case, model, sampler, node, x, scale=scale, noise=case.inputs.get("noise"), rounded=bool(kwargs.get("quantize"))
+        case,
+        model,
+        sampler,
+        node,
+        x,
+        scale=scale,
+        noise=case.inputs.get("noise"),
+        rounded=bool(kwargs.get("quantize")),
     )
     begin = np.flatnonzero(node.begin)
     last_a = 1 / np.hypot(1, sigmas[-1])
     hat = node.s[begin].astype(np.float64) / node.a[begin]
-    kicked = node.keep * states[:-1].T + node.kick * rows_from(node, sampler, case.inputs.get("noise"), x.shape)[:, 0].T
+    kicked = (
+        node.keep * states[:-1].T
+        + node.kick * rows_from(node, sampler, case.inputs.get("noise"), x.shape)[:, 0].T
+    )
     results |= {
         "x_final": nchw(states[-1] / last_a),
         "x_steps": nchw((kicked.T)[begin] * np.hypot(1, hat)[:, None, None, None, None]),
@@ -569,7 +656,14 @@ def p_sample_loop(case: Case) -> Results:
     clip = pixels and kwargs.get("clip_denoised", True)
     grid, x = np.arange(kwargs.get("timesteps", model.schedule.timesteps)), case.image("x_T")
     last, trace = run_sampler(
-        case, model, DDPM(), grid, x, case.inputs.get("noise"), clip=clip, options=pick(kwargs, "temperature")
+        case,
+        model,
+        DDPM(),
+        grid,
+        x,
+        case.inputs.get("noise"),
+        clip=clip,
+        options=pick(kwargs, "temperature"),
     )
     if case.cls.endswith("progressive_denoising"):
         steps = trace.x0
@@ -603,7 +697,8 @@ def k_loss(case: Case) -> Results:
     if case.kwargs.get("quantize"):
         t = np.round(t)
     a, s = (
-        np.reshape(v, (-1, 1, 1, 1)).astype(np.float32) for v in (1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma))
+        np.reshape(v, (-1, 1, 1, 1)).astype(np.float32)
+        for v in (1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma))
     )
     x0, noise = case.image("x"), case.image("noise")
 
@@ -645,15 +740,21 @@ def whole_model(case: Case) -> Results:
     buffers = {entry.source for entry in schedule_buffers(case.kwargs)}
     weights = {n: w for n, w in case.weights().items() if n not in buffers}
     params = to_ours(whole.table, weights, shapes=whole.shapes, where=f"{case.name} ({case.cls})")
-    stage = FirstStage(params["first_stage"], case.kwargs.get("scale_factor", 1.0), whole.modules["first_stage"])
+    stage = FirstStage(
+        params["first_stage"], case.kwargs.get("scale_factor", 1.0), whole.modules["first_stage"]
+    )
     schedule = schedule_of(case.kwargs)
-    model = LatentDiffusion(params, stage, schedule, whole.modules["unet"], Unconditional(), objective_of(case.kwargs))
+    model = LatentDiffusion(
+        params, stage, schedule, whole.modules["unet"], Unconditional(), objective_of(case.kwargs)
+    )
     cond, t, z = condition_of(case), jnp.asarray(case.inputs["t"]), case.image("x_T")
     # The recorded outputs are of decode_first_stage(0.5 * x_T).
     images = {
         "apply_model": jax.jit(model.apply)(params, z, t, cond),
         "decode_first_stage_half": jax.jit(stage.decode)(0.5 * z),
-        "decode_first_stage_half_noquant": jax.jit(lambda z: stage.decode(z, quantize=False))(0.5 * z),
+        "decode_first_stage_half_noquant": jax.jit(lambda z: stage.decode(z, quantize=False))(
+            0.5 * z
+        ),
     }
     return {name: nchw(a) for name, a in images.items()}
 

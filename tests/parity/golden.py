@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from ldm_jax.convert.compvis import param_shapes
+from ldm_jax.convert.compvis.compvis import param_shapes
 from ldm_jax.convert.tables import Table, source_shapes, to_ours
 
 REPO = Path(__file__).parents[2]
@@ -80,7 +80,11 @@ class Case:
     def part(self, kind: str) -> dict[str, np.ndarray]:
         """The arrays of one kind ("param", "in", "out", "grad") by name."""
         arrays = _arrays(self.folder / self.spec.get("file", f"{self.name}.safetensors"))
-        return {name.removeprefix(f"{kind}/"): a for name, a in arrays.items() if name.startswith(f"{kind}/")}
+        return {
+            name.removeprefix(f"{kind}/"): a
+            for name, a in arrays.items()
+            if name.startswith(f"{kind}/")
+        }
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -105,7 +109,9 @@ class Case:
         return (0.0, 0.0) if atol == "exact" else (float(atol), float(self.spec["rtol"]))
 
     def state_dict(
-        self, expected: Mapping[str, tuple[int, ...]], prefixes: Iterable[str] = ("model.diffusion_model.", "net.")
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        prefixes: Iterable[str] = ("model.diffusion_model.", "net."),
     ) -> dict[str, np.ndarray]:
         """The case's weights, float32: the base's first, then its own.
 
@@ -126,14 +132,19 @@ class Case:
         its ``own`` are asked for."""
         weights = {} if own or self.base is None else self.base.weights()
         return weights | {
-            n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in self.part("param").items()
+            n: a.astype(np.float32) if a.dtype == np.float16 else a
+            for n, a in self.part("param").items()
         }
 
-    def params(self, table: Table, shapes: Mapping[str, Any], only: tuple[str, ...] = ("",)) -> dict[str, Any]:
+    def params(
+        self, table: Table, shapes: Mapping[str, Any], only: tuple[str, ...] = ("",)
+    ) -> dict[str, Any]:
         """The case's weights, those whose names begin as in ``only``, as our parameter tree; ConversionError unless
         they fit the table in full."""
         weights = {
-            n: w for n, w in self.state_dict(source_shapes(table, shapes, self.cls)).items() if n.startswith(only)
+            n: w
+            for n, w in self.state_dict(source_shapes(table, shapes, self.cls)).items()
+            if n.startswith(only)
         }
         return to_ours(table, weights, shapes=shapes, where=f"{self.name} ({self.cls})")
 
@@ -175,5 +186,7 @@ def compare(case: Case, ours: Mapping[str, Any]) -> tuple[dict[str, float], list
                 error = np.abs(a.astype(np.float64) - theirs.astype(np.float64)).max()
             tolerance = f"tolerance {atol:g} + {rtol:g} |b|"
             places = f"{int((ratio > 1).sum())} of {ratio.size} places"
-            failures.append(f"{name}: max error {error:.3g}, {tolerance} ({worst[name]:.3g} times it; {places})")
+            failures.append(
+                f"{name}: max error {error:.3g}, {tolerance} ({worst[name]:.3g} times it; {places})"
+            )
     return worst, failures

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert import blocks
-from ldm_jax.convert.compvis import param_shapes, table_of
+from ldm_jax.convert.compvis import blocks
+from ldm_jax.convert.compvis.compvis import param_shapes, table_of
+from ldm_jax.convert.compvis.targets import module_from_config, transformer_wrapper_from_params
 from ldm_jax.convert.tables import Table, to_theirs, unused
-from ldm_jax.convert.targets import TargetError, module_from_config, transformer_wrapper_from_params
+from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import DiagonalGaussian, normal_kl
 from ldm_jax.models.discriminator import PatchDiscriminator, fit_actnorm
 from ldm_jax.models.gpt import GPT, generate, keep_top_k
@@ -26,7 +27,7 @@ from ldm_jax.nn.attention import (
 )
 from ldm_jax.nn.layers import ddpm_timestep_embedding, timestep_embedding
 from ldm_jax.nn.resnet import ResBlock, ResnetBlock
-from ldm_jax.train.adversarial import hinge_loss, vanilla_loss
+from ldm_jax.train.tasks.adversarial import hinge_loss, vanilla_loss
 
 from . import checkpoints
 from .golden import Case, NotYet, nchw, nhwc, shapes_of
@@ -51,12 +52,17 @@ def build(case: Case, prefix: str = "") -> tuple[Any, Any]:
 def unet(case: Case) -> Results:
     module, params = build(case)
     t = jnp.asarray(case.inputs["timesteps"])
-    optional = {name: jnp.asarray(case.inputs[name]) for name in ("context", "y") if name in case.inputs}
+    optional = {
+        name: jnp.asarray(case.inputs[name]) for name in ("context", "y") if name in case.inputs
+    }
     inside = ("time_embed", "input_blocks_0_0")
 
     @jax.jit
     def run(params: Any, x: jax.Array) -> Any:
-        captured = {"capture_intermediates": lambda m, _: m.name in inside, "mutable": ["intermediates"]}
+        captured = {
+            "capture_intermediates": lambda m, _: m.name in inside,
+            "mutable": ["intermediates"],
+        }
         y, state = module.apply({"params": params}, x, t, **optional, **captured)
         return y, *(state["intermediates"][name]["__call__"][0] for name in inside)
 
@@ -117,7 +123,10 @@ def coder(case: Case) -> Results:
 
 def diagonal_gaussian(case: Case) -> Results:
     x, other_moments = case.image("x"), case.image("other_parameters")
-    d, det = (DiagonalGaussian.from_moments(case.image("parameters"), deterministic) for deterministic in (False, True))
+    d, det = (
+        DiagonalGaussian.from_moments(case.image("parameters"), deterministic)
+        for deterministic in (False, True)
+    )
     other = DiagonalGaussian.from_moments(other_moments)
     second = DiagonalGaussian.from_moments(jnp.concatenate([x, 0.3 * x], axis=-1))
     # The original can sum over other axes; ours always sums over all but the batch, so that one is made from the terms
@@ -134,9 +143,9 @@ def diagonal_gaussian(case: Case) -> Results:
         "det_std": det.std,
         "normal_kl_std": normal_kl(other.mean, other.logvar, 0.0, 0.0),
         "normal_kl_pair": normal_kl(other.mean, other.logvar, x, 0.3 * x),
-        "grad:other_parameters": jax.grad(lambda moments: DiagonalGaussian.from_moments(moments).kl().sum())(
-            other_moments
-        ),
+        "grad:other_parameters": jax.grad(
+            lambda moments: DiagonalGaussian.from_moments(moments).kl().sum()
+        )(other_moments),
     }
     return {name: nchw(a) for name, a in images.items()} | {
         "other_kl": other.kl(),
@@ -155,7 +164,10 @@ def text_encoder(case: Case) -> Results:
     module, params = build(case, "transformer.")
     tokens = case.inputs["tokens"]
     run = jax.jit(module.apply, static_argnames="logits")
-    return {"embeddings": run({"params": params}, tokens), "logits": run({"params": params}, tokens, logits=True)}
+    return {
+        "embeddings": run({"params": params}, tokens),
+        "logits": run({"params": params}, tokens, logits=True),
+    }
 
 
 def transformer_wrapper(case: Case) -> Results:
@@ -199,34 +211,60 @@ def _res_block(
     down: bool = False,
 ) -> Built:
     out = out_channels or channels
-    module = ResBlock(out, dropout, use_scale_shift_norm, "up" if up else "down" if down else "none", use_conv)
+    module = ResBlock(
+        out, dropout, use_scale_shift_norm, "up" if up else "down" if down else "none", use_conv
+    )
     table = list(blocks.res_block("", (), skip=out != channels, conv_skip=use_conv))
     return Built(module, table, (_image(channels), jnp.zeros((1, emb_channels))))
 
 
 def _attention_block(
-    *, channels: int, num_heads: int = 1, num_head_channels: int = -1, use_new_attention_order: bool = False
+    *,
+    channels: int,
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    use_new_attention_order: bool = False,
 ) -> Built:
     heads = num_heads if num_head_channels == -1 else channels // num_head_channels
     return Built(
-        AttentionBlock(heads, use_new_attention_order), list(blocks.attention_block("", ())), (_image(channels),)
+        AttentionBlock(heads, use_new_attention_order),
+        list(blocks.attention_block("", ())),
+        (_image(channels),),
     )
 
 
 def _spatial_transformer(
-    *, in_channels: int, n_heads: int, d_head: int, depth: int = 1, dropout: float = 0.0, context_dim: int | None = None
+    *,
+    in_channels: int,
+    n_heads: int,
+    d_head: int,
+    depth: int = 1,
+    dropout: float = 0.0,
+    context_dim: int | None = None,
 ) -> Built:
     table = list(blocks.spatial_transformer("", (), depth=depth))
     context = () if context_dim is None else (jnp.zeros((1, 1, context_dim)),)
-    return Built(SpatialTransformer(n_heads, d_head, depth, dropout), table, (_image(in_channels), *context))
+    return Built(
+        SpatialTransformer(n_heads, d_head, depth, dropout), table, (_image(in_channels), *context)
+    )
 
 
 def _transformer_block(
-    *, dim: int, n_heads: int, d_head: int, dropout: float = 0.0, context_dim: int | None = None, gated_ff: bool = True
+    *,
+    dim: int,
+    n_heads: int,
+    d_head: int,
+    dropout: float = 0.0,
+    context_dim: int | None = None,
+    gated_ff: bool = True,
 ) -> Built:
     context = () if context_dim is None else (jnp.zeros((1, 1, context_dim)),)
     table = list(blocks.transformer_block("", (), glu=gated_ff))
-    return Built(BasicTransformerBlock(n_heads, d_head, dropout, gated_ff), table, (jnp.zeros((1, 1, dim)), *context))
+    return Built(
+        BasicTransformerBlock(n_heads, d_head, dropout, gated_ff),
+        table,
+        (jnp.zeros((1, 1, dim)), *context),
+    )
 
 
 def _resnet_block(
@@ -238,7 +276,9 @@ def _resnet_block(
     temb_channels: int = 512,
 ) -> Built:
     out = out_channels or in_channels
-    table: Table = list(blocks.resnet_block("", (), skip=out != in_channels, conv_skip=conv_shortcut))
+    table: Table = list(
+        blocks.resnet_block("", (), skip=out != in_channels, conv_skip=conv_shortcut)
+    )
     if temb_channels:  # the autoencoders give no timestep, so this is never called
         table += [unused("temb_proj.weight", out, temb_channels), unused("temb_proj.bias", out)]
     return Built(ResnetBlock(out, dropout, conv_shortcut), table, (_image(in_channels),))
@@ -249,18 +289,28 @@ def _attn_block(*, in_channels: int) -> Built:
 
 
 def _linear_attention(*, dim: int, heads: int = 4, dim_head: int = 32) -> Built:
-    return Built(LinearAttention(heads, dim_head), list(blocks.linear_attention("", ())), (_image(dim),))
+    return Built(
+        LinearAttention(heads, dim_head), list(blocks.linear_attention("", ())), (_image(dim),)
+    )
 
 
 def _feed_forward(*, dim: int, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> Built:
-    return Built(FeedForward(mult, glu, dropout), list(blocks.feed_forward("", (), glu=glu)), (jnp.zeros((1, 1, dim)),))
+    return Built(
+        FeedForward(mult, glu, dropout),
+        list(blocks.feed_forward("", (), glu=glu)),
+        (jnp.zeros((1, 1, dim)),),
+    )
 
 
 def block(make: Callable[..., Built]) -> Callable[[Case], Results]:
     """A case that calls one block with the inputs in the listed order."""
 
     def run(case: Case) -> Results:
-        kwargs = {name: value for name, value in case.kwargs.items() if name not in ("use_checkpoint", "checkpoint")}
+        kwargs = {
+            name: value
+            for name, value in case.kwargs.items()
+            if name not in ("use_checkpoint", "checkpoint")
+        }
         try:
             built = make(**kwargs)
         except TypeError as error:
@@ -290,12 +340,16 @@ def discriminator(case: Case) -> Results:
     def loss(params: Any) -> Any:
         stats, logits = variables["batch_stats"], []
         for x in (real, fake):
-            y, written = module.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
+            y, written = module.apply(
+                {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+            )
             stats = written["batch_stats"]
             logits.append(y)
         return hinge_loss(*logits), (logits, stats)
 
-    (hinge, (logits, stats)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    (hinge, (logits, stats)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        variables["params"]
+    )
     table = table_of(module, "")
     after = to_theirs(table, {"params": variables["params"], "batch_stats": stats})
     grads = to_theirs(table, {"params": grads, "batch_stats": stats})
@@ -305,9 +359,13 @@ def discriminator(case: Case) -> Results:
         # Per-sample weights: each side's mean over a sample's patches, weighted over the batch.
         weights = case.inputs["weights"]
         sides = [nn.relu(1 - logits[0]).mean((1, 2, 3)), nn.relu(1 + logits[1]).mean((1, 2, 3))]
-        results["hinge_d_loss_weighted"] = 0.5 * sum((weights * side).sum() / weights.sum() for side in sides)
+        results["hinge_d_loss_weighted"] = 0.5 * sum(
+            (weights * side).sum() / weights.sum() for side in sides
+        )
     return (
-        results | {f"after.{name}": a for name, a in after.items()} | {f"grad:{name}": a for name, a in grads.items()}
+        results
+        | {f"after.{name}": a for name, a in after.items()}
+        | {f"grad:{name}": a for name, a in grads.items()}
     )
 
 
@@ -328,13 +386,18 @@ def gpt(case: Case) -> Results:
         results |= {f"grad:{name}": a for name, a in to_theirs(table_of(module, ""), grads).items()}
     if "with_past_logits" in case.expected:
         steps, cache, continued = [], module.empty_cache(len(idx)), jax.jit(module.apply)
-        for piece in (idx[:, :2], *(idx[:, i : i + 1] for i in range(2, 1 + len(case.expected["with_past_logits"])))):
+        for piece in (
+            idx[:, :2],
+            *(idx[:, i : i + 1] for i in range(2, 1 + len(case.expected["with_past_logits"]))),
+        ):
             out, cache = continued({"params": params}, piece, cache=cache)
             steps.append(out[:, -1])
         results["with_past_logits"] = jnp.stack(steps)
     if "greedy" in case.expected:
         length = case.expected["greedy"].shape[1]
-        results["greedy"] = jax.jit(lambda params, idx: generate(module, params, idx, length - 2))(params, idx[:, :2])
+        results["greedy"] = jax.jit(lambda params, idx: generate(module, params, idx, length - 2))(
+            params, idx[:, :2]
+        )
     results["top3_mask"] = jnp.isfinite(keep_top_k(logits[:, -1], 3)).astype(jnp.uint8)
     return results
 

@@ -8,16 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert.compvis import table_of
+from ldm_jax.convert.compvis.compvis import table_of
+from ldm_jax.convert.compvis.targets import module_from_config
+from ldm_jax.convert.compvis.whole import loss_parts
 from ldm_jax.convert.tables import CONV, Table, to_ours, to_theirs
-from ldm_jax.convert.targets import TargetError, module_from_config
-from ldm_jax.convert.whole import loss_parts
+from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import DiagonalGaussian
 from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.permuter import PERMUTERS
-from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantized, VectorQuantizer, share_of
+from ldm_jax.models.quantize import (
+    EMAQuantizer,
+    GumbelQuantizer,
+    Quantized,
+    VectorQuantizer,
+    share_of,
+)
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
-from ldm_jax.train.adversarial import (
+from ldm_jax.train.state import ema_update
+from ldm_jax.train.tasks.adversarial import (
     DISCRIMINATOR_LOSSES,
     Adversary,
     discriminator_gradients,
@@ -25,8 +33,7 @@ from ldm_jax.train.adversarial import (
     judge,
     make_nll,
 )
-from ldm_jax.train.autoencoder_step import code_metrics
-from ldm_jax.train.state import ema_update
+from ldm_jax.train.tasks.autoencoder_step import code_metrics
 
 from . import checkpoints
 from .golden import Case, NotYet, nchw, shapes_of
@@ -115,9 +122,17 @@ def gumbel(case: Case) -> Results:
     def run(params: Any, z: jax.Array) -> Any:
         def objective(params: Any, z: jax.Array) -> Any:
             out, state = module.apply(
-                {"params": params}, z, gumbels, train=train, capture_intermediates=True, mutable=["intermediates"]
+                {"params": params},
+                z,
+                gumbels,
+                train=train,
+                capture_intermediates=True,
+                mutable=["intermediates"],
             )
-            return (out.z * w).sum() + 10 * out.loss, (out, state["intermediates"]["proj"]["__call__"][0])
+            return (out.z * w).sum() + 10 * out.loss, (
+                out,
+                state["intermediates"]["proj"]["__call__"][0],
+            )
 
         return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, z)
 
@@ -215,7 +230,10 @@ def lpips(case: Case) -> Results:
         module, params, _ = build(case, **kwargs)
     else:
         module = module_from_config(case.cls, {**case.kwargs, **kwargs})
-        weights = {name: drawn(name, shape, recipe["seed"]) for name, shape in case.spec["param_shapes"].items()}
+        weights = {
+            name: drawn(name, shape, recipe["seed"])
+            for name, shape in case.spec["param_shapes"].items()
+        }
         params = to_ours(table_of(module, ""), weights, shapes=shapes_of(module), where=case.name)
     assert isinstance(module, LPIPS)
 
@@ -280,7 +298,10 @@ def gan_loss(case: Case) -> Results:
     )
     params = {"last_weight": CONV.to_ours(inputs["last_weight"]), "last_bias": inputs["last_bias"]}
     if kl:
-        params |= {"logvar": parts["logvar"], "posterior_parameters": case.image("posterior_parameters")}
+        params |= {
+            "logvar": parts["logvar"],
+            "posterior_parameters": case.image("posterior_parameters"),
+        }
 
     def forward(params: Any) -> Any:
         places = ("NHWC", "HWIO", "NHWC")
@@ -288,7 +309,9 @@ def gan_loss(case: Case) -> Results:
             case.image("feat"), params["last_weight"], (1, 1), "SAME", dimension_numbers=places
         )
         if not kl:
-            return (y + params["last_bias"], jnp.mean(inputs["codebook_loss"])), y + params["last_bias"]
+            return (y + params["last_bias"], jnp.mean(inputs["codebook_loss"])), y + params[
+                "last_bias"
+            ]
         posterior = DiagonalGaussian.from_moments(params["posterior_parameters"])
         return (y + params["last_bias"], posterior.kl().mean()), y + params["last_bias"]
 
@@ -298,7 +321,13 @@ def gan_loss(case: Case) -> Results:
         real, fake = (adversary.module.apply(variables, a) for a in (x, y))
         nll_loss, log = nll(y, jnp.asarray(params.get("logvar", 0.0)))
         factor, loss = adversary.disc_factor(step), nll_loss + weight * penalty
-        first = log | {"loss": loss, "penalty": penalty, "d_weight": 0.0, "disc_factor": factor, "g_loss": -fake.mean()}
+        first = log | {
+            "loss": loss,
+            "penalty": penalty,
+            "d_weight": 0.0,
+            "disc_factor": factor,
+            "g_loss": -fake.mean(),
+        }
         disc_loss = factor * DISCRIMINATOR_LOSSES[adversary.loss](real, fake)
         second = {"disc_loss": disc_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return first, second
@@ -333,7 +362,13 @@ def gan_loss(case: Case) -> Results:
         else:
             first, second, grads, of_disc, after_first, after_second = trained(jnp.int32(step))
             for name, grad in grads.items():
-                turned = CONV.to_theirs(grad) if name == "last_weight" else nchw(grad) if grad.ndim == 4 else grad
+                turned = (
+                    CONV.to_theirs(grad)
+                    if name == "last_weight"
+                    else nchw(grad)
+                    if grad.ndim == 4
+                    else grad
+                )
                 results[f"grad:{at}.opt0.{name}"] = turned
             for name, grad in to_theirs(table, {**variables, "params": of_disc}).items():
                 results |= {
@@ -343,10 +378,15 @@ def gan_loss(case: Case) -> Results:
             for optimizer, after in enumerate((after_first, after_second)):
                 for name, a in to_theirs(table, after).items():
                     results[f"{at}.opt{optimizer}.after.{name}"] = a
-        log = first | {"total_loss": first["loss"], "kl_loss" if kl else "quant_loss": first["penalty"]}
+        log = first | {
+            "total_loss": first["loss"],
+            "kl_loss" if kl else "quant_loss": first["penalty"],
+        }
         log |= {"logvar": params["logvar"]} if kl else {}
         if "predicted_indices" in inputs:
-            log |= code_metrics(share_of(jnp.asarray(inputs["predicted_indices"]), kwargs["n_classes"]))
+            log |= code_metrics(
+                share_of(jnp.asarray(inputs["predicted_indices"]), kwargs["n_classes"])
+            )
         results |= {f"{at}.opt0.loss": first["loss"], f"{at}.opt1.loss": second["disc_loss"]}
         results |= {f"{at}.opt0.{split}/{name}": a for name, a in log.items()}
         results |= {f"{at}.opt1.{split}/{name}": a for name, a in second.items()}
@@ -362,10 +402,16 @@ def lit_ema(case: Case) -> Results:
     for call in range(sum(name.startswith("update") for name in inputs) // len(live)):
         n += 1
         ema = ema_update(
-            ema, {name: inputs[f"update{call}/{name}"] for name in live}, jnp.int32(n), case.kwargs["decay"]
+            ema,
+            {name: inputs[f"update{call}/{name}"] for name in live},
+            jnp.int32(n),
+            case.kwargs["decay"],
         )
         results |= {f"after{call}/{name.replace('.', '')}": a for name, a in ema.items()}
-        results |= {f"after{call}/decay": np.float32(case.kwargs["decay"]), f"after{call}/num_updates": n}
+        results |= {
+            f"after{call}/decay": np.float32(case.kwargs["decay"]),
+            f"after{call}/num_updates": n,
+        }
     return results | {f"copied/{name}": a for name, a in (frozen | ema).items()}
 
 

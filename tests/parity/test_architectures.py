@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm_jax.convert import whole
-from ldm_jax.convert.compvis import table_of
-from ldm_jax.convert.infer import Original, infer
-from ldm_jax.convert.original import conditioning_key, config_of, fields_of, original_of
+from ldm_jax.convert.compvis import whole
+from ldm_jax.convert.compvis.compvis import table_of
+from ldm_jax.convert.compvis.infer import Original, infer
+from ldm_jax.convert.compvis.original import conditioning_key, config_of, fields_of, original_of
+from ldm_jax.convert.compvis.targets import module_from_config
 from ldm_jax.convert.tables import Duplicate, Entry, flatten, source_shapes
-from ldm_jax.convert.targets import module_from_config
-from ldm_jax.latent import build, build_first_stage
+from ldm_jax.models.ldm import build, build_first_stage
 from ldm_jax.models.unet import layout
 
 from .golden import golden_folder
@@ -45,7 +45,9 @@ def test_every_array_is_one_parameter(name: str) -> None:
     model = whole.whole_from_config(spec["target"], spec["params"], losses=False, **options)
     table = [entry for entry in model.table if not isinstance(entry, Duplicate)]
     listed = {array: tuple(shape) for array, shape in spec["state_dict"].items()}
-    assert source_shapes(table, model.shapes, name) == listed  # which also raises unless each path is there once
+    assert (
+        source_shapes(table, model.shapes, name) == listed
+    )  # which also raises unless each path is there once
     used = [entry for entry in table if isinstance(entry, Entry)]
     assert {entry.path for entry in used} == set(flatten(model.shapes))
     assert ("duplicates" in spec.get("cond_stage_keys", "")) == (len(table) < len(model.table))
@@ -66,13 +68,20 @@ def modules(target: str, params: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", architectures())
 def test_names_and_shapes_tell_the_architecture(name: str) -> None:
     spec = architectures()[name]
-    arrays = {array: np.broadcast_to(np.float32(0), shape) for array, shape in spec["state_dict"].items()}
+    arrays = {
+        array: np.broadcast_to(np.float32(0), shape) for array, shape in spec["state_dict"].items()
+    }
     found = infer(arrays)
     ours, theirs = modules(found.target, found.params), modules(spec["target"], spec["params"])
     assert ours.keys() == theirs.keys()
     if "unet" in ours:
-        assert layout(ours["unet"]) == layout(theirs["unet"])  # with the heads, which are by convention
-    names = [[(entry.source, type(entry)) for entry in table_of(net["first_stage"])] for net in (ours, theirs)]
+        assert layout(ours["unet"]) == layout(
+            theirs["unet"]
+        )  # with the heads, which are by convention
+    names = [
+        [(entry.source, type(entry)) for entry in table_of(net["first_stage"])]
+        for net in (ours, theirs)
+    ]
     assert names[0] == names[1]
     assert ours.get("cond_stage") == theirs.get("cond_stage")
 
@@ -81,7 +90,9 @@ def test_names_and_shapes_tell_the_architecture(name: str) -> None:
 def test_our_config_says_the_same_and_leads_back(name: str) -> None:
     spec = architectures()[name]
     theirs = modules(spec["target"], spec["params"])
-    parts = {"conditioner" if part == "cond_stage" else part: module for part, module in theirs.items()}
+    parts = {
+        "conditioner" if part == "cond_stage" else part: module for part, module in theirs.items()
+    }
     config = json.loads(json.dumps(config_of(Original(spec["target"], spec["params"]), parts)))
     back = original_of(config)
     assert back.target == spec["target"]
@@ -90,9 +101,16 @@ def test_our_config_says_the_same_and_leads_back(name: str) -> None:
     if "unet" in theirs:
         model = build(config, None, None)
         assert layout(model.unet) == layout(theirs["unet"]) == layout(again["unet"])
-        fields = [fields_of(net) for net in (model.first_stage.module, theirs["first_stage"], again["first_stage"])]
+        fields = [
+            fields_of(net)
+            for net in (model.first_stage.module, theirs["first_stage"], again["first_stage"])
+        ]
         assert fields[0] == fields[1] == fields[2]
-        assert getattr(model.conditioner, "module", None) == theirs.get("cond_stage") == again.get("cond_stage")
+        assert (
+            getattr(model.conditioner, "module", None)
+            == theirs.get("cond_stage")
+            == again.get("cond_stage")
+        )
         section, lost = back.params["cond_stage_config"], spec["params"].get("cond_stage_config")
         assert section == lost or section["target"] == lost["target"]
         assert conditioning_key(back.params) == conditioning_key(spec["params"])

@@ -15,7 +15,11 @@ def cases() -> dict[str, Case]:
 
 
 def test_wrong_results_fail_with_name_error_and_tolerance(cases: dict[str, Case]) -> None:
-    case = next(case for case in cases.values() if case.cls in RUNNERS and "exact" in case.spec["atol"].values())
+    case = next(
+        case
+        for case in cases.values()
+        if case.cls in RUNNERS and "exact" in case.spec["atol"].values()
+    )
     right = case.expected
     assert compare(case, right)[1] == []
     for name, theirs in right.items():
@@ -32,7 +36,12 @@ def test_wrong_results_fail_with_name_error_and_tolerance(cases: dict[str, Case]
 
 def test_excess() -> None:
     inf, nan = np.inf, np.nan
-    ratio = excess(np.array([1.0, 2.2, inf, nan, inf, 0.0]), np.array([1.0, 2.0, inf, nan, 1.0, nan]), 0.1, 0.05)
+    ratio = excess(
+        np.array([1.0, 2.2, inf, nan, inf, 0.0]),
+        np.array([1.0, 2.0, inf, nan, 1.0, nan]),
+        0.1,
+        0.05,
+    )
     np.testing.assert_allclose(ratio, [0, 1, 0, 0, inf, inf])
     assert excess(np.array([2]), np.array([3]), 0.0, 0.0)[0] == inf
 
@@ -52,14 +61,18 @@ def test_weights_come_from_the_base_first(cases: dict[str, Case]) -> None:
     own, base = case.part("param"), case.base.weights()
     shared = {n: a.shape for n, a in base.items()}
     lacking = next(n for n in shared if n not in own)
-    weights = case.state_dict({n: s for n, s in shared.items() if n != lacking} | {n: a.shape for n, a in own.items()})
+    weights = case.state_dict(
+        {n: s for n, s in shared.items() if n != lacking} | {n: a.shape for n, a in own.items()}
+    )
     assert lacking not in weights
     assert all(a.dtype != np.float16 for a in weights.values())
     for name, a in own.items():
         assert np.array_equal(weights[name], a)
 
 
-def test_a_folder_without_manifest_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_without_manifest_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("LDM_JAX_GOLDEN", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="LDM_JAX_GOLDEN"):
         golden_folder()

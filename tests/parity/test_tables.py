@@ -6,7 +6,12 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from ldm_jax.convert.compvis import param_shapes, table_of
+from ldm_jax.convert.compvis.compvis import param_shapes, table_of
+from ldm_jax.convert.compvis.targets import (
+    autoencoder_kl_from_params,
+    module_from_config,
+    unet_from_params,
+)
 from ldm_jax.convert.tables import (
     CHANNELS,
     CONV,
@@ -14,14 +19,13 @@ from ldm_jax.convert.tables import (
     CONV1X1,
     DENSE,
     LEADING,
-    ConversionError,
     Op,
     flatten,
     source_shapes,
     to_ours,
     to_theirs,
 )
-from ldm_jax.convert.targets import TargetError, autoencoder_kl_from_params, module_from_config, unet_from_params
+from ldm_jax.errors import ConversionError, TargetError
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.gpt import GPT
 from ldm_jax.models.text import TransformerEncoder
@@ -72,7 +76,13 @@ def test_ops_are_their_own_way_back(op: Op, shape: tuple[int, ...]) -> None:
     [
         unet_from_params(SMALL),
         unet_from_params(
-            SMALL | {"use_spatial_transformer": True, "context_dim": 8, "transformer_depth": 2, "conv_resample": False}
+            SMALL
+            | {
+                "use_spatial_transformer": True,
+                "context_dim": 8,
+                "transformer_depth": 2,
+                "conv_resample": False,
+            }
         ),
         unet_from_params(SMALL | {"num_classes": 4, "resblock_updown": True}),
         TEXT,
@@ -114,7 +124,12 @@ def test_error_lists_everything() -> None:
     gone, bad = f"{prefix}norm.weight", f"{prefix}pos_emb.emb.weight"
     del theirs[gone]
     theirs[bad] = theirs[bad].T
-    pairs = [*theirs.items(), ("a.b", np.zeros(1)), ("c", np.zeros(1)), (f"{prefix}norm.bias", np.zeros(8))]
+    pairs = [
+        *theirs.items(),
+        ("a.b", np.zeros(1)),
+        ("c", np.zeros(1)),
+        (f"{prefix}norm.bias", np.zeros(8)),
+    ]
     with pytest.raises(ConversionError, match="my checkpoint") as error:
         to_ours(table_of(TEXT), pairs, shapes=param_shapes(TEXT), where="my checkpoint")
     assert error.value.missing == [gone]
@@ -144,7 +159,9 @@ def test_unknown_parameters_are_an_error(extra: dict[str, Any], match: str) -> N
 
 
 def test_known_parameters() -> None:
-    module = unet_from_params(SMALL | {"image_size": 8, "use_fp16": False, "use_checkpoint": True, "dims": 2})
+    module = unet_from_params(
+        SMALL | {"image_size": 8, "use_fp16": False, "use_checkpoint": True, "dims": 2}
+    )
     assert module == UNet(3, 32, 3, 1, (2,), (1, 2), num_heads=2, remat=True)
     ddconfig = {
         "double_z": True,

@@ -6,9 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm_jax.convert.tables import ConversionError, flatten, source_shapes, to_ours, to_theirs
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.convert.whole import BUFFERS, Whole, first_stage, latent_diffusion, whole_from_config
+from ldm_jax.convert.compvis.whole import (
+    BUFFERS,
+    Whole,
+    first_stage,
+    latent_diffusion,
+    whole_from_config,
+)
+from ldm_jax.convert.tables import flatten, source_shapes, to_ours, to_theirs
+from ldm_jax.errors import ConversionError, TargetError
 from ldm_jax.models.perceptual import VGG16_WIDTHS
 
 from .golden import golden_folder
@@ -62,7 +68,10 @@ SMALL: dict[str, Any] = {
 def arrays(model: Whole) -> dict[str, np.ndarray]:
     """Random arrays under the original's names, constants and duplicates as they have to be."""
     rng = np.random.default_rng(0)
-    params = {path: rng.normal(size=s.shape).astype(np.float32) for path, s in flatten(model.shapes).items()}
+    params = {
+        path: rng.normal(size=s.shape).astype(np.float32)
+        for path, s in flatten(model.shapes).items()
+    }
     tree: dict[str, Any] = {}
     for path, a in params.items():
         node = tree
@@ -76,7 +85,11 @@ def arrays(model: Whole) -> dict[str, np.ndarray]:
 def test_recorded_checkpoints_are_accounted_for(name: str) -> None:
     spec = CASES[name]
     keys = {key: tuple(shape) for key, (shape, _) in spec["ckpt_keys"].items()}
-    options = {"ema": any(key.startswith("model_ema.") for key in keys)} if "unet_config" in spec["kwargs"] else {}
+    options = (
+        {"ema": any(key.startswith("model_ema.") for key in keys)}
+        if "unet_config" in spec["kwargs"]
+        else {}
+    )
     vgg = spec.get("vgg_widths", VGG16_WIDTHS)
     model = whole_from_config(spec["class"], spec["kwargs"], vgg=vgg, **options)
     assert source_shapes(model.table, model.shapes, name) == keys
@@ -89,7 +102,8 @@ def test_round_trip_with_duplicates_averages_and_buffers() -> None:
     assert {"scale_factor", "logvar", "model_ema.decay", "model_ema.num_updates"} <= theirs.keys()
     assert "model_ema.diffusion_modelinput_blocks00weight" in theirs
     assert np.array_equal(
-        theirs["cond_stage_model.quantize.embedding.weight"], theirs["first_stage_model.quantize.embedding.weight"]
+        theirs["cond_stage_model.quantize.embedding.weight"],
+        theirs["first_stage_model.quantize.embedding.weight"],
     )
     ours = to_ours(model.table, theirs, shapes=model.shapes, where="test")
     assert set(ours) == {"unet", "first_stage", "ema", "scale_factor", "logvar"}
@@ -97,7 +111,11 @@ def test_round_trip_with_duplicates_averages_and_buffers() -> None:
     assert back.keys() == theirs.keys()
     assert all(back[name].tobytes() == a.tobytes() for name, a in theirs.items())
 
-    without = {name: a for name, a in theirs.items() if not name.startswith("cond_stage_model.") and name != "betas"}
+    without = {
+        name: a
+        for name, a in theirs.items()
+        if not name.startswith("cond_stage_model.") and name != "betas"
+    }
     to_ours(model.table, without, shapes=model.shapes, where="test")
 
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 import ldm_jax
-from ldm_jax.checkpoint import CheckpointError
-from ldm_jax.conditioning import Hybrid
+from ldm_jax.conditioning.base import Hybrid
+from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer
 from ldm_jax.convert.diffusers import from_diffusers, to_diffusers
 from ldm_jax.convert.diffusers.components import MODULES
 from ldm_jax.diffusion.guidance import predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, time_grid
-from ldm_jax.latent import masked_condition
-from ldm_jax.pipeline import Pipeline
-from ldm_jax.tokenizers import bert_tokenizer, clip_tokenizer
+from ldm_jax.errors import CheckpointError
+from ldm_jax.models.ldm import masked_condition
+from ldm_jax.sampling.pipeline import Pipeline
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -77,7 +77,12 @@ VQ = CODER | {
 }
 BERT = {"max_position_embeddings": 77, "encoder_layers": 2, "d_model": 24, "encoder_ffn_dim": 96}
 BERT |= {"encoder_attention_heads": 2, "head_dim": 8}
-CLIP = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+CLIP = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+}
 
 
 def random(module: Any, seed: int = 0) -> Any:
@@ -159,7 +164,9 @@ def test_autoencoder_kl(middle: bool, tmp_path: Path) -> None:
     posterior = theirs.encode(nchw(x)).latent_dist
     z = nhwc(posterior.mode())
     expected = nhwc(theirs.decode(nchw(z)).sample)
-    both = jax.jit(lambda v, x, z: (module.apply(v, x, method="encode"), module.apply(v, z, method="decode")))
+    both = jax.jit(
+        lambda v, x, z: (module.apply(v, x, method="encode"), module.apply(v, z, method="decode"))
+    )
     ours, pixels = both({"params": params}, x, z)
     same(ours.mode(), z)
     same(ours.logvar, nhwc(posterior.logvar))
@@ -173,7 +180,9 @@ def test_vq_model(tmp_path: Path) -> None:
     module, params, read = converted(theirs, tmp_path / "a")
     z = nhwc(theirs.encode(nchw(x)).latents)
     expected = nhwc(theirs.decode(nchw(z)).sample)
-    both = jax.jit(lambda v, x, z: (module.apply(v, x, method="encode"), module.apply(v, z, method="decode")))
+    both = jax.jit(
+        lambda v, x, z: (module.apply(v, x, method="encode"), module.apply(v, z, method="decode"))
+    )
     latents, pixels = both({"params": params}, x, z)
     same(latents, z)
     same(pixels, expected)
@@ -196,7 +205,12 @@ def test_text_encoders(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ whole pipelines
 
 PROMPTS = ["a red apple", "the quick brown fox, oil on canvas"]
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
 
 
 def of_length_77(tokenizer: Any) -> Any:
@@ -209,7 +223,10 @@ def of_length_77(tokenizer: Any) -> Any:
 def text_to_image(scheduler: Any) -> Any:
     """A LDMTextToImagePipeline, which divides sizes by 8 whatever its first stage does."""
     coder = KL | {"block_out_channels": (32, 32, 32, 32)}
-    coder |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    coder |= {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
     return diffusers.LDMTextToImagePipeline(
         vqvae=random(diffusers.AutoencoderKL(**coder)),
         bert=random(LDMBertModel(LDMBertConfig(**BERT))),
@@ -236,16 +253,29 @@ def stable_diffusion(scheduler: Any) -> Any:
 def unconditional(scheduler: Any) -> Any:
     """A LDMPipeline on VQ codes."""
     unet = diffusers.UNet2DModel(**PLAIN_UNET | {"in_channels": 5, "out_channels": 5})
-    return diffusers.LDMPipeline(vqvae=random(diffusers.VQModel(**VQ)), unet=random(unet), scheduler=scheduler)
+    return diffusers.LDMPipeline(
+        vqvae=random(diffusers.VQModel(**VQ)), unet=random(unet), scheduler=scheduler
+    )
 
 
-def ours(pipe: Pipeline, noise: np.ndarray, prompts: Any, guidance: float, steps: int = 10) -> np.ndarray:
+def ours(
+    pipe: Pipeline, noise: np.ndarray, prompts: Any, guidance: float, steps: int = 10
+) -> np.ndarray:
     """Pixels in [0, 1], by the model's own sampler and grid, from handed-in noise."""
     conditioner = pipe.model.conditioner
-    return run(pipe, noise, conditioner.encode(prompts), conditioner.encode_null(len(prompts)), guidance, steps)
+    return run(
+        pipe,
+        noise,
+        conditioner.encode(prompts),
+        conditioner.encode_null(len(prompts)),
+        guidance,
+        steps,
+    )
 
 
-def run(pipe: Pipeline, noise: np.ndarray, encoded: Any, null: Any, guidance: float, steps: int = 10) -> np.ndarray:
+def run(
+    pipe: Pipeline, noise: np.ndarray, encoded: Any, null: Any, guidance: float, steps: int = 10
+) -> np.ndarray:
     """`ours`, of conditions as the conditioner encodes them."""
     model, chosen = pipe.model, pipe.defaults
     sampler = SAMPLERS[chosen.sampler]
@@ -254,17 +284,28 @@ def run(pipe: Pipeline, noise: np.ndarray, encoded: Any, null: Any, guidance: fl
 
     @jax.jit
     def made(model: Any, x: jax.Array, encoded: Any, null: Any) -> jax.Array:
-        predict = predictor(model.denoiser(encoded, null, guidance), model.schedule, model.objective)
+        predict = predictor(
+            model.denoiser(encoded, null, guidance), model.schedule, model.objective
+        )
         z, _ = sample(
-            sampler, predict, x, nodes, noise=jnp.zeros((nodes.t.shape[0], 1, *x.shape)) if sampler.draws else None
+            sampler,
+            predict,
+            x,
+            nodes,
+            noise=jnp.zeros((nodes.t.shape[0], 1, *x.shape)) if sampler.draws else None,
         )
         return jnp.clip(model.first_stage.decode(z) / 2 + 0.5, 0, 1)
 
     return np.asarray(made(model, noise, encoded, null))
 
 
-ORIGINAL = {"set_alpha_to_one": False, "steps_offset": 1}  # the ends and steps of the original's samplers
-PNDM = {k: v for k, v in SCHEDULE.items() if k != "clip_sample"} | ORIGINAL | {"skip_prk_steps": True}
+ORIGINAL = {
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}  # the ends and steps of the original's samplers
+PNDM = (
+    {k: v for k, v in SCHEDULE.items() if k != "clip_sample"} | ORIGINAL | {"skip_prk_steps": True}
+)
 SCHEDULERS = {
     "ddim": lambda: diffusers.DDIMScheduler(**SCHEDULE, **ORIGINAL),
     "ddim_x0": lambda: diffusers.DDIMScheduler(**SCHEDULE),  # diffusers' own defaults
@@ -286,7 +327,12 @@ def test_pipelines_with_text(build: Any, sampler: str, tmp_path: Path) -> None:
     theirs = build(SCHEDULERS[sampler]())
     theirs.set_progress_bar_config(disable=True)
     noise = normal(2, 8, 8, 4)
-    options = {"num_inference_steps": 10, "guidance_scale": 3.0, "latents": nchw(noise), "output_type": "np"}
+    options = {
+        "num_inference_steps": 10,
+        "guidance_scale": 3.0,
+        "latents": nchw(noise),
+        "output_type": "np",
+    }
     expected = theirs(PROMPTS, **options).images
     theirs.save_pretrained(tmp_path / "pipeline")
     pipe = ldm_jax.load(tmp_path / "pipeline", dtype="float32", devices=1)
@@ -308,7 +354,9 @@ def test_pipelines_with_text(build: Any, sampler: str, tmp_path: Path) -> None:
 def test_unconditional_pipeline(tmp_path: Path) -> None:
     theirs = unconditional(diffusers.DDIMScheduler(**SCHEDULE, prediction_type="v_prediction"))
     theirs.set_progress_bar_config(disable=True)
-    expected = theirs(2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
+    expected = theirs(
+        2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np"
+    ).images
     noise = nhwc(torch.randn(2, 5, 8, 8, generator=torch.Generator().manual_seed(0)))
     theirs.save_pretrained(tmp_path / "pipeline")
     pipe = ldm_jax.load(tmp_path / "pipeline", dtype="float32", devices=1)
@@ -320,7 +368,9 @@ def test_super_resolution_pipeline(tmp_path: Path) -> None:
     coder = diffusers.VQModel(**VQ | {"vq_embed_dim": 3})
     ends = {"set_alpha_to_one": False, "steps_offset": 1}
     scheduler = diffusers.DDIMScheduler(**SCHEDULE, **ends)
-    theirs = diffusers.LDMSuperResolutionPipeline(vqvae=random(coder), unet=random(unet), scheduler=scheduler)
+    theirs = diffusers.LDMSuperResolutionPipeline(
+        vqvae=random(coder), unet=random(unet), scheduler=scheduler
+    )
     theirs.set_progress_bar_config(disable=True)
     small = np.tanh(normal(2, 8, 8, 3))
     options = {"num_inference_steps": 10, "output_type": "np"}
@@ -350,10 +400,17 @@ def test_inpainting_pipeline(tmp_path: Path) -> None:
     noise, picture = normal(2, 8, 8, 4), np.tanh(normal(2, 16, 16, 3, seed=3))
     mask = np.zeros((2, 16, 16, 1), np.float32)
     mask[0, :, 8:] = mask[1, 3:9, 2:13] = 1
-    options = {"num_inference_steps": 10, "guidance_scale": 3.0, "strength": 1.0, "output_type": "np"}
+    options = {
+        "num_inference_steps": 10,
+        "guidance_scale": 3.0,
+        "strength": 1.0,
+        "output_type": "np",
+    }
     options |= {"height": 16, "width": 16, "latents": nchw(noise)}
     expected = theirs(PROMPTS, image=nchw(picture), mask_image=nchw(mask), **options).images
-    without = theirs(PROMPTS, image=nchw(picture), mask_image=nchw(np.ones_like(mask)), **options).images
+    without = theirs(
+        PROMPTS, image=nchw(picture), mask_image=nchw(np.ones_like(mask)), **options
+    ).images
     assert np.abs(without - expected).max() > 0.01
     theirs.save_pretrained(tmp_path / "pipeline")
     pipe = ldm_jax.load(tmp_path / "pipeline", dtype="float32", devices=1)
@@ -361,7 +418,9 @@ def test_inpainting_pipeline(tmp_path: Path) -> None:
     assert isinstance(conditioner, Hybrid)
     joined = masked_condition(model.first_stage, picture, mask, conditioner.joined.of)
     encoded, null = conditioner.text.encode(PROMPTS), conditioner.text.encode_null(2)
-    made = run(pipe, noise, {"text": encoded, "joined": joined}, {"text": null, "joined": joined}, 3.0)
+    made = run(
+        pipe, noise, {"text": encoded, "joined": joined}, {"text": null, "joined": joined}, 3.0
+    )
     assert np.abs(made - expected).max() <= 1e-4
 
     # Through the pipeline itself, from its own noise: the compiled program makes the same of pixels.
@@ -370,9 +429,15 @@ def test_inpainting_pipeline(tmp_path: Path) -> None:
     hole[:, 8:] = 255
     images = pipe(PROMPTS[:1], image=pixels, mask=hole, steps=10, guidance=3.0, seeds=[7])
     options["latents"] = nchw(np.asarray(initial_noise(jax.random.key(7)[None], (8, 8, 4))))
-    image, mask_image = torch.from_numpy(pixels / 127.5 - 1).float(), torch.from_numpy(hole / 255).float()
+    image, mask_image = (
+        torch.from_numpy(pixels / 127.5 - 1).float(),
+        torch.from_numpy(hole / 255).float(),
+    )
     (whole,) = theirs(
-        PROMPTS[:1], image=image.permute(2, 0, 1)[None], mask_image=mask_image[None, None], **options
+        PROMPTS[:1],
+        image=image.permute(2, 0, 1)[None],
+        mask_image=mask_image[None, None],
+        **options,
     ).images
     assert np.abs(images[0, :, 8:] - 255 * whole[:, 8:]).max() <= 1
     assert (images[0, :, :8] == pixels[:, :8]).all()

@@ -10,12 +10,12 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import emoji_class, emoji_inpaint, emoji_layout, emoji_semantic, emoji_sr
-from configs.common import base
-from ldm_jax.train import diffusion_step
+from ldm_jax.configs import emoji_class, emoji_inpaint, emoji_layout, emoji_semantic, emoji_sr
+from ldm_jax.configs.common import base
 from ldm_jax.train.check import check
 from ldm_jax.train.loaders import make_loader
-from ldm_jax.train.tasks import DiffusionTask
+from ldm_jax.train.tasks import diffusion_step
+from ldm_jax.train.tasks.base import DiffusionTask
 
 
 @pytest.fixture
@@ -24,7 +24,13 @@ def folder(tmp_path):
     rows = []
     for i in range(12):
         Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(tmp_path / f"{i:02d}.png")
-        rows.append({"file_name": f"{i:02d}.png", "text": f"number {i}", "kind": "rare" if i == 7 else "usual"})
+        rows.append(
+            {
+                "file_name": f"{i:02d}.png",
+                "text": f"number {i}",
+                "kind": "rare" if i == 7 else "usual",
+            }
+        )
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
@@ -80,7 +86,9 @@ def test_every_fault_is_a_line(folder, tmp_path):
 
 
 def test_classes_and_conditions_are_looked_at(folder, tmp_path):
-    problems = check(config_of(folder, {"kind": "class", "embed_dim": 8}, column="kind"), tmp_path / "a.png")
+    problems = check(
+        config_of(folder, {"kind": "class", "embed_dim": 8}, column="kind"), tmp_path / "a.png"
+    )
     assert problems == ["train: 1 of 2 classes have fewer than 10 pictures (rare)"]
     maps = {"kind": "rescale", "in_channels": 4, "size": (16, 16)}
     for i in range(12):
@@ -111,10 +119,15 @@ def test_check_is_a_command(script, folder, tmp_path):
     (folder / "05.png").write_bytes(b"")
     ran = script("ldm_jax/data/__main__.py", "check", config, f"--out={tmp_path / 'sheet.png'}")
     assert ran.status == 1
-    assert ran.lines[-1] == "problem: train: 1 of 12 pictures cannot be read and are skipped (05.png: empty file)"
+    assert (
+        ran.lines[-1]
+        == "problem: train: 1 of 12 pictures cannot be read and are skipped (05.png: empty file)"
+    )
 
 
-@pytest.mark.parametrize("module", [emoji_class, emoji_inpaint, emoji_sr, emoji_semantic, emoji_layout])
+@pytest.mark.parametrize(
+    "module", [emoji_class, emoji_inpaint, emoji_sr, emoji_semantic, emoji_layout]
+)
 def test_configs_fit_their_data(module):
     """Shapes alone: what the data give is what the model takes."""
     config = module.get_config("smoke")

@@ -10,20 +10,22 @@ from conftest import KL, SMALL, random_params
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs.common import base
-from ldm_jax.checkpoint import load_model, save_model
-from ldm_jax.conditioning import CONDITIONERS, Hybrid
-from ldm_jax.data import DataError
-from ldm_jax.latent import ConfigError, build_first_stage
+from ldm_jax.conditioning.base import CONDITIONERS, Hybrid
+from ldm_jax.conditioning.training import load_frozen
+from ldm_jax.configs.common import base
+from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.errors import ConfigError, DataError
+from ldm_jax.io.checkpoint import load_model, save_model
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.parallel import make_mesh
-from ldm_jax.train import diffusion_step, loop, tasks
+from ldm_jax.models.ldm import build_first_stage
+from ldm_jax.train import loop
 from ldm_jax.train.check import check
-from ldm_jax.train.conditions import load_frozen
 from ldm_jax.train.encode import check_cache, encode
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
-from ldm_jax.train.tasks import DiffusionTask
+from ldm_jax.train.tasks import base as tasks
+from ldm_jax.train.tasks import diffusion_step
+from ldm_jax.train.tasks.base import DiffusionTask
 
 NAMES = ("circle", "square", "star")
 BERT = {**SMALL["conditioner"], "vocab_size": 1100}
@@ -33,21 +35,40 @@ KINDS = {
     "text": (BERT, {}, 0, 12),
     "class": ({"kind": "class", "embed_dim": 16}, {"column": "shape"}, 0, 1),
     "masked": ({"kind": "joined", "of": "masked", "channels": 5, "size": (8, 8)}, {}, 5, None),
-    "filled": ({"kind": "joined", "of": "masked_filled", "channels": 5, "size": (8, 8)}, {}, 5, None),
+    "filled": (
+        {"kind": "joined", "of": "masked_filled", "channels": 5, "size": (8, 8)},
+        {},
+        5,
+        None,
+    ),
     "hybrid": (
-        {"kind": "hybrid", "text": BERT, "joined": {"of": "masked_sd", "channels": 5, "size": (8, 8)}},
+        {
+            "kind": "hybrid",
+            "text": BERT,
+            "joined": {"of": "masked_sd", "channels": 5, "size": (8, 8)},
+        },
         {},
         5,
         12,
     ),
-    "picture": ({"kind": "joined", "channels": 3, "size": (8, 8)}, {"kinds": ("bicubic", "bsr_light")}, 3, None),
+    "picture": (
+        {"kind": "joined", "channels": 3, "size": (8, 8)},
+        {"kinds": ("bicubic", "bsr_light")},
+        3,
+        None,
+    ),
     "map": (
         {"kind": "rescale", "in_channels": 5, "out_channels": 2, "size": (16, 16)},
         {"column": "map"},
         2,
         None,
     ),
-    "layout": ({**BERT, "kind": "tokens", "max_seq_len": 8, "vocab_size": 64}, {"column": "boxes"}, 0, 8),
+    "layout": (
+        {**BERT, "kind": "tokens", "max_seq_len": 8, "vocab_size": 64},
+        {"column": "boxes"},
+        0,
+        8,
+    ),
     "vectors": ({"kind": "embeddings", "dim": 16, "count": 2}, {"column": "vectors"}, 0, 2),
 }
 
@@ -64,10 +85,19 @@ def data(tmp_path_factory):
     (folder / "maps").mkdir()
     rows = []
     for i in range(12):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(folder / f"{i:02d}.png")
-        Image.fromarray(rng.integers(0, 5, (16, 16)).astype(np.uint8)).save(folder / "maps" / f"{i:02d}.png")
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(
+            folder / f"{i:02d}.png"
+        )
+        Image.fromarray(rng.integers(0, 5, (16, 16)).astype(np.uint8)).save(
+            folder / "maps" / f"{i:02d}.png"
+        )
         boxes = [{"label": NAMES[i % 3], "box": [0.25, 0.5, 0.25, 0.25]}]
-        columns = {"shape": NAMES[i % 3], "map": f"maps/{i:02d}.png", "boxes": boxes, "number": i % 3}
+        columns = {
+            "shape": NAMES[i % 3],
+            "map": f"maps/{i:02d}.png",
+            "boxes": boxes,
+            "number": i % 3,
+        }
         columns["vectors"] = np.full((2 + i % 2, 16), float(i)).tolist()
         rows.append({"file_name": f"{i:02d}.png", "text": f"{i % 10}", **columns})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -78,8 +108,12 @@ def data(tmp_path_factory):
 def first_stage(tmp_path_factory):
     """The model directory of a first stage that halves pictures."""
     path = tmp_path_factory.mktemp("first_stage") / "model"
-    shapes = jax.eval_shape(lambda: init_autoencoder(build_first_stage({"first_stage": KL}), jax.random.key(0)))
-    save_model(path, {"kind": "first_stage", "first_stage": KL}, {"first_stage": random_params(shapes, 1)})
+    shapes = jax.eval_shape(
+        lambda: init_autoencoder(build_first_stage({"first_stage": KL}), jax.random.key(0))
+    )
+    save_model(
+        path, {"kind": "first_stage", "first_stage": KL}, {"first_stage": random_params(shapes, 1)}
+    )
     return path
 
 
@@ -90,13 +124,25 @@ def make(data, first_stage):
     def config_of(kind: str) -> ConfigDict:
         conditioner, condition, joined, context = KINDS[kind]
         config = base("diffusion")
-        config.update(steps=2, batch_size=8, ema=0.9, save_every=1, eval_every=1000, eval_batches=1, preview_every=2)
+        config.update(
+            steps=2,
+            batch_size=8,
+            ema=0.9,
+            save_every=1,
+            eval_every=1000,
+            eval_batches=1,
+            preview_every=2,
+        )
         config.scale_factor_batches = 1
         config.data.update(path=str(data), size=(16, 16), condition=ConfigDict(condition))
         if kind == "map":
             config.data.files = ("map",)
         config.loss.caption_dropout = 0.3
-        config.model.update(objective="v", schedule=ConfigDict(SMALL["schedule"]), conditioner=ConfigDict(conditioner))
+        config.model.update(
+            objective="v",
+            schedule=ConfigDict(SMALL["schedule"]),
+            conditioner=ConfigDict(conditioner),
+        )
         config.model.unet = ConfigDict(SMALL["unet"])
         config.model.unet.in_channels = 4 + joined
         if context is None:
@@ -109,7 +155,9 @@ def make(data, first_stage):
 
 
 def test_every_kind_of_conditioner_is_here():
-    assert {c["kind"] for c, *_ in KINDS.values()} == set(CONDITIONERS) - {"clip"}  # text, like bert
+    assert {c["kind"] for c, *_ in KINDS.values()} == set(CONDITIONERS) - {
+        "clip"
+    }  # text, like bert
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,13 +180,21 @@ def test_a_step_of_every_kind(make, kind, monkeypatch):
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     _, _, joined, context = KINDS[kind]
     assert seen[0].concat is None if not joined else seen[0].concat.shape == (8, 8, 8, joined)
-    assert seen[0].crossattn is None if context is None else seen[0].crossattn.shape == (8, context, 16)
+    assert (
+        seen[0].crossattn is None
+        if context is None
+        else seen[0].crossattn.shape == (8, context, 16)
+    )
 
 
 def test_a_run_of_classes_ends_in_a_model_that_knows_their_names(make, tmp_path, no_preview):
     saved, params = load_model(train(make("class"), tmp_path / "run"))
     assert saved["classes"] == sorted(NAMES)
-    assert saved["conditioner"] == {"kind": "class", "embed_dim": 16, "n_classes": 4}  # the last is the null class
+    assert saved["conditioner"] == {
+        "kind": "class",
+        "embed_dim": 16,
+        "n_classes": 4,
+    }  # the last is the null class
     assert params["conditioner"]["embedding"]["embedding"].shape == (4, 16)
 
 
@@ -152,7 +208,9 @@ def test_a_model_learns_another_condition(make, tmp_path, no_preview):
     config.model.unet.update(in_channels=4 + KINDS["masked"][2], context_dim=None)
     config.update(init=str(tmp_path / "text/model"), steps=1)
     config.optim.lr = 0.0
-    with pytest.raises(ConfigError, match=r"init: .*/model has .* more that do not fit: .* with init_strict=False"):
+    with pytest.raises(
+        ConfigError, match=r"init: .*/model has .* more that do not fit: .* with init_strict=False"
+    ):
         train(config, tmp_path / "masked")
     config.init_strict = False
     _, after = load_model(train(config, tmp_path / "masked"))
@@ -160,7 +218,11 @@ def test_a_model_learns_another_condition(make, tmp_path, no_preview):
     np.testing.assert_array_equal(first["kernel"][:, :, :4], was["kernel"])
     assert not first["kernel"][:, :, 4:].any()
     paths = dict(jax.tree.leaves_with_path(before["unet"]))
-    fresh = [path for path, leaf in jax.tree.leaves_with_path(after["unet"]) if not np.array_equal(leaf, paths[path])]
+    fresh = [
+        path
+        for path, leaf in jax.tree.leaves_with_path(after["unet"])
+        if not np.array_equal(leaf, paths[path])
+    ]
     assert {jax.tree_util.keystr(path[-2:], simple=True, separator="/") for path in fresh} == {
         "to_k/kernel",
         "to_v/kernel",
@@ -200,7 +262,10 @@ def test_text_beside_a_masked_picture_is_dropped_alone(make, monkeypatch):
     config = make("hybrid")
     config.loss.caption_dropout = 1.0
     task, told = DiffusionTask(config), []
-    batch, params = task.host_batch(next(make_loader(config, "train").iterate())), task.init(jax.random.key(0))
+    batch, params = (
+        task.host_batch(next(make_loader(config, "train").iterate())),
+        task.init(jax.random.key(0)),
+    )
     call = Hybrid.__call__
 
     def spy(self, params, encoded, **options):
@@ -211,21 +276,36 @@ def test_text_beside_a_masked_picture_is_dropped_alone(make, monkeypatch):
     loss = diffusion_step.make_loss(task.model, config.loss, 0)
     for training in (True, False):
         loss(params, task.frozen, batch, jnp.int32(0), train=training)
-    np.testing.assert_array_equal(told[0]["text"], np.broadcast_to(task.conditions.null(), told[0]["text"].shape))
+    np.testing.assert_array_equal(
+        told[0]["text"], np.broadcast_to(task.conditions.null(), told[0]["text"].shape)
+    )
     np.testing.assert_array_equal(told[1]["text"], batch["encoded"]["text"])
     for encoded in told:
-        np.testing.assert_array_equal(encoded["joined"][..., 0], batch["encoded"]["joined"][:, ::2, ::2, 0])
+        np.testing.assert_array_equal(
+            encoded["joined"][..., 0], batch["encoded"]["joined"][:, ::2, ::2, 0]
+        )
 
 
 def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
     """What is on it; traced and not compiled."""
     stage = {**KL, "kind": "vq", "n_embed": 12}
-    shapes = jax.eval_shape(lambda: init_autoencoder(build_first_stage({"first_stage": stage}), jax.random.key(0)))
-    save_model(tmp_path, {"kind": "first_stage", "first_stage": stage}, {"first_stage": random_params(shapes, 1)})
+    shapes = jax.eval_shape(
+        lambda: init_autoencoder(build_first_stage({"first_stage": stage}), jax.random.key(0))
+    )
+    save_model(
+        tmp_path,
+        {"kind": "first_stage", "first_stage": stage},
+        {"first_stage": random_params(shapes, 1)},
+    )
     config = make("text")
     config.model.first_stage.path = str(tmp_path)
     config.preview_captions = ("1", "2", "3")
-    task, forms, compiled, shades = DiffusionTask(config), [], tasks._preview, iter(range(50, 250, 50))
+    task, forms, compiled, shades = (
+        DiffusionTask(config),
+        [],
+        tasks._preview,
+        iter(range(50, 250, 50)),
+    )
 
     def traced(*args):
         *arrays, form = args
@@ -246,14 +326,22 @@ def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
     np.testing.assert_array_equal(kept[:, 2:18], 255 - raw["image"][0])
     assert (quantized[:, 2:18] == 100).all()
     assert (way[:, -18:-2] == 50).all()  # eight of its ten steps
-    assert [(form.quantize, form.progress) for form in forms] == [(False, (0, 1, 3, 4, 5, 6, 8, 9)), (True, ())]
+    assert [(form.quantize, form.progress) for form in forms] == [
+        (False, (0, 1, 3, 4, 5, 6, 8, 9)),
+        (True, ()),
+    ]
 
 
 def test_a_frozen_text_beside_masked_pictures_is_that_of_another_model(make, tmp_path):
-    made = {"unet": {}, "conditioner": jax.jit(DiffusionTask(make("text")).init)(jax.random.key(7))["conditioner"]}
+    made = {
+        "unet": {},
+        "conditioner": jax.jit(DiffusionTask(make("text")).init)(jax.random.key(7))["conditioner"],
+    }
     save_model(tmp_path / "text", {"kind": "latent_diffusion", "conditioner": dict(BERT)}, made)
     config = make("hybrid")
-    config.model.conditioner.text = ConfigDict({"kind": "bert", "path": str(tmp_path / "text"), "frozen": True})
+    config.model.conditioner.text = ConfigDict(
+        {"kind": "bert", "path": str(tmp_path / "text"), "frozen": True}
+    )
     assert check(config, tmp_path / "sheet.png") == []
     task = DiffusionTask(config)
     assert set(jax.eval_shape(task.init, jax.random.key(0))) == {"unet"}
@@ -267,20 +355,31 @@ def test_a_frozen_text_beside_masked_pictures_is_that_of_another_model(make, tmp
 
 def test_a_frozen_conditioner_is_read_and_kept_but_not_trained(make, tmp_path, no_preview):
     config = make("text")
-    made = {"unet": {}, "conditioner": jax.jit(DiffusionTask(config).init)(jax.random.key(7))["conditioner"]}
+    made = {
+        "unet": {},
+        "conditioner": jax.jit(DiffusionTask(config).init)(jax.random.key(7))["conditioner"],
+    }
     save_model(tmp_path / "text", {"kind": "latent_diffusion", "conditioner": dict(BERT)}, made)
-    config.model.conditioner = ConfigDict({"kind": "bert", "path": str(tmp_path / "text"), "frozen": True})
+    config.model.conditioner = ConfigDict(
+        {"kind": "bert", "path": str(tmp_path / "text"), "frozen": True}
+    )
     task = DiffusionTask(config)
     assert set(jax.eval_shape(task.init, jax.random.key(0))) == {"unet"}
     assert task.model_config["conditioner"] == BERT  # whole, and without a word of training
     saved, params = load_model(train(config, tmp_path / "run"))
-    for a, b in zip(jax.tree.leaves(params["conditioner"]), jax.tree.leaves(made["conditioner"]), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(params["conditioner"]), jax.tree.leaves(made["conditioner"]), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     assert saved["conditioner"]["kind"] == "bert"
 
 
 def test_frozen_conditioners_that_are_not_said_well(tmp_path):
-    save_model(tmp_path / "kl", {"kind": "first_stage", "conditioner": {"kind": "bert", "dim": 8}}, {"x": np.ones(1)})
+    save_model(
+        tmp_path / "kl",
+        {"kind": "first_stage", "conditioner": {"kind": "bert", "dim": 8}},
+        {"x": np.ones(1)},
+    )
     for wrong, message in [
         ({"frozen": True}, "give the model directory"),
         ({"path": "x"}, r"set model.conditioner.frozen too"),
@@ -288,7 +387,11 @@ def test_frozen_conditioners_that_are_not_said_well(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             load_frozen({"kind": "bert", **wrong})
-    save_model(tmp_path / "b", {"conditioner": {"kind": "bert", "dim": 8}}, {"conditioner": {"x": np.ones(1)}})
+    save_model(
+        tmp_path / "b",
+        {"conditioner": {"kind": "bert", "dim": 8}},
+        {"conditioner": {"x": np.ones(1)}},
+    )
     with pytest.raises(ConfigError, match=r"conditioner.dim is not that of .*b, 8: leave it out"):
         load_frozen({"kind": "bert", "dim": 9, "path": str(tmp_path / "b"), "frozen": True})
     assert load_frozen({"kind": "bert", "dim": 8}) is None
@@ -313,14 +416,38 @@ def test_frozen_conditioners_that_are_not_said_well(tmp_path):
         ("text", {"data.condition.column": "shape"}, "kind 'bert' takes none"),
         ("masked", {"data.condition.column": "shape"}, "field 'column' does not exist"),
         ("layout", {"data.condition.column": "shape"}, "is no box"),
-        ("hybrid", {"model.conditioner.joined.of": "picture"}, "joined.of must be 'masked', 'masked_sd' or"),
-        ("hybrid", {"model.conditioner.joined.size": (4, 4)}, r"model.conditioner.joined.size is \(4, 4\)"),
-        ("hybrid", {"model.conditioner.text.frozen": True}, "give the model directory that its parameters come from"),
+        (
+            "hybrid",
+            {"model.conditioner.joined.of": "picture"},
+            "joined.of must be 'masked', 'masked_sd' or",
+        ),
+        (
+            "hybrid",
+            {"model.conditioner.joined.size": (4, 4)},
+            r"model.conditioner.joined.size is \(4, 4\)",
+        ),
+        (
+            "hybrid",
+            {"model.conditioner.text.frozen": True},
+            "give the model directory that its parameters come from",
+        ),
         ("vectors", {"model.conditioner.count": 0}, "dim 16 and count 0 must be at least 1"),
-        ("class", {"data.condition.column": "number"}, "n_classes is missing: the classes have no names"),
-        ("class", {"model.conditioner.n_classes": 3}, "there are 3 classes, and loss.caption_dropout needs one more"),
+        (
+            "class",
+            {"data.condition.column": "number"},
+            "n_classes is missing: the classes have no names",
+        ),
+        (
+            "class",
+            {"model.conditioner.n_classes": 3},
+            "there are 3 classes, and loss.caption_dropout needs one more",
+        ),
         ("class", {"data.cache": "x", "data.condition.column": "colour"}, "no column 'colour'"),
-        ("text", {"model.schedule.zero_terminal_snr": True, "model.objective": "eps"}, "set model.objective='v'"),
+        (
+            "text",
+            {"model.schedule.zero_terminal_snr": True, "model.objective": "eps"},
+            "set model.objective='v'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(make, kind, changes, message):
@@ -362,7 +489,9 @@ def test_classes_are_cached_and_masks_cannot_be(make, tmp_path):
     batch = DiffusionTask(config).host_batch(latents)
     np.testing.assert_array_equal(batch["encoded"], pictures["condition"])
     config.model.classes = ("star", "circle", "square")
-    with pytest.raises(DataError, match=r"made with model.classes=\['circle', 'square', 'star'\], not \['star'"):
+    with pytest.raises(
+        DataError, match=r"made with model.classes=\['circle', 'square', 'star'\], not \['star'"
+    ):
         check_cache(config, DiffusionTask(config))
     config = make("masked")
     config.data.cache = "somewhere"
@@ -380,7 +509,9 @@ def test_vectors_are_cached_and_dropped_for_zeros(make, tmp_path):
     check_cache(config, DiffusionTask(config))
     latents = next(make_loader(config, "train").iterate())
     np.testing.assert_array_equal(latents["condition"], pictures["condition"])
-    np.testing.assert_array_equal(DiffusionTask(config).host_batch(latents)["encoded"], pictures["condition"])
+    np.testing.assert_array_equal(
+        DiffusionTask(config).host_batch(latents)["encoded"], pictures["condition"]
+    )
     config.model.conditioner.count = 1
     with pytest.raises(DataError, match=r"made with vectors=\[2, 16\], not \[1, 16\]"):
         check_cache(config, DiffusionTask(config))
@@ -398,10 +529,16 @@ def test_offset_noise_moves_whole_channels(make, monkeypatch):
     """Seen where the noise arrives."""
     task = DiffusionTask(make("none"))
     seen = []
-    monkeypatch.setattr(diffusion_step, "q_sample", lambda s, z, t, noise: (seen.append(np.asarray(noise)), z)[1])
+    monkeypatch.setattr(
+        diffusion_step, "q_sample", lambda s, z, t, noise: (seen.append(np.asarray(noise)), z)[1]
+    )
     monkeypatch.setattr(type(task.model), "apply", lambda self, p, x, *_, **__: x)
     n = 600
-    batch = {"moments": np.zeros((n, 8, 8, 8), np.float32), "row": np.arange(n, dtype=np.int32), "encoded": None}
+    batch = {
+        "moments": np.zeros((n, 8, 8, 8), np.float32),
+        "row": np.arange(n, dtype=np.int32),
+        "encoded": None,
+    }
     for offset in (0.0, 0.5):
         config = base("diffusion").loss
         config.offset_noise = offset

@@ -11,16 +11,17 @@ import pytest
 from conftest import SMALL_KL, random_params, worst
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs.common import base
-from ldm_jax.latent import build_first_stage
+from ldm_jax.configs.common import base
+from ldm_jax.distributed.parallel import compile_step, make_mesh
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.discriminator import PatchDiscriminator
-from ldm_jax.parallel import compile_step, make_mesh
-from ldm_jax.train import adversarial, autoencoder_step, tasks
-from ldm_jax.train.adversarial import Adversary, generator_gradients, make_nll
-from ldm_jax.train.begin import adopted
-from ldm_jax.train.codebook import USED, enough, restart_codes, spread, used
+from ldm_jax.models.ldm import build_first_stage
+from ldm_jax.train.initial import adopted
 from ldm_jax.train.state import TrainState, create_state
+from ldm_jax.train.tasks import adversarial, autoencoder_step
+from ldm_jax.train.tasks import base as tasks
+from ldm_jax.train.tasks.adversarial import Adversary, generator_gradients, make_nll
+from ldm_jax.train.tasks.codebook import USED, enough, restart_codes, spread, used
 
 VQ = {**SMALL_KL, "kind": "vq", "n_embed": 12, "quantizer": "ema"}
 
@@ -117,14 +118,27 @@ def test_the_temperature_falls_by_half_a_cosine():
 @pytest.mark.parametrize("name", ["emoji_kl", "emoji_vq", "photos_kl_gan", "photos_vq_gan"])
 def test_every_config_builds_and_those_of_the_original_have_no_guards(name):
     get_config = import_module(f"configs.{name}").get_config
-    for variant in ("", "smoke", *(["parity", "small", "small_parity"] if "photos" in name else [])):
+    for variant in (
+        "",
+        "smoke",
+        *(["parity", "small", "small_parity"] if "photos" in name else []),
+    ):
         config = get_config(variant)
         task = tasks.AutoencoderTask(config)
         assert (task.adversary is None) == (name == "emoji_kl")
         if variant.endswith("parity"):
             assert task.adversary is not None
-            assert (config.updates, task.most_rollbacks, config.loss.restart_codes) == ("parity", 0, False)
-            assert (task.adversary.ramp, task.adversary.cap, config.adversary.alarm, config.guard.rise) == (0, 0, 0, 0)
+            assert (config.updates, task.most_rollbacks, config.loss.restart_codes) == (
+                "parity",
+                0,
+                False,
+            )
+            assert (
+                task.adversary.ramp,
+                task.adversary.cap,
+                config.adversary.alarm,
+                config.guard.rise,
+            ) == (0, 0, 0, 0)
         elif task.adversary is not None:
             assert task.most_rollbacks > 0 < task.adversary.cap
             assert config.adversary.start + task.adversary.ramp <= config.steps  # it is reached
@@ -139,16 +153,23 @@ def test_dead_codes_start_again_on_encodings_of_the_batch():
     rng = np.random.default_rng(0)
     codes, average = rng.standard_normal((2, 6, 3)).astype(np.float32)
     state = TrainState(
-        jnp.int32(5), {"quantize": {"embedding": codes}}, {"quantize": {"embedding": average}}, opt_state=None
+        jnp.int32(5),
+        {"quantize": {"embedding": codes}},
+        {"quantize": {"embedding": average}},
+        opt_state=None,
     )
     usage = jnp.array([1.0, 0.0, 0.5, USED / 2, 0.0, 2.0])
-    candidates = rng.standard_normal((2, 1, 3)).astype(np.float32)  # two encodings for three dead codes
+    candidates = rng.standard_normal((2, 1, 3)).astype(
+        np.float32
+    )  # two encodings for three dead codes
     state, extra, count = restart_codes(state, {"usage": usage}, candidates, jax.random.key(0))
     assert int(count) == 2
     for found, before in ((state.params, codes), (state.ema, average)):
         found = np.asarray(found["quantize"]["embedding"])
         np.testing.assert_array_equal(found[[0, 2, 4, 5]], before[[0, 2, 4, 5]])
-        np.testing.assert_array_equal(np.sort(found[[1, 3]], axis=0), np.sort(candidates[:, 0], axis=0))
+        np.testing.assert_array_equal(
+            np.sort(found[[1, 3]], axis=0), np.sort(candidates[:, 0], axis=0)
+        )
     np.testing.assert_allclose(extra["usage"], [1.0, 1.0, 0.5, 1.0, 0.0, 2.0])
 
 
@@ -175,7 +196,9 @@ def test_new_codes_start_on_encodings_of_the_first_batch_and_trained_ones_stay()
     step = jax.jit(autoencoder_step.make_step(module, tx, config, seed=0, ema=0.9, parts=2))
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     batch = {"image": images, "row": np.arange(4, dtype=np.int32)}
-    new = jax.device_put(create_state(params, tx, True, autoencoder_step.make_extra(module, key, new_codes=True)))
+    new = jax.device_put(
+        create_state(params, tx, True, autoencoder_step.make_extra(module, key, new_codes=True))
+    )
     begun, metrics = step(new, {}, batch)
     codes, before = begun.params["quantize"]["embedding"], params["quantize"]["embedding"]
     moved = np.flatnonzero((np.asarray(codes) != before).any(1))
@@ -211,24 +234,50 @@ def make_setup(fields, *, fused=True, actnorm=False, loss="hinge", **changes) ->
         params["logvar"] = np.float32(0.1)
     # Not Adam: it divides by the gradient's size, so that where this is nearly zero rounding decides the sign of a whole step.
     tx, disc_tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.02)), optax.sgd(0.1)
-    adversary = Adversary(PatchDiscriminator(ndf=4, n_layers=1, use_actnorm=actnorm), loss=loss, start=1, weight=0.5)
+    adversary = Adversary(
+        PatchDiscriminator(ndf=4, n_layers=1, use_actnorm=actnorm), loss=loss, start=1, weight=0.5
+    )
     extra = jax.jit(
-        lambda key: autoencoder_step.make_extra(module, key, adversary=adversary, disc_tx=disc_tx, guard=True)
+        lambda key: autoencoder_step.make_extra(
+            module, key, adversary=adversary, disc_tx=disc_tx, guard=True
+        )
     )(key)
     if "usage" in extra:
-        extra["usage"] = extra["usage"].at[3].set(USED / 2)  # dead after this step, unless it is chosen
+        extra["usage"] = (
+            extra["usage"].at[3].set(USED / 2)
+        )  # dead after this step, unless it is chosen
     step = autoencoder_step.make_step(
-        module, tx, config, seed=0, ema=0.9, parts=1, adversary=adversary, disc_tx=disc_tx, fused=fused
+        module,
+        tx,
+        config,
+        seed=0,
+        ema=0.9,
+        parts=1,
+        adversary=adversary,
+        disc_tx=disc_tx,
+        fused=fused,
     )
     images = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
     batch = {"image": images, "row": np.arange(8, dtype=np.int32)}
-    return Setup(step=step, state=create_state(params, tx, True, extra), batch=batch, module=module, config=config)
+    return Setup(
+        step=step,
+        state=create_state(params, tx, True, extra),
+        batch=batch,
+        module=module,
+        config=config,
+    )
 
 
 SETUPS = {
     "vq": lambda: make_setup(VQ, restart_codes=True),
     "kl": lambda: make_setup(
-        SMALL_KL, fused=False, actnorm=True, loss="vanilla", kind="l2", kl_weight=1e-3, learn_logvar=True
+        SMALL_KL,
+        fused=False,
+        actnorm=True,
+        loss="vanilla",
+        kind="l2",
+        kl_weight=1e-3,
+        learn_logvar=True,
     ),
 }
 
@@ -290,7 +339,10 @@ def test_both_networks_learn_and_what_is_not_a_parameter_moves_with_them(on_one_
     # Batch normalisation saw what was made and what is real once each a step; updates="parity" judges what was made twice.
     stats = on_one_device["vq"][1].extra["discriminator"]["batch_stats"]["norm_1"]
     assert int(stats["count"]) == 2 * 3
-    assert int(on_one_device["kl"][1].extra["discriminator"]["batch_stats"]["norm_1"]["initialized"]) == 1
+    assert (
+        int(on_one_device["kl"][1].extra["discriminator"]["batch_stats"]["norm_1"]["initialized"])
+        == 1
+    )
     # The dead code was put on an encoding, in the codebook and its averages alike.
     assert float(on_one_device["vq"][2][0]["restarted"]) == 1.0
     assert float(on_one_device["kl"][1].params["logvar"]) != pytest.approx(0.1)
@@ -305,7 +357,9 @@ def test_activation_normalisation_is_fitted_to_what_was_made_first(on_one_device
         np.random.default_rng(0).standard_normal((8, 8, 8, 3)).astype(np.float32),
     )
     again = adversarial.fitted(
-        PatchDiscriminator(ndf=4, n_layers=1, use_actnorm=True), fitted, np.zeros((8, 8, 8, 3), np.float32)
+        PatchDiscriminator(ndf=4, n_layers=1, use_actnorm=True),
+        fitted,
+        np.zeros((8, 8, 8, 3), np.float32),
     )
     assert worst(fitted["params"], disc["params"]) > 1e-2
     assert worst(again, fitted) == 0.0
@@ -315,7 +369,16 @@ def test_the_fused_update_moves_the_autoencoder_as_the_original_does(on_one_devi
     """Its own update is the same; only what the discriminator then sees differs."""
     expected = on_one_device["vq"][2]
     other, metrics = run_steps(make_setup(VQ, fused=False, restart_codes=False), 1, "jit", 1)
-    for key in ("loss", "nll_loss", "quant_loss", "d_weight", "g_loss", "grad_norm", "perplexity", "cluster_usage"):
+    for key in (
+        "loss",
+        "nll_loss",
+        "quant_loss",
+        "d_weight",
+        "g_loss",
+        "grad_norm",
+        "perplexity",
+        "cluster_usage",
+    ):
         np.testing.assert_allclose(metrics[0][key], expected[0][key], rtol=1e-5, err_msg=key)
     stats = other.extra["discriminator"]["batch_stats"]["norm_1"]
     assert int(stats["count"]) == 3
@@ -332,14 +395,20 @@ def test_codes_that_are_parameters_are_trained(quantizer, codes):
     config = base("autoencoder").loss
     params = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
     state = create_state(params, tx, True, autoencoder_step.make_extra(module, key))
-    step = jax.jit(autoencoder_step.make_step(module, tx, config, seed=0, ema=0.9, parts=2 if quantizer == "vq" else 1))
+    step = jax.jit(
+        autoencoder_step.make_step(
+            module, tx, config, seed=0, ema=0.9, parts=2 if quantizer == "vq" else 1
+        )
+    )
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     batch = {"image": images, "row": np.arange(4, dtype=np.int32)}
     after, metrics = step(state, {}, batch)
     assert worst(after.params["quantize"][codes], params["quantize"][codes]) > 1e-6
     assert float(metrics["quant_loss"]) > 0
     assert 1 <= float(metrics["perplexity"]) <= 12
-    found = jax.eval_shape(lambda: autoencoder_step.evaluate(module, config, None, {"params": after.ema}, {}, batch))
+    found = jax.eval_shape(
+        lambda: autoencoder_step.evaluate(module, config, None, {"params": after.ema}, {}, batch)
+    )
     assert {"loss", "psnr", "quant_loss", "perplexity", "cluster_usage"} <= found.keys()
 
 

@@ -6,13 +6,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_loop import first_stage, make_config, metrics, pictures  # noqa: F401  (fixtures)
+from test_loop import first_stage, make_config, metrics, pictures  # noqa: F401
 
-from ldm_jax.checkpoint import load_model, save_model
-from ldm_jax.data import DataError, LatentSource
+from ldm_jax.data import LatentSource
 from ldm_jax.data import latents as cache_format
-from ldm_jax.latent import ConfigError
-from ldm_jax.parallel import make_mesh
+from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.errors import ConfigError, DataError
+from ldm_jax.io.checkpoint import load_model, save_model
 from ldm_jax.train import encode as encoding
 from ldm_jax.train import loop
 from ldm_jax.train.encode import encode
@@ -42,7 +42,11 @@ def config(pictures, first_stage):  # noqa: F811
 def encoded(pictures, first_stage, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "BATCH", 8)
-        return encode(run_of(pictures, first_stage), tmp_path_factory.mktemp("encoded") / "cache", shard_size=8)
+        return encode(
+            run_of(pictures, first_stage),
+            tmp_path_factory.mktemp("encoded") / "cache",
+            shard_size=8,
+        )
 
 
 @pytest.fixture
@@ -69,7 +73,10 @@ def test_training_from_the_cache_is_training_from_pictures(config, cache, tmp_pa
 
 
 def test_batches_are_those_of_the_pictures(config, cache):
-    pictures_, latents = make_loader(config, "train"), make_loader(with_cache(config, cache), "train")
+    pictures_, latents = (
+        make_loader(config, "train"),
+        make_loader(with_cache(config, cache), "train"),
+    )
     for step in (0, 1, 7):
         a, b = next(pictures_.iterate(step)), next(latents.iterate(step))
         np.testing.assert_array_equal(a["index"], b["index"])
@@ -80,7 +87,12 @@ def test_batches_are_those_of_the_pictures(config, cache):
     assert np.abs(sides[0] - sides[1]).max() > 1e-3
 
 
-def test_the_last_batch_and_pictures_that_cannot_be_read_are_marked(config, pictures, cache, tmp_path):  # noqa: F811
+def test_the_last_batch_and_pictures_that_cannot_be_read_are_marked(
+    config,
+    pictures,
+    cache,
+    tmp_path,  # noqa: F811
+):
     latents = make_loader(with_cache(config, cache), "validation")
     count = latents.count
     valid = np.concatenate([batch["valid"] for batch in latents.batches()])
@@ -119,7 +131,9 @@ def test_an_encode_that_was_stopped_goes_on(config, cache, tmp_path, monkeypatch
         make_loader(with_cache(config, stopped), "train")
 
     seen = []
-    monkeypatch.setattr(encoding, "write_shard", lambda f, r, i: (seen.append(f.name), write(f, r, i)))
+    monkeypatch.setattr(
+        encoding, "write_shard", lambda f, r, i: (seen.append(f.name), write(f, r, i))
+    )
     encode(config, stopped, shard_size=8)
     assert sorted([*written, *seen]) == shards
     for part in ("train", "validation"):
@@ -132,7 +146,9 @@ def test_a_truncated_shard_is_named_and_made_again(config, cache):
     shard = sorted(cache.glob("train-*"))[0]
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=rf"1 of \d shards .*first: {shard.name}.*run the encode command again"):
+    with pytest.raises(
+        DataError, match=rf"1 of \d shards .*first: {shard.name}.*run the encode command again"
+    ):
         make_loader(with_cache(config, cache), "train")
     encode(config, cache, shard_size=8)
     make_loader(with_cache(config, cache), "train")
@@ -168,7 +184,10 @@ def test_what_cannot_be_cached_is_said_at_once(config, pictures, first_stage, tm
     with pytest.raises(ConfigError, match="multiple of 8, not 12"):
         encode(config, tmp_path / "cache", shard_size=12)
     with pytest.raises(ConfigError, match="only a diffusion stage"):
-        train(with_cache(make_config("autoencoder", pictures, first_stage), tmp_path), tmp_path / "run")
+        train(
+            with_cache(make_config("autoencoder", pictures, first_stage), tmp_path),
+            tmp_path / "run",
+        )
     assert not (tmp_path / "cache").exists()
 
 
@@ -178,6 +197,11 @@ def test_bfloat16_keeps_its_bits(config, tmp_path):
     assert moments.dtype == jax.numpy.bfloat16
     exact = encode(config, tmp_path / "exact", shard_size=8)
     np.testing.assert_allclose(
-        moments.astype(np.float32), LatentSource(exact, "train")[0]["moments"].astype(np.float32), rtol=2**-7, atol=1e-5
+        moments.astype(np.float32),
+        LatentSource(exact, "train")[0]["moments"].astype(np.float32),
+        rtol=2**-7,
+        atol=1e-5,
     )
-    assert json.loads((cache / "cache.json").read_text())["fields"]["moments"]["dtype"] == "bfloat16"
+    assert (
+        json.loads((cache / "cache.json").read_text())["fields"]["moments"]["dtype"] == "bfloat16"
+    )

@@ -21,15 +21,18 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import ldm_jax
-from configs.common import base
-from ldm_jax.checkpoint import BestCheckpoints, CheckpointError, TrainingCheckpoints, load_model, save_model
-from ldm_jax.latent import ConfigError, FirstStage, build, build_first_stage, init_params
+from ldm_jax.configs.common import base
+from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.errors import CheckpointError, ConfigError, TrainingDiverged
+from ldm_jax.io.checkpoint import BestCheckpoints, TrainingCheckpoints, load_model, save_model
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.parallel import make_mesh
-from ldm_jax.train import autoencoder_step, loop, tasks
+from ldm_jax.models.ldm import FirstStage, build, build_first_stage, init_params
+from ldm_jax.train import loop
 from ldm_jax.train.loop import run_evaluation, train
-from ldm_jax.train.report import Report, TrainingDiverged, what_is_wrong
+from ldm_jax.train.report import Report, what_is_wrong
 from ldm_jax.train.state import create_state
+from ldm_jax.train.tasks import autoencoder_step
+from ldm_jax.train.tasks import base as tasks
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +75,21 @@ def make_config(kind: str, pictures: Path, first_stage: Path) -> ConfigDict:
     task = "autoencoder" if kind == "adversarial" else kind
     config = base(task)
     config.update(
-        steps=6, batch_size=8, ema=0.9, log_every=1, save_every=3, eval_every=3, eval_batches=1, preview_every=3
+        steps=6,
+        batch_size=8,
+        ema=0.9,
+        log_every=1,
+        save_every=3,
+        eval_every=3,
+        eval_batches=1,
+        preview_every=3,
     )
     config.data.update(path=str(pictures), size=(8, 8), flip=True)
     config.optim.update(lr=1e-3, warmup=2, clip=1.0)
     if kind == "adversarial":
-        config.model.first_stage = ConfigDict({**SMALL_KL, "kind": "vq", "quantizer": "ema", "n_embed": 12})
+        config.model.first_stage = ConfigDict(
+            {**SMALL_KL, "kind": "vq", "quantizer": "ema", "n_embed": 12}
+        )
         config.loss.restart_codes = True
         config.adversary.update(weight=0.5, start=1, layers=1, channels=4, ramp=2, cap=10.0)
         config.guard.update(rollbacks=2, lower=0.5)
@@ -86,7 +98,9 @@ def make_config(kind: str, pictures: Path, first_stage: Path) -> ConfigDict:
     else:
         config.scale_factor_batches = 2
         for section in ("objective", "schedule", "conditioner", "unet"):
-            config.model[section] = ConfigDict(SMALL[section]) if isinstance(SMALL[section], dict) else SMALL[section]
+            config.model[section] = (
+                ConfigDict(SMALL[section]) if isinstance(SMALL[section], dict) else SMALL[section]
+            )
         config.model.first_stage = ConfigDict({"path": str(first_stage)})
         config.model.sampling = ConfigDict({"size": (8, 8), "steps": 2, "guidance": 2.0})
         config.preview_captions = ("1",)
@@ -102,7 +116,10 @@ def final(workdir: Path, step: int) -> dict[str, np.ndarray]:
         tree = checkpointer.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         state = checkpointer.restore(folder, restore_args=as_numpy)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
 
 
 def assert_identical(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -116,7 +133,9 @@ def metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_path, monkeypatch, caplog):
+def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(
+    config, tmp_path, monkeypatch, caplog
+):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     config.best.update(keep=1, mode="max")  # of a loss that falls, so that the best is not the last
 
@@ -129,18 +148,23 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
     caplog.set_level(logging.INFO, "ldm_jax")
     train(config, straight)
     monkeypatch.setattr(loop, "run_evaluation", run_evaluation)
-    assert [record.getMessage() for record in caplog.records if "SIGUSR1" in record.getMessage()] == [
-        "SIGUSR1: step 4 is saved"
-    ]
+    assert [
+        record.getMessage() for record in caplog.records if "SIGUSR1" in record.getMessage()
+    ] == ["SIGUSR1: step 4 is saved"]
     assert sorted(int(path.name) for path in (straight / "checkpoints").iterdir()) == [3, 4, 6]
 
-    for task in (tasks.AutoencoderTask, tasks.DiffusionTask):  # compiling a preview again would show nothing new
+    for task in (
+        tasks.AutoencoderTask,
+        tasks.DiffusionTask,
+    ):  # compiling a preview again would show nothing new
         monkeypatch.setattr(task, "preview", lambda *_: np.zeros((8, 8, 3), np.uint8))
     shorter = config.copy_and_resolve_references()
     shorter.steps = 3
     train(shorter, stopped)
     assert sorted(int(path.name) for path in (stopped / "checkpoints").iterdir()) == [0, 3]
-    with (stopped / "metrics.jsonl").open("a") as file:  # as a killed run leaves it: a step too many, and half a line
+    with (stopped / "metrics.jsonl").open(
+        "a"
+    ) as file:  # as a killed run leaves it: a step too many, and half a line
         file.write('{"step": 4, "part": "train", "loss": 0}\n{"step": 5, "pa')
     model = train(config, stopped)
 
@@ -157,8 +181,13 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
     # And all that a run shows is there.
     assert [m["step"] for m in metrics(straight) if m["part"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [m["step"] for m in metrics(straight) if m["part"] == "validation"] == [3, 6]
-    assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= metrics(straight)[0].keys()
-    assert sorted(path.name for path in (straight / "previews").iterdir()) == ["0000003.png", "0000006.png"]
+    assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= metrics(straight)[
+        0
+    ].keys()
+    assert sorted(path.name for path in (straight / "previews").iterdir()) == [
+        "0000003.png",
+        "0000006.png",
+    ]
     assert list(straight.glob("events.out.tfevents*"))
 
     # The best validation is kept beside the newest, in both runs, and is a model of its own.
@@ -168,7 +197,9 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
         assert [path.name for path in (run / "best").iterdir()] == [str(top)]
         kept, kept_params = load_model(run / "model_best")
         assert kept == {**found, "trained_steps": top}
-        kernel = next(v for k, v in final(straight, top).items() if k.startswith("['ema']") and "kernel" in k)
+        kernel = next(
+            v for k, v in final(straight, top).items() if k.startswith("['ema']") and "kernel" in k
+        )
         assert any(np.array_equal(kernel, a) for a in jax.tree.leaves(kept_params))
 
     # A finished run that is started again does nothing more.
@@ -191,10 +222,16 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(config, tmp_pat
     else:
         module = build_first_stage(found)
         shape = jax.eval_shape(lambda: init_autoencoder(module, jax.random.key(0)))
-        assert jax.tree.map(np.shape, params["first_stage"]) == jax.tree.map(lambda s: s.shape, shape)
+        assert jax.tree.map(np.shape, params["first_stage"]) == jax.tree.map(
+            lambda s: s.shape, shape
+        )
         codes = "['extra']['collections']['codebook']['quantize']['embedding']"
-        np.testing.assert_array_equal(params["first_stage"]["quantize"]["embedding"], final(straight, 6)[codes])
-        assert {"d_weight", "disc_loss", "perplexity", "codebook_use"} <= metrics(straight)[0].keys()
+        np.testing.assert_array_equal(
+            params["first_stage"]["quantize"]["embedding"], final(straight, 6)[codes]
+        )
+        assert {"d_weight", "disc_loss", "perplexity", "codebook_use"} <= metrics(straight)[
+            0
+        ].keys()
         # As a latent diffusion model's first stage it needs nothing else.
         stage = FirstStage(params["first_stage"], 1.0, module)
         assert stage.decode(stage.encode(np.zeros((1, 8, 8, 3), np.float32))).shape == (1, 8, 8, 3)
@@ -227,7 +264,8 @@ def test_a_run_begins_with_a_models_parameters(quick, first_stage, tmp_path):
 
     quick.model.first_stage.z_channels = SMALL_KL["z_channels"] + 2
     with pytest.raises(
-        ConfigError, match=r"init: .* has decoder/conv_in/kernel \(3, 3, 4, 32\), not \(3, 3, 6, 32\) and \d+ more"
+        ConfigError,
+        match=r"init: .* has decoder/conv_in/kernel \(3, 3, 4, 32\), not \(3, 3, 6, 32\) and \d+ more",
     ):
         train(quick, tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -277,7 +315,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(
     quick, tmp_path, monkeypatch, poisoned_step, last_good
 ):
     poison(monkeypatch, lambda number: number == poisoned_step)
-    with pytest.raises(TrainingDiverged, match=rf"loss is nan.* at step {poisoned_step}; .* step {last_good}, in "):
+    with pytest.raises(
+        TrainingDiverged, match=rf"loss is nan.* at step {poisoned_step}; .* step {last_good}, in "
+    ):
         train(quick, tmp_path / "run")
     saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved == sorted({0, last_good})
@@ -293,26 +333,46 @@ def guarded(pictures, first_stage) -> ConfigDict:
     return config
 
 
-def test_a_guarded_run_goes_back_to_its_last_good_checkpoint(guarded, tmp_path, monkeypatch, caplog):
+def test_a_guarded_run_goes_back_to_its_last_good_checkpoint(
+    guarded, tmp_path, monkeypatch, caplog
+):
     """A batch that is not a number once, at step 5: the run goes back to step 3, and ends as one whose adversary weighed half from there on."""
     poison(monkeypatch, lambda number: number == 5)
     train(guarded, tmp_path / "hit")
-    lines = [record.getMessage() for record in caplog.records if "back to step" in record.getMessage()]
+    lines = [
+        record.getMessage() for record in caplog.records if "back to step" in record.getMessage()
+    ]
     assert len(lines) == 1
     assert re.fullmatch(
         r"the loss is nan and its gradient's norm nan at step 5: back to step 3 with less weight on the adversary \(1 of at most 2 times\)",
         lines[0],
     )
-    assert [m["step"] for m in metrics(tmp_path / "hit") if m["part"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics(tmp_path / "hit") if m["part"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     at_3, at_6 = final(tmp_path / "hit", 3), final(tmp_path / "hit", 6)
-    assert (int(at_3["['extra']['guard']['rollbacks']"]), int(at_6["['extra']['guard']['rollbacks']"])) == (0, 1)
-    assert np.isinf(at_6.pop("['extra']['guard']['lowest']"))  # of averages over so few steps there is none yet
+    assert (
+        int(at_3["['extra']['guard']['rollbacks']"]),
+        int(at_6["['extra']['guard']['rollbacks']"]),
+    ) == (0, 1)
+    assert np.isinf(
+        at_6.pop("['extra']['guard']['lowest']")
+    )  # of averages over so few steps there is none yet
     assert all(np.isfinite(a).all() for a in at_6.values())
     weight = {
-        m["step"]: m["adversarial_weight"] / m["d_weight"] for m in metrics(tmp_path / "hit") if m["part"] == "train"
+        m["step"]: m["adversarial_weight"] / m["d_weight"]
+        for m in metrics(tmp_path / "hit")
+        if m["part"] == "train"
     }
     assert weight[3] == pytest.approx(1.0, rel=1e-4)  # the ramp is over, and d_weight below the cap
-    assert [weight[4], weight[6]] == pytest.approx([0.5, 0.5], rel=1e-4)  # of figures rounded to six digits
+    assert [weight[4], weight[6]] == pytest.approx(
+        [0.5, 0.5], rel=1e-4
+    )  # of figures rounded to six digits
 
 
 def test_a_guarded_run_that_diverges_again_and_again_stops(guarded, tmp_path, monkeypatch):
@@ -334,11 +394,21 @@ def test_an_exploding_d_weight_is_said_and_a_ruined_reconstruction_is_taken_back
     guarded.optim.update(lr=3e-3, warmup=6, clip=0.0)
     train(guarded, tmp_path / "run")
     said = [record.getMessage() for record in caplog.records]
-    assert re.match(r"step 7: d_weight is \S+, above adversary.alarm 1000", next(s for s in said if "alarm" in s))
+    assert re.match(
+        r"step 7: d_weight is \S+, above adversary.alarm 1000",
+        next(s for s in said if "alarm" in s),
+    )
     back = [line for line in said if "back to step" in line]
     assert len(back) == 1
-    assert re.match(r"the reconstruction loss is \S+ times its lowest at step (8|9|10|11|12): back to step 6 ", back[0])
-    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [0, 6, 12]
+    assert re.match(
+        r"the reconstruction loss is \S+ times its lowest at step (8|9|10|11|12): back to step 6 ",
+        back[0],
+    )
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        0,
+        6,
+        12,
+    ]
     last = metrics(tmp_path / "run")[-2]
     assert (last["step"], last["adversarial_weight"]) == (12, 0.0)
     assert last["rise"] < 1.5
@@ -360,7 +430,10 @@ def test_a_step_half_way_to_diverged_is_no_good_to_go_back_to(guarded, tmp_path)
         ({}, ""),
         ({"disc_loss": 0.5, "disc_grad_norm": 0.1, "rise": 1.9}, ""),
         ({"loss": np.float32(np.inf)}, "the loss is inf and its gradient's norm 1.0"),
-        ({"disc_loss": 0.5, "disc_grad_norm": np.nan}, "the discriminator's loss is 0.5 and its gradient's norm nan"),
+        (
+            {"disc_loss": 0.5, "disc_grad_norm": np.nan},
+            "the discriminator's loss is 0.5 and its gradient's norm nan",
+        ),
         ({"rise": 2.5}, "the reconstruction loss is 2.50 times its lowest"),
     ],
 )
@@ -389,7 +462,9 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
 
-def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(quick, tmp_path, monkeypatch):
+def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(
+    quick, tmp_path, monkeypatch
+):
     quick.wandb.project = "icons"
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -425,7 +500,9 @@ def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(quick, 
 
 
 @pytest.mark.parametrize(("ready", "share"), [((True, True), 0.5), ((True, False), 0.0)])
-def test_waiting_for_data_is_said_where_the_device_waited_too(quick, tmp_path, monkeypatch, caplog, ready, share):
+def test_waiting_for_data_is_said_where_the_device_waited_too(
+    quick, tmp_path, monkeypatch, caplog, ready, share
+):
     """A batch takes as long as all the rest; it costs nothing while the device is still at the step before."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -441,8 +518,12 @@ def test_waiting_for_data_is_said_where_the_device_waited_too(quick, tmp_path, m
     assert ("waits 50 % of the time for data" in caplog.text) == bool(share)
 
 
-@pytest.mark.parametrize("there", [None, types.ModuleType("wandb")])  # nothing, or a folder of that name
-def test_a_project_without_wandb_is_said_before_anything_is_done(quick, tmp_path, monkeypatch, there):
+@pytest.mark.parametrize(
+    "there", [None, types.ModuleType("wandb")]
+)  # nothing, or a folder of that name
+def test_a_project_without_wandb_is_said_before_anything_is_done(
+    quick, tmp_path, monkeypatch, there
+):
     quick.wandb.project = "icons"
     monkeypatch.setitem(sys.modules, "wandb", there)
     with pytest.raises(ConfigError, match="wandb is not installed: pip install wandb"):
@@ -459,7 +540,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path):
     checkpoints.close()
 
 
-def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(guarded, pictures, tmp_path):
+def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(
+    guarded, pictures, tmp_path
+):
     """With a discriminator, train.py itself, and SIGKILL: nothing has time to tidy up. The learning rate decays, so that a wrong step would show."""
     config = tmp_path / "tiny.py"
     guarded.update(steps=16, save_every=2)
@@ -481,7 +564,9 @@ def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(gu
     noise = [
         line
         for line in stderr.splitlines()
-        if not line.startswith(("step ", "validation ", "finished", "20 pictures", "0.", "learning rate "))
+        if not line.startswith(
+            ("step ", "validation ", "finished", "20 pictures", "0.", "learning rate ")
+        )
     ]
     assert not noise
 
@@ -515,7 +600,8 @@ def test_the_best_validations_are_kept(tmp_path):
         assert best.best() is None
         assert not offered(best, 1, np.nan, 9.0)
         assert [
-            offered(best, step, loss, psnr) for step, loss, psnr in [(2, 3.0, 1.0), (3, 1.0, 3.0), (4, 2.0, 2.0)]
+            offered(best, step, loss, psnr)
+            for step, loss, psnr in [(2, 3.0, 1.0), (3, 1.0, 3.0), (4, 2.0, 2.0)]
         ] == [
             True,
             True,
@@ -538,7 +624,10 @@ def test_the_best_validations_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"a": {"kernel": (3, 5)}}, r"has in another shape ema/a/kernel \(3, 4\), not \(3, 5\) and 3 more"),
+        (
+            {"a": {"kernel": (3, 5)}},
+            r"has in another shape ema/a/kernel \(3, 4\), not \(3, 5\) and 3 more",
+        ),
         ({"a": {"kernel": (3, 4)}, "b": (2,)}, "lacks ema/b and 3 more"),
         ({"c": (3, 4)}, "lacks ema/c and 3 more; it has beside them ema/a/kernel and 3 more"),
     ],

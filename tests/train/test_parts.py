@@ -10,14 +10,14 @@ import pytest
 from conftest import SMALL, random_params, worst
 from ml_collections import ConfigDict
 
-from configs.common import base
-from ldm_jax.latent import FirstStage, build, build_first_stage, init_params
+from ldm_jax.configs.common import base
+from ldm_jax.distributed.parallel import compile_step, make_mesh, shardings, state_shardings
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.parallel import compile_step, make_mesh, shardings, state_shardings
-from ldm_jax.train import autoencoder_step, diffusion_step
+from ldm_jax.models.ldm import FirstStage, build, build_first_stage, init_params
 from ldm_jax.train.loop import over_rows
 from ldm_jax.train.optim import learning_rate, make_optimizer, scaled, told_rate
 from ldm_jax.train.state import accumulate, apply_gradients, create_state
+from ldm_jax.train.tasks import autoencoder_step, diffusion_step
 
 # ------------------------------------------------------------------------------------------------------------------ learning rate
 
@@ -56,12 +56,20 @@ def original_cycles(n, shape, lengths, warmup, start, high, low):
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
 def test_the_original_s_cycles(shape):
-    cycles = {"lengths": (20, 30), "warmup": (5, 0), "start": (0.1, 0.5), "high": (1.0, 0.5), "low": (0.2, 0.05)}
+    cycles = {
+        "lengths": (20, 30),
+        "warmup": (5, 0),
+        "start": (0.1, 0.5),
+        "high": (1.0, 0.5),
+        "low": (0.2, 0.05),
+    }
     found = rates(steps=60, decay=f"cycles_{shape}", cycles=ConfigDict(cycles))
     expected = [0.8 * original_cycles(min(n, 50), shape, **cycles) for n in range(61)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     # The original's one-cycle schedule (inpainting): warm-up from a thousandth, then down, and there it stays.
-    one = ConfigDict({"lengths": (40,), "warmup": (10,), "start": (0.001,), "high": (0.1,), "low": (0.0001,)})
+    one = ConfigDict(
+        {"lengths": (40,), "warmup": (10,), "start": (0.001,), "high": (0.1,), "low": (0.0001,)}
+    )
     found = rates(steps=60, lr=1.0, decay=f"cycles_{shape}", cycles=one)
     np.testing.assert_allclose(found[[0, 5, 40, 60]], [0.001, 0.0505, 0.0001, 0.0001], rtol=1e-5)
     with pytest.raises(ValueError, match="need one number for each cycle"):
@@ -96,7 +104,9 @@ def test_gradients_are_clipped_where_that_is_asked_for():
     tx = make_optimizer(config, 10)
     _, state = tx.update({"x": jnp.array([30.0, 40.0])}, tx.init(params), params)
     seen = [np.asarray(leaf) for leaf in jax.tree.leaves(state) if np.shape(leaf) == (2,)]
-    np.testing.assert_allclose(seen[0], [0.6, 0.8], rtol=1e-6)  # Adam's first moment, of the clipped gradient
+    np.testing.assert_allclose(
+        seen[0], [0.6, 0.8], rtol=1e-6
+    )  # Adam's first moment, of the clipped gradient
 
 
 # -------------------------------------------------------------------------------------------------------------------- the average
@@ -118,7 +128,9 @@ def test_average_follows_its_rule():
 
 def test_no_average_is_kept_where_none_is_asked_for():
     tx = optax.sgd(1.0)
-    state = apply_gradients(create_state({"x": jnp.array(0.0)}, tx, ema=False), {"x": jnp.array(1.0)}, tx, 0.5)
+    state = apply_gradients(
+        create_state({"x": jnp.array(0.0)}, tx, ema=False), {"x": jnp.array(1.0)}, tx, 0.5
+    )
     assert state.ema is None
 
 
@@ -148,7 +160,9 @@ def setups():
     of_autoencoder = loss_config("autoencoder", kind="l2", kl_weight=1e-3)
     of_diffusion = loss_config("diffusion", caption_dropout=0.3, min_snr_gamma=5.0)
     autoencoder = Setup(
-        step=lambda parts: autoencoder_step.make_step(module, tx, of_autoencoder, seed=0, ema=0.9, parts=parts),
+        step=lambda parts: autoencoder_step.make_step(
+            module, tx, of_autoencoder, seed=0, ema=0.9, parts=parts
+        ),
         state=create_state(first_stage, tx, ema=True),
         frozen={},
         batch={"image": images, "row": rows},
@@ -158,10 +172,16 @@ def setups():
     params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
     diffusion = Setup(
         model=model,
-        step=lambda parts: diffusion_step.make_step(model, tx, of_diffusion, seed=0, ema=0.9, parts=parts),
+        step=lambda parts: diffusion_step.make_step(
+            model, tx, of_diffusion, seed=0, ema=0.9, parts=parts
+        ),
         state=create_state(params, tx, ema=True),
         frozen={"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)},
-        batch={"image": images, "row": rows, "encoded": model.conditioner.encode([f"{i}" for i in range(8)])},
+        batch={
+            "image": images,
+            "row": rows,
+            "encoded": model.conditioner.encode([f"{i}" for i in range(8)]),
+        },
     )
     return {"autoencoder": autoencoder, "diffusion": diffusion}
 
@@ -174,7 +194,10 @@ def setup(request, setups):
 def test_a_batch_in_parts_has_the_gradients_of_the_whole():
     """On a quadratic loss with a metric, where the mean over rows is exact to rounding."""
     rng = np.random.default_rng(0)
-    batch = {"x": rng.standard_normal((16, 5)).astype(np.float32), "y": rng.standard_normal(16).astype(np.float32)}
+    batch = {
+        "x": rng.standard_normal((16, 5)).astype(np.float32),
+        "y": rng.standard_normal(16).astype(np.float32),
+    }
 
     def loss(params, batch):
         errors = jnp.square(jnp.tanh(batch["x"] @ params["w"]) - batch["y"])
@@ -192,10 +215,14 @@ def run_steps(setup, devices, mode, parts, n, zero1=False, **axes):
     mesh = make_mesh(devices, **axes)
     placed, frozen = state_shardings(setup.state, mesh, zero1), shardings(setup.frozen, mesh)
     if mode == "pmap":
-        step = compile_step(setup.step(parts), mesh, mode, shared=(True, True, False), out_shared=(True, True))
+        step = compile_step(
+            setup.step(parts), mesh, mode, shared=(True, True, False), out_shared=(True, True)
+        )
     else:
         given, out = (placed, frozen, False), (placed, True)
-        step = compile_step(over_rows(setup.step(parts), mesh), mesh, mode, shared=given, out_shared=out)
+        step = compile_step(
+            over_rows(setup.step(parts), mesh), mesh, mode, shared=given, out_shared=out
+        )
     state, losses = jax.device_put(setup.state, placed), []
     for _ in range(n):
         state, metrics = step(state, setup.frozen, setup.batch)
@@ -223,16 +250,24 @@ def on_one_device(setups):
         ("diffusion", 8, "jit", 1, {"zero1": True}),
     ],
 )
-def test_training_depends_neither_on_devices_nor_on_parts(setups, on_one_device, task, devices, mode, parts, axes):
+def test_training_depends_neither_on_devices_nor_on_parts(
+    setups, on_one_device, task, devices, mode, parts, axes
+):
     expected, expected_losses = on_one_device[task]
     state, losses = run_steps(setups[task], devices, mode, parts, 5, **axes)
     # And something is split, where it is to be.
-    shares = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state.ema)]
+    shares = [
+        leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state.ema)
+    ]
     assert (min(shares) < 1) == bool(axes)
-    np.testing.assert_allclose(losses[0], expected_losses[0], rtol=3e-6)  # two dozen roundings of float32
+    np.testing.assert_allclose(
+        losses[0], expected_losses[0], rtol=3e-6
+    )  # two dozen roundings of float32
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert losses[0] != losses[-1]
-    assert worst(expected.params, setups[task].state.params) > 1e-3  # or there would be nothing to compare
+    assert (
+        worst(expected.params, setups[task].state.params) > 1e-3
+    )  # or there would be nothing to compare
     assert worst(state.params, expected.params) < 1e-5
     assert worst(state.ema, expected.ema) < 1e-5
     assert int(state.step) == 5
@@ -241,7 +276,9 @@ def test_training_depends_neither_on_devices_nor_on_parts(setups, on_one_device,
 # ------------------------------------------------------------------------------------------------- what diffusion training is made of
 
 
-def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_step(setups, monkeypatch):
+def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_step(
+    setups, monkeypatch
+):
     """Seen where the captions arrive: at the conditioner."""
     model, frozen = setups["diffusion"].model, setups["diffusion"].frozen
     seen = []
@@ -260,11 +297,15 @@ def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_ste
         "row": np.arange(b, dtype=np.int32),
         "encoded": np.repeat(model.conditioner.encode(["7"]), b, axis=0),
     }
-    tiny = SimpleNamespace(moments=lambda x: x[:, ::2, ::2, :1], latents=lambda moments, noise: moments, channels=1)
+    tiny = SimpleNamespace(
+        moments=lambda x: x[:, ::2, ::2, :1], latents=lambda moments, noise: moments, channels=1
+    )
     frozen = frozen | {"first_stage": tiny}
 
     def dropped(share, step=0, seed=0, train=True):
-        loss = diffusion_step.make_loss(model, loss_config("diffusion", caption_dropout=share), seed)
+        loss = diffusion_step.make_loss(
+            model, loss_config("diffusion", caption_dropout=share), seed
+        )
         with pytest.raises(Stop):
             loss({"conditioner": None}, frozen, batch, jnp.int32(step), train)
         null = (seen[-1] == frozen["null"]).all(axis=1)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm_jax.conditioning import CONDITIONERS
+from ldm_jax.conditioning.base import CONDITIONERS
 from ldm_jax.convert.diffusers import configs, unets
 from ldm_jax.convert.diffusers.configs import Config
-from ldm_jax.convert.reader import MAX_JSON
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.latent import build_first_stage, construct
+from ldm_jax.convert.reader.reader import MAX_JSON
+from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.clip import CLIPText
+from ldm_jax.models.ldm import build_first_stage, construct
 from ldm_jax.models.unet import UNet
 
 
@@ -64,7 +64,8 @@ def class_of(config: Mapping[str, Any]) -> str:
     """The class that a config.json names, as diffusers or as transformers does."""
     architectures = config.get("architectures")
     return str(
-        config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else None)
+        config.get("_class_name")
+        or (architectures[0] if isinstance(architectures, list) and architectures else None)
     )
 
 
@@ -72,7 +73,9 @@ def read_json(file: Path) -> Config:
     """The JSON object of a file; TargetError where there is none."""
     try:
         if file.stat().st_size > MAX_JSON:
-            raise TargetError(f"{file} is larger than {MAX_JSON >> 20} MiB, which no configuration is")
+            raise TargetError(
+                f"{file} is larger than {MAX_JSON >> 20} MiB, which no configuration is"
+            )
         config = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise TargetError(f"{file} is missing; copy the folder whole") from None

@@ -7,7 +7,8 @@ leaves out have their class's default, as there.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm_jax.convert.targets import TargetError, clip_text_from_params, pick_params
+from ldm_jax.convert.compvis.targets import clip_text_from_params, pick_params
+from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import Autoencoder, Decoder, Encoder
 from ldm_jax.models.clip import CLIPText
 from ldm_jax.models.text import TransformerEncoder
@@ -27,7 +28,9 @@ def one(where: str, name: str, values: Any) -> Any:
     if not isinstance(values, Sequence) or isinstance(values, str):
         return values
     if len(set(values)) != 1:
-        raise TargetError(f"{where}: {name}={list(values)} differs between levels, which is not supported")
+        raise TargetError(
+            f"{where}: {name}={list(values)} differs between levels, which is not supported"
+        )
     return values[0]
 
 
@@ -35,7 +38,9 @@ def mults_of(where: str, channels: Sequence[int]) -> tuple[int, tuple[int, ...]]
     """Channels of the levels -> those of the first, and what each has times as many."""
     first = channels[0]
     if any(c % first for c in channels):
-        raise TargetError(f"{where}: block_out_channels={list(channels)} are no multiples of the first")
+        raise TargetError(
+            f"{where}: block_out_channels={list(channels)} are no multiples of the first"
+        )
     return first, tuple(c // first for c in channels)
 
 
@@ -45,7 +50,9 @@ def attention_levels(where: str, config: Config, plain: str, attending: str) -> 
     for way, types in (("Down", config["down_block_types"]), ("Up", config["up_block_types"])):
         known = {plain.format(way): False, attending.format(way): True}
         if unknown := [kind for kind in types if kind not in known]:
-            raise TargetError(f"{where}: the block {unknown[0]} is not supported (have {', '.join(known)})")
+            raise TargetError(
+                f"{where}: the block {unknown[0]} is not supported (have {', '.join(known)})"
+            )
         levels.append([known[kind] for kind in types])
     down, up = levels[0], levels[1][::-1]
     if down != up or len(down) != len(config["block_out_channels"]):
@@ -68,7 +75,9 @@ def need(where: str, module: Any, **needed: Any) -> None:
     """TargetError where a field of ours has a value that the other side has no word for."""
     for name, value in needed.items():
         if getattr(module, name) != value:
-            raise TargetError(f"{where} cannot hold {name}={getattr(module, name)!r}, only {value!r}")
+            raise TargetError(
+                f"{where} cannot hold {name}={getattr(module, name)!r}, only {value!r}"
+            )
 
 
 def side(size: Any) -> int:
@@ -107,13 +116,18 @@ _CODERS = ("{}EncoderBlock2D", "Attn{}EncoderBlock2D")
 
 def _coder_types(config: Config) -> Config:
     """Block types with the decoder's spelt like the encoder's."""
-    return config | {"up_block_types": [kind.replace("Decoder", "Encoder") for kind in config["up_block_types"]]}
+    return config | {
+        "up_block_types": [kind.replace("Decoder", "Encoder") for kind in config["up_block_types"]]
+    }
 
 
 def _attends(model: Any) -> list[bool]:
     """Which levels of an autoencoder have attention; TargetError where encoder and decoder differ."""
     fields, levels = model.coder_fields(), range(len(model.ch_mult))
-    down, up = ([coder.attends(level) for level in levels] for coder in (Encoder(**fields), Decoder(**fields)))
+    down, up = (
+        [coder.attends(level) for level in levels]
+        for coder in (Encoder(**fields), Decoder(**fields))
+    )
     if down != up:
         raise TargetError(
             f"resolution={model.resolution} does not halve evenly: encoder and decoder attend on different levels"
@@ -123,7 +137,10 @@ def _attends(model: Any) -> list[bool]:
 
 def _coder_section(where: str, given: Config) -> Config:
     channels, mults = mults_of(where, given["block_out_channels"])
-    levels, middle = attention_levels(where, _coder_types(given), *_CODERS), given["mid_block_add_attention"]
+    levels, middle = (
+        attention_levels(where, _coder_types(given), *_CODERS),
+        given["mid_block_add_attention"],
+    )
     if any(levels) and not middle:
         raise TargetError(f"{where}: attention on a level and none in the middle is not supported")
     size = side(given["sample_size"])
@@ -138,7 +155,9 @@ def _coder_section(where: str, given: Config) -> Config:
         "in_channels": given["in_channels"],
         "out_ch": given["out_channels"],
         "resolution": size,
-        "attn_resolutions": tuple(size // 2**level for level, attends in enumerate(levels) if attends),
+        "attn_resolutions": tuple(
+            size // 2**level for level, attends in enumerate(levels) if attends
+        ),
         "attn_type": "vanilla" if middle else "none",
         "norm_groups": given["norm_num_groups"],
     }
@@ -146,8 +165,13 @@ def _coder_section(where: str, given: Config) -> Config:
 
 def kl_from(config: Mapping[str, Any]) -> Config:
     """AutoencoderKL -> our "first_stage"."""
-    picked = pick_params("AutoencoderKL", config, same=_CODER_SAME, ignored=f"{ABOUT} force_upcast", fixed=_KL_FIXED)
-    return {"kind": "kl", **_coder_section("AutoencoderKL", _CODER_DEFAULTS | {"latent_channels": 4} | picked)}
+    picked = pick_params(
+        "AutoencoderKL", config, same=_CODER_SAME, ignored=f"{ABOUT} force_upcast", fixed=_KL_FIXED
+    )
+    return {
+        "kind": "kl",
+        **_coder_section("AutoencoderKL", _CODER_DEFAULTS | {"latent_channels": 4} | picked),
+    }
 
 
 def vq_from(config: Mapping[str, Any]) -> Config:
@@ -155,8 +179,14 @@ def vq_from(config: Mapping[str, Any]) -> Config:
     same, ignored = f"{_CODER_SAME} num_vq_embeddings vq_embed_dim", f"{ABOUT} force_upcast"
     picked = pick_params("VQModel", config, same=same, ignored=ignored, fixed=_VQ_FIXED)
     given = _CODER_DEFAULTS | {"latent_channels": 3, "num_vq_embeddings": 256} | picked
-    section = {"kind": "vq", **_coder_section("VQModel", given), "n_embed": given["num_vq_embeddings"]}
-    return section | ({} if given.get("vq_embed_dim") is None else {"embed_dim": given["vq_embed_dim"]})
+    section = {
+        "kind": "vq",
+        **_coder_section("VQModel", given),
+        "n_embed": given["num_vq_embeddings"],
+    }
+    return section | (
+        {} if given.get("vq_embed_dim") is None else {"embed_dim": given["vq_embed_dim"]}
+    )
 
 
 def autoencoder_to(model: Autoencoder) -> Config:
@@ -167,12 +197,16 @@ def autoencoder_to(model: Autoencoder) -> Config:
     if model.attn_type == "linear":
         raise TargetError(f"{where} cannot hold attn_type='linear', only 'vanilla' or 'none'")
     if model.ch_mult[0] != 1:
-        raise TargetError(f"{where} cannot hold ch_mult={list(model.ch_mult)}: its first level has ch channels")
+        raise TargetError(
+            f"{where} cannot hold ch_mult={list(model.ch_mult)}: its first level has ch channels"
+        )
     levels = _attends(model)
     if any(levels) and model.attn_type == "none":
         levels = [False] * len(levels)
     types = block_types(levels, *_CODERS)
-    types["up_block_types"] = [kind.replace("Encoder", "Decoder") for kind in types["up_block_types"]]
+    types["up_block_types"] = [
+        kind.replace("Encoder", "Decoder") for kind in types["up_block_types"]
+    ]
     config: Config = {"_class_name": where, **(_VQ_FIXED if quantizes else _KL_FIXED), **types}
     config |= {
         "in_channels": model.in_channels,
@@ -231,9 +265,13 @@ def bert_from(config: Mapping[str, Any]) -> Config:
     """
     fixed = {"activation_function": "gelu", "attention_dropout": 0.0}
     same = f"{' '.join(_BERT)} encoder_ffn_dim"
-    given = _BERT_DEFAULTS | pick_params("LDMBertModel", config, same=same, ignored=ignored, fixed=fixed)
+    given = _BERT_DEFAULTS | pick_params(
+        "LDMBertModel", config, same=same, ignored=ignored, fixed=fixed
+    )
     if given["encoder_ffn_dim"] != 4 * given["d_model"]:
-        raise TargetError(f"LDMBertModel: encoder_ffn_dim={given['encoder_ffn_dim']} is not supported, only 4 d_model")
+        raise TargetError(
+            f"LDMBertModel: encoder_ffn_dim={given['encoder_ffn_dim']} is not supported, only 4 d_model"
+        )
     return {"kind": "bert", **{ours: given[theirs] for theirs, ours in _BERT.items()}}
 
 
@@ -254,7 +292,9 @@ def clip_from(config: Mapping[str, Any]) -> Config:
     """CLIPTextModel -> our "conditioner"."""
     given = _CLIP_DEFAULTS | dict(config)
     if given.pop("dropout", 0.0):  # of older versions, always 0
-        raise TargetError(f"CLIPTextModel: dropout={config['dropout']!r} is not supported, only 0.0")
+        raise TargetError(
+            f"CLIPTextModel: dropout={config['dropout']!r} is not supported, only 0.0"
+        )
     module = clip_text_from_params({k: v for k, v in given.items() if k != "use_cache"})
     return {"kind": "clip", **{field: getattr(module, field) for field in _CLIP_DEFAULTS}}
 
@@ -262,7 +302,14 @@ def clip_from(config: Mapping[str, Any]) -> Config:
 def clip_to(model: CLIPText) -> Config:
     """Our text tower -> the config.json of CLIPTextModel."""
     need("CLIPTextModel", model, projection_dim=None)
-    about = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "bos_token_id": 0, "pad_token_id": 1}
+    about = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+    }
     fields = {field: getattr(model, field) for field in _CLIP_DEFAULTS}
     # 2 is what the published files say and transformers takes for "the highest token".
-    return about | fields | {"eos_token_id": 2 if model.eos_token_id is None else model.eos_token_id}
+    return (
+        about | fields | {"eos_token_id": 2 if model.eos_token_id is None else model.eos_token_id}
+    )

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ldm_jax.checkpoint import CheckpointError
+from ldm_jax.errors import CheckpointError
 
 # Of a pipeline, what is read here: no half-precision copies, no weights of what is left out.
 _FOLDERS = ("unet", "vae", "vqvae", "text_encoder", "bert", "scheduler", "tokenizer")
@@ -16,7 +16,9 @@ def wanted(files: list[str]) -> list[str]:
     """
     inside = [file for file in files if file.count("/") == 1 and file.split("/")[0] in _FOLDERS]
     weights = [
-        file for file in inside if re.fullmatch(r"[^.]*(\.safetensors|\.bin)(\.index\.json)?", file.split("/")[1])
+        file
+        for file in inside
+        if re.fullmatch(r"[^.]*(\.safetensors|\.bin)(\.index\.json)?", file.split("/")[1])
     ]
     safe = {file.split("/")[0] for file in weights if ".safetensors" in file}
     chosen = [file for file in weights if file.split("/")[0] not in safe or ".safetensors" in file]
@@ -30,7 +32,11 @@ def fetched(name: str | Path) -> str | Path:
     Without network, what was downloaded before. CheckpointError with one line where there is nothing, or huggingface_hub is missing, or the
     repository is no pipeline of diffusers.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w/[\w.-]*\w", name) or Path(name).parent.exists():
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[\w.-]*\w/[\w.-]*\w", name)
+        or Path(name).parent.exists()
+    ):
         return name
     try:
         return _download(name)
@@ -52,10 +58,14 @@ def _download(name: str) -> Path:
     from huggingface_hub.utils import get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=10)  # the client would try for half a minute before it gives up
+        get_session().head(
+            constants.ENDPOINT, timeout=10
+        )  # the client would try for half a minute before it gives up
     except Exception:
         return Path(snapshot_download(name, local_files_only=True))
     files = HfApi().list_repo_files(name)
     if "model_index.json" not in files:
-        raise CheckpointError(f"{name} on the Hugging Face Hub is no pipeline of diffusers: it has no model_index.json")
+        raise CheckpointError(
+            f"{name} on the Hugging Face Hub is no pipeline of diffusers: it has no model_index.json"
+        )
     return Path(snapshot_download(name, allow_patterns=wanted(files)))

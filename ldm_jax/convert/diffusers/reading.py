@@ -10,16 +10,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.convert.diffusers import configs
-from ldm_jax.convert.diffusers.components import BESIDE, COMPONENTS, MODULES, PIPELINES, class_of, read_json
+from ldm_jax.convert.diffusers.components import (
+    BESIDE,
+    COMPONENTS,
+    MODULES,
+    PIPELINES,
+    class_of,
+    read_json,
+)
 from ldm_jax.convert.diffusers.configs import Config
 from ldm_jax.convert.diffusers.schedulers import schedule_from
 from ldm_jax.convert.diffusers.tables import TABLES, join_qkv, modern, shapes_of
 from ldm_jax.convert.diffusers.vocabulary import TOKENIZERS, check_vocabulary
-from ldm_jax.convert.lazy import LazyTensor
-from ldm_jax.convert.reader import open_checkpoint
+from ldm_jax.convert.reader.lazy import LazyTensor
+from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.tables import Entry, source_shapes, to_ours
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.latent import DTYPES, ConfigError
+from ldm_jax.errors import ConfigError, TargetError
+from ldm_jax.models.ldm import DTYPES
 from ldm_jax.models.unet import UNet
 
 _INPAINTING = "StableDiffusionInpaintPipeline"
@@ -50,7 +57,9 @@ class Read(NamedTuple):
     assumed: tuple[str, ...] = ()
 
 
-def from_diffusers(path: str | Path, *, config: Any = None, ema: bool | None = None, dtype: str | None = None) -> Read:
+def from_diffusers(
+    path: str | Path, *, config: Any = None, ema: bool | None = None, dtype: str | None = None
+) -> Read:
     """A pipeline folder as {"kind": "latent_diffusion"}, a lone component as "first_stage", "unet" or "conditioner" with that section.
 
     Parameters are numpy arrays as stored, or of ``dtype`` where that is given; one tensor is read at a time. ``config`` and ``ema`` are for other
@@ -65,11 +74,17 @@ def from_diffusers(path: str | Path, *, config: Any = None, ema: bool | None = N
         read = _pipeline(path, dtype)
     else:
         part, section, component = _component(path, dtype)
-        read = component._replace(config={"kind": part, part: section}, params={part: component.params})
-    return read._replace(config=json.loads(json.dumps(read.config)))  # tuples are lists in a config.json
+        read = component._replace(
+            config={"kind": part, part: section}, params={part: component.params}
+        )
+    return read._replace(
+        config=json.loads(json.dumps(read.config))
+    )  # tuples are lists in a config.json
 
 
-def _component(folder: Path, dtype: str | None, only: str | None = None) -> tuple[str, Config, Read]:
+def _component(
+    folder: Path, dtype: str | None, only: str | None = None
+) -> tuple[str, Config, Read]:
     """(our part, its section, its parameters) of a component folder, which has to be the part ``only``."""
     given = read_json(folder / "config.json")
     name = class_of(given)
@@ -84,21 +99,30 @@ def _component(folder: Path, dtype: str | None, only: str | None = None) -> tupl
     digests: dict[str, str] = {}
     with open_checkpoint(folder) as checkpoint:
         found = modern(checkpoint.tensors, source_shapes(table, shapes))
-        stored = {name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in found}
-        taken: list[tuple[str, Any]] = [(name, _noting(name, tensor, dtype, digests)) for name, tensor in found]
+        stored = {
+            name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+            for name, tensor in found
+        }
+        taken: list[tuple[str, Any]] = [
+            (name, _noting(name, tensor, dtype, digests)) for name, tensor in found
+        ]
         params = to_ours(table, taken, shapes=shapes, where=str(folder))
     entries, left_out = [], []
     for entry in (entry for entry in table if entry.source in stored):
         about = {"source": f"{folder.name}/{entry.source}", **stored[entry.source]}
         if isinstance(entry, Entry):
-            entries.append(about | {"path": "/".join((part, *entry.path)), "sha256": digests[entry.source]})
+            entries.append(
+                about | {"path": "/".join((part, *entry.path)), "sha256": digests[entry.source]}
+            )
         else:
             left_out.append(about | {"why": "no computation needs it"})
     params = join_qkv(module, params) if isinstance(module, UNet) else params
     return part, section, Read({}, params, entries, left_out)
 
 
-def _noting(name: str, tensor: LazyTensor, dtype: str | None, digests: dict[str, str]) -> LazyTensor:
+def _noting(
+    name: str, tensor: LazyTensor, dtype: str | None, digests: dict[str, str]
+) -> LazyTensor:
     """The same tensor as ``dtype``, which notes the sha256 of what is stored when it is read."""
 
     def read() -> np.ndarray:
@@ -115,9 +139,15 @@ def _pipeline(path: Path, dtype: str | None) -> Read:
     index = read_json(path / "model_index.json")
     name = class_of(index)
     if name not in PIPELINES:
-        raise TargetError(f"{path}: the pipeline {name} is not supported (have {', '.join(PIPELINES)})")
+        raise TargetError(
+            f"{path}: the pipeline {name} is not supported (have {', '.join(PIPELINES)})"
+        )
     roles = PIPELINES[name]
-    there = {k for k, value in index.items() if not k.startswith("_") and value not in (None, [None, None])}
+    there = {
+        k
+        for k, value in index.items()
+        if not k.startswith("_") and value not in (None, [None, None])
+    }
     used = {"scheduler", *roles.folders.values()}
     if unknown := sorted(there - used - BESIDE.keys()):
         raise TargetError(f"{path}: {name} with the component {unknown[0]} is not supported")
@@ -125,14 +155,22 @@ def _pipeline(path: Path, dtype: str | None) -> Read:
         raise TargetError(f"{path}: model_index.json lacks the component {missing[0]}")
 
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    if name.startswith("StableDiffusion") and class_of(scheduler) in ("DDIMScheduler", "PNDMScheduler"):
+    if name.startswith("StableDiffusion") and class_of(scheduler) in (
+        "DDIMScheduler",
+        "PNDMScheduler",
+    ):
         # What the pipeline itself does with files older than these fields.
-        scheduler |= {"steps_offset": 1} | ({"clip_sample": False} if class_of(scheduler) == "DDIMScheduler" else {})
+        scheduler |= {"steps_offset": 1} | (
+            {"clip_sample": False} if class_of(scheduler) == "DDIMScheduler" else {}
+        )
     with _understood(path / "scheduler"):
         noise, assumed = schedule_from(scheduler)
     config: Config = {"kind": "latent_diffusion", **noise, "conditioner": {"kind": "none"}}
     params: dict[str, Any] = {"conditioner": {}}
-    entries, left_out = [], [{"source": source, "why": BESIDE[source]} for source in sorted(there & BESIDE.keys())]
+    entries, left_out = (
+        [],
+        [{"source": source, "why": BESIDE[source]} for source in sorted(there & BESIDE.keys())],
+    )
     for part, folder in roles.folders.items():
         _, config[part], component = _component(path / folder, dtype, only=part)
         params[part] = component.params
@@ -145,9 +183,16 @@ def _pipeline(path: Path, dtype: str | None) -> Read:
     extra = config["unet"]["in_channels"] - config["first_stage"]["embed_dim"]
     if name == "LDMSuperResolutionPipeline":
         config["scale_factor"] = 1.0  # that pipeline does not scale
-        config["conditioner"] = {"kind": "joined", "channels": extra, "of": "picture", "size": [latents, latents]}
+        config["conditioner"] = {
+            "kind": "joined",
+            "channels": extra,
+            "of": "picture",
+            "size": [latents, latents],
+        }
     elif extra and (name, extra) != (_INPAINTING, config["first_stage"]["embed_dim"] + 1):
-        raise TargetError(f"{path}: its UNet takes {extra} channels beside the latent's, which {name} does not give it")
+        raise TargetError(
+            f"{path}: its UNet takes {extra} channels beside the latent's, which {name} does not give it"
+        )
     if config["conditioner"]["kind"] in TOKENIZERS and (path / "tokenizer").is_dir():
         check_vocabulary(path / "tokenizer", config["conditioner"]["kind"])
     if extra and name == _INPAINTING:  # else the mask is a matter of sampling alone

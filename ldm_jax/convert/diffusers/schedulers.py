@@ -6,13 +6,23 @@ A scheduler there is both: the noise that the model was trained with, which has 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ldm_jax.convert.compvis.targets import pick_params
 from ldm_jax.convert.diffusers.configs import Config
-from ldm_jax.convert.targets import TargetError, pick_params
+from ldm_jax.errors import TargetError
 
-BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}  # theirs -> ours
+BETA_SCHEDULES = {
+    "scaled_linear": "linear",
+    "linear": "sqrt_linear",
+    "squaredcos_cap_v2": "cosine",
+}  # theirs -> ours
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 # (timestep_spacing, steps_offset) -> our grid. The first is the original's, whose steps are +1.
-GRIDS = {("leading", 1): "uniform", ("leading", 0): "leading", ("trailing", 0): "trailing", ("trailing", 1): "trailing"}
+GRIDS = {
+    ("leading", 1): "uniform",
+    ("leading", 0): "leading",
+    ("trailing", 0): "trailing",
+    ("trailing", 1): "trailing",
+}
 
 _SAME = "num_train_timesteps beta_start beta_end beta_schedule prediction_type rescale_betas_zero_snr timestep_spacing steps_offset"
 _FIXED = {"trained_betas": None, "timestep_values": None, "thresholding": False}
@@ -33,8 +43,12 @@ class Kind(NamedTuple):
 
 SCHEDULERS = {
     "DDIMScheduler": Kind("ddim", "clip_sample set_alpha_to_one", spacing="leading"),
-    "PNDMScheduler": Kind("plms", "set_alpha_to_one", fixed={"skip_prk_steps": True}, spacing="leading"),
-    "DDPMScheduler": Kind("ddpm", "clip_sample", fixed={"variance_type": "fixed_small"}, spacing="leading"),
+    "PNDMScheduler": Kind(
+        "plms", "set_alpha_to_one", fixed={"skip_prk_steps": True}, spacing="leading"
+    ),
+    "DDPMScheduler": Kind(
+        "ddpm", "clip_sample", fixed={"variance_type": "fixed_small"}, spacing="leading"
+    ),
     "LMSDiscreteScheduler": Kind("lms", "use_karras_sigmas", fixed=_SIGMAS),
     "EulerDiscreteScheduler": Kind(
         "euler",
@@ -48,7 +62,12 @@ SCHEDULERS = {
         "use_karras_sigmas",
         "lower_order_final euler_at_final final_sigmas_type lambda_min_clipped flow_shift time_shift_type",
         _SIGMAS
-        | {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "variance_type": None}
+        | {
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "solver_type": "midpoint",
+            "variance_type": None,
+        }
         | {"use_lu_lambdas": False, "use_flow_sigmas": False, "use_dynamic_shifting": False},
     ),
 }
@@ -62,7 +81,11 @@ def schedule_from(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
         raise TargetError(f"the scheduler {name} is not supported (have {', '.join(SCHEDULERS)})")
     kind = SCHEDULERS[name]
     given = pick_params(
-        name, config, same=f"{_SAME} {kind.same}", ignored=f"{_IDLE} {kind.ignored}", fixed={**_FIXED, **kind.fixed}
+        name,
+        config,
+        same=f"{_SAME} {kind.same}",
+        ignored=f"{_IDLE} {kind.ignored}",
+        fixed={**_FIXED, **kind.fixed},
     )
     if kind.fixed.get("skip_prk_steps") and not config.get("skip_prk_steps"):
         raise TargetError(f"{name}: skip_prk_steps=False is not supported, only True")
@@ -70,10 +93,18 @@ def schedule_from(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
         raise TargetError(
             f"{name}: clip_sample=True would clip latents to [-1, 1], which no latent diffusion model wants; set it to false"
         )
-    betas, prediction = given.get("beta_schedule", "linear"), given.get("prediction_type", "epsilon")
-    for what, value, known in (("beta_schedule", betas, BETA_SCHEDULES), ("prediction_type", prediction, PREDICTIONS)):
+    betas, prediction = (
+        given.get("beta_schedule", "linear"),
+        given.get("prediction_type", "epsilon"),
+    )
+    for what, value, known in (
+        ("beta_schedule", betas, BETA_SCHEDULES),
+        ("prediction_type", prediction, PREDICTIONS),
+    ):
         if value not in known:
-            raise TargetError(f"{name}: {what}={value!r} is not supported (have {', '.join(known)})")
+            raise TargetError(
+                f"{name}: {what}={value!r} is not supported (have {', '.join(known)})"
+            )
     to_one = given.get("set_alpha_to_one", name == "DDIMScheduler")
     if to_one and name == "PNDMScheduler":
         raise TargetError(f"{name}: set_alpha_to_one=True is not supported, only False")
@@ -107,7 +138,9 @@ def schedule_to(config: Mapping[str, Any]) -> Config:
     betas = {theirs_of: theirs for theirs, theirs_of in BETA_SCHEDULES.items()}
     kind = ours.get("beta_schedule", "linear")
     if kind not in betas:
-        raise TargetError(f"DDIMScheduler has no beta_schedule for {kind!r} (only for {', '.join(betas)})")
+        raise TargetError(
+            f"DDIMScheduler has no beta_schedule for {kind!r} (only for {', '.join(betas)})"
+        )
     if kind == "cosine" and ours.get("cosine_s", 8e-3) != 8e-3:
         raise TargetError(f"DDIMScheduler cannot hold cosine_s={ours['cosine_s']!r}, only 0.008")
     grids = {grid: spacing for spacing, grid in reversed(GRIDS.items())}

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.convert.blocks import Walk, spatial_transformer
-from ldm_jax.convert.compvis import param_shapes
-from ldm_jax.convert.encoders import clip_text_table
-from ldm_jax.convert.lazy import LazyTensor
+from ldm_jax.convert.compvis.blocks import Walk, spatial_transformer
+from ldm_jax.convert.compvis.compvis import param_shapes
+from ldm_jax.convert.compvis.encoders import clip_text_table
+from ldm_jax.convert.reader.lazy import LazyTensor
 from ldm_jax.convert.tables import CONV1X1, Entry, Path, Table, conv, dense, embedding, norm, unused
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL, Coder, Decoder, Encoder
 from ldm_jax.models.clip import CLIPText
@@ -29,7 +29,12 @@ QKV = ("q", "k", "v")
 
 def _sources(unet: UNet) -> dict[str, str]:
     """Our name of each block -> its name in UNet2DModel and UNet2DConditionModel, which count levels and then blocks of a kind."""
-    kinds = {"transformer": "attentions", "attn": "attentions", "down": "downsamplers", "up": "upsamplers"}
+    kinds = {
+        "transformer": "attentions",
+        "attn": "attentions",
+        "down": "downsamplers",
+        "up": "upsamplers",
+    }
     plan, per_level = layout(unet), unet.num_res_blocks + 1
     names = {}
 
@@ -44,7 +49,8 @@ def _sources(unet: UNet) -> dict[str, str]:
     for i, blocks in enumerate(plan.output):
         row(blocks, f"output_blocks_{i}", f"up_blocks.{i // per_level}", i % per_level)
     return names | {
-        f"middle_block_{j}": f"mid_block.{kind}" for j, kind in enumerate(("resnets.0", "attentions.0", "resnets.1"))
+        f"middle_block_{j}": f"mid_block.{kind}"
+        for j, kind in enumerate(("resnets.0", "attentions.0", "resnets.1"))
     }
 
 
@@ -83,7 +89,11 @@ def unet_table(unet: UNet) -> Table:
         *norm("conv_norm_out", ("out_norm",)),
         *conv("conv_out", ("out_conv",)),
     ]
-    return table if unet.num_classes is None else [*table, *embedding("class_embedding", ("label_emb",))]
+    return (
+        table
+        if unet.num_classes is None
+        else [*table, *embedding("class_embedding", ("label_emb",))]
+    )
 
 
 def split_qkv(unet: UNet, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,13 +103,17 @@ def split_qkv(unet: UNet, params: Mapping[str, Any]) -> dict[str, Any]:
         *rows, columns = a.shape
         if unet.use_new_attention_order:
             return a.reshape(*rows, 3, columns // 3)[..., i, :]
-        return a.reshape(*rows, heads, 3, columns // (3 * heads))[..., i, :].reshape(*rows, columns // 3)
+        return a.reshape(*rows, heads, 3, columns // (3 * heads))[..., i, :].reshape(
+            *rows, columns // 3
+        )
 
     split = dict(params)
     for name, block in layout(unet).blocks():
         if block.kind == "attn":
             fused = params[name]["qkv"]
-            parts = {x: {k: part(a, block.heads, i) for k, a in fused.items()} for i, x in enumerate(QKV)}
+            parts = {
+                x: {k: part(a, block.heads, i) for k, a in fused.items()} for i, x in enumerate(QKV)
+            }
             split[name] = {**params[name], "qkv": parts}
     return split
 
@@ -160,7 +174,9 @@ def _coder(coder: Coder, part: str) -> Walk:
         elif not encodes and level:
             yield from conv(f"{source}.upsamplers.0.conv", (part, f"{ours}_upsample", "conv"))
     for i in (0, 1):
-        yield from _resnet(f"{part}.mid_block.resnets.{i}", (part, f"mid_block_{i + 1}"), skip=False)
+        yield from _resnet(
+            f"{part}.mid_block.resnets.{i}", (part, f"mid_block_{i + 1}"), skip=False
+        )
     if attends:
         yield from _attention(f"{part}.mid_block.attentions.0", (part, "mid_attn_1"))
     yield from norm(f"{part}.conv_norm_out", (part, "norm_out"))
@@ -221,7 +237,11 @@ TABLES: dict[type, Callable[[Any], Table]] = {
 def shapes_of(module: Any) -> dict[str, Any]:
     """The parameter tree that the module's table leads into, as ShapeDtypeStructs."""
     shapes = param_shapes(module)
-    return jax.eval_shape(lambda tree: split_qkv(module, tree), shapes) if isinstance(module, UNet) else shapes
+    return (
+        jax.eval_shape(lambda tree: split_qkv(module, tree), shapes)
+        if isinstance(module, UNet)
+        else shapes
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- older writers
@@ -234,20 +254,29 @@ _OLDER = {
 }  # of the autoencoders' and UNet2DModel's attention
 
 
-def modern(tensors: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> list[tuple[str, LazyTensor]]:
+def modern(
+    tensors: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, LazyTensor]]:
     """(name, tensor) under today's names, a linear layer and a 1x1 convolution each in the form of ``expected`` {name: shape}.
 
     A list, so that a tensor that is there under its old and its new name shows as a duplicate.
     """
 
     def renamed(name: str) -> str:
-        name = re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLDER[m[2]]}.", name)
+        name = re.sub(
+            r"(attentions\.\d+)\.(query|key|value|proj_attn)\.",
+            lambda m: f"{m[1]}.{_OLDER[m[2]]}.",
+            name,
+        )
         bare = f"text_model.{name}"  # transformers 5 leaves the tower's name out
         return bare if bare in expected else name
 
     def shaped(name: str, tensor: LazyTensor) -> LazyTensor:
         shape = expected.get(name, tensor.shape)
-        if sorted((len(shape), len(tensor.shape))) != [2, 4] or (*shape, 1, 1)[:4] != (*tensor.shape, 1, 1)[:4]:
+        if (
+            sorted((len(shape), len(tensor.shape))) != [2, 4]
+            or (*shape, 1, 1)[:4] != (*tensor.shape, 1, 1)[:4]
+        ):
             return tensor
         return LazyTensor(shape, tensor.dtype, lambda: tensor.numpy().reshape(shape))
 

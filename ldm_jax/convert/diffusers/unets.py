@@ -3,8 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_jax.convert.diffusers.configs import ABOUT, Config, attention_levels, block_types, mults_of, need, one
-from ldm_jax.convert.targets import TargetError, pick_params
+from ldm_jax.convert.compvis.targets import pick_params
+from ldm_jax.convert.diffusers.configs import (
+    ABOUT,
+    Config,
+    attention_levels,
+    block_types,
+    mults_of,
+    need,
+    one,
+)
+from ldm_jax.errors import TargetError
 from ldm_jax.models.unet import UNet, layout
 
 _UNET_FIXED = {
@@ -23,14 +32,17 @@ _UNET_SAME = """
     in_channels out_channels block_out_channels down_block_types up_block_types layers_per_block dropout norm_num_groups
     attention_head_dim num_class_embeds resnet_time_scale_shift
 """
-_UNET2D_FIXED = _UNET_FIXED | {
-    "mid_block_type": "UNetMidBlock2D",
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "attn_norm_num_groups": None,
-    "add_attention": True,
-    "resnet_time_scale_shift": "default",  # with the other, its middle attention has no normalisation
-}
+_UNET2D_FIXED = (
+    _UNET_FIXED
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "attn_norm_num_groups": None,
+        "add_attention": True,
+        "resnet_time_scale_shift": "default",  # with the other, its middle attention has no normalisation
+    }
+)
 _UNET2D_DEFAULTS: Config = {
     "in_channels": 3,
     "out_channels": 3,
@@ -40,29 +52,32 @@ _UNET2D_DEFAULTS: Config = {
     "attention_head_dim": 8,
     "layers_per_block": 2,
 }
-_CONDITION_FIXED = _UNET_FIXED | {
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
-    "reverse_transformer_layers_per_block": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "num_attention_heads": None,  # diffusers refuses it too: attention_head_dim is the number of heads there
-    "dual_cross_attention": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "projection_class_embeddings_input_dim": None,
-    "attention_type": "default",
-    "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None,
-    "cross_attention_norm": None,
-}
+_CONDITION_FIXED = (
+    _UNET_FIXED
+    | {
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "only_cross_attention": False,
+        "reverse_transformer_layers_per_block": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "num_attention_heads": None,  # diffusers refuses it too: attention_head_dim is the number of heads there
+        "dual_cross_attention": False,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "time_cond_proj_dim": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "projection_class_embeddings_input_dim": None,
+        "attention_type": "default",
+        "class_embeddings_concat": False,
+        "mid_block_only_cross_attention": None,
+        "cross_attention_norm": None,
+    }
+)
 _CONDITION_DEFAULTS: Config = {
     "in_channels": 4,
     "out_channels": 4,
@@ -100,10 +115,16 @@ def unet_condition_from(config: Mapping[str, Any]) -> Config:
     where = "UNet2DConditionModel"
     same = f"{_UNET_SAME} cross_attention_dim transformer_layers_per_block"
     # Projections are read in either form, attention is float32 in any case, and the last speaks of what is fixed to None.
-    ignored = f"{ABOUT} sample_size use_linear_projection upcast_attention addition_embed_type_num_heads"
-    given = _CONDITION_DEFAULTS | pick_params(where, config, same=same, ignored=ignored, fixed=_CONDITION_FIXED)
+    ignored = (
+        f"{ABOUT} sample_size use_linear_projection upcast_attention addition_embed_type_num_heads"
+    )
+    given = _CONDITION_DEFAULTS | pick_params(
+        where, config, same=same, ignored=ignored, fixed=_CONDITION_FIXED
+    )
     if given.get("resnet_time_scale_shift", "default") not in ("default", "scale_shift"):
-        raise TargetError(f"{where}: resnet_time_scale_shift={given['resnet_time_scale_shift']!r} is not supported")
+        raise TargetError(
+            f"{where}: resnet_time_scale_shift={given['resnet_time_scale_shift']!r} is not supported"
+        )
     section = _unet_section(where, given, _TRANSFORMERS)
     heads = given["attention_head_dim"]  # a number of heads, whatever its name says
     if isinstance(heads, int) or len(set(heads)) == 1:
@@ -111,7 +132,9 @@ def unet_condition_from(config: Mapping[str, Any]) -> Config:
     else:
         widths = {c / h for c, h in zip(given["block_out_channels"], heads, strict=True)}
         if len(widths) > 1 or not max(widths).is_integer():
-            raise TargetError(f"{where}: attention_head_dim={list(heads)} gives heads of different widths")
+            raise TargetError(
+                f"{where}: attention_head_dim={list(heads)} gives heads of different widths"
+            )
         attention = {"num_head_channels": int(max(widths))}
     return (
         section
@@ -119,7 +142,9 @@ def unet_condition_from(config: Mapping[str, Any]) -> Config:
         | {
             "legacy": False,
             "use_spatial_transformer": True,
-            "transformer_depth": one(where, "transformer_layers_per_block", given["transformer_layers_per_block"]),
+            "transformer_depth": one(
+                where, "transformer_layers_per_block", given["transformer_layers_per_block"]
+            ),
             "context_dim": one(where, "cross_attention_dim", given["cross_attention_dim"]),
         }
     )
@@ -129,9 +154,13 @@ def unet_2d_from(config: Mapping[str, Any]) -> Config:
     """UNet2DModel -> the fields of our UNet."""
     where = "UNet2DModel"
     ignored = f"{ABOUT} sample_size num_train_timesteps"
-    given = _UNET2D_DEFAULTS | pick_params(where, config, same=_UNET_SAME, ignored=ignored, fixed=_UNET2D_FIXED)
+    given = _UNET2D_DEFAULTS | pick_params(
+        where, config, same=_UNET_SAME, ignored=ignored, fixed=_UNET2D_FIXED
+    )
     width = given["attention_head_dim"]
-    return _unet_section(where, given, _PLAIN) | ({"num_heads": 1} if width is None else {"num_head_channels": width})
+    return _unet_section(where, given, _PLAIN) | (
+        {"num_heads": 1} if width is None else {"num_head_channels": width}
+    )
 
 
 def unet_to(unet: UNet) -> Config:
@@ -145,10 +174,16 @@ def unet_to(unet: UNet) -> Config:
         )
     blocks = [block for _, block in layout(unet).blocks() if block.kind in ("transformer", "attn")]
     if odd := [block for block in blocks if block.heads * block.head_dim != block.channels_in]:
-        raise TargetError(f"{where} cannot hold heads of {odd[0].head_dim} channels in {odd[0].channels_in}")
+        raise TargetError(
+            f"{where} cannot hold heads of {odd[0].head_dim} channels in {odd[0].channels_in}"
+        )
     levels = [2**level in unet.attention_resolutions for level in range(len(unet.channel_mult))]
     fixed = _CONDITION_FIXED if transformer else _UNET2D_FIXED
-    config = {"_class_name": where, **fixed, **block_types(levels, *(_TRANSFORMERS if transformer else _PLAIN))}
+    config = {
+        "_class_name": where,
+        **fixed,
+        **block_types(levels, *(_TRANSFORMERS if transformer else _PLAIN)),
+    }
     config |= {
         "in_channels": unet.in_channels,
         "out_channels": unet.out_channels,
@@ -167,7 +202,9 @@ def unet_to(unet: UNet) -> Config:
             )
         return config | {"attention_head_dim": None if counts == {1} else widths.pop()}
     if unet.context_dim is None:
-        raise TargetError(f"{where} cannot hold context_dim=None: its transformers attend to a context")
+        raise TargetError(
+            f"{where} cannot hold context_dim=None: its transformers attend to a context"
+        )
     heads = [block.heads for block in blocks]
     if len(set(heads)) > 1:  # then it is counted for every level, also where nothing attends
         heads = [m * unet.model_channels // unet.num_head_channels for m in unet.channel_mult]

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer
 from ldm_jax.convert.diffusers.components import read_json
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.tokenizers import bert_tokenizer, clip_tokenizer
+from ldm_jax.errors import TargetError
 
 TOKENIZERS = {"bert": bert_tokenizer, "clip": clip_tokenizer}
 
@@ -16,10 +16,14 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
         return read_json(file)
     try:
         if (file := folder / "vocab.txt").is_file():
-            return {entry: i for i, entry in enumerate(file.read_text(encoding="utf-8").splitlines())}
+            return {
+                entry: i for i, entry in enumerate(file.read_text(encoding="utf-8").splitlines())
+            }
         if (file := folder / "tokenizer.json").is_file():
             tokenizer = read_json(file)
-            return tokenizer["model"]["vocab"] | {added["content"]: added["id"] for added in tokenizer["added_tokens"]}
+            return tokenizer["model"]["vocab"] | {
+                added["content"]: added["id"] for added in tokenizer["added_tokens"]
+            }
     except (OSError, UnicodeDecodeError, LookupError, TypeError) as error:
         raise TargetError(f"{file} cannot be read: {type(error).__name__} {error}") from None
     return None

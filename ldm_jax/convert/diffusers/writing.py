@@ -15,8 +15,8 @@ from ldm_jax.convert.diffusers.schedulers import schedule_to
 from ldm_jax.convert.diffusers.tables import TABLES, split_qkv
 from ldm_jax.convert.diffusers.vocabulary import TOKENIZERS, save_tokenizer
 from ldm_jax.convert.tables import to_theirs
-from ldm_jax.convert.targets import TargetError
-from ldm_jax.latent import LatentDiffusion, build
+from ldm_jax.errors import TargetError
+from ldm_jax.models.ldm import LatentDiffusion, build
 from ldm_jax.models.unet import UNet
 
 
@@ -45,7 +45,10 @@ def to_diffusers(config: Mapping[str, Any], params: Mapping[str, Any], out: str 
 
 def _write_component(module: Any, params: Mapping[str, Any], folder: Path, **more: Any) -> None:
     config = component_of(module) | more  # before anything is written
-    arrays = to_theirs(TABLES[type(module)](module), split_qkv(module, params) if isinstance(module, UNet) else params)
+    arrays = to_theirs(
+        TABLES[type(module)](module),
+        split_qkv(module, params) if isinstance(module, UNet) else params,
+    )
     folder.mkdir(exist_ok=True)
     name = "diffusion_pytorch_model" if "_class_name" in config else "model"
     save_file(arrays, folder / f"{name}.safetensors", metadata={"format": "pt"})
@@ -77,8 +80,13 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
     assert stage is not None
     scale = float(config.get("scale_factor", 1.0))
     if kind == "joined" and (config["conditioner"].get("of", "picture"), scale) != ("picture", 1.0):
-        raise TargetError(f"{name} joins a picture and has scale_factor 1, which this model does not")
-    if kind == "hybrid" and (section["text"]["kind"], section["joined"].get("of")) != ("clip", "masked_sd"):
+        raise TargetError(
+            f"{name} joins a picture and has scale_factor 1, which this model does not"
+        )
+    if kind == "hybrid" and (section["text"]["kind"], section["joined"].get("of")) != (
+        "clip",
+        "masked_sd",
+    ):
         raise TargetError(f"{name} reads 'clip' and joins 'masked_sd', which this model does not")
     if (kind in ("none", "joined")) != (unet["_class_name"] == "UNet2DModel"):
         raise TargetError(
@@ -90,7 +98,9 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
     folders, factor = PIPELINES[name].folders, stage.downsampling
     size = min(config.get("sampling", {}).get("size") or [64 * factor])
     _write_component(model.unet, params["unet"], folder / "unet", sample_size=size // factor)
-    _write_component(stage, params["first_stage"], folder / folders["first_stage"], scaling_factor=scale)
+    _write_component(
+        stage, params["first_stage"], folder / folders["first_stage"], scaling_factor=scale
+    )
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     first_stage = component_of(stage)["_class_name"]
     index: Config = {
@@ -104,11 +114,19 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
         _write_component(module, params["conditioner"], folder / folders["conditioner"])
         save_tokenizer(folder / "tokenizer", text, module)
     if text == "clip":
-        index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-        index |= {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")}
+        index |= {
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+        }
+        index |= {
+            part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")
+        }
         index["requires_safety_checker"] = False
         if kind == "hybrid":  # without a version it would be taken for one of before 0.5.1
             index["_diffusers_version"] = "0.42.1"
     elif text == "bert":
-        index |= {"bert": ["latent_diffusion", "LDMBertModel"], "tokenizer": ["transformers", "BertTokenizer"]}
+        index |= {
+            "bert": ["latent_diffusion", "LDMBertModel"],
+            "tokenizer": ["transformers", "BertTokenizer"],
+        }
     _write_json(folder / "model_index.json", index)

@@ -8,7 +8,7 @@ picture's file. Sources can be pickled: worker processes open their own files.
 
 from collections.abc import Callable
 
-from ldm_jax.data.sources.base import PICTURE_SUFFIXES, DataError, Source, Subset
+from ldm_jax.data.sources.base import PICTURE_SUFFIXES, Source, Subset
 from ldm_jax.data.sources.coco import COCO
 from ldm_jax.data.sources.databases import LSUN
 from ldm_jax.data.sources.folder import ClassFolders, ImageFolder, LabelMaps
@@ -17,6 +17,7 @@ from ldm_jax.data.sources.scenes import Scenes
 from ldm_jax.data.sources.tables import Table, TextList
 from ldm_jax.data.sources.tfds import TFDS
 from ldm_jax.data.sources.webdataset import WebDataset
+from ldm_jax.errors import DataError
 
 __all__ = [
     "PICTURE_SUFFIXES",

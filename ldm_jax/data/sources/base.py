@@ -6,10 +6,6 @@ from typing import Any, Protocol
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class DataError(ValueError):
-    """Wrong data or data settings; the message is one line that says what to do."""
-
-
 class Source(Protocol):
     """What the loader needs of a source (see the package's text)."""
 

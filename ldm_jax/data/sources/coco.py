@@ -7,8 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.data.sources.base import DataError
 from ldm_jax.data.sources.files import FileRows, Files, stem
+from ldm_jax.errors import DataError
 
 
 class COCO(FileRows):
@@ -58,9 +58,14 @@ class COCO(FileRows):
                             f"{name}: category {note['category_id']} of a box is not in its list of categories"
                         )
                     if box[2] * box[3] >= min_area and min(box[2:]) > 0:
-                        boxes[image["id"]].append({"label": labels[note["category_id"]], "box": box})
+                        boxes[image["id"]].append(
+                            {"label": labels[note["category_id"]], "box": box}
+                        )
         in_maps = self._files.pictures(maps) if maps else []
-        by_name = {posixpath.basename(name): name for name in sorted({*self._files.pictures()} - {*in_maps})}
+        by_name = {
+            posixpath.basename(name): name
+            for name in sorted({*self._files.pictures()} - {*in_maps})
+        }
         found = {stem(posixpath.basename(name)): name for name in in_maps}
         self._columns = ("map",) if maps else ()
         self.rows = []
@@ -71,9 +76,13 @@ class COCO(FileRows):
             row = {"file_name": by_name.get(name, name), "text": next(iter(captions[key]), "")}
             row |= {"captions": captions[key]} if captions[key] else {}
             row |= {"boxes": boxes[key]} if with_boxes else {}
-            self.rows.append(row | ({"map": found.get(stem(name), f"{maps}/{stem(name)}.png")} if maps else {}))
+            self.rows.append(
+                row | ({"map": found.get(stem(name), f"{maps}/{stem(name)}.png")} if maps else {})
+            )
         if not self.rows:
-            raise DataError(f"{self.path}: no picture is left: check data.min_boxes and data.max_boxes")
+            raise DataError(
+                f"{self.path}: no picture is left: check data.min_boxes and data.max_boxes"
+            )
         self._check_there(posixpath.basename(tables[0][0]))
 
 
@@ -87,5 +96,7 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"data.annotations {path} cannot be read: {error}") from None
     if not isinstance(table, dict) or not {"images", "annotations"} <= table.keys():
-        raise DataError(f"data.annotations {path} has no 'images' and 'annotations': give COCO's own JSON files")
+        raise DataError(
+            f"data.annotations {path} has no 'images' and 'annotations': give COCO's own JSON files"
+        )
     return table

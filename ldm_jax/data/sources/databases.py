@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from ldm_jax.data.sources.base import DataError
+from ldm_jax.errors import DataError
 
 _ENVIRONMENTS: dict[tuple[int, str], Any] = {}  # (process, path) -> opened
 
@@ -21,7 +21,9 @@ class LSUN:
 
     def __init__(self, path: str | os.PathLike[str], *, text: str = ""):
         self.path = os.fspath(path)
-        text = text or os.path.basename(os.path.normpath(self.path)).rsplit("_", 2)[0].replace("_", " ")
+        text = text or os.path.basename(os.path.normpath(self.path)).rsplit("_", 2)[0].replace(
+            "_", " "
+        )
         with self._open().begin() as transaction:
             keys = [
                 bytes(key).decode("ascii", errors="surrogateescape")
@@ -42,7 +44,11 @@ class LSUN:
         """Returns the row with the picture's encoded bytes as "image"."""
         row = self.rows[index]
         with self._open().begin() as transaction:
-            return {**row, "image": transaction.get(row["file_name"].encode("ascii", errors="surrogateescape")) or b""}
+            return {
+                **row,
+                "image": transaction.get(row["file_name"].encode("ascii", errors="surrogateescape"))
+                or b"",
+            }
 
     def _open(self) -> Any:
         # An LMDB environment must not cross a fork, nor be opened twice in a process, where two parts of the data may lie in it.
@@ -51,9 +57,15 @@ class LSUN:
             try:
                 import lmdb  # pyright: ignore[reportMissingImports]
             except ImportError:
-                raise DataError(f"{self.path}: LSUN's databases need lmdb: pip install lmdb") from None
+                raise DataError(
+                    f"{self.path}: LSUN's databases need lmdb: pip install lmdb"
+                ) from None
             try:
-                _ENVIRONMENTS[key] = lmdb.open(key[1], readonly=True, lock=False, readahead=False, meminit=False)
+                _ENVIRONMENTS[key] = lmdb.open(
+                    key[1], readonly=True, lock=False, readahead=False, meminit=False
+                )
             except lmdb.Error as error:
-                raise DataError(f"{self.path} is no LMDB folder ({error}): unpack the published .zip first") from None
+                raise DataError(
+                    f"{self.path} is no LMDB folder ({error}): unpack the published .zip first"
+                ) from None
         return _ENVIRONMENTS[key]

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ldm_jax.data.sources.base import PICTURE_SUFFIXES, DataError
+from ldm_jax.data.sources.base import PICTURE_SUFFIXES
+from ldm_jax.errors import DataError
 
 
 class Member(NamedTuple):
@@ -29,12 +30,16 @@ def tar_members(path: str) -> Iterator[tuple[str, Member]]:
         with open(path, "rb") as file:
             yield from _scan(file, path, 0, "")
     except tarfile.TarError as error:
-        raise DataError(f"{path} is not a plain tar archive ({error}): unpack it first if it is compressed") from None
+        raise DataError(
+            f"{path} is not a plain tar archive ({error}): unpack it first if it is compressed"
+        ) from None
 
 
 def _scan(file: IO[bytes], path: str, start: int, prefix: str) -> Iterator[tuple[str, Member]]:
     file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:") as archive:  # tarfile counts offsets from the file's beginning
+    with tarfile.open(
+        fileobj=file, mode="r:"
+    ) as archive:  # tarfile counts offsets from the file's beginning
         for info in archive:
             if not info.isfile():
                 continue
@@ -58,12 +63,24 @@ class Files:
         self._handle: tuple[int, Any] | None = None
         self._tar: dict[str, Member] = {}
         if not os.path.exists(self.path):
-            raise DataError(f"{self.path} does not exist: give the path of a folder or .zip archive of pictures")
-        self.kind = "folder" if os.path.isdir(self.path) else "zip" if zipfile.is_zipfile(self.path) else "tar"
+            raise DataError(
+                f"{self.path} does not exist: give the path of a folder or .zip archive of pictures"
+            )
+        self.kind = (
+            "folder"
+            if os.path.isdir(self.path)
+            else "zip"
+            if zipfile.is_zipfile(self.path)
+            else "tar"
+        )
         if self.kind == "tar" and not tarfile.is_tarfile(self.path):
-            raise DataError(f"{self.path} is not a zip archive (nor a folder): give a folder or .zip of pictures")
+            raise DataError(
+                f"{self.path} is not a zip archive (nor a folder): give a folder or .zip of pictures"
+            )
         self.names = {
-            n for n in self._list() if not n.startswith("__MACOSX/") and not posixpath.basename(n).startswith(".")
+            n
+            for n in self._list()
+            if not n.startswith("__MACOSX/") and not posixpath.basename(n).startswith(".")
         }
 
     def _list(self) -> list[str]:
@@ -77,7 +94,9 @@ class Files:
     def pictures(self, under: str = "") -> list[str]:
         """Names of the pictures in a folder of it, sorted."""
         under = f"{under.strip('/')}/" if under.strip("./") else ""
-        return sorted(n for n in self.names if n.startswith(under) and n.lower().endswith(PICTURE_SUFFIXES))
+        return sorted(
+            n for n in self.names if n.startswith(under) and n.lower().endswith(PICTURE_SUFFIXES)
+        )
 
     def read(self, name: str) -> bytes:
         """The file's bytes; raises OSError and zip errors."""
@@ -96,7 +115,11 @@ class Files:
     def _open(self) -> Any:
         # A handle inherited through fork shares its file offset with the parent, so each process opens its own.
         if self._handle is None or self._handle[0] != os.getpid():
-            opened = zipfile.ZipFile(self.path) if self.kind == "zip" else open(self.path, "rb", buffering=0)  # noqa: SIM115
+            opened = (
+                zipfile.ZipFile(self.path)
+                if self.kind == "zip"
+                else open(self.path, "rb", buffering=0)
+            )
             self._handle = (os.getpid(), opened)
         return self._handle[1]
 
@@ -147,14 +170,22 @@ class FileRows:
     def _check_there(self, listed_in: str) -> None:
         """DataError where a row names no file, or one that is not there, or there is no row."""
         if not self.rows:
-            raise DataError(f"{self.path}: no picture found ({', '.join(s[1:] for s in PICTURE_SUFFIXES)})")
+            raise DataError(
+                f"{self.path}: no picture found ({', '.join(s[1:] for s in PICTURE_SUFFIXES)})"
+            )
         wanted = [(row, column) for column in ("file_name", *self._columns) for row in self.rows]
-        unnamed = next((row for row, column in wanted if not isinstance(row.get(column), str)), None)
+        unnamed = next(
+            (row for row, column in wanted if not isinstance(row.get(column), str)), None
+        )
         if unnamed is not None:
             raise DataError(
                 f"{self.path}: {unnamed['file_name']} has no file in every one of {', '.join(self._columns)}"
             )
-        missing = [row[column] for row, column in wanted if self._member(row[column]) not in self._files.names]
+        missing = [
+            row[column]
+            for row, column in wanted
+            if self._member(row[column]) not in self._files.names
+        ]
         if missing:
             raise DataError(
                 f"{self.path}: {len(missing)} of {len(wanted)} files listed in {listed_in} are missing "
@@ -168,5 +199,5 @@ def stem(name: str) -> str:
 
 
 def beside(names: Sequence[str], suffix: str) -> dict[str, str]:
-    """stem -> the file of that suffix."""
+    """Stem -> the file of that suffix."""
     return {stem(name): name for name in names if name.lower().endswith(suffix)}

@@ -6,8 +6,9 @@ import posixpath
 from collections.abc import Sequence
 from typing import Any
 
-from ldm_jax.data.sources.base import PICTURE_SUFFIXES, DataError
+from ldm_jax.data.sources.base import PICTURE_SUFFIXES
 from ldm_jax.data.sources.files import FileRows, Files, stem
+from ldm_jax.errors import DataError
 
 METADATA_NAME = "metadata.jsonl"
 
@@ -47,7 +48,9 @@ def _find_metadata(names: set[str]) -> str | None:
     return nested if nested in names else None
 
 
-def parse_json_lines(data: bytes, where: str, key: str | None = "file_name") -> list[dict[str, Any]]:
+def parse_json_lines(
+    data: bytes, where: str, key: str | None = "file_name"
+) -> list[dict[str, Any]]:
     """Rows of a JSONL file, each with a string under ``key`` unless that is None; DataError names the line that is not as it should be."""
     rows = []
     for number, line in enumerate(data.split(b"\n"), start=1):
@@ -56,13 +59,19 @@ def parse_json_lines(data: bytes, where: str, key: str | None = "file_name") -> 
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:  # of JSON or of UTF-8
-            raise DataError(f"{where}: line {number} is not JSON ({error}): one JSON object per line") from None
+            raise DataError(
+                f"{where}: line {number} is not JSON ({error}): one JSON object per line"
+            ) from None
         if not isinstance(row, dict):
-            raise DataError(f"{where}: line {number} is not a JSON object: write {{'file_name': ..., 'text': ...}}")
+            raise DataError(
+                f"{where}: line {number} is not a JSON object: write {{'file_name': ..., 'text': ...}}"
+            )
         if key is not None and not isinstance(row.get(key), str):
             raise DataError(f"{where}: line {number} has no {key}: every row needs one")
         rows.append(row)
-    if key is not None and rows and not any("text" in row for row in rows):  # pictures described, but without captions
+    if (
+        key is not None and rows and not any("text" in row for row in rows)
+    ):  # pictures described, but without captions
         rows = [{**row, "text": ""} for row in rows]
     return rows
 
@@ -126,7 +135,9 @@ class LabelMaps(FileRows):
       DataError: the path is missing or no archive, a folder is empty, or a picture has no map.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, images: str = "images", maps: str = "annotations"):
+    def __init__(
+        self, path: str | os.PathLike[str], *, images: str = "images", maps: str = "annotations"
+    ):
         self.path, self._columns, self._files = os.fspath(path), ("map",), Files(path)
         pictures = self._files.pictures(images)
         found = {stem(name[len(maps.strip("/")) :]): name for name in self._files.pictures(maps)}
@@ -136,7 +147,10 @@ class LabelMaps(FileRows):
                 f"{self.path}: {len(missing)} of {len(pictures)} pictures in {images} have no map in {maps} (first: {missing[0]})"
             )
         self.rows = [
-            {"file_name": name, "map": found[stem(name[len(images.strip("/")) :])], "text": ""} for name in pictures
+            {"file_name": name, "map": found[stem(name[len(images.strip("/")) :])], "text": ""}
+            for name in pictures
         ]
         if not self.rows:
-            raise DataError(f"{self.path}: no picture found in {images} ({', '.join(s[1:] for s in PICTURE_SUFFIXES)})")
+            raise DataError(
+                f"{self.path}: no picture found in {images} ({', '.join(s[1:] for s in PICTURE_SUFFIXES)})"
+            )

@@ -7,7 +7,7 @@ import os
 import threading
 from typing import Any
 
-from ldm_jax.data.sources.base import DataError
+from ldm_jax.errors import DataError
 
 
 class Parquet:
@@ -26,8 +26,14 @@ class Parquet:
 
     def __init__(self, path: str | os.PathLike[str], *, image: str = "image", text: str = "text"):
         self.path, self._image = os.fspath(path), image
-        pattern = os.path.join(glob.escape(self.path), "*.parquet") if os.path.isdir(self.path) else self.path
-        self._shards = sorted(glob.glob(pattern)) or ([self.path] if os.path.isfile(self.path) else [])
+        pattern = (
+            os.path.join(glob.escape(self.path), "*.parquet")
+            if os.path.isdir(self.path)
+            else self.path
+        )
+        self._shards = sorted(glob.glob(pattern)) or (
+            [self.path] if os.path.isfile(self.path) else []
+        )
         if not self._shards:
             raise DataError(
                 f"{self.path}: there is no .parquet there: give a file, their folder, or a pattern like 'train-*.parquet'"
@@ -41,17 +47,22 @@ class Parquet:
             opened = self._open(number)
             names = opened.schema_arrow.names
             if image not in names:
-                raise DataError(f"{shard}: there is no column {image!r}: there are {', '.join(names)}; set data.image")
+                raise DataError(
+                    f"{shard}: there is no column {image!r}: there are {', '.join(names)}; set data.image"
+                )
             if names == [image]:
                 table = [{}] * opened.metadata.num_rows
             else:
                 table = opened.read(columns=[name for name in names if name != image]).to_pylist()
             where = os.path.basename(shard)
             self.rows += [
-                {"file_name": f"{where}[{i}]", **row, "text": row.get(text) or ""} for i, row in enumerate(table)
+                {"file_name": f"{where}[{i}]", **row, "text": row.get(text) or ""}
+                for i, row in enumerate(table)
             ]
             self._groups += [(number, group) for group in range(opened.num_row_groups)]
-            sizes += [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            sizes += [
+                opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)
+            ]
         self._starts = [0, *itertools.accumulate(sizes)]
         if not self.rows:
             raise DataError(f"{self.path}: no picture found")
@@ -75,20 +86,32 @@ class Parquet:
         me = os.getpid(), threading.get_ident()
         if self._last.get(me, (-1, None))[0] != place:
             number, group = self._groups[place]
-            self._last[me] = place, self._open(number).read_row_group(group, columns=[self._image]).column(0)
+            self._last[me] = (
+                place,
+                self._open(number).read_row_group(group, columns=[self._image]).column(0),
+            )
         return self._last[me][1]
 
     def _open(self, number: int) -> Any:
-        key = os.getpid(), threading.get_ident(), number  # neither processes nor threads share a reader
+        key = (
+            os.getpid(),
+            threading.get_ident(),
+            number,
+        )  # neither processes nor threads share a reader
         if key not in self._opened:
             try:
                 import pyarrow.parquet as parquet
             except ImportError:
-                raise DataError(f"{self.path}: Parquet needs pyarrow: pip install pyarrow") from None
+                raise DataError(
+                    f"{self.path}: Parquet needs pyarrow: pip install pyarrow"
+                ) from None
             try:
                 self._opened[key] = parquet.ParquetFile(self._shards[number])
             except Exception as error:  # its errors are of many kinds
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                reason = next(
+                    (line.strip() for line in str(error).splitlines() if line.strip()),
+                    type(error).__name__,
+                )
                 raise DataError(f"{self._shards[number]} cannot be read: {reason}") from None
         return self._opened[key]
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ldm_jax.data.sources.base import DataError
 from ldm_jax.data.sources.folder import ImageFolder
+from ldm_jax.errors import DataError
 
 _STREAM_SCENE = 7  # apart from the loader's streams of random numbers
 _TRIES = 12  # places tried for an object before it is left out
@@ -72,14 +72,20 @@ class Scenes:
         if min(count, size, objects) < 1:
             raise DataError("data.count, data.size and data.objects must be at least 1")
         if not 0 < smallest <= largest <= 1:
-            raise DataError(f"data.smallest <= data.largest must be in (0, 1], not {smallest} and {largest}")
+            raise DataError(
+                f"data.smallest <= data.largest must be in (0, 1], not {smallest} and {largest}"
+            )
         if not 0 <= background <= 255:
             raise DataError(f"data.background must be from 0 to 255, not {background}")
         named = [str(row[column]) for row in self._pictures.rows]
         if missing := sorted({*classes} - {*named}):
-            raise DataError(f"{self.path}: no picture has the {column} {missing[0]!r}: change data.classes")
+            raise DataError(
+                f"{self.path}: no picture has the {column} {missing[0]!r}: change data.classes"
+            )
         self.classes = sorted({*(classes or named)})
-        self._labels = {i: self.classes.index(name) for i, name in enumerate(named) if name in self.classes}
+        self._labels = {
+            i: self.classes.index(name) for i, name in enumerate(named) if name in self.classes
+        }
         self._choice = list(self._labels)
         sides = smallest, largest
         streams = (np.random.default_rng([_STREAM_SCENE, seed, i]) for i in range(count))
@@ -95,7 +101,9 @@ class Scenes:
         """Where the scene comes from, for messages."""
         return f"scene {index} of {self.path}"
 
-    def _compose(self, rng: np.random.Generator, most: int, sides: tuple[float, float]) -> list[Placed]:
+    def _compose(
+        self, rng: np.random.Generator, most: int, sides: tuple[float, float]
+    ) -> list[Placed]:
         size, placed, taken = self._size, [], np.zeros((self._size, self._size), bool)
         for _ in range(rng.integers(1, most + 1)):
             picture = self._choice[rng.integers(len(self._choice))]
@@ -119,32 +127,52 @@ class Scenes:
             }
             for p in placed
         ]
-        vectors = [[*self._colour(p.picture), *box["box"]] for p, box in zip(placed, boxes, strict=True)]
+        vectors = [
+            [*self._colour(p.picture), *box["box"]] for p, box in zip(placed, boxes, strict=True)
+        ]
         text = ", ".join(str(rows[p.picture].get("text", "")) for p in placed)
-        return {"file_name": self.name(index), "text": text, "boxes": boxes, "vectors": vectors, "scene": index}
+        return {
+            "file_name": self.name(index),
+            "text": text,
+            "boxes": boxes,
+            "vectors": vectors,
+            "scene": index,
+        }
 
     def _colour(self, picture: int) -> list[float]:
         """The mean colour of a cut-out, [r, g, b] in [0, 1]."""
         if picture not in self._colours:
             cut = cut_out(self.path, self._pictures, picture).astype(np.float64) / 255
-            self._colours[picture] = np.average(cut[:, :, :3], (0, 1), np.repeat(cut[:, :, 3:], 3, 2)).tolist()
+            self._colours[picture] = np.average(
+                cut[:, :, :3], (0, 1), np.repeat(cut[:, :, 3:], 3, 2)
+            ).tolist()
         return self._colours[picture]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns the row with the picture uint8 [size, size, 3] as "image" and its "map"."""
         size, rng = self._size, np.random.default_rng([_STREAM_SCENE + 1, self._seed, index])
         ends = rng.uniform(self._darkest, 255, (2, 3))
-        slope = np.add.outer(*(np.linspace(0, 1, size) * part for part in rng.dirichlet((1, 1))))[:, :, None]
+        slope = np.add.outer(*(np.linspace(0, 1, size) * part for part in rng.dirichlet((1, 1))))[
+            :, :, None
+        ]
         image, labels = ends[0] + (ends[1] - ends[0]) * slope, np.zeros((size, size), np.uint8)
         for p in self._scenes[index]:
             cut = Image.fromarray(cut_out(self.path, self._pictures, p.picture))
             # Premultiplied, so that the white around a cut-out does not bleed in where it is resized.
-            pixels = np.asarray(cut.convert("RGBa").resize((p.width, p.height), Image.Resampling.BOX), np.float32)
+            pixels = np.asarray(
+                cut.convert("RGBa").resize((p.width, p.height), Image.Resampling.BOX), np.float32
+            )
             alpha = pixels[:, :, 3:] / 255
             part = np.s_[p.top : p.top + p.height, p.left : p.left + p.width]
             image[part] = image[part] * (1 - alpha) + pixels[:, :, :3]
-            labels[part] = np.where(alpha[:, :, 0] >= 0.5, 1 + self._labels[p.picture], labels[part])
-        return {**self.rows[index], "image": np.round(image).clip(0, 255).astype(np.uint8), "map": labels}
+            labels[part] = np.where(
+                alpha[:, :, 0] >= 0.5, 1 + self._labels[p.picture], labels[part]
+            )
+        return {
+            **self.rows[index],
+            "image": np.round(image).clip(0, 255).astype(np.uint8),
+            "map": labels,
+        }
 
 
 @lru_cache(maxsize=8192)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.data.sources.base import DataError
 from ldm_jax.data.sources.files import FileRows, Files, stem
 from ldm_jax.data.sources.folder import parse_json_lines
+from ldm_jax.errors import DataError
 
 
 class TextList(FileRows):
@@ -57,7 +57,14 @@ class Table(FileRows):
       DataError: a file is missing or unreadable, or there is no column of paths.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, root: str = "", image: str = "file_name", text: str = "text"):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        root: str = "",
+        image: str = "file_name",
+        text: str = "text",
+    ):
         self.path = os.fspath(path)
         reader = TABLES.get(os.path.splitext(self.path)[1].lower())
         if reader is None:
@@ -65,8 +72,14 @@ class Table(FileRows):
         rows = reader(self.path)
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get(image), str):
-                what = f"{image}={row[image]!r}" if image in row else f"no column {image!r} but {', '.join(row)}"
-                raise DataError(f"{self.path}: row {number} has {what}: set data.image to the column of paths")
+                what = (
+                    f"{image}={row[image]!r}"
+                    if image in row
+                    else f"no column {image!r} but {', '.join(row)}"
+                )
+                raise DataError(
+                    f"{self.path}: row {number} has {what}: set data.image to the column of paths"
+                )
         self.rows = [
             {"file_name": row[image], "text": row.get(text) or ""}
             | {k: v for k, v in row.items() if k not in (image, text)}
@@ -80,7 +93,9 @@ def _text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _delimited(path: str) -> list[dict[str, Any]]:
@@ -107,7 +122,9 @@ def _parquet(path: str) -> list[dict[str, Any]]:
     try:
         return parquet.read_table(path).to_pylist()
     except Exception as error:  # its errors are of many kinds
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise DataError(f"{path} cannot be read: {reason}") from None
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm_jax.data.sources.base import DataError
+from ldm_jax.errors import DataError
 
 
 class TFDS:
@@ -35,7 +35,12 @@ class TFDS:
         download: bool = False,
     ):
         self.path = os.fspath(path)
-        self._options = {"split": split, "image_key": image_key, "data_dir": data_dir, "download": download}
+        self._options = {
+            "split": split,
+            "image_key": image_key,
+            "data_dir": data_dir,
+            "download": download,
+        }
         self._columns = None if columns is None else list(columns)
         self._rows: list[dict[str, Any]] | None = None
         self._open()
@@ -65,14 +70,27 @@ class TFDS:
                 f"the files of TFDS {self.path!r} have no random access: prepare it with file_format='array_record'"
             ) from error
         except Exception as error:  # tfds raises many kinds, often with pages of text
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = next(
+                (line.strip() for line in str(error).splitlines() if line.strip()),
+                type(error).__name__,
+            )
             raise DataError(f"cannot open TFDS {self.path!r}, split {split!r}: {reason}") from error
-        wanted = [key for key in features if key != image_key] if self._columns is None else self._columns
+        wanted = (
+            [key for key in features if key != image_key]
+            if self._columns is None
+            else self._columns
+        )
         for key in (image_key, *wanted):
             if key not in features:
-                raise DataError(f"TFDS {self.path!r} has no feature {key!r}: it has {', '.join(features)}")
+                raise DataError(
+                    f"TFDS {self.path!r} has no feature {key!r}: it has {', '.join(features)}"
+                )
         self._kept = wanted
-        self._labels = {k: features[k].names for k in wanted if isinstance(features[k], tfds.features.ClassLabel)}
+        self._labels = {
+            k: features[k].names
+            for k in wanted
+            if isinstance(features[k], tfds.features.ClassLabel)
+        }
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -94,7 +112,11 @@ class TFDS:
 
     def _metadata(self, record: Mapping[str, Any]) -> dict[str, Any]:
         row = {key: _plain(record[key]) for key in self._kept}
-        names = {f"{k}_name": labels[row[k]] for k, labels in self._labels.items() if 0 <= row[k] < len(labels)}
+        names = {
+            f"{k}_name": labels[row[k]]
+            for k, labels in self._labels.items()
+            if 0 <= row[k] < len(labels)
+        }
         return names | row
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import os
 import posixpath
 from typing import Any
 
-from ldm_jax.data.sources.base import PICTURE_SUFFIXES, DataError
+from ldm_jax.data.sources.base import PICTURE_SUFFIXES
 from ldm_jax.data.sources.files import Member, read_at, tar_members
+from ldm_jax.errors import DataError
 
 
 class WebDataset:
@@ -26,8 +27,12 @@ class WebDataset:
 
     def __init__(self, path: str | os.PathLike[str], *, image: str = ""):
         self.path = os.fspath(path)
-        pattern = os.path.join(glob.escape(self.path), "*.tar") if os.path.isdir(self.path) else self.path
-        self._shards = sorted(glob.glob(pattern)) or ([self.path] if os.path.isfile(self.path) else [])
+        pattern = (
+            os.path.join(glob.escape(self.path), "*.tar") if os.path.isdir(self.path) else self.path
+        )
+        self._shards = sorted(glob.glob(pattern)) or (
+            [self.path] if os.path.isfile(self.path) else []
+        )
         if not self._shards:
             raise DataError(
                 f"{self.path}: there is no .tar there: give a shard, their folder, or a pattern like 'train-*.tar'"
@@ -52,7 +57,11 @@ class WebDataset:
             picture = next((suffix for suffix in files if suffix in wanted), None)
             if picture is None:
                 continue
-            texts = {s: read_at(self._open(number), files[s], shard) for s in (".json", ".txt", ".cls") if s in files}
+            texts = {
+                s: read_at(self._open(number), files[s], shard)
+                for s in (".json", ".txt", ".cls")
+                if s in files
+            }
             where = f"{os.path.basename(shard)}/{key}"
             self.rows.append({"file_name": where + picture, **_columns(texts, where)})
             self._pictures.append((number, files[picture]))
@@ -71,7 +80,10 @@ class WebDataset:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns the row with the picture's encoded bytes as "image"; raises OSError."""
         number, member = self._pictures[index]
-        return {**self.rows[index], "image": read_at(self._open(number), member, self._shards[number])}
+        return {
+            **self.rows[index],
+            "image": read_at(self._open(number), member, self._shards[number]),
+        }
 
     def _open(self, number: int) -> Any:
         key = os.getpid(), number  # as with zip archives, every process opens its own

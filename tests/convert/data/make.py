@@ -35,7 +35,18 @@ def state_dict() -> dict[str, torch.Tensor]:
     attributed.note = "has an attribute"
     state["attributed"] = attributed
     state["tagged"] = torch.full((2, 1), 7.0).as_subclass(Tagged)
-    for dtype in ("float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64"):
+    for dtype in (
+        "float64",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+        "complex64",
+    ):
         values = torch.randn(5, generator=generator) * 3
         state[f"as.{dtype}"] = values.to(getattr(torch, dtype))
     return state
@@ -69,7 +80,9 @@ def main() -> None:
         name: {
             "shape": list(value.shape),
             "dtype": str(value.dtype).removeprefix("torch."),
-            "values": torch.view_as_real(value).tolist() if value.is_complex() else value.to(torch.float64).tolist(),
+            "values": torch.view_as_real(value).tolist()
+            if value.is_complex()
+            else value.to(torch.float64).tolist(),
         }
         for name, value in (state | newer).items()
     }

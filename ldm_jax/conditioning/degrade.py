@@ -1,0 +1,167 @@
+"""Small pictures made of large ones, as super-resolution trains on them: cleanly, or the way pictures degrade in the wild.
+
+The wild ones follow Zhang et al. 2021, "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution"
+(arXiv:2103.14006, section 3): blur, downsampling, noise and JPEG, each drawn at random and in random order, a final JPEG. Without the paper's
+camera model. On the host, deterministic by the generator.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from PIL import Image
+
+_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)
+
+Degradation = Callable[[np.ndarray, tuple[int, int], np.random.Generator], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """Ranges that a degradation draws from.
+
+    Attributes:
+      blur: standard deviations of the Gaussian kernels, in pixels of the large picture, for a factor of 4.
+      noise: standard deviations of the noise, of 255.
+      jpeg: qualities.
+      jpeg_share: how often the JPEG in the middle happens; the final one always does.
+      detour: how often downsampling goes by way of a random size.
+    """
+
+    blur: tuple[float, float]
+    noise: tuple[float, float]
+    jpeg: tuple[int, int]
+    jpeg_share: float
+    detour: float
+
+
+STRENGTHS = {
+    "bsr_light": Strength(
+        blur=(0.1, 1.2), noise=(0.5, 8.0), jpeg=(75, 96), jpeg_share=0.5, detour=0.25
+    ),
+    "bsr": Strength(
+        blur=(0.1, 2.8), noise=(1.0, 25.0), jpeg=(30, 96), jpeg_share=0.75, detour=0.75
+    ),
+}
+
+
+def bicubic(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [h, w, 3], antialiased; nothing is drawn."""
+    h, w = size
+    return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+
+
+def bsr(
+    image: np.ndarray, size: tuple[int, int], rng: np.random.Generator, *, strength: Strength
+) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [h, w, 3] by two blurs, two downsamplings, noise and JPEG in random order, and JPEG."""
+    h, w = size
+    x = image.astype(np.float32)
+    steps = [blur, blur, shrink, partial(shrink, last=True), noise, middle_jpeg]
+    order = list(rng.permutation(len(steps)))
+    a, b = order.index(2), order.index(3)
+    if a > b:  # the second downsampling is the one that reaches the size
+        order[a], order[b] = order[b], order[a]
+    for i in order:
+        x = steps[i](x, (h, w), rng, strength)
+    return jpeg(x, int(rng.integers(*strength.jpeg))).astype(np.uint8)
+
+
+def gaussian_kernel(deviations: tuple[float, float], angle: float) -> np.ndarray:
+    """A Gaussian kernel [k, k], k odd, with standard deviations along two axes turned by ``angle``; it sums to 1."""
+    radius = max(1, int(np.ceil(3 * max(deviations))))
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    kernel = np.exp(-0.5 * ((u / deviations[0]) ** 2 + (v / deviations[1]) ** 2))
+    return kernel / kernel.sum()
+
+
+def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """[h, w, c] with a symmetric kernel [k, k], by Fourier transform; beyond the border the picture is mirrored."""
+    radius = kernel.shape[0] // 2
+    h, w = x.shape[0] + 2 * radius, x.shape[1] + 2 * radius
+    padded = np.pad(x, ((radius, radius), (radius, radius), (0, 0)), mode="symmetric")
+    spectrum = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, (h, w))[:, :, None]
+    return np.fft.irfft2(spectrum, (h, w), axes=(0, 1))[2 * radius :, 2 * radius :].astype(
+        np.float32
+    )
+
+
+def blur(
+    x: np.ndarray, size: tuple[int, int], rng: np.random.Generator, strength: Strength
+) -> np.ndarray:
+    """By an isotropic or anisotropic Gaussian, as wide as the picture is still too large."""
+    scale = max(x.shape[0] / size[0], 1.0) / 4
+    first, second = rng.uniform(*strength.blur, 2) * scale
+    if rng.random() < 0.5:
+        second = first
+    return convolve(
+        x, gaussian_kernel((max(first, 1e-2), max(second, 1e-2)), rng.uniform(0, np.pi))
+    )
+
+
+def shrink(
+    x: np.ndarray,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    strength: Strength,
+    last: bool = False,
+) -> np.ndarray:
+    """Downsampling by a random filter: to ``size`` if it is the ``last``, else part of the way; perhaps by a detour over a random size."""
+    now = np.array(x.shape[:2])
+    target = (
+        np.array(size)
+        if last
+        else np.maximum(size, np.round(now / rng.uniform(1, max(now[0] / size[0], 1.0))))
+    )
+    if rng.random() < strength.detour:
+        there = rng.uniform(0.5, 1.5) * np.sqrt(now * target)  # down and up again, or up and down
+        x = _resize(x, np.maximum(1, np.round(there)), rng)
+    return _resize(x, target, rng)
+
+
+def _resize(x: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    h, w = (int(n) for n in size)
+    filter_ = _FILTERS[rng.integers(len(_FILTERS))]
+    channels = [Image.fromarray(x[:, :, c]).resize((w, h), filter_) for c in range(x.shape[2])]
+    return np.stack([np.asarray(c) for c in channels], axis=-1)
+
+
+def noise(
+    x: np.ndarray, size: tuple[int, int], rng: np.random.Generator, strength: Strength
+) -> np.ndarray:
+    """Gaussian noise: the same in all channels, independent in each, or correlated between them."""
+    deviation = rng.uniform(*strength.noise)
+    drawn, kind = rng.standard_normal(x.shape), rng.integers(3)
+    if kind == 0:
+        drawn = drawn[:, :, :1]
+    elif kind == 1:
+        mix = rng.standard_normal((x.shape[2], x.shape[2]))
+        drawn = drawn @ (mix / np.linalg.norm(mix, axis=0))
+    return (x + deviation * drawn).astype(np.float32)
+
+
+def middle_jpeg(
+    x: np.ndarray, size: tuple[int, int], rng: np.random.Generator, strength: Strength
+) -> np.ndarray:
+    """JPEG, now and then."""
+    happens, quality = rng.random() < strength.jpeg_share, int(rng.integers(*strength.jpeg))
+    return jpeg(x, quality) if happens else x
+
+
+def jpeg(x: np.ndarray, quality: int) -> np.ndarray:
+    """[h, w, 3] of about 0 to 255, written as a JPEG and read again: float32."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(np.round(x), 0, 255).astype(np.uint8)).save(
+        buffer, "JPEG", quality=quality
+    )
+    with Image.open(buffer) as image:
+        return np.asarray(image.convert("RGB"), np.float32)
+
+
+DEGRADATIONS: dict[str, Degradation] = {
+    "bicubic": bicubic,
+    **{name: partial(bsr, strength=strength) for name, strength in STRENGTHS.items()},
+}

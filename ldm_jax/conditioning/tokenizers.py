@@ -1,0 +1,73 @@
+"""Text -> tokens, by the vocabularies that ship with the package."""
+
+import gzip
+import logging
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LOG = logging.getLogger(__name__)
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@lru_cache(maxsize=2)
+def bert_tokenizer(vocab: Path = ASSETS / "tokenizers" / "bert-base-uncased-vocab.txt") -> Any:
+    """bert-base-uncased's tokenizer (30522 entries), made from its published vocabulary; nothing is downloaded."""
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it warns that PyTorch is missing, which is the point of this project
+    from transformers import BertTokenizer
+
+    return BertTokenizer(vocab=str(vocab), do_lower_case=True)
+
+
+def _byte_symbols() -> list[str]:
+    """One printable character for each byte, in the order in which byte-level BPE vocabularies (GPT-2's, CLIP's) list them."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = len(set(range(256)) - set(printable))
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(others)]
+
+
+@lru_cache(maxsize=2)
+def clip_tokenizer(
+    merges_file: Path = ASSETS / "tokenizers" / "clip-bpe_simple_vocab_16e6.txt.gz",
+) -> Any:
+    """CLIP's byte-pair tokenizer (49408 entries), made from its published list of merges; nothing is downloaded."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import CLIPTokenizer
+
+    symbols = _byte_symbols()
+    # The list is longer than what CLIP uses of it, which fills the vocabulary up to 49408; its first line is a version.
+    lines = (
+        gzip.decompress(merges_file.read_bytes())
+        .decode("utf-8")
+        .split("\n")[1 : 49408 - 2 * len(symbols) - 2 + 1]
+    )
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    entries = [*symbols, *(s + "</w>" for s in symbols), *(left + right for left, right in merges)]
+    entries += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=merges)  # type: ignore[arg-type]
+
+
+def tokens_of(
+    tokenizer: Any, captions: Sequence[str], length: int, start: int, end: int
+) -> np.ndarray:
+    """Captions -> int32 [b, length]: start, words, end, padding. What does not fit is cut and warned of."""
+    rows = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    tokens = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    room = length - 2
+    for i, row in enumerate(rows):
+        if len(row) > room:
+            cut = tokenizer.decode(row[room:])
+            LOG.warning("prompt is %d tokens long, %d are read; cut: %r", len(row), room, cut)
+        row = [start, *row[:room], end]
+        tokens[i, : len(row)] = row
+    return tokens

@@ -1,0 +1,107 @@
+"""Name tables of what the original conditions on: BERT and CLIP, class labels, rescaled maps."""
+
+import numpy as np
+
+from ldm_jax.convert.compvis.blocks import Walk, cross_attention, feed_forward
+from ldm_jax.convert.tables import (
+    CONV1X1,
+    Entry,
+    Path,
+    Table,
+    constant,
+    conv,
+    dense,
+    embedding,
+    norm,
+    unused,
+)
+from ldm_jax.models.clip import CLIPText, CLIPVision
+from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.models.text import TransformerEncoder
+
+
+def bert_table(model: TransformerEncoder, prefix: str = "cond_stage_model.transformer.") -> Table:
+    """The x_transformer TransformerWrapper inside BERTEmbedder and TransformerEmbedder."""
+    table: Table = [
+        *embedding(f"{prefix}token_emb", ("token_emb",)),
+        Entry(f"{prefix}pos_emb.emb.weight", ("pos_emb",)),
+        *norm(f"{prefix}norm", ("norm",)),
+    ]
+    for i in range(model.depth):  # attention and feed-forward are layers of their own there
+        attn, ff = f"{prefix}attn_layers.layers.{2 * i}", f"{prefix}attn_layers.layers.{2 * i + 1}"
+        table += [
+            *norm(f"{attn}.0", (f"attn_norm_{i}",)),
+            *cross_attention(f"{attn}.1.", (f"attn_{i}",), out="to_out"),
+        ]
+        table += [
+            *norm(f"{ff}.0", (f"ff_norm_{i}",)),
+            *feed_forward(f"{ff}.1.", (f"ff_{i}",), glu=model.ff_glu),
+        ]
+    if model.with_logits:
+        return [*table, *dense(f"{prefix}to_logits", ("to_logits",))]
+    return [
+        *table,
+        unused(f"{prefix}to_logits.weight", model.vocab_size, model.dim),
+        unused(f"{prefix}to_logits.bias", model.vocab_size),
+    ]
+
+
+def class_embedder_table(model: ClassEmbedder, prefix: str = "cond_stage_model.") -> Table:
+    """ClassEmbedder."""
+    return [*embedding(f"{prefix}embedding", ("embedding",))]
+
+
+def rescaler_table(model: SpatialRescaler, prefix: str = "cond_stage_model.") -> Table:
+    """SpatialRescaler, which has parameters only where it maps channels."""
+    if model.out_channels is None:
+        return []
+    return [*dense(f"{prefix}channel_mapper", ("channel_mapper",), bias=model.bias, op=CONV1X1)]
+
+
+def _clip_layer(prefix: str, path: Path) -> Walk:
+    for i in (1, 2):
+        yield from norm(f"{prefix}layer_norm{i}", (*path, f"norm{i}"))
+        yield from dense(f"{prefix}mlp.fc{i}", (*path, f"fc{i}"))
+    for name in ("q", "k", "v", "out"):
+        yield from dense(f"{prefix}self_attn.{name}_proj", (*path, name))
+
+
+def _beside(prefix: str) -> str:
+    """The prefix of what lies beside a tower: its own without the tower's name."""
+    return prefix.removesuffix("text_model.").removesuffix("vision_model.")
+
+
+def clip_text_table(
+    model: CLIPText, prefix: str = "cond_stage_model.transformer.text_model."
+) -> Table:
+    """The text tower as transformers names it and Stable Diffusion v1 stores it."""
+    n = model.max_position_embeddings
+    table: Table = [
+        *embedding(f"{prefix}embeddings.token_embedding", ("token_embedding",)),
+        Entry(f"{prefix}embeddings.position_embedding.weight", ("position_embedding",)),
+        constant(f"{prefix}embeddings.position_ids", np.arange(n, dtype=np.int64)[None]),
+        *norm(f"{prefix}final_layer_norm", ("final_norm",)),
+    ]
+    for i in range(model.num_hidden_layers):
+        table += _clip_layer(f"{prefix}encoder.layers.{i}.", (f"layers_{i}",))
+    if model.projection_dim is not None:
+        table += dense(f"{_beside(prefix)}text_projection", ("projection",), bias=False)
+    return table
+
+
+def clip_vision_table(model: CLIPVision, prefix: str = "vision_model.") -> Table:
+    """The image tower as transformers names it."""
+    places = (model.image_size // model.patch_size) ** 2 + 1
+    table: Table = [
+        Entry(f"{prefix}embeddings.class_embedding", ("class_embedding",)),
+        *conv(f"{prefix}embeddings.patch_embedding", ("patch_embedding",), bias=False),
+        Entry(f"{prefix}embeddings.position_embedding.weight", ("position_embedding",)),
+        constant(f"{prefix}embeddings.position_ids", np.arange(places, dtype=np.int64)[None]),
+        *norm(f"{prefix}pre_layrnorm", ("pre_norm",)),  # the name is misspelt there
+        *norm(f"{prefix}post_layernorm", ("post_norm",)),
+    ]
+    for i in range(model.num_hidden_layers):
+        table += _clip_layer(f"{prefix}encoder.layers.{i}.", (f"layers_{i}",))
+    if model.projection_dim is not None:
+        table += dense(f"{_beside(prefix)}visual_projection", ("projection",), bias=False)
+    return table

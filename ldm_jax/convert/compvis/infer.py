@@ -1,0 +1,358 @@
+"""The original's configuration from a checkpoint alone: what its names, shapes and buffers tell, and what has to be assumed.
+
+The result is what the YAML file beside a released checkpoint would hold, so that conversion goes on as if it had been given. Whatever neither names
+nor shapes tell (the number of attention heads, the factor of the latents, the size of the pictures ...) is filled in by convention and said.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ldm_jax.convert.compvis.schedules import schedule_params
+from ldm_jax.convert.compvis.whole import (
+    CONDITIONER,
+    FIRST_STAGE,
+    INNER,
+    IS_FIRST_STAGE,
+    UNCONDITIONAL,
+    UNET,
+)
+from ldm_jax.errors import ReaderError, TargetError
+from ldm_jax.models.clip import CLIPText
+
+LATENT_DIFFUSION, INPAINTING = (
+    f"ldm.models.diffusion.ddpm.{name}" for name in ("LatentDiffusion", "LatentInpaintDiffusion")
+)
+_EMBEDDERS, _VQ = (
+    "ldm.modules.encoders.modules",
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+)
+_KL = "ldm.modules.losses.LPIPSWithDiscriminator"
+_PIXELS = 256  # the side of the pictures that nearly all published models were trained on
+
+
+class Original(NamedTuple):
+    """A model as the original's YAML describes it; ``assumed`` has a line for each thing that the file did not tell."""
+
+    target: str
+    params: dict[str, Any]
+    assumed: tuple[str, ...] = ()
+
+
+class Names(dict[str, tuple[int, ...]]):
+    """Shapes by name; a name that is not there is a TargetError that says which."""
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise TargetError(
+            f"the architecture cannot be told: {name} is missing; give the original's YAML with --config"
+        )
+
+    def under(self, prefix: str) -> "Names":
+        """Those that begin with ``prefix``, without it."""
+        return Names(
+            {
+                name.removeprefix(prefix): shape
+                for name, shape in self.items()
+                if name.startswith(prefix)
+            }
+        )
+
+    def count(self, pattern: str) -> int:
+        """One more than the highest number that the group of ``pattern`` matches at a name's beginning; 0 where nothing does."""
+        n = 1 + max(
+            (int(match[1]) for name in self if (match := re.match(pattern, name))), default=-1
+        )
+        if n > len(self):  # each of them has a name, so this file is not what it seems
+            raise TargetError("the architecture cannot be told: its names skip numbers")
+        return n
+
+    def any(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self)
+
+
+def infer(tensors: Mapping[str, Any]) -> Original:
+    """The configuration of a state dict, name -> array (which may be lazy; only the schedule and lists of codes are read).
+
+    Raises TargetError with one line where it is of no known family.
+    """
+    try:
+        return _infer(
+            Names({name: tuple(tensor.shape) for name, tensor in tensors.items()}), tensors
+        )
+    except (TargetError, ReaderError):
+        raise
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ):  # too few axes, none of a size ...
+        raise TargetError(
+            "the architecture cannot be told: its shapes fit no known network; give the original's YAML with --config"
+        ) from None
+
+
+def _infer(names: Names, tensors: Mapping[str, Any]) -> Original:
+    if names.any(UNET):
+        return _latent_diffusion(names, tensors)
+    if names.any("encoder.") and names.any("decoder."):
+        stage = first_stage(names, tensors)
+        if stage.target.endswith("Interface"):  # alone, it was trained as the plain model
+            stage = stage._replace(target=stage.target.removesuffix("Interface"))
+        return stage
+    raise TargetError(
+        "its names are those of neither a latent diffusion model nor a first stage of the original"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- latent diffusion
+
+
+def _latent_diffusion(names: Names, tensors: Mapping[str, Any]) -> Original:
+    unet, assumed = unet_params(names.under(UNET))
+    params: dict[str, Any] = {
+        "unet_config": {
+            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "params": unet,
+        }
+    }
+    if names.any(FIRST_STAGE):
+        stage = first_stage(
+            names.under(FIRST_STAGE), {n.removeprefix(FIRST_STAGE): t for n, t in tensors.items()}
+        )
+        ddconfig = stage.params["ddconfig"]
+        factor, assumed = 2 ** (len(ddconfig["ch_mult"]) - 1), [*assumed, *stage.assumed]
+        params["first_stage_config"] = {"target": stage.target, "params": stage.params}
+    else:
+        factor, params["first_stage_config"] = (
+            1,
+            {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+        )
+    channels, in_channels = unet["out_channels"], unet["in_channels"]
+    outer = unet["model_channels"] * unet["channel_mult"][-1]
+    params["channels"] = channels
+
+    config, told = _conditioner(names.under(CONDITIONER), names.under(FIRST_STAGE), factor)
+    key = "adm" if "num_classes" in unet else None
+    if config == IS_FIRST_STAGE or (in_channels > channels and not isinstance(config, dict)):
+        config, key = (
+            config if config != UNCONDITIONAL else {"target": "torch.nn.Identity"},
+            "concat",
+        )
+    elif config == UNCONDITIONAL and unet.get("context_dim", outer) != outer:
+        config, key = {"target": "torch.nn.Identity"}, "crossattn"  # fed with something ready made
+    elif isinstance(config, dict):
+        in_concat = config["target"].endswith("SpatialRescaler")
+        key = "concat" if in_concat else "hybrid" if in_channels > channels else "crossattn"
+    params |= {"cond_stage_config": config, "conditioning_key": key}
+    assumed += told
+
+    clip = isinstance(config, dict) and "CLIP" in config["target"]
+    params["image_size"] = (2 * _PIXELS if clip else _PIXELS) // factor
+    assumed.append(f"size {params['image_size'] * factor}: pictures of that many pixels a side")
+    schedule, told = schedule_params(tensors)
+    params |= schedule
+    assumed += told
+    if "scale_factor" in names:
+        params["scale_by_std"] = True
+    else:
+        stage_params = params["first_stage_config"].get("params", {})
+        published = (
+            stage_params.get("embed_dim") == 4 and "n_embed" not in stage_params and factor == 8
+        )
+        params["scale_factor"] = 0.18215 if published else 1.0
+        assumed.append(f"scale_factor {params['scale_factor']}: of the latents")
+    if "logvar" in names:
+        params["learn_logvar"] = True
+    assumed.append("parameterization eps: what the network predicts")
+    return Original(
+        INPAINTING if clip and key == "hybrid" else LATENT_DIFFUSION, params, tuple(assumed)
+    )
+
+
+# How the published models divide their attention: (model_channels, channel_mult, context_dim) -> parameters.
+_HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, Any]] = {
+    (320, (1, 2, 4, 4), 768): {"num_heads": 8, "legacy": False},  # Stable Diffusion v1
+    (320, (1, 2, 4, 4), 1280): {"num_heads": 8, "legacy": False},  # txt2img-1p4B
+    (192, (1, 2, 3, 5), 512): {"num_heads": 1},  # cin256-v2
+    (192, (1, 2, 2, 4, 4), None): {"num_heads": 8},  # LSUN churches
+    (256, (1, 2, 3, 4), None): {"num_heads": 8},  # inpainting
+    (128, (1, 4, 8), None): {"num_heads": 8},  # semantic synthesis
+}
+
+
+def unet_params(names: Names) -> tuple[dict[str, Any], list[str]]:
+    """(parameters of a UNetModel, what was assumed) from its names and shapes."""
+    channels, in_channels = names["input_blocks.0.0.weight"][:2]
+    rows = names.count(r"output_blocks\.(\d+)\.")
+    ends = [f"output_blocks.{i}.{j}." for i in range(rows) for j in (1, 2)]
+    resblocks, convs = (
+        sum(end + part in names for end in ends) for part in ("in_layers.0.weight", "conv.weight")
+    )
+    # Resampling without a layer leaves no names at all: its rows of the downward half are missing.
+    bare = 0 if resblocks + convs else sum(not names.any(f"input_blocks.{i}.") for i in range(rows))
+    levels = 1 + resblocks + convs + bare
+    if rows % levels:
+        raise TargetError(
+            f"the architecture cannot be told: {rows} rows of blocks on {levels} levels"
+        )
+    first = range(1, rows, rows // levels)  # the first row of each level
+    outs = [names[f"input_blocks.{i}.0.out_layers.3.weight"][0] for i in first]
+    params: dict[str, Any] = {
+        "in_channels": in_channels,
+        "out_channels": names["out.2.weight"][0],
+        "model_channels": channels,
+        "num_res_blocks": rows // levels - 1,
+        "channel_mult": [out // channels for out in outs],
+        "attention_resolutions": [
+            2**level for level, i in enumerate(first) if names.any(f"input_blocks.{i}.1.")
+        ],
+        "use_scale_shift_norm": names["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * outs[0],
+        "resblock_updown": resblocks > 0,
+        "conv_resample": bare == 0,
+    }
+    if names.any("middle_block.1.transformer_blocks."):
+        depth = names.count(r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+        context = names["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
+        params |= {
+            "use_spatial_transformer": True,
+            "transformer_depth": depth,
+            "context_dim": context,
+        }
+    if "label_emb.weight" in names:
+        params["num_classes"] = names["label_emb.weight"][0]
+    if "id_predictor.1.weight" in names:
+        params["n_embed"] = names["id_predictor.1.weight"][0]
+    heads = _HEADS.get(
+        (channels, tuple(params["channel_mult"]), params.get("context_dim")),
+        {"num_head_channels": 32},
+    )
+    text = ", ".join(f"{name} {value}" for name, value in heads.items())
+    return params | heads, [
+        f"{text}: how the UNet's attention is divided",
+        "use_new_attention_order False",
+    ]
+
+
+def _conditioner(names: Names, stage: Names, factor: int) -> tuple[Any, list[str]]:
+    """(cond_stage_config, what was assumed); ``stage`` names the first stage, which may be held twice."""
+    if not names:
+        return UNCONDITIONAL, []
+    if names == stage:
+        return IS_FIRST_STAGE, []
+    if "embedding.weight" in names:
+        classes, dim = names["embedding.weight"]
+        return {
+            "target": f"{_EMBEDDERS}.ClassEmbedder",
+            "params": {"n_classes": classes, "embed_dim": dim},
+        }, []
+    if "channel_mapper.weight" in names:
+        out, channels = names["channel_mapper.weight"][:2]
+        params = {"n_stages": factor.bit_length() - 1, "in_channels": channels, "out_channels": out}
+        params["bias"] = "channel_mapper.bias" in names
+        told = f"n_stages {params['n_stages']}, multiplier 0.5, method bilinear: how maps are brought to the latents' size"
+        return {"target": f"{_EMBEDDERS}.SpatialRescaler", "params": params}, [told]
+    if "transformer.token_emb.weight" in names:
+        vocabulary, dim = names["transformer.token_emb.weight"]
+        params = {
+            "n_embed": dim,
+            "n_layer": names.count(r"transformer\.attn_layers\.layers\.(\d+)\.") // 2,
+        }
+        params |= {
+            "vocab_size": vocabulary,
+            "max_seq_len": names["transformer.pos_emb.emb.weight"][0],
+        }
+        told = []
+        if vocabulary != 30522:
+            params["use_tokenizer"] = False
+            told = ["use_tokenizer False: the vocabulary is not BERT's"]
+        return {"target": f"{_EMBEDDERS}.BERTEmbedder", "params": params}, told
+    if names.any("transformer.text_model."):
+        return _clip(names.under("transformer.text_model."))
+    raise TargetError(
+        f"its conditioner is of no known kind (it holds {min(names)}); give the original's YAML with --config"
+    )
+
+
+def _clip(names: Names) -> tuple[dict[str, Any], list[str]]:
+    vocabulary, width = names["embeddings.token_embedding.weight"]
+    fields: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": names["encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": names.count(r"encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": names["embeddings.position_embedding.weight"][0],
+    }
+    if CLIPText(**fields) == CLIPText():
+        return {"target": f"{_EMBEDDERS}.FrozenCLIPEmbedder"}, []
+    target = next(target for target in INNER if target.endswith("TinyCLIP"))
+    told = f"num_attention_heads {fields['num_attention_heads']}, hidden_act quick_gelu: of the text encoder"
+    return {"target": target, "params": fields}, [told]
+
+
+# ------------------------------------------------------------------------------------------------------------ first stages
+
+
+def first_stage(names: Names, tensors: Mapping[str, Any]) -> Original:
+    """A first stage from names without prefix."""
+    channels, in_channels = names["encoder.conv_in.weight"][:2]
+    levels, z = names.count(r"encoder\.down\.(\d+)\."), names["decoder.conv_in.weight"][1]
+    outs = [names[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
+    ddconfig: dict[str, Any] = {
+        "double_z": names["encoder.conv_out.weight"][0] == 2 * z,
+        "z_channels": z,
+        "resolution": _PIXELS,  # counted down to the levels with attention, and used for nothing else
+        "in_channels": in_channels,
+        "out_ch": names["decoder.conv_out.weight"][0],
+        "ch": channels,
+        "ch_mult": [out // channels for out in outs],
+        "num_res_blocks": names.count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "attn_resolutions": [
+            _PIXELS // 2**n for n in range(levels) if names.any(f"encoder.down.{n}.attn.")
+        ],
+        "resamp_with_conv": levels == 1 or names.any("encoder.down.0.downsample."),
+        "attn_type": "none",
+    }
+    if names.any("encoder.mid.attn_1."):
+        ddconfig["attn_type"] = (
+            "linear" if "encoder.mid.attn_1.to_qkv.weight" in names else "vanilla"
+        )
+    params: dict[str, Any] = {"embed_dim": names["post_quant_conv.weight"][1], "ddconfig": ddconfig}
+    loss, _ = loss_config(names)
+    params["lossconfig"] = loss or {"target": "torch.nn.Identity"}
+    if "quantize.used" in names:
+        params["remap"] = [int(i) for i in np.asarray(tensors["quantize.used"])]
+    if not names.any("quantize."):
+        return Original("ldm.models.autoencoder.AutoencoderKL", params)
+    if "quantize.embed.weight" in names:
+        params["n_embed"] = names["quantize.embed.weight"][0]
+        return Original("taming.models.vqgan.GumbelVQ", params)
+    params["n_embed"] = names["quantize.embedding.weight"][0]
+    if "quantize.embedding.cluster_size" in names:
+        return Original("taming.models.vqgan.EMAVQ", params)
+    if "colorize" in names:
+        return Original(
+            "taming.models.vqgan.VQSegmentationModel", params | {"n_labels": names["colorize"][1]}
+        )
+    return Original("ldm.models.autoencoder.VQModelInterface", params)
+
+
+def loss_config(
+    names: Names, prefix: str = "loss."
+) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
+    """(lossconfig, widths of LPIPS' VGG) of the loss that a first stage's names hold; (None, ()) where they hold none."""
+    names = names.under(prefix)
+    if not names.any("discriminator.main."):
+        return None, ()
+    ndf, channels = names["discriminator.main.0.weight"][:2]
+    convs = sum(
+        len(shape) == 4 and name.endswith(".weight")
+        for name, shape in names.under("discriminator.").items()
+    )
+    params = {"disc_num_layers": convs - 2, "disc_in_channels": channels, "disc_ndf": ndf}
+    params |= {"disc_start": 0, "use_actnorm": any(name.endswith(".loc") for name in names)}
+    widths = tuple(names[f"perceptual_loss.lin{i}.model.1.weight"][1] for i in range(5))
+    return {"target": _KL if "logvar" in names else _VQ, "params": params}, widths

@@ -1,0 +1,378 @@
+"""The original's YAML and our model config: one as the other, both ways.
+
+Our config holds what the networks are; of the YAML it keeps beside them, under "original", what there is no place for: class names, where a condition
+enters, the size trained at. `config_of` and `original_of` are each other's inverse on that, which a round trip through both proves.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm_jax.convert.compvis.infer import INPAINTING, LATENT_DIFFUSION, Original
+from ldm_jax.convert.compvis.whole import IDENTITIES, IS_FIRST_STAGE, UNCONDITIONAL
+from ldm_jax.errors import TargetError
+from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL
+from ldm_jax.models.ldm import build, build_first_stage
+from ldm_jax.models.vqgan import VQModel
+
+_EMBEDDERS = "ldm.modules.encoders.modules"
+_UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+_SCHEDULE = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s", "v_posterior")
+# Fields of an autoencoder that the original has beside its ddconfig.
+_OUTER = (
+    "embed_dim",
+    "n_embed",
+    "beta",
+    "kl_weight",
+    "remap",
+    "unknown_index",
+    "sane_index_shape",
+    "n_labels",
+)
+_KEPT = ("cond_stage_key", "first_stage_key", "image_size")
+
+
+# ------------------------------------------------------------------------------------------------------------------- YAML
+
+
+def read_yaml(path: str | Path) -> Original:
+    """The model of one of the original's YAML files; TargetError with one line where it holds none."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise TargetError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    section = tree.get("model", tree) if isinstance(tree, dict) else None
+    if not isinstance(section, dict) or not isinstance(section.get("target"), str):
+        raise TargetError(f"{path} describes no model: it has neither model.target nor target")
+    return Original(section["target"], _numbers(section.get("params") or {}))
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 takes 1e-4 for text, the original's reader for a number."""
+    match value:
+        case dict():
+            return {key: _numbers(item) for key, item in value.items()}
+        case list():
+            return [_numbers(item) for item in value]
+        case str() if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            return float(value)
+        case str() if "${" in value:
+            raise TargetError(f"the YAML refers to {value}; write the value itself")
+    return value
+
+
+def write_yaml(path: Path, original: Original) -> None:
+    """A YAML file from which the original builds the model."""
+    model = {"model": {"target": original.target, "params": original.params}}
+    path.write_text(yaml.safe_dump(model, sort_keys=False), encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------- the original -> ours
+
+
+def fields_of(module: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a module that differ from their defaults, tuples as lists; but for how it computes."""
+    leave = ("parent", "name", "dtype", "remat", *leave)
+    fields = {
+        f.name: getattr(module, f.name)
+        for f in dataclasses.fields(module)
+        if f.name not in leave and getattr(module, f.name) != f.default
+    }
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
+    }
+
+
+def config_of(
+    original: Original, modules: Mapping[str, Any], scale_factor: float | None = None
+) -> dict[str, Any]:
+    """The config of the model that ``original`` describes and ``modules`` (of its `Whole`) make up.
+
+    ``scale_factor``: the stored one, where the original measures it instead of naming it. Raises TargetError for what we cannot run.
+    """
+    if "unet" not in modules:
+        return {
+            "kind": "first_stage",
+            "first_stage": _first_stage_section(modules["first_stage"]),
+            "original": {"target": original.target},
+        }
+    params = original.params
+    if (objective := params.get("parameterization", "eps")) not in ("eps", "x0", "v"):
+        raise TargetError(f"parameterization {objective!r} is not supported (have eps, x0, v)")
+    stage = modules.get("first_stage")
+    factor = getattr(stage, "downsampling", 1)
+    size = params.get("image_size", 256 // factor)  # of the latents
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    conditioner = _conditioner_section(original, modules, (height, width))
+    text = conditioner.get("text", conditioner)
+    return {
+        "kind": "latent_diffusion",
+        "objective": objective,
+        "scale_factor": float(
+            params.get("scale_factor", 1.0) if scale_factor is None else scale_factor
+        ),
+        "schedule": {name: params[name] for name in _SCHEDULE if name in params},
+        "first_stage": {"kind": "identity"} if stage is None else _first_stage_section(stage),
+        "conditioner": conditioner,
+        "unet": fields_of(modules["unet"]),
+        "sampling": {
+            "size": [height * factor, width * factor],
+            "guidance": _GUIDANCE.get(text["kind"], 1.0),
+        },
+        "original": _remembered(original),
+    }
+
+
+def _first_stage_section(module: Autoencoder) -> dict[str, Any]:
+    kind = "kl" if isinstance(module, AutoencoderKL) else "vq"
+    if isinstance(module, VQModel) and module.quantizer == "ema":
+        raise TargetError(
+            "a codebook kept by moving averages (EMAVQ) has no place in a model directory yet"
+        )
+    return {"kind": kind, **fields_of(module)}
+
+
+# What conditioners become, and the way in by which theirs reaches the UNet.
+_KINDS = {
+    f"{_EMBEDDERS}.BERTEmbedder": ("bert", "crossattn"),
+    f"{_EMBEDDERS}.TransformerEmbedder": ("tokens", "crossattn"),
+    f"{_EMBEDDERS}.FrozenCLIPEmbedder": ("clip", "crossattn"),
+    f"{_EMBEDDERS}.TinyCLIP": ("clip", "crossattn"),
+    f"{_EMBEDDERS}.ClassEmbedder": ("class", "crossattn"),
+    f"{_EMBEDDERS}.SpatialRescaler": ("rescale", "concat"),
+}
+
+
+def _conditioner_section(
+    original: Original, modules: Mapping[str, Any], size: tuple[int, int]
+) -> dict[str, Any]:
+    params, unet = original.params, modules["unet"]
+    module, section, dim = (
+        modules.get("conditioner"),
+        params.get("cond_stage_config"),
+        unet.context_dim,
+    )
+    if module is None:
+        ready, key = isinstance(section, Mapping), conditioning_key(params)
+        if ready and key == "crossattn" and dim:
+            return {"kind": "embeddings", "dim": dim}
+        joined = {
+            "kind": "joined",
+            "channels": unet.in_channels - unet.out_channels,
+            "size": list(size),
+        }
+        if (
+            section == IS_FIRST_STAGE
+            and key == "concat"
+            and joined["channels"] == unet.out_channels + 1
+        ):
+            return {**joined, "of": "masked"}  # as in scripts/inpaint.py
+        if ready and key == "concat" and joined["channels"] == 3:
+            return {**joined, "of": "picture"}  # a small picture, to be enlarged
+        return {"kind": "none"}
+    assert section is not None
+    if section["target"] not in _KINDS:
+        raise TargetError(
+            f"{section['target']} is not supported as a conditioner (have {', '.join(_KINDS)})"
+        )
+    kind, way = _KINDS[section["target"]]
+    key = conditioning_key(params)
+    if key not in (way, "hybrid"):
+        raise TargetError(
+            f"{section['target']} as conditioning_key {key} is not supported, only {way} and hybrid"
+        )
+    if kind == "bert" and not (section.get("params") or {}).get("use_tokenizer", True):
+        kind = "tokens"
+    fields = fields_of(module)
+    if kind == "rescale":  # how large maps are in pixels, which only an empty map needs
+        fields["size"] = [round(side / module.multiplier**module.n_stages) for side in size]
+    told = {"kind": kind, **fields}
+    # What is joined to the latents, of the original's classes that one alone says; all else is refused where it would be needed.
+    order = tuple(params.get("concat_keys") or _CONCAT_KEYS)
+    if (
+        key == "hybrid"
+        and way == "crossattn"
+        and (original.target, order) == (INPAINTING, _CONCAT_KEYS)
+    ):
+        joined = {
+            "channels": unet.in_channels - unet.out_channels,
+            "of": "masked_sd",
+            "size": list(size),
+        }
+        if kind in ("bert", "clip") and joined["channels"] == unet.out_channels + 1:
+            return {"kind": "hybrid", "text": told, "joined": joined}
+    return told
+
+
+_CONCAT_KEYS = ("mask", "masked_image")  # of LatentInpaintDiffusion
+
+
+def conditioning_key(params: Mapping[str, Any]) -> str | None:
+    """Where the condition of a LatentDiffusion enters its UNet, as its constructor decides."""
+    if params.get("cond_stage_config", UNCONDITIONAL) == UNCONDITIONAL:
+        return None
+    return params.get("conditioning_key") or (
+        "concat" if params.get("concat_mode", True) else "crossattn"
+    )
+
+
+# The guidance that the original's own scripts sample with; without a condition there is nothing to guide.
+_GUIDANCE = {"bert": 5.0, "clip": 7.5, "class": 3.0, "embeddings": 5.0}
+
+
+def _remembered(original: Original) -> dict[str, Any]:
+    params = original.params
+    conditioner = params.get("cond_stage_config", UNCONDITIONAL)
+    return {
+        "target": original.target,
+        "first_stage": params["first_stage_config"]["target"],
+        "conditioner": conditioner["target"] if isinstance(conditioner, Mapping) else conditioner,
+        "conditioning_key": conditioning_key(params),
+        **{name: params[name] for name in (*_KEPT, "scale_by_std") if params.get(name) is not None},
+    }
+
+
+# --------------------------------------------------------------------------------------------------- ours -> the original
+
+
+def original_of(config: Mapping[str, Any]) -> Original:
+    """The original's description of a model of ours; TargetError names what the original cannot hold."""
+    kept = config.get("original", {})
+    if config.get("kind") == "first_stage":
+        return Original(*_first_stage_of(build_first_stage(config), kept.get("target"), alone=True))
+    if config.get("kind") != "latent_diffusion":
+        raise TargetError(f"a {config.get('kind')} has no counterpart in the original")
+    if config["objective"] not in ("eps", "x0"):
+        raise TargetError(
+            f"the original cannot hold a model that predicts {config['objective']}, only eps and x0"
+        )
+    model = build(config, None, None)
+    schedule = dict(config["schedule"])
+    if schedule.pop("zero_terminal_snr", False):
+        raise TargetError("the original cannot hold a schedule with zero terminal SNR")
+    section = dict(config["conditioner"])
+    kind = section["kind"]
+    if kind == "hybrid" and section["joined"].get("of") != "masked_sd":
+        raise TargetError(
+            "the original cannot hold text with joined channels other than 'masked_sd'"
+        )
+    if kind == "joined" and (of := section.get("of")) in ("masked_sd", "masked_filled"):
+        raise TargetError(f"the original cannot hold {of!r} without a text")
+    module = getattr(model.conditioner, "module", None)
+    target = kept.get("conditioner") or (
+        IS_FIRST_STAGE if kind == "joined" and section.get("of") == "masked" else None
+    )
+    conditioner = _CONDITIONERS[section.get("text", section)["kind"]](module, target)
+    way = {"none": None, "rescale": "concat", "joined": "concat", "hybrid": "hybrid"}.get(
+        kind, "crossattn"
+    )
+    stage, inside = _first_stage_of(model.first_stage.module, kept.get("first_stage"))
+    params: dict[str, Any] = {
+        **schedule,
+        "parameterization": config["objective"],
+        "conditioning_key": kept.get("conditioning_key", way),
+        "image_size": config.get("sampling", {}).get("size", [256])[0]
+        // model.first_stage.downsampling,
+        "channels": model.first_stage.channels,
+        "use_ema": False,
+        **(
+            {"scale_by_std": True}
+            if kept.get("scale_by_std")
+            else {"scale_factor": config.get("scale_factor", 1.0)}
+        ),
+        **{name: kept[name] for name in _KEPT if name in kept},
+        # The original has no default for the first two.
+        "unet_config": {
+            "target": _UNET,
+            "params": {"image_size": 32, "attention_resolutions": [], **fields_of(model.unet)},
+        },
+        "first_stage_config": {"target": stage, "params": inside},
+        "cond_stage_config": conditioner,
+    }
+    return Original(
+        kept.get("target", INPAINTING if kind == "hybrid" else LATENT_DIFFUSION), params
+    )
+
+
+def _first_stage_of(
+    module: Autoencoder | None, target: str | None, alone: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """(target, params) of a first stage; ``target`` None: the usual one."""
+    if module is None:
+        return target or IDENTITIES[-1], {}
+    vq = "VQModel" if alone else "VQModelInterface"
+    usual = f"ldm.models.autoencoder.{'AutoencoderKL' if isinstance(module, AutoencoderKL) else vq}"
+    if isinstance(module, VQModel) and module.quantizer == "gumbel":
+        usual = "taming.models.vqgan.GumbelVQ"
+    fields = fields_of(module, leave=("quantizer",))
+    params = {name: fields.pop(name) for name in _OUTER if name in fields}
+    attention = fields.pop("attn_type", "vanilla")
+    ddconfig = {
+        "double_z": isinstance(module, AutoencoderKL),
+        "dropout": 0.0,
+        "attn_resolutions": [],
+        **fields,
+    }
+    if attention != "vanilla":
+        ddconfig["attn_type"] = attention
+    params |= {"ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
+    return target or usual, params
+
+
+def _bert(module: Any, target: str | None, tokenizer: bool = True) -> dict[str, Any]:
+    fields = fields_of(module, leave=("with_logits", "embed_std", "dropout"))
+    params = {
+        "n_embed": fields.pop("dim"),
+        "n_layer": fields.pop("depth"),
+        "vocab_size": module.vocab_size,
+        **fields,
+    }
+    target = target or f"{_EMBEDDERS}.BERTEmbedder"
+    return {
+        "target": target,
+        "params": params | ({} if tokenizer or "BERT" not in target else {"use_tokenizer": False}),
+    }
+
+
+def _clip(module: Any, target: str | None) -> dict[str, Any]:
+    fields = fields_of(module)
+    return {
+        "target": target or f"{_EMBEDDERS}.{'TinyCLIP' if fields else 'FrozenCLIPEmbedder'}",
+        "params": fields,
+    }
+
+
+def _same(name: str) -> Callable[[Any, str | None], dict[str, Any]]:
+    return lambda module, target: {
+        "target": target or f"{_EMBEDDERS}.{name}",
+        "params": fields_of(module),
+    }
+
+
+def _ready_made(module: Any, target: str | None) -> Any:
+    return target if target == IS_FIRST_STAGE else {"target": target or IDENTITIES[0]}
+
+
+def _unconditional(module: Any, target: str | None) -> Any:
+    return {"target": target} if target in IDENTITIES else target or UNCONDITIONAL
+
+
+# kind of our conditioner -> (module, the target it came from) -> cond_stage_config
+_CONDITIONERS: dict[str, Callable[[Any, str | None], Any]] = {
+    "bert": _bert,
+    "tokens": lambda module, target: _bert(module, target, tokenizer=False),
+    "clip": _clip,
+    "class": _same("ClassEmbedder"),
+    "rescale": _same("SpatialRescaler"),
+    "embeddings": _ready_made,
+    "joined": _ready_made,
+    "none": _unconditional,
+}

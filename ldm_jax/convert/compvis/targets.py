@@ -1,0 +1,405 @@
+"""From the original's YAML (a dotted ``target`` class and its ``params``) to our modules.
+
+Every parameter is either used, known to say nothing about the network, or an error: a configuration is never half
+understood.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ldm_jax.errors import TargetError
+from ldm_jax.models.autoencoder import AutoencoderKL, Decoder, Encoder
+from ldm_jax.models.clip import CLIPText, CLIPVision
+from ldm_jax.models.discriminator import PatchDiscriminator
+from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
+from ldm_jax.models.encoder_unet import EncoderUNet
+from ldm_jax.models.gpt import GPT
+from ldm_jax.models.perceptual import LPIPS, VGG16_WIDTHS
+from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, VectorQuantizer
+from ldm_jax.models.text import TransformerEncoder
+from ldm_jax.models.unet import UNet
+from ldm_jax.models.vqgan import VQModel, VQModelInterface
+
+
+def pick_params(
+    where: str,
+    params: Mapping[str, Any],
+    *,
+    same: str,
+    ignored: str = "",
+    fixed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The parameters in ``same`` (names apart by spaces), lists as tuples. ``ignored`` ones are dropped, ``fixed`` ones
+    must have the given value.
+
+    A ``fixed`` parameter may be left out. Raises TargetError on any other.
+    """
+    fixed = fixed or {}
+    known = {*same.split(), *ignored.split(), *fixed}
+    if unknown := sorted(params.keys() - known):
+        raise TargetError(
+            f"{where}: unknown parameters {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+        )
+    for name, value in fixed.items():
+        if params.get(name, value) != value:
+            raise TargetError(f"{where}: {name}={params[name]!r} is not supported, only {value!r}")
+    return {
+        name: tuple(params[name]) if isinstance(params[name], list) else params[name]
+        for name in same.split()
+        if name in params
+    }
+
+
+_UNET = """
+    in_channels model_channels out_channels num_res_blocks attention_resolutions dropout channel_mult conv_resample
+    num_classes num_heads num_head_channels num_heads_upsample use_scale_shift_norm resblock_updown
+    use_new_attention_order use_spatial_transformer transformer_depth context_dim n_embed legacy
+"""
+_ENCODER_UNET = """
+    in_channels model_channels out_channels num_res_blocks attention_resolutions dropout channel_mult conv_resample
+    num_heads num_head_channels num_heads_upsample use_scale_shift_norm resblock_updown use_new_attention_order
+    image_size pool
+"""
+_DDCONFIG = """
+    ch out_ch ch_mult num_res_blocks attn_resolutions dropout resamp_with_conv in_channels resolution z_channels
+    attn_type
+"""
+# What the first stages' constructors take beside the network: the loss, and how their trainer is fed.
+_TRAINING = """
+    lossconfig ckpt_path ignore_keys image_key colorize_nlabels monitor batch_resize_range scheduler_config lr_g_factor
+    use_ema
+"""
+# Options of x_transformer that change the network and that no published model sets.
+_OFF = """
+    cross_attend only_cross use_scalenorm use_rmsnorm use_rezero position_infused_attn residual_attn
+    cross_residual_attn macaron gate_residual attn_talking_heads attn_on_attn attn_num_mem_kv attn_use_entmax15
+"""
+
+
+def unet_from_params(params: Mapping[str, Any]) -> UNet:
+    """ldm.modules.diffusionmodules.openaimodel.UNetModel."""
+    # image_size is stored and never read; use_fp16 only chose the arithmetic, as our dtype does.
+    fields = pick_params(
+        "UNetModel",
+        params,
+        same=_UNET,
+        ignored="image_size use_fp16 use_checkpoint",
+        fixed={"dims": 2},
+    )
+    return UNet(**fields, remat=bool(params.get("use_checkpoint", False)))
+
+
+def encoder_unet_from_params(params: Mapping[str, Any]) -> EncoderUNet:
+    """ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel, whose num_heads is 1 unless given."""
+    ignored = "use_fp16 use_checkpoint"
+    fields = pick_params(
+        "EncoderUNetModel", params, same=_ENCODER_UNET, ignored=ignored, fixed={"dims": 2}
+    )
+    return EncoderUNet(
+        **{"num_heads": 1, **fields}, remat=bool(params.get("use_checkpoint", False))
+    )
+
+
+def _coder_fields(
+    where: str,
+    params: Mapping[str, Any],
+    *,
+    same: str = "",
+    ignored: str = "",
+    fixed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    fields = pick_params(
+        where, params, same=f"{_DDCONFIG} {same}", ignored=f"use_linear_attn {ignored}", fixed=fixed
+    )
+    return fields | {"attn_type": "linear"} if params.get("use_linear_attn") else fields
+
+
+def encoder_from_params(params: Mapping[str, Any]) -> Encoder:
+    """ldm.modules.diffusionmodules.model.Encoder."""
+    return Encoder(
+        **_coder_fields("Encoder", params, same="double_z", ignored="tanh_out give_pre_end")
+    )
+
+
+def decoder_from_params(params: Mapping[str, Any]) -> Decoder:
+    """ldm.modules.diffusionmodules.model.Decoder."""
+    return Decoder(
+        **_coder_fields("Decoder", params, same="tanh_out give_pre_end", ignored="double_z")
+    )
+
+
+def autoencoder_kl_from_params(params: Mapping[str, Any]) -> AutoencoderKL:
+    """ldm.models.autoencoder.AutoencoderKL."""
+    outer = pick_params("AutoencoderKL", params, same="embed_dim", ignored=f"ddconfig {_TRAINING}")
+    fixed = {"double_z": True, "give_pre_end": False}
+    return AutoencoderKL(
+        **outer,
+        **_coder_fields("AutoencoderKL ddconfig", params["ddconfig"], same="tanh_out", fixed=fixed),
+    )
+
+
+def _remap(where: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Which codes are in use, as a list; the original names a .npy file of theirs."""
+    remap = params.get("remap")
+    if remap is None:
+        return {}
+    if isinstance(remap, str):
+        if not Path(remap).is_file():
+            raise TargetError(
+                f"{where}: remap={remap!r} is no file here; give the codes in use as a list instead"
+            )
+        remap = np.load(remap, allow_pickle=False)
+    return {"remap": tuple(int(i) for i in np.asarray(remap).reshape(-1))}
+
+
+_VQ = TypeVar("_VQ", VQModel, VQModelInterface)
+
+
+def _vqmodel(cls: type[_VQ], params: Mapping[str, Any], quantizer: str = "vq") -> _VQ:
+    where = cls.__name__
+    known, ignored = (
+        "embed_dim n_embed sane_index_shape unknown_index",
+        f"ddconfig remap {_TRAINING}",
+    )
+    if quantizer == "gumbel":
+        known, ignored = f"{known} kl_weight", f"{ignored} temperature_scheduler_config"
+    elif quantizer == "ema":
+        known = f"{known} beta"
+    else:
+        known = f"{known} n_labels"
+    outer = pick_params(where, params, same=known, ignored=ignored)
+    fixed = {"double_z": False, "give_pre_end": False}
+    inner = _coder_fields(f"{where} ddconfig", params["ddconfig"], same="tanh_out", fixed=fixed)
+    return cls(**outer, **inner, **_remap(where, params), quantizer=quantizer)  # type: ignore[arg-type]
+
+
+def vqmodel_from_params(params: Mapping[str, Any]) -> VQModel:
+    """ldm.models.autoencoder.VQModel and taming.models.vqgan.VQModel (and its forms for depth and segmentation)."""
+    return _vqmodel(VQModel, params)
+
+
+def vqmodel_interface_from_params(params: Mapping[str, Any]) -> VQModelInterface:
+    """ldm.models.autoencoder.VQModelInterface."""
+    return _vqmodel(VQModelInterface, params)
+
+
+def vector_quantizer_from_params(params: Mapping[str, Any], second: bool = True) -> VectorQuantizer:
+    """taming.modules.vqvae.quantize.VectorQuantizer2, or with ``second`` off VectorQuantizer, whose loss is that of the
+    legacy form.
+    """
+    more = "legacy sane_index_shape unknown_index" if second else ""
+    fields = pick_params(
+        "VectorQuantizer",
+        params,
+        same=f"beta {more}",
+        ignored="n_e e_dim remap" if second else "n_e e_dim",
+    )
+    return VectorQuantizer(
+        params["n_e"], params["e_dim"], **fields, **_remap("VectorQuantizer", params)
+    )
+
+
+def gumbel_from_params(params: Mapping[str, Any]) -> GumbelQuantizer:
+    """taming.modules.vqvae.quantize.GumbelQuantize."""
+    same = "n_embed num_hiddens straight_through kl_weight temp_init unknown_index"
+    # use_vqinterface only changes how the original packs its results, train whether it is called in training.
+    ignored = "embedding_dim remap use_vqinterface train"
+    fields = pick_params("GumbelQuantize", params, same=same, ignored=ignored)
+    return GumbelQuantizer(
+        embed_dim=params["embedding_dim"], **fields, **_remap("GumbelQuantize", params)
+    )
+
+
+def ema_from_params(params: Mapping[str, Any]) -> EMAQuantizer:
+    """taming.modules.vqvae.quantize.EMAVectorQuantizer."""
+    fields = pick_params(
+        "EMAVectorQuantizer",
+        params,
+        same="n_embed beta decay eps unknown_index",
+        ignored="embedding_dim remap",
+    )
+    return EMAQuantizer(
+        embed_dim=params["embedding_dim"], **fields, **_remap("EMAVectorQuantizer", params)
+    )
+
+
+def class_embedder_from_params(params: Mapping[str, Any]) -> ClassEmbedder:
+    """ldm.modules.encoders.modules.ClassEmbedder."""
+    return ClassEmbedder(
+        **pick_params("ClassEmbedder", params, same="embed_dim n_classes", ignored="key")
+    )
+
+
+def rescaler_from_params(params: Mapping[str, Any]) -> SpatialRescaler:
+    """ldm.modules.encoders.modules.SpatialRescaler."""
+    same = "n_stages method multiplier in_channels out_channels bias"
+    fields = pick_params("SpatialRescaler", params, same=same)
+    if fields.get("method", "bilinear") not in ("nearest", "bilinear", "bicubic", "area"):
+        raise TargetError(f"SpatialRescaler: method={fields['method']!r} does not resize pictures")
+    return SpatialRescaler(**fields)
+
+
+# What transformers' CLIP configurations hold beside the network.
+_CLIP_OTHER = """
+    model_type architectures torch_dtype dtype transformers_version initializer_factor initializer_range pad_token_id
+    bos_token_id return_dict _name_or_path
+"""
+_CLIP = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps"
+)
+
+
+def clip_text_from_params(params: Mapping[str, Any]) -> CLIPText:
+    """transformers.CLIPTextModel, from its configuration."""
+    same = f"{_CLIP} vocab_size max_position_embeddings eos_token_id"
+    ignored = f"projection_dim {_CLIP_OTHER}"
+    fields = pick_params(
+        "CLIPTextModel", params, same=same, ignored=ignored, fixed={"attention_dropout": 0.0}
+    )
+    if (
+        fields.get("eos_token_id") == 2
+    ):  # the oldest configurations say this and mean the highest token
+        del fields["eos_token_id"]
+    return CLIPText(**fields)
+
+
+def frozen_clip_from_params(params: Mapping[str, Any]) -> CLIPText:
+    """ldm.modules.encoders.modules.FrozenCLIPEmbedder: ViT-L/14's text tower."""
+    pick_params(
+        "FrozenCLIPEmbedder",
+        params,
+        same="",
+        ignored="device",
+        fixed={"max_length": 77, "version": _VIT_L},
+    )
+    return CLIPText()
+
+
+def clip_vision_from_params(params: Mapping[str, Any], projected: bool = True) -> CLIPVision:
+    """transformers.CLIPVisionModelWithProjection, or without ``projected`` CLIPVisionModel, from its configuration."""
+    same = f"{_CLIP} image_size patch_size projection_dim"
+    fixed = {"attention_dropout": 0.0, "num_channels": 3}
+    # transformers' own defaults are those of another model than ours.
+    fields: dict[str, Any] = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
+    fields |= {"image_size": 224, "patch_size": 32, "projection_dim": 512}
+    fields |= pick_params("CLIPVisionModel", params, same=same, ignored=_CLIP_OTHER, fixed=fixed)
+    if not projected:
+        fields["projection_dim"] = None
+    return CLIPVision(**fields)
+
+
+_VIT_L = "openai/clip-vit-large-patch14"
+
+
+def lpips_from_params(params: Mapping[str, Any]) -> LPIPS:
+    """taming.modules.losses.lpips.LPIPS; ``vgg_widths`` (tests) makes its VGG narrower."""
+    fields = pick_params("LPIPS", params, same="vgg_widths", ignored="use_dropout")
+    return LPIPS(fields.get("vgg_widths", VGG16_WIDTHS))
+
+
+def bert_from_params(params: Mapping[str, Any]) -> TransformerEncoder:
+    """ldm.modules.encoders.modules.BERTEmbedder and TransformerEmbedder, with the projection to logits that their
+    checkpoints keep.
+    """
+    known = "vocab_size max_seq_len"
+    ignored = "n_embed n_layer device use_tokenizer"
+    fields = pick_params(
+        "BERTEmbedder", params, same=known, ignored=ignored, fixed={"embedding_dropout": 0.0}
+    )
+    return TransformerEncoder(params["n_embed"], params["n_layer"], **fields, with_logits=True)
+
+
+def transformer_wrapper_from_params(
+    wrapper: Mapping[str, Any], encoder: Mapping[str, Any]
+) -> TransformerEncoder:
+    """ldm.modules.x_transformer.TransformerWrapper around an Encoder, from the parameters of both."""
+    fixed = {
+        "emb_dropout": 0.0,
+        "use_pos_emb": True,
+        "tie_embedding": False,
+        "emb_dim": encoder["dim"],
+        "max_mem_len": 0.0,
+        "num_memory_tokens": None,
+    }
+    outer = pick_params("TransformerWrapper", wrapper, same="num_tokens max_seq_len", fixed=fixed)
+    fixed = dict.fromkeys(_OFF.split(), False) | {
+        "pre_norm": True,
+        "attn_dropout": 0.0,
+        "ff_dropout": 0.0,
+    }
+    fixed |= dict.fromkeys(("custom_layers", "sandwich_coef", "par_ratio", "attn_sparse_topk"))
+    renamed = {"attn_dim_head": "head_dim"}
+    inner = pick_params(
+        "x_transformer Encoder",
+        encoder,
+        same="dim depth heads attn_dim_head ff_mult ff_glu",
+        fixed=fixed,
+    )
+    inner = {renamed.get(name, name): value for name, value in inner.items()}
+    return TransformerEncoder(
+        vocab_size=outer["num_tokens"], max_seq_len=outer["max_seq_len"], **inner, with_logits=True
+    )
+
+
+def discriminator_from_params(params: Mapping[str, Any]) -> PatchDiscriminator:
+    """taming.modules.discriminator.model.NLayerDiscriminator."""
+    return PatchDiscriminator(
+        **pick_params("NLayerDiscriminator", params, same="input_nc ndf n_layers use_actnorm")
+    )
+
+
+def gpt_from_params(params: Mapping[str, Any]) -> GPT:
+    """taming.modules.transformer.mingpt.GPT."""
+    same = "vocab_size block_size n_layer n_head n_embd n_unmasked embd_pdrop resid_pdrop"
+    return GPT(**pick_params("GPT", params, same=same, fixed={"attn_pdrop": 0.0}))
+
+
+_LDM, _TAMING = "ldm.modules", "taming.modules"
+TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    f"{_LDM}.diffusionmodules.openaimodel.UNetModel": unet_from_params,
+    f"{_LDM}.diffusionmodules.openaimodel.EncoderUNetModel": encoder_unet_from_params,
+    f"{_LDM}.diffusionmodules.model.Encoder": encoder_from_params,
+    f"{_LDM}.diffusionmodules.model.Decoder": decoder_from_params,
+    "ldm.models.autoencoder.AutoencoderKL": autoencoder_kl_from_params,
+    "ldm.models.autoencoder.VQModel": vqmodel_from_params,
+    "ldm.models.autoencoder.VQModelInterface": vqmodel_interface_from_params,
+    "taming.models.vqgan.VQModel": vqmodel_from_params,
+    "taming.models.vqgan.VQSegmentationModel": vqmodel_from_params,
+    "taming.models.vqgan.VQNoDiscModel": vqmodel_from_params,
+    "taming.models.vqgan.GumbelVQ": partial(_vqmodel, VQModel, quantizer="gumbel"),
+    "taming.models.vqgan.EMAVQ": partial(_vqmodel, VQModel, quantizer="ema"),
+    f"{_TAMING}.vqvae.quantize.VectorQuantizer": partial(
+        vector_quantizer_from_params, second=False
+    ),
+    f"{_TAMING}.vqvae.quantize.VectorQuantizer2": vector_quantizer_from_params,
+    f"{_TAMING}.vqvae.quantize.GumbelQuantize": gumbel_from_params,
+    f"{_TAMING}.vqvae.quantize.EMAVectorQuantizer": ema_from_params,
+    f"{_LDM}.encoders.modules.BERTEmbedder": bert_from_params,
+    f"{_LDM}.encoders.modules.TransformerEmbedder": bert_from_params,
+    f"{_LDM}.encoders.modules.ClassEmbedder": class_embedder_from_params,
+    f"{_LDM}.encoders.modules.SpatialRescaler": rescaler_from_params,
+    f"{_LDM}.encoders.modules.FrozenCLIPEmbedder": frozen_clip_from_params,
+    f"{_LDM}.encoders.modules.TinyCLIP": clip_text_from_params,  # of the reference data: any size, named as above
+    "transformers.CLIPTextModel": clip_text_from_params,
+    "transformers.CLIPVisionModel": partial(clip_vision_from_params, projected=False),
+    "transformers.CLIPVisionModelWithProjection": clip_vision_from_params,
+    f"{_TAMING}.discriminator.model.NLayerDiscriminator": discriminator_from_params,
+    f"{_TAMING}.losses.lpips.LPIPS": lpips_from_params,
+    f"{_TAMING}.transformer.mingpt.GPT": gpt_from_params,
+}
+
+
+def module_from_config(target: str, params: Mapping[str, Any] | None = None) -> Any:
+    """The Linen module that a ``target`` and its ``params`` describe; TargetError where either is not supported."""
+    if target not in TARGETS:
+        raise TargetError(f"{target} is not supported (have {', '.join(TARGETS)})")
+    return TARGETS[target](params or {})

@@ -1,0 +1,258 @@
+"""Whole checkpoints of the original: what a LatentDiffusion or a first stage holds, put together from its configuration.
+
+Our tree has the parts of a model directory: "unet", "conditioner", "first_stage", and what only training needs: "logvar", "ema", "losses".
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.convert.compvis.compvis import param_shapes, table_of
+from ldm_jax.convert.compvis.targets import module_from_config, pick_params
+from ldm_jax.convert.tables import Duplicate, Entry, Table, Unused, under
+from ldm_jax.diffusion.schedule import make_schedule
+from ldm_jax.errors import TargetError
+from ldm_jax.models.discriminator import PatchDiscriminator
+from ldm_jax.models.perceptual import LPIPS, VGG16_WIDTHS
+
+UNET, FIRST_STAGE, CONDITIONER, EMA = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "model_ema.",
+)
+# Sections that stand for no network at all.
+IDENTITIES = ("torch.nn.Identity", "ldm.models.autoencoder.IdentityFirstStage")
+UNCONDITIONAL, IS_FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
+# What conditioners hold between their prefix and the network of our module.
+INNER = {
+    "ldm.modules.encoders.modules.BERTEmbedder": "transformer.",
+    "ldm.modules.encoders.modules.TransformerEmbedder": "transformer.",
+    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "transformer.text_model.",
+    "ldm.modules.encoders.modules.TinyCLIP": "transformer.text_model.",
+}
+BUFFERS = """
+    betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
+    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
+    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
+"""
+_SCHEDULE = "beta_schedule timesteps linear_start linear_end cosine_s v_posterior"
+# Parameters of a LatentDiffusion that say how it is trained, fed, sampled or logged, not what it holds.
+_OTHER = """
+    unet_config first_stage_config cond_stage_config first_stage_key cond_stage_key image_size channels log_every_t
+    loss_type monitor use_ema num_timesteps_cond cond_stage_trainable concat_mode conditioning_key scale_factor
+    cond_stage_forward clip_denoised original_elbo_weight l_simple_weight parameterization scheduler_config
+    use_positional_encodings logvar_init ckpt_path ignore_keys load_only_unet finetune_keys concat_keys
+    masked_image_key keep_finetune_dims c_concat_log_start c_concat_log_end
+"""
+
+
+class Whole(NamedTuple):
+    """A checkpoint in parts: ``modules`` by part, the ``table`` of all its arrays, and ``shapes``, the tree that the table's paths lead into."""
+
+    modules: dict[str, Any]
+    table: Table
+    shapes: dict[str, Any]
+
+
+def schedule_buffers(params: Mapping[str, Any]) -> Table:
+    """The noise schedule that a DDPM stores. It follows from its parameters, with which a checkpoint has to agree."""
+    if params.get("given_betas") is not None:
+        raise TargetError("given_betas is not supported: a schedule is made from its parameters")
+    schedule = make_schedule(**{name: params[name] for name in _SCHEDULE.split() if name in params})
+
+    def buffer(name: str) -> Unused:
+        return Unused(name, lambda: np.asarray(getattr(schedule, name), np.float32), fixed=True)
+
+    return [buffer(name) for name in BUFFERS.split()]
+
+
+def ema_shadows(table: Iterable[Entry | Unused | Duplicate]) -> Table:
+    """The averages that LitEma keeps of the UNet whose table this is (with the prefix of a LatentDiffusion), at "ema".
+
+    Names lose their dots; "decay" and "num_updates" are how the averages were made.
+    """
+
+    def renamed(source: str) -> str:
+        return EMA + source.removeprefix("model.").replace(".", "")
+
+    shadows: Table = [
+        Unused(f"{EMA}decay", lambda: np.array(0.9999, np.float32)),
+        Unused(f"{EMA}num_updates", lambda: np.array(0, np.int32)),
+    ]
+    for entry in table:
+        if isinstance(entry, Entry):
+            shadows.append(entry._replace(source=renamed(entry.source), path=("ema", *entry.path)))
+        elif isinstance(entry, Unused) and not entry.fixed:
+            shadows.append(entry._replace(source=renamed(entry.source)))
+    return shadows
+
+
+# ------------------------------------------------------------------------------------------------------- the first stage
+
+_LOSS_WEIGHTS = """
+    disc_start logvar_init kl_weight pixelloss_weight disc_factor disc_weight perceptual_weight disc_conditional
+    disc_loss codebook_weight n_classes pixel_loss
+"""
+_DISCRIMINATOR = {
+    "disc_num_layers": "n_layers",
+    "disc_in_channels": "input_nc",
+    "disc_ndf": "ndf",
+    "use_actnorm": "use_actnorm",
+}
+# Losses that hold networks: whether also a learned log variance.
+_GAN_LOSSES = {
+    "ldm.modules.losses.LPIPSWithDiscriminator": True,
+    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": True,
+    "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": False,
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": False,
+}
+_BARE_LOSSES = """
+    torch.nn.Identity ldm.modules.losses.contperceptual.DummyLoss taming.modules.losses.vqperceptual.DummyLoss
+    taming.modules.losses.DummyLoss taming.modules.losses.segmentation.BCELoss
+    taming.modules.losses.segmentation.BCELossWithQuant
+"""
+
+
+def loss_parts(
+    config: Mapping[str, Any] | None, prefix: str = "loss.", vgg: Sequence[int] = VGG16_WIDTHS
+) -> Whole:
+    """The networks of a first stage's loss: "lpips", "discriminator" and, for KL, "logvar" []; nothing where it has none.
+
+    ``vgg``: the widths of LPIPS' VGG, for tests.
+    """
+    target = None if config is None else config["target"]
+    if target is None or target in _BARE_LOSSES.split():
+        return Whole({}, [], {})
+    if target not in _GAN_LOSSES:
+        raise TargetError(
+            f"the loss {target} is not supported (have {', '.join((*_GAN_LOSSES, *_BARE_LOSSES.split()))})"
+        )
+    params = (config or {}).get("params") or {}
+    fixed = {"perceptual_loss": "lpips"}
+    fields = pick_params(
+        target, params, same=" ".join(_DISCRIMINATOR), ignored=_LOSS_WEIGHTS, fixed=fixed
+    )
+    discriminator = PatchDiscriminator(
+        **{_DISCRIMINATOR[name]: value for name, value in fields.items()}
+    )
+    parts: dict[str, tuple[Any, str]] = {
+        "lpips": (LPIPS(tuple(vgg)), f"{prefix}perceptual_loss."),
+        "discriminator": (discriminator, f"{prefix}discriminator."),
+    }
+    table = [
+        entry
+        for name, (module, at) in parts.items()
+        for entry in under((name,), table_of(module, at))
+    ]
+    shapes: dict[str, Any] = {name: param_shapes(module) for name, (module, _) in parts.items()}
+    if _GAN_LOSSES[target]:
+        table.append(Entry(f"{prefix}logvar", ("logvar",)))
+        shapes["logvar"] = jax.ShapeDtypeStruct((), jnp.float32)
+    return Whole({name: module for name, (module, _) in parts.items()}, table, shapes)
+
+
+def first_stage(
+    target: str,
+    params: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    losses: bool = True,
+    vgg: Sequence[int] = VGG16_WIDTHS,
+) -> Whole:
+    """A first stage's checkpoint: "first_stage", and what its loss holds at "losses" unless ``losses`` is off."""
+    module = module_from_config(target, params)
+    whole = Whole(
+        {"first_stage": module},
+        under(("first_stage",), table_of(module, prefix)),
+        {"first_stage": param_shapes(module)},
+    )
+    loss = loss_parts(params.get("lossconfig") if losses else None, f"{prefix}loss.", vgg)
+    if not loss.table:
+        return whole
+    return Whole(
+        whole.modules | loss.modules,
+        whole.table + under(("losses",), loss.table),
+        whole.shapes | {"losses": loss.shapes},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- latent diffusion
+
+
+def latent_diffusion(
+    params: Mapping[str, Any],
+    *,
+    buffers: bool = True,
+    ema: bool = False,
+    losses: bool = True,
+    vgg: Sequence[int] = VGG16_WIDTHS,
+) -> Whole:
+    """A LatentDiffusion's checkpoint from its parameters: "unet", "first_stage", and "conditioner" where it has parameters of its own.
+
+    ``buffers``: with the noise schedule and, if it is stored, "scale_factor" []. ``ema``: with the UNet's averages at "ema".
+    A conditioner ``__is_first_stage__`` is stored as a duplicate. Raises TargetError for what is not supported.
+    """
+    pick_params(
+        "LatentDiffusion",
+        params,
+        same=f"{_SCHEDULE} learn_logvar scale_by_std given_betas",
+        ignored=_OTHER,
+    )
+    unet = module_from_config(params["unet_config"]["target"], params["unet_config"].get("params"))
+    modules: dict[str, Any] = {"unet": unet}
+    table = under(("unet",), table_of(unet, UNET))
+    shapes: dict[str, Any] = {"unet": param_shapes(unet)}
+    shadows = ema_shadows(table) if ema else []
+
+    config = params["first_stage_config"]
+    if config["target"] not in IDENTITIES:
+        stage = first_stage(
+            config["target"], config.get("params") or {}, prefix=FIRST_STAGE, losses=losses, vgg=vgg
+        )
+        modules, table, shapes = modules | stage.modules, table + stage.table, shapes | stage.shapes
+
+    conditioner = params.get("cond_stage_config", UNCONDITIONAL)
+    if conditioner == IS_FIRST_STAGE:
+        names = [entry.source for entry in table if entry.source.startswith(FIRST_STAGE)]
+        table += [Duplicate(CONDITIONER + name.removeprefix(FIRST_STAGE), name) for name in names]
+    elif conditioner not in (None, UNCONDITIONAL) and conditioner["target"] not in IDENTITIES:
+        module = module_from_config(conditioner["target"], conditioner.get("params"))
+        modules["conditioner"] = module
+        table += under(
+            ("conditioner",), table_of(module, CONDITIONER + INNER.get(conditioner["target"], ""))
+        )
+        shapes["conditioner"] = param_shapes(module)
+
+    if buffers:
+        table += schedule_buffers(params)
+        if params.get("scale_by_std"):
+            table.append(Entry("scale_factor", ("scale_factor",)))
+            shapes["scale_factor"] = jax.ShapeDtypeStruct((), jnp.float32)
+    if params.get("learn_logvar"):
+        table.append(Entry("logvar", ("logvar",)))
+        shapes["logvar"] = jax.ShapeDtypeStruct((params.get("timesteps", 1000),), jnp.float32)
+    if ema:
+        table += shadows
+        shapes["ema"] = {"unet": shapes["unet"]}
+    return Whole(modules, table, shapes)
+
+
+WHOLE: dict[str, Callable[..., Whole]] = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion": latent_diffusion,
+    # Stable Diffusion's, for inpainting: the same parts, fed with more channels.
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": latent_diffusion,
+}
+
+
+def whole_from_config(target: str, params: Mapping[str, Any], **options: Any) -> Whole:
+    """The whole checkpoint that a YAML's ``target`` and ``params`` describe: a LatentDiffusion, else a first stage.
+
+    ``options``: those of `latent_diffusion` or `first_stage`.
+    """
+    if target in WHOLE:
+        return WHOLE[target](params, **options)
+    return first_stage(target, params, **options)

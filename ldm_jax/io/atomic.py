@@ -1,0 +1,32 @@
+"""Files and folders that appear under their name only when they are whole."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; moves it there when the block ends without an error.
+
+    The block may create a file or a folder at the temporary path. An existing file at ``path`` is
+    replaced; an existing folder makes the move fail, as `os.replace` does. After an error nothing
+    is left behind.
+    """
+    path = Path(path)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = scratch / path.name
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Writes ``data`` (text as UTF-8) so that ``path`` holds either all of it or its old content."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -1,0 +1,139 @@
+"""Pictures at the edges: PNG files that carry how they were made, grids, and a picture of one line of text."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+KEY = "ldm_jax"  # the PNG text chunk that holds every setting as JSON; "prompt" beside it is for people
+
+
+def save_png(
+    path: str | Path, image: np.ndarray, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Writes uint8 [H, W, 3] as a PNG, whole or not at all, with ``settings`` in its text chunks."""
+    info = PngInfo()
+    if settings is not None:
+        if "prompt" in settings:
+            info.add_itxt("prompt", str(settings["prompt"]))
+        info.add_itxt(KEY, json.dumps(settings))
+    _write(path, lambda file: Image.fromarray(image).save(file, "PNG", pnginfo=info))
+
+
+def save_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float = 3.0) -> None:
+    """Writes uint8 [H, W, 3] each as an animation that runs for ever, once in ``seconds``, and waits at its end."""
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    each = max(int(1000 * seconds / len(frames)), 20)
+    durations = [each] * len(rest) + [max(1000, each)]
+    _write(
+        path,
+        lambda file: first.save(
+            file, "GIF", save_all=True, append_images=rest, duration=durations, loop=0
+        ),
+    )
+
+
+def _write(path: str | Path, save: Callable[[BinaryIO], None]) -> None:
+    """Written beside its place and renamed, so that nobody ever sees half a picture."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            save(file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `save_png` put into a PNG. ValueError where the file is no PNG of ours."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {})
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is no readable picture: {error}") from None
+    if KEY not in text:
+        raise ValueError(f"{path} was not made by ldm_jax: it has no settings in it")
+    try:
+        settings = json.loads(text[KEY])
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: its settings are damaged")
+    return settings
+
+
+def grid(
+    images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, gap: int = 2
+) -> np.ndarray:
+    """Pictures uint8 [n, H, W, 3] -> one picture, row by row, on white; about square unless ``columns`` is given."""
+    images = np.asarray(images)
+    n, h, w, c = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        sheet[y : y + h, x : x + w] = image
+    return sheet
+
+
+def sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
+    """Rows of pictures, uint8 [n, H, W, 3] each, of their own number and size -> one picture, one below the other, on white."""
+    lines = [grid(row, columns=len(row), gap=gap) for row in rows]
+    lines = [
+        lines[0],
+        *(line[gap:] for line in lines[1:]),
+    ]  # what is between two belongs to the upper
+    width = max(line.shape[1] for line in lines)
+    return np.concatenate(
+        [
+            np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255)
+            for line in lines
+        ]
+    )
+
+
+def labelled_grid(
+    images: np.ndarray | Sequence[np.ndarray],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    zoom: int = 1,
+    gap: int = 6,
+) -> np.ndarray:
+    """Pictures uint8 [len(rows) * len(columns), H, W, 3] with a label on every row and column (newlines allowed) -> one picture."""
+    images, font = np.asarray(images), ImageFont.load_default(11)
+    h, w = images.shape[1] * zoom, images.shape[2] * zoom
+    left = 14 + max(int(font.getlength(label)) for label in rows)
+    width = max(
+        w, *(int(font.getlength(line)) + 2 for label in columns for line in label.split("\n"))
+    )
+    top = 8 + 14 * max(label.count("\n") + 1 for label in columns)
+    sheet = Image.new(
+        "RGB", (left + len(columns) * (width + gap), top + len(rows) * (h + gap)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for j, label in enumerate(columns):
+        middle = left + j * (width + gap) + width // 2
+        draw.multiline_text(
+            (middle, top // 2), label, fill="black", font=font, anchor="mm", align="center"
+        )
+    for i, label in enumerate(rows):
+        draw.text(
+            (left - 8, top + i * (h + gap) + h // 2), label, fill="black", font=font, anchor="rm"
+        )
+        for j in range(len(columns)):
+            picture = Image.fromarray(images[i * len(columns) + j]).resize(
+                (w, h), Image.Resampling.NEAREST
+            )
+            sheet.paste(picture, (left + j * (width + gap) + (width - w) // 2, top + i * (h + gap)))
+    return np.asarray(sheet)

@@ -1,0 +1,411 @@
+"""Plans: sizes and arithmetic against counts by hand, collectives from a compiler's text, what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import SMALL, SMALL_KL
+from ml_collections import ConfigDict
+
+from ldm_jax.configs import kl_f8, sd_v1, txt2img_1p4b
+from ldm_jax.configs.common import base
+from ldm_jax.errors import ConfigError, PlanError
+from ldm_jax.kernels import attention as kernels
+from ldm_jax.plan import chips
+from ldm_jax.plan.chips import GIB, find_devices, parse_topology
+from ldm_jax.plan.flops import count_flops, peak_bytes
+from ldm_jax.plan.hlo import collectives
+from ldm_jax.plan.planner import largest_batch, plan
+from ldm_jax.plan.programs import Compiled, Step, out_of_memory
+from ldm_jax.plan.report import as_dict, as_row, as_text
+from ldm_jax.train.tasks.base import TASKS
+
+# SMALL_KL: seven residual blocks of two 3x3 convolutions 32 -> 32, and convolutions 3 -> 32, 32 -> 8, 4 -> 32, 32 -> 3.
+KERNELS = 9 * (14 * 32 * 32 + 3 * 32 + 32 * 8 + 4 * 32 + 32 * 3)
+BIASES = 14 * 32 + 32 + 8 + 32 + 3
+NORMS, DENSE = (14 + 2) * 2 * 32, (8 * 8 + 8) + (4 * 4 + 4)
+PARAMETERS = KERNELS + BIASES + NORMS + DENSE
+PIXELS = 8 * 8
+
+
+@pytest.fixture
+def first_stage():
+    config = base("autoencoder")
+    config.update(batch_size=16)
+    config.data.update(path="nowhere", size=(8, 8))
+    config.model.first_stage = ConfigDict(SMALL_KL)
+    return config
+
+
+@pytest.fixture
+def diffusion():
+    config = base("diffusion")
+    config.update(batch_size=16)
+    config.data.update(path="nowhere", size=(8, 8))
+    for section in ("objective", "schedule", "conditioner", "unet"):
+        config.model[section] = (
+            ConfigDict(SMALL[section]) if isinstance(SMALL[section], dict) else SMALL[section]
+        )
+    config.model.first_stage = ConfigDict({**SMALL_KL, "path": "does/not/exist"})
+    return config
+
+
+def test_a_first_stage_is_counted_as_by_hand(first_stage):
+    made = plan(first_stage, parse_topology("cpu:8"), compile=False)
+    assert made.parameters == {"first_stage": PARAMETERS}
+    assert (
+        made.bytes["parameters"]
+        == made.bytes["average"]
+        == made.bytes["gradients"]
+        == 4 * PARAMETERS
+    )
+    assert 0 <= made.bytes["optimiser"] - 8 * PARAMETERS <= 16  # counters
+    assert made.bytes["batch"] == 2 * (PIXELS * 3 + 4)
+    # Forwards, and backwards to every kernel and to every input but the picture.
+    forward, first = 2 * KERNELS * PIXELS, 2 * 9 * 3 * 32 * PIXELS
+    assert made.flops["convolution"] == 16 * (3 * forward - first)
+    assert made.flops["product"] == 16 * 3 * 2 * (8 * 8 + 4 * 4) * PIXELS
+    assert made.flops["attention"] == 0
+    assert made.useful == made.flops["convolution"] + made.flops["product"]
+    assert made.compiled is None
+    assert made.utilisation(True) is None
+
+
+def test_what_is_computed_again_is_not_useful(first_stage):
+    kept = plan(first_stage, parse_topology("cpu:8"), compile=False)
+    first_stage.remat = "blocks"
+    again = plan(first_stage, parse_topology("cpu:8"), compile=False)
+    assert again.useful == kept.useful
+    # The first convolution of each of the seven blocks once more; nobody needs the second's result again.
+    assert (
+        again.flops["convolution"] - kept.flops["convolution"] == 16 * 2 * 9 * 7 * 32 * 32 * PIXELS
+    )
+    assert again.per_picture < kept.per_picture
+
+
+def test_what_no_result_needs_is_not_counted(first_stage):
+    """d_weight takes the last layer's gradient of two more pull-backs through the decoder, and the compiler leaves the rest of them out."""
+    alone = plan(first_stage, parse_topology("cpu"), compile=False).flops["convolution"]
+    first_stage.adversary.update(weight=0.5, start=1, layers=1, channels=1)
+    assert (
+        alone
+        < plan(first_stage, parse_topology("cpu"), compile=False).flops["convolution"]
+        < 1.2 * alone
+    )
+
+
+def test_memory_options_reach_the_state(first_stage):
+    first_stage.optim.mu_dtype = "bfloat16"
+    made = plan(first_stage, parse_topology("cpu:8"), compile=False)
+    assert 0 <= made.bytes["optimiser"] - 6 * PARAMETERS <= 16
+    first_stage.optim.update(kind="adafactor", b1=0.0)
+    assert (
+        plan(first_stage, parse_topology("cpu:8"), compile=False).bytes["optimiser"]
+        < 6 * PARAMETERS
+    )
+
+
+def test_splitting_divides_the_state_and_gathers_it(first_stage):
+    first_stage.mesh.update(data=1, fsdp=8)
+    made = plan(first_stage, parse_topology("cpu:8"))
+    small = (
+        BIASES + NORMS + DENSE + 9 * (3 * 32 + 32 * 3)
+    )  # on every device: too small to be split, or indivisible
+    assert made.bytes["parameters"] <= 4 * ((PARAMETERS - small) / 8 + small)
+    assert made.compiled is not None
+    assert made.compiled.needed > made.bytes["parameters"] + made.bytes["optimiser"]
+    gathered = sum(c.times * c.size for c in made.compiled.collectives if c.kind == "all-gather")
+    assert gathered >= 4 * 9 * 14 * 32 * 32  # every split kernel at least once
+    assert all(c.group == 8 for c in made.compiled.collectives if c.kind == "all-gather")
+    shown = as_text(made)
+    assert "all-gather" in shown
+    assert "how much a CPU has is not known" in shown.splitlines()[-1]
+
+
+def test_the_optimiser_alone_is_split_over_fsdp_where_there_is_such_an_axis(first_stage):
+    first_stage.mesh.zero1 = True
+    over_data = plan(first_stage, parse_topology("v5e:4x2"), compile=False)
+    first_stage.mesh.fsdp = 8
+    over_fsdp = plan(first_stage, parse_topology("v5e:8x8"), per_chip=1, compile=False)
+    assert over_data.bytes["optimiser"] == over_fsdp.bytes["optimiser"] < PARAMETERS * 8 / 6
+    assert over_data.bytes["parameters"] == over_fsdp.bytes["parameters"] == 4 * PARAMETERS
+
+
+def test_a_diffusion_step_needs_no_file_and_no_encoder_with_cached_latents(diffusion):
+    pictures = plan(diffusion, parse_topology("v5e:4x2"), compile=False)
+    cached = plan(diffusion, parse_topology("v5e:4x2"), compile=False, cached=True)
+    assert pictures.parameters == cached.parameters
+    assert cached.parameters["first_stage (frozen)"] == PARAMETERS
+    encoder = 2 * 9 * (6 * 32 * 32 + 3 * 32 + 32 * 8) * PIXELS
+    assert pictures.flops["convolution"] - cached.flops["convolution"] == 16 * encoder
+    assert cached.largest is not None
+    assert cached.largest > 100
+    figures = json.loads(json.dumps(as_dict(cached)))
+    assert figures["verdict"].startswith("fits by the analytic bound")
+    assert figures["per_chip"] == 2
+    assert as_row(cached).count("|") == 12
+
+
+def test_a_call_of_the_unet_is_planned_from_weights_as_sampling_has_them(diffusion):
+    diffusion.mesh.update(data=1, fsdp=8)  # of the training
+    made = plan(diffusion, parse_topology("cpu:8"), what="forward", per_chip=2)
+    trained = plan(diffusion, parse_topology("cpu:8"), per_chip=2, compile=False, cached=True)
+    assert made.parameters == {"unet": trained.parameters["unet"]}
+    assert made.bytes["parameters"] == 4 * made.parameters["unet"]
+    assert (
+        2 < trained.useful / made.useful < 4
+    )  # forwards and twice as much backwards, and the text
+    assert made.compiled is not None
+    assert made.compiled.collectives == []
+    assert made.batch == 16
+    diffusion.dtype = "bfloat16"
+    half = plan(diffusion, parse_topology("cpu:8"), what="forward", compile=False)
+    assert half.bytes["parameters"] == 2 * made.parameters["unet"]
+    assert half.rows == 1
+    assert "a call of the UNet" in as_row(half)
+    assert "a call of the UNet" in as_text(half)
+
+
+def test_an_accelerator_decodes_one_large_picture_after_the_other(diffusion):
+    diffusion.data.size = (512, 512)
+    pixels = 4 * 3 * 512**2  # floats of one picture; the widest layer has 32 channels instead of 3
+    chip = parse_topology("v5e:1x1")
+    one, eight = (plan(diffusion, chip, what="decode", per_chip=n, compile=False) for n in (1, 8))
+    assert one.parameters == eight.parameters == {"first_stage": PARAMETERS}
+    assert eight.useful == 8 * one.useful
+    grown = eight.bytes["activations"] - one.bytes["activations"]
+    assert 7 * pixels <= grown <= 7 * 3 * pixels  # what is done is kept, and turned into uint8
+    assert eight.bytes["batch"] == 8 * one.bytes["batch"] > 0
+
+
+def test_a_frozen_conditioner_is_not_trained(diffusion):
+    trained = Step(
+        diffusion, jax.sharding.AbstractMesh((8, 1, 1), ("data", "fsdp", "tensor")), False, True
+    )
+    diffusion.model.conditioner.frozen = True
+    frozen = Step(diffusion, trained.mesh, False, True)
+    assert frozen.parameters()["conditioner (frozen)"] == trained.parameters()["conditioner"]
+    assert set(frozen.state.params) == {"unet"}
+    assert (
+        count_flops(frozen.trace(1, ""))["product"] < count_flops(trained.trace(1, ""))["product"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (kl_f8, {"": 83_653_863}),
+        (sd_v1, {"unet": 859_520_964}),
+        # The original's transformer has a projection to the vocabulary that it never uses.
+        (txt2img_1p4b, {"unet": 872_300_484, "conditioner": 581_994_042 - 1281 * 30522}),
+    ],
+    ids=["kl_f8", "sd_v1", "txt2img_1p4b"],
+)
+def test_the_large_configs_are_the_released_architectures(config, expected):
+    config = config.get_config()
+    params = jax.eval_shape(TASKS[config.task](config, weights=False).init, jax.random.key(0))
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in params.items()
+    }
+    assert (sizes if config.task == "diffusion" else {"": sum(sizes.values())}) == expected
+
+
+# ------------------------------------------------------------------------------------------------------------------- counting
+
+
+def test_arithmetic_is_counted_by_kind():
+    def f(x, w, k):
+        y = jnp.einsum("bnc,cd->bnd", x, w)
+        a = jnp.einsum("bnd,bmd->bnm", y, y)
+        c = jax.lax.conv_general_dilated(
+            x[None], k, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jax.lax.fori_loop(0, 5, lambda _, b: b @ b, a[0]).sum() + c.sum()
+
+    x, w, k = jnp.ones((4, 4, 3)), jnp.ones((3, 7)), jnp.ones((3, 3, 3, 5))
+    counted = count_flops(jax.make_jaxpr(f)(x, w, k).jaxpr)
+    assert counted["product"] == 2 * 16 * 3 * 7 + 5 * 2 * 4**3
+    assert counted["attention"] == 2 * 4 * 4 * 4 * 7
+    forward = 2 * 2 * 2 * 5 * 9 * 3
+    assert counted["convolution"] == forward
+    backward = count_flops(jax.make_jaxpr(jax.grad(f, (0, 2)))(x, w, k).jaxpr)
+    assert backward["convolution"] in (
+        2 * forward,
+        3 * forward,
+    )  # of a sum the value itself may not be needed
+    assert counted["other"] > 0
+
+
+def test_the_arithmetic_of_kernels_is_seen():
+    """Two products forwards; backwards the four that anyone needs, and the first again."""
+
+    def arithmetic(form, given):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda *qkv: form(*qkv, 0.2).sum(), (0, 1, 2)))(
+            *given
+        ).jaxpr
+        return count_flops(jaxpr)
+
+    given = [jax.ShapeDtypeStruct((2, n, 3, 40), jnp.float32) for n in (256, 384, 384)]
+    once = 2 * 2 * 3 * 256 * 384
+    assert arithmetic(kernels.plain, given)["attention"] == 6 * once * 40
+    assert (
+        arithmetic(kernels.chunked, given)["attention"] == 0
+    )  # products of one head have no batch dimensions
+    assert arithmetic(kernels.chunked, given)["product"] == 7 * once * 40
+    splash = arithmetic(kernels.splash, given)
+    assert (
+        splash["attention"] == 7 * once * 40 + 2 * 2 * 3 * 256 * 40
+    )  # and the result's product with its gradient
+    assert (
+        splash["padded"] == 7 * once * 128
+    )  # a head of 40 fills the matrix unit no better than one of 128
+
+
+def test_the_arithmetic_of_cudnn_is_seen(monkeypatch):
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    q = jax.ShapeDtypeStruct((2, 256, 3, 40), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(
+        jax.grad(lambda q: kernels.cudnn(q, q, q, 0.2).astype(jnp.float32).sum())
+    )(q).jaxpr
+    assert count_flops(jaxpr)["attention"] == 7 * 2 * 2 * 3 * 256**2 * 40
+
+
+def test_the_peak_is_what_is_alive_at_once():
+    def f(x):
+        a = x + 1
+        b = a * 2  # a and b are alive, and then b alone
+        return b.sum()
+
+    n = 1000
+    assert peak_bytes(jax.make_jaxpr(f)(jnp.ones(n)).jaxpr) == 2 * 4 * n
+    kept = jax.make_jaxpr(jax.grad(lambda x: jnp.sin(jnp.sin(jnp.sin(x))).sum()))(jnp.ones(n)).jaxpr
+    assert peak_bytes(kept) >= 4 * 4 * n
+
+
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%fused_reduce-scatter.1 (p: f32[64,128]) -> f32[4,128] {
+  %all-reduce.7 = f32[64,128]{1,0} all-reduce(%p), channel_id=4, replica_groups=[1,16]<=[16], to_apply=%add
+  ROOT %slice = f32[4,128]{1,0} dynamic-slice(%all-reduce.7, %i, %j), dynamic_slice_sizes={4,128}
+}
+
+%body (arg: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %all-gather.2 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
+  %permute = (bf16[8,128], bf16[8,128], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+}
+
+%condition (arg: (s32[], bf16[8,128])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[8,128]) -> f32[] {
+  %while = (s32[], bf16[8,128]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"},"x":[]}
+  %all-reduce.1 = (f32[10]{0}, f32[]) all-reduce(%g, %h), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %all-gather-start.1 = (f32[2,4]{1,0}, f32[32,4]{1,0}) all-gather-start(%y), channel_id=3, replica_groups={}, dimensions={0}
+  %all-gather-done.1 = f32[32,4]{1,0} all-gather-done(%all-gather-start.1)
+  %fusion = f32[4,128]{1,0} fusion(%z), kind=kCustom, calls=%fused_reduce-scatter.1
+  %reduce-scatter.3 = f32[4,128]{1,0} reduce-scatter(%z), channel_id=5, replica_groups=[2,8]<=[16], dimensions={0}, to_apply=%add
+  %all-gather.4 = bf16[5]{0} all-gather(%z), channel_id=6, replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}, dimensions={0}
+  %all-reduce.5 = bf16[7]{0} all-reduce(%z), replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_1'}, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_read_from_the_compiled_text():
+    found = {(c.kind, c.size, c.group, c.times) for c in collectives(TEXT, 16)}
+    assert found == {
+        ("all-gather", 2 * 128 * 128, 16, 3),
+        ("collective-permute", 2 * 8 * 128, 16, 3),
+        ("all-reduce", 4 * 11, 4, 1),
+        ("all-gather", 4 * 32 * 4, 16, 1),
+        ("all-gather", 2 * 5, 8, 1),
+        ("all-reduce", 2 * 7, 2, 1),
+        ("reduce-scatter", 4 * 64 * 128, 16, 1),
+        ("reduce-scatter", 4 * 4 * 128 * 8, 8, 1),
+    }
+    reduced = next(c for c in collectives(TEXT, 16) if c.name == "all-reduce.1")
+    assert reduced.sent == 2 * 44 * 3 / 4
+
+
+@pytest.mark.parametrize(("start", "limit"), [(4, 11), (16, 11), (1, 3), (1, 0)])
+def test_the_largest_batch_is_found_in_four_compilations(start, limit):
+    asked = []
+
+    def run(n):
+        asked.append(n)
+        return Compiled(fits=n <= limit, needed=5 + n)
+
+    assert largest_batch(run, 5 + limit + 0.5, start) == limit
+    assert len(asked) == len(set(asked)) <= 4
+
+
+# --------------------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("text", ["", "v5e", "v5e:4x", "v5e:0x4", "tpu:8", "cpu:x"])
+def test_a_topology_that_cannot_be_read_is_refused(text):
+    with pytest.raises(PlanError, match=r"write KIND:SHAPE, for example v5e:4x4"):
+        parse_topology(text)
+
+
+def test_topologies():
+    assert parse_topology("cpu").size == 1
+    assert parse_topology("v5p:8x8x16").size == 1024
+    assert parse_topology("h200:8").chip == chips.CHIPS["h200"]
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    assert find_devices(parse_topology("v5e:4x4")) == (
+        None,
+        'the TPU compiler is not installed: pip install "ldm_jax[tpu]" (no TPU is needed)',
+    )
+    devices, why = find_devices(parse_topology("h200:8"))
+    assert devices is None
+    assert "ldm_jax[cuda]" in why
+
+
+def test_mistakes_end_in_one_line(first_stage, diffusion):
+    cpu = parse_topology("cpu:8")
+    with pytest.raises(ConfigError, match="plan this one without --cached"):
+        plan(first_stage, cpu, cached=True)
+    with pytest.raises(ConfigError, match="only a diffusion stage has pictures to sample"):
+        plan(first_stage, cpu, what="forward")
+    with pytest.raises(
+        PlanError, match=r"what 'encode' cannot be planned \(known: train, forward, decode\)"
+    ):
+        plan(first_stage, cpu, what="encode")
+    del diffusion.model.first_stage["kind"]
+    with pytest.raises(ConfigError, match=r"give the architecture in model\.first_stage"):
+        plan(diffusion, cpu)
+    first_stage.batch_size = 12
+    with pytest.raises(ConfigError, match="must be a multiple of 8"):
+        plan(first_stage, cpu)
+    with pytest.raises(PlanError, match="the compiler failed: INTERNAL: no"):
+        out_of_memory("INTERNAL: no\nmore")
+    assert (
+        out_of_memory(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.5G of 15.75G hbm."
+        )
+        == 21.5 * GIB
+    )
+
+
+def test_the_command(script, tmp_path):
+    file = tmp_path / "plan.json"
+    ran = script(
+        "ldm_jax/plan/__main__.py",
+        "configs/emoji_kl.py:smoke",
+        "--topology=h200:8",
+        "--nocompile",
+        f"--json={file}",
+    )
+    assert ran.status == 0, ran.stderr
+    assert "verdict        fits by the analytic bound" in ran.stdout
+    assert json.loads(file.read_text())["config"] == "emoji_kl:smoke"
+    ran = script("ldm_jax/plan/__main__.py", "configs/emoji_kl.py:smoke", "--topology=v9:8")
+    assert (ran.status, len(ran.lines)) == (2, 1)
+    assert "write KIND:SHAPE" in ran.stderr
