@@ -1,8 +1,10 @@
-"""Classes of ImageNet at 256x256, with a null class for guidance (Rombach et al. 2022, table 14; the released cin256-v2).
+"""Class-conditional ImageNet at 256x256, the released cin256-v2.
 
-    python train.py --config=configs/cin256.py --config.data.path=IMAGENET --workdir=runs/cin256
+From Rombach et al. 2022, table 14. The extra class 1000 is the null class for guidance.
 
-takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+    ldm-train --config=cin256 --config.data.path=IMAGENET --workdir=runs/cin256
+
+Reads its first stage from runs/vq_f4/model. Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -12,7 +14,7 @@ from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = diffusion(
         "vq_f4",
         linear_end=0.0195,

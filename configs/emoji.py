@@ -1,11 +1,13 @@
-"""The demo: text to 64x64 emoji. A UNet on 16x16x8 latents with a small BERT-style text encoder trained from scratch.
+r"""The demo: text to 64x64 emoji.
 
-    python -m ldm_jax.data encode configs/emoji.py --config.data.path=emoji64.zip --out=runs/emoji_cache
-    python train.py --config=configs/emoji.py --config.data.path=emoji64.zip --config.data.cache=runs/emoji_cache --workdir=runs/emoji
+A UNet on 16x16x8 latents with a small BERT-style text encoder, trained from scratch.
 
-takes the first stage of configs/emoji_kl.py from runs/emoji_kl/model. 48 pictures a second on 2 CPU cores with nothing beside it. The model that
-ships was stopped at step 22,431, after 3 hours and a quarter on busy ones, and went on from itself (``--config.init=emoji``) for 22,108 steps more,
-in about 3 hours: 60 % of the concepts found again: see ldm_jax/assets/emoji/README.md.
+    ldm-data encode emoji --config.data.path=emoji64.zip --out=runs/emoji_cache
+    ldm-train --config=emoji --config.data.path=emoji64.zip --config.data.cache=runs/emoji_cache \
+        --workdir=runs/emoji
+
+Reads its first stage from runs/emoji_kl/model (emoji_kl). How the shipped model was trained stands
+in ldm_jax/assets/emoji/README.md.
 """
 
 import ml_collections
@@ -15,7 +17,7 @@ from ldm_jax.configs.emoji_presets import CHANNELS, CONTEXT, emoji_unet
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = base("diffusion")
     config.steps = 60_000
     config.batch_size = 16
@@ -57,5 +59,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,)
         )
     elif variant:
-        raise ValueError(f"emoji has no variant {variant!r}; there is smoke")
+        raise ValueError(f"emoji has no variant {variant!r}; choose smoke")
     return config

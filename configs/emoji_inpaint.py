@@ -1,10 +1,12 @@
-"""Emoji with a part made anew: the masked picture's latents and the mask are joined to the noisy latents (Rombach et al. 2022, section 4.5).
+"""Inpainting of emoji: at most a fifth of the image is hidden.
 
-    python train.py --config=configs/emoji_inpaint.py --config.data.path=emoji64.zip --workdir=runs/emoji_inpaint
+The latents of the masked image and the mask are concatenated to the noisy latents
+(Rombach et al. 2022, section 4.5). The hole is filled smoothly before the image is encoded: a
+black hole, as in the original, corrupts the few latents around it.
 
-begins with the demo's UNet and takes its first stage; a fifth of a picture is hidden at most. 53 minutes on one core of a Xeon beside other work.
-Samples of six held-out pictures, docs/condition_inpaint.png, are 27.1 dB from the pictures, holes that are only filled smoothly 24.1 dB. The hole is
-filled smoothly before the picture is encoded: black, as in the original, it spoils the few latents beside it.
+    ldm-train --config=emoji_inpaint --config.data.path=emoji64.zip --workdir=runs/emoji_inpaint
+
+Starts from the demo's UNet and uses its first stage. docs/conditions.md shows results.
 """
 
 import ml_collections
@@ -14,7 +16,7 @@ from ldm_jax.configs.emoji_presets import CHANNELS, LATENT, emoji_diffusion, smo
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     joined = CHANNELS + 1
     config = emoji_diffusion(
         {"kind": "joined", "of": "masked_filled", "channels": joined, "size": LATENT}, joined=joined
@@ -22,6 +24,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.steps = 5500
     config.data.condition = section(kinds=("boxes", "strokes", "outpaint"), most=0.2)
     config.data.flip = True
-    # Noise of a third of its strength: what a model of this size holds to be possible is wider than what is likely.
+    # A third of DDIM's noise: a model of this size overestimates the posterior's variance.
     config.model.sampling.update(eta=1.0, temperature=0.3)
     return smoke(config, variant)

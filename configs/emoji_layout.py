@@ -1,9 +1,8 @@
-"""Scenes of emoji from boxes, each with one of eight kinds of emoji as its label: fruits, hearts, clocks ...
+"""Scenes of emoji from labelled bounding boxes.
 
-    python train.py --config=configs/emoji_layout.py --config.data.path=emoji64.zip --workdir=runs/emoji_layout
+    ldm-train --config=emoji_layout --config.data.path=emoji64.zip --workdir=runs/emoji_layout
 
-begins with the demo's UNet and takes its first stage. 39 minutes on one CPU core beside other work; the loss on held-out scenes ends at 0.157; of 24
-samples of six of them 94 % of what is painted lies in the boxes, and 74 % of the boxes are painted: docs/condition_layout.png.
+Starts from the demo's UNet and uses its first stage. docs/conditions.md shows results.
 """
 
 import ml_collections
@@ -13,9 +12,10 @@ from ldm_jax.configs.emoji_presets import CONTEXT, PLAIN_KINDS, emoji_diffusion,
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
-    # Three tokens for each of three boxes, corners on a grid of 17 x 17, the edges of the latents' pixels, and a token for no box (the original's 92
-    # tokens of 8192: 30 boxes, 90 x 90, and the crop). A finer grid is learnt more slowly: every corner is a word of its own.
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
+    # Three tokens for each of three boxes, with corners on a 17 x 17 grid (the edges of the
+    # latents' pixels), and one token for "no box". The original has 92 tokens of 8192: 30 boxes on
+    # a 90 x 90 grid, and the crop. Each corner is its own token, so a finer grid is learnt slower.
     conditioner = {
         "kind": "tokens",
         "dim": CONTEXT,
@@ -29,11 +29,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.steps = 4500
     config.data.update(source="scenes", count=8000, objects=3, smallest=0.4, largest=0.7)
     config.data.update(column="subgroup", classes=PLAIN_KINDS, split_column="scene", holdout=0.02)
-    config.data.background = 255  # the demo's first stage has seen white ones alone
+    config.data.background = 255  # the demo's first stage was trained on white backgrounds
     config.data.condition = section(column="boxes")
-    config.model.sampling.update(
-        eta=1.0, temperature=0.85
-    )  # with none of DDIM's noise clocks and hearts fray
+    # Without DDIM's noise clocks and hearts fray.
+    config.model.sampling.update(eta=1.0, temperature=0.85)
     if variant == "smoke":
         config.data.count = 200
     return smoke(config, variant)

@@ -1,4 +1,4 @@
-"""What the demo-size diffusion stages on 64x64 emoji share: the demo's first stage and UNet, which they begin with, and the smoke variant."""
+"""Fields that the demo-size diffusion models on 64x64 emoji share, and their smoke variant."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ LATENT = (16, 16)  # of the demo's first stage: 64 / 4
 CHANNELS = 8
 CONTEXT = 128  # width of a context token
 
-# Subgroups of emoji whose pictures look alike. What is common to a whole group, food say, can hardly be drawn.
+# Subgroups of emoji that look alike; a whole group such as food has too little in common.
 KINDS = ("animal-bird", "cat-face", "country-flag", "face-smiling", "food-fruit", "heart")
 KINDS += ("keycap", "person", "plant-flower", "time", "transport-ground", "zodiac")
-# The nine groups, of each the subgroups whose pictures look alike.
-GROUP_KINDS = (*KINDS[1:], "award-medal", "book-paper")  # birds are too many-shaped beside flowers
-# Faces, which seven of the styles draw each in its own way.
+# Of each of the nine groups, the subgroups that look alike.
+GROUP_KINDS = (*KINDS[1:], "award-medal", "book-paper")  # birds vary too much
+# Faces, which seven of the styles draw distinctly.
 FACES = tuple(
     f"face-{how}" for how in ("affection", "concerned", "glasses", "hand", "hat", "negative")
 )
@@ -23,7 +23,7 @@ FACES += tuple(
     f"face-{how}" for how in ("neutral-skeptical", "sleepy", "smiling", "tongue", "unwell")
 )
 FACE_STYLES = ("emojione", "fluent", "fluent 3d", "fluent flat", "noto", "noto blob", "twemoji")
-# Of objects in scenes, which are small.
+# Kinds that stay recognisable as small objects in a scene.
 PLAIN_KINDS = (
     "cat-face",
     "face-smiling",
@@ -39,13 +39,20 @@ PLAIN_KINDS = (
 def emoji_diffusion(
     conditioner: dict[str, Any], *, joined: int = 0, context: bool = False, guidance: float = 1.0
 ) -> ml_collections.ConfigDict:
-    """A run on emoji64.zip of a model with this conditioner: ``joined`` channels beside the latents, ``context`` tokens for cross-attention."""
+    """Returns the config of a diffusion model on emoji64.zip.
+
+    Args:
+      conditioner: The fields of ``model.conditioner``.
+      joined: Channels of a condition that is concatenated to the latents.
+      context: Whether the condition is attended to.
+      guidance: Default guidance scale; 1 trains without dropping conditions.
+    """
     config = base("diffusion")
     config.steps = 1500
     config.save_every = config.eval_every = config.preview_every = 500
     config.batch_size = 16
     config.ema = 0.998
-    # The demo has learnt what emoji look like; what is new here is only the condition. --config.init="" begins from nothing.
+    # The demo already models emoji; only the condition is new. --config.init="": from scratch.
     config.update(init="emoji", init_strict=False)
     config.data.update(path="emoji64.zip", split_column="hexcode", holdout=0.05)
     config.optim.update(lr=5e-4, warmup=100, decay="cosine", final=0.02, clip=1.0, b2=0.99)
@@ -63,7 +70,7 @@ def emoji_diffusion(
 
 
 def emoji_unet(in_channels: int, context: bool) -> ml_collections.ConfigDict:
-    """The demo's UNet. Without ``context`` the second attention of its blocks looks at the picture as the first does."""
+    """Returns the demo's UNet; without ``context`` its blocks have self-attention only."""
     unet = section(
         in_channels=in_channels,
         out_channels=CHANNELS,
@@ -84,11 +91,11 @@ def emoji_unet(in_channels: int, context: bool) -> ml_collections.ConfigDict:
 
 
 def smoke(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
-    """``config`` as it is, or for the ``variant`` "smoke" a short run of a smaller UNet on the pictures that ship with the package."""
+    """Returns ``config``, made a short run of a smaller UNet if ``variant`` is "smoke"."""
     if variant == "smoke":
         short(config)
         config.init = ""
         config.model.unet.update(model_channels=32, channel_mult=(1, 2), attention_resolutions=(2,))
     elif variant:
-        raise ValueError(f"there is no variant {variant!r}; there is smoke")
+        raise ValueError(f"there is no variant {variant!r}; choose smoke")
     return config

@@ -1,9 +1,11 @@
-"""A VQ first stage for the demo's pictures: f = 4, a codebook of 512, averaged, with dead codes restarted.
+"""A VQ first stage for the demo's images: f = 4, 512 codes.
 
-    python train.py --config=configs/emoji_vq.py --config.data.path=emoji64.zip --workdir=runs/emoji_vq
+The codebook is a moving average of the encodings; dead codes are restarted.
 
-Not trained in full yet. A latent diffusion config takes it as any first stage, --config.model.first_stage.path=runs/emoji_vq/model, with 4 channels
-in its UNet.
+    ldm-train --config=emoji_vq --config.data.path=emoji64.zip --workdir=runs/emoji_vq
+
+Not trained in full yet. A diffusion config uses it with
+--config.model.first_stage.path=runs/emoji_vq/model and 4 channels in its UNet.
 """
 
 import ml_collections
@@ -12,7 +14,7 @@ from ldm_jax.configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = base("autoencoder")
     config.steps = 4000
     config.batch_size = 8
@@ -44,5 +46,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         short(config)
         config.adversary.update(start=10, ramp=5, channels=8)
     elif variant:
-        raise ValueError(f"emoji_vq has no variant {variant!r}; there is smoke")
+        raise ValueError(f"emoji_vq has no variant {variant!r}; choose smoke")
     return config

@@ -1,8 +1,8 @@
-"""Unconditional faces, FFHQ at 256x256 (Rombach et al. 2022, table 12).
+"""Unconditional faces: FFHQ at 256x256 (Rombach et al. 2022, table 12).
 
-    python train.py --config=configs/ffhq.py --config.data.path=PICTURES --workdir=runs/ffhq
+    ldm-train --config=ffhq --config.data.path=IMAGES --workdir=runs/ffhq
 
-Not trained here: it needs accelerators.
+Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -11,7 +11,7 @@ from ldm_jax.configs.released import UNCONDITIONAL, diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = diffusion(
         "vq_f4", linear_end=0.0195, batch=42, steps=635_000, lr=8.4e-5, **UNCONDITIONAL
     )

@@ -1,8 +1,10 @@
-"""Inpainting at 256x256: the masked picture's latents and the mask are joined to the noisy latents (the released inpainting_big).
+"""Inpainting at 256x256, the released inpainting_big.
 
-    python train.py --config=configs/inpainting.py --config.data.path=PICTURES --workdir=runs/inpainting
+The latents of the masked image and the mask are concatenated to the noisy latents.
 
-takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+    ldm-train --config=inpainting --config.data.path=IMAGES --workdir=runs/inpainting
+
+Reads its first stage from runs/vq_f4/model. Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -12,7 +14,7 @@ from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = diffusion(
         "vq_f4",
         linear_end=0.0205,

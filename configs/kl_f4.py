@@ -1,9 +1,9 @@
-"""KL autoencoder, f = 4, as released (Rombach et al. 2022), on 256x256 crops.
+r"""The released KL autoencoder, f = 4 (Rombach et al. 2022), on 256x256 crops.
 
-    python train.py --config=configs/kl_f4.py --config.data.path=PICTURES --workdir=runs/kl_f4 \\
+    ldm-train --config=kl_f4 --config.data.path=IMAGES --workdir=runs/kl_f4 \
         --config.loss.vgg16=FILE --config.loss.lpips_heads=FILE
 
-Not trained here: it needs accelerators.
+Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -12,5 +12,5 @@ from ldm_jax.configs.released import first_stage
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     return first_stage("kl_f4", variant, weight=0.5, start=50_001)

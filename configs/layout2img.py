@@ -1,9 +1,9 @@
-"""Boxes with labels to pictures of 256x256 (the released layout2img-openimages256).
+r"""Bounding boxes to images at 256x256, the released layout2img-openimages256.
 
-    python train.py --config=configs/layout2img.py --config.data.path=PICTURES --config.data.annotations=INSTANCES.json \\
-        --workdir=runs/layout2img
+    ldm-train --config=layout2img --config.data.path=IMAGES --workdir=runs/layout2img \
+        --config.data.annotations=INSTANCES.json
 
-takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+Reads its first stage from runs/vq_f4/model. Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -13,7 +13,7 @@ from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = diffusion(
         "vq_f4",
         linear_end=0.0205,

@@ -1,8 +1,10 @@
-"""Unconditional churches, LSUN at 256x256, on the KL first stage f = 8 (Rombach et al. 2022, table 12).
+"""Unconditional churches: LSUN at 256x256 on the KL-f8 first stage.
 
-    python train.py --config=configs/lsun_churches.py --config.data.path=PICTURES --workdir=runs/lsun_churches
+From Rombach et al. 2022, table 12.
 
-Not trained here: it needs accelerators.
+    ldm-train --config=lsun_churches --config.data.path=IMAGES --workdir=runs/lsun_churches
+
+Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -11,7 +13,7 @@ from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = diffusion(
         "kl_f8",
         linear_end=0.0155,

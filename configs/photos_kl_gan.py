@@ -1,10 +1,11 @@
-"""A KL first stage with the whole of the original's loss, on 128x128 crops of a folder or zip of photos: f = 4.
+r"""A KL first stage (f = 4) with the original's full loss, on 128x128 crops of photos.
 
-    python train.py --config=configs/photos_kl_gan.py --config.data.path=photos.zip --workdir=runs/photos_kl_gan \\
+    ldm-train --config=photos_kl_gan --config.data.path=photos.zip --workdir=runs/photos_kl_gan \
         --config.loss.vgg16=vgg16.safetensors --config.loss.lpips_heads=lpips_vgg.safetensors
 
-The weights are not shipped: torchvision's vgg16 in safetensors, and LPIPS' linear heads. Without `loss.vgg16` there is no perceptual term. Every
-fiftieth picture or so is held out, by name. Not trained in full; docs/first_stages.md has commands, times and results of the `:small` variants.
+The two weight files are not shipped: torchvision's VGG16 and LPIPS's linear heads, both
+as safetensors. Without `loss.vgg16` the perceptual term is left out. About every fiftieth image is
+held out, by name. docs/first_stages.md has commands, times and results of the `:small` variants.
 """
 
 import ml_collections
@@ -13,8 +14,9 @@ from ldm_jax.configs.common import base, section, short
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run, "parity" the same without what the original has not; "small" is for two CPU cores, "small_parity" both;
-    "smoke" a short one on the pictures that ship.
+    """Returns the config; ``variant`` is "", "parity", "small", "small_parity" or "smoke".
+
+    "parity" leaves out what the original does not have; "small" fits two CPU cores.
     """
     config = base("autoencoder")
     config.steps = 20_000
@@ -24,7 +26,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.update(split_column="file_name", holdout=0.02)
     config.optim.update(lr=2e-4, warmup=500, b1=0.5, b2=0.9)
     config.loss.update(kind="l1", kl_weight=1e-6, perceptual_weight=1.0)
-    # The reconstruction loss of KL is a sum over pixels, hence a d_weight of thousands; the original's own limit is 1e4 * weight.
+    # KL's reconstruction loss is a sum over pixels, so d_weight reaches thousands; the original
+    # limits it to 1e4 * weight.
     config.adversary.update(weight=0.5, start=10_000, ramp=2000, cap=2000.0, alarm=4500.0)
     config.guard.update(rollbacks=3, rise=2.0)
     config.model.first_stage = first_stage(kind="kl")
@@ -32,10 +35,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def vary(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
-    """``config`` as one of the variants of the photos' configs."""
+    """Returns ``config`` as one of the variants that the two photo configs share."""
     if variant not in ("", "parity", "small", "small_parity", "smoke"):
         raise ValueError(
-            f"there is no variant {variant!r}; there are parity, small, small_parity and smoke"
+            f"there is no variant {variant!r}; choose parity, small, small_parity or smoke"
         )
     if variant.startswith("small"):
         small(config)
@@ -47,7 +50,7 @@ def vary(config: ml_collections.ConfigDict, variant: str) -> ml_collections.Conf
 
 
 def first_stage(**fields) -> ml_collections.ConfigDict:
-    """The network that the KL and the VQ model share."""
+    """Returns the network that the KL and the VQ model share."""
     shared = {
         "embed_dim": 4,
         "z_channels": 4,
@@ -62,7 +65,7 @@ def first_stage(**fields) -> ml_collections.ConfigDict:
 
 
 def as_the_original(config: ml_collections.ConfigDict) -> None:
-    """Without guards, and with the autoencoder run once for each optimiser."""
+    """Removes the guards and runs the autoencoder once for each optimiser."""
     config.updates = "parity"
     config.adversary.update(ramp=0, cap=0.0, alarm=0.0)
     config.guard.update(rollbacks=0, rise=0.0)
@@ -70,7 +73,7 @@ def as_the_original(config: ml_collections.ConfigDict) -> None:
 
 
 def small(config: ml_collections.ConfigDict) -> None:
-    """A network and a discriminator of half the width, and steps of two pictures, for two CPU cores."""
+    """Halves the width of both networks and trains on two images a step, for two CPU cores."""
     config.update(steps=800, batch_size=2, ema=0.995)
     config.update(log_every=20, save_every=200, eval_every=100, eval_batches=14, preview_every=200)
     config.data.holdout = 0.1
@@ -80,7 +83,7 @@ def small(config: ml_collections.ConfigDict) -> None:
 
 
 def smoke(config: ml_collections.ConfigDict) -> None:
-    """A minute on the emoji that ship, without the perceptual term."""
+    """Makes a run of a minute on the bundled emoji, without the perceptual term."""
     short(config, steps=8)
     config.data.size = (32, 32)
     config.adversary.update(start=4, ramp=2, layers=2, channels=8)

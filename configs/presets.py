@@ -1,4 +1,4 @@
-"""What the text-to-image models of the family share."""
+"""Fields that the text-to-image models of the family share."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ldm_jax.configs.released import FIRST_STAGES
 
 
 def sd_unet(context_dim: int) -> ml_collections.ConfigDict:
-    """The UNet of 860 to 872 million parameters that the 1.45-billion-parameter model and Stable Diffusion v1 have in common."""
+    """Returns the UNet of txt2img-1p4B and Stable Diffusion v1 (860 to 872 million parameters)."""
     return section(
         in_channels=4,
         out_channels=4,
@@ -31,7 +31,7 @@ def text_to_image(
     size: tuple[int, int],
     guidance: float,
 ) -> None:
-    """Fills in what does not depend on the text encoder, and a mesh for accelerators."""
+    """Sets the fields that do not depend on the text encoder, and a mesh for accelerators."""
     config.dtype = "bfloat16"
     config.remat = "blocks"
     config.mesh.zero1 = True
@@ -51,7 +51,7 @@ def text_to_image(
 
 
 def smoke(config: Any) -> None:
-    """A narrow UNet for a run of a minute, on the first stage and the pictures that ship with the package."""
+    """Makes a run of a minute: a narrow UNet on the bundled first stage and images."""
     short(config)
     config.dtype = "float32"
     config.data.update(size=(64, 64), num_workers=0)

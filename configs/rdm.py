@@ -1,9 +1,11 @@
-"""Pictures of 768x768 from ready-made embeddings, CLIP's of a prompt and of retrieved neighbours (the released rdm768x768; Blattmann et al. 2022).
+"""Images of 768x768 from CLIP embeddings, the released rdm768x768.
 
-    python train.py --config=configs/rdm.py --config.data.path=TABLE.parquet --workdir=runs/rdm
+The condition is the prompt's embedding and those of retrieved neighbours (Blattmann et al. 2022).
 
-takes the first stage kl_f16 from runs/kl_f16/model, and a column "vectors": for each picture a list of four or more of CLIP's vectors, 768 numbers of
-length 1. Not trained here: it needs accelerators.
+    ldm-train --config=rdm --config.data.path=TABLE.parquet --workdir=runs/rdm
+
+Reads its first stage from runs/kl_f16/model. The column "vectors" holds four or more CLIP vectors
+for each image, 768 numbers of unit length each. Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -13,8 +15,8 @@ from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
-    # The size of the released model; how many vectors it was trained with, and for how long, its files do not say.
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
+    # The released files give the network, not the number of vectors or of training steps.
     config = diffusion(
         "kl_f16",
         linear_end=0.015,

@@ -1,4 +1,7 @@
-"""What the configs of the released models share: rows of tables, and how they were trained (Rombach et al. 2022; Esser et al. 2021)."""
+"""Fields that the configs of the released models share.
+
+Networks and hyperparameters are those of Rombach et al. 2022 and Esser et al. 2021.
+"""
 
 from typing import Any
 
@@ -22,7 +25,7 @@ def _coder(
     }
 
 
-# name -> the released first stage of that name; vqgan_f16 is taming-transformers' on ImageNet
+# Released first stages by name; vqgan_f16 is that of taming-transformers on ImageNet.
 FIRST_STAGES: dict[str, dict] = {
     "kl_f4": _coder("kl", 3, (1, 2, 4)),
     "kl_f8": _coder("kl", 4, (1, 2, 4, 4)),
@@ -46,10 +49,17 @@ UNCONDITIONAL = {
 def first_stage(
     name: str, variant: str, *, weight: float, start: int, **adversary: Any
 ) -> ml_collections.ConfigDict:
-    """The training of a row of `FIRST_STAGES`, on 256x256 crops, with the discriminator at ``weight`` from step ``start``.
+    """Returns the training of a row of `FIRST_STAGES` on 256x256 crops.
 
-    The losses are the released ones; the adversary's ramp and cap and the guard are ours (`configs/common.py` says how to have it without).
-    ``variant`` "smoke" is a short run of a narrow one on the pictures that ship with the package.
+    The losses are the released ones; the adversary's ramp and cap and the guard are ours
+    (`configs/common.py` has the fields that switch them off).
+
+    Args:
+      name: A key of `FIRST_STAGES`.
+      variant: "" or "smoke", a short run of a narrow network on the bundled images.
+      weight: ``adversary.weight``.
+      start: ``adversary.start``, in steps.
+      **adversary: Further fields of ``adversary``.
     """
     config = base("autoencoder")
     config.steps = 500_000
@@ -59,7 +69,8 @@ def first_stage(
     config.loss.update(
         kind="l1", perceptual_weight=1.0, vgg16="vgg16.safetensors", lpips_heads="lpips.safetensors"
     )
-    # The reconstruction loss of KL is a sum over pixels, hence a d_weight of thousands, which the original's own limit is made for.
+    # KL's reconstruction loss is a sum over pixels, so d_weight reaches thousands; the original's
+    # limit of 1e4 * weight allows for that.
     limits = {"kl": {"cap": 0.0, "alarm": 4500.0}, "vq": {"cap": 10.0, "alarm": 100.0}}[
         FIRST_STAGES[name]["kind"]
     ]
@@ -76,7 +87,7 @@ def first_stage(
         if "n_embed" in config.model.first_stage:
             config.model.first_stage.n_embed = 64
     elif variant:
-        raise ValueError(f"{name} has no variant {variant!r}; there is smoke")
+        raise ValueError(f"{name} has no variant {variant!r}; choose smoke")
     return config
 
 
@@ -90,10 +101,18 @@ def diffusion(
     size: int = 256,
     **unet: Any,
 ) -> ml_collections.ConfigDict:
-    """The training of a latent diffusion model on the first stage ``stage`` of `FIRST_STAGES`, which lies in runs/STAGE/model.
+    """Returns the training of a latent diffusion model.
 
-    ``linear_end``: of the betas. ``unet``: what its UNet has of its own. A config adds its conditioner to ``config.model.conditioner``, and calls
-    `finish` last.
+    A config adds its conditioner to ``config.model.conditioner`` and calls `finish` last.
+
+    Args:
+      stage: A key of `FIRST_STAGES`; its model is read from runs/STAGE/model.
+      linear_end: Last value of the linear beta schedule.
+      batch: Batch size.
+      steps: Number of training steps.
+      lr: Learning rate.
+      size: Height and width in pixels.
+      **unet: Further fields of the UNet.
     """
     config = base("diffusion")
     config.steps, config.batch_size = steps, batch
@@ -115,9 +134,9 @@ def diffusion(
 
 
 def finish(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
-    """``config`` itself, or its "smoke" variant: the demo's first stage and pictures, and a UNet of the same blocks, narrow."""
+    """Returns ``config``; as "smoke", on the demo's first stage with a narrow UNet."""
     if variant not in ("", "smoke"):
-        raise ValueError(f"there is no variant {variant!r}; there is smoke")
+        raise ValueError(f"there is no variant {variant!r}; choose smoke")
     if variant:
         short(config, steps=4)
         config.optim.lr = 1e-4

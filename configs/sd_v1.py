@@ -1,10 +1,12 @@
-"""Stable Diffusion v1 (Rombach et al. 2022): 512x512 pictures, CLIP ViT-L/14's text tower, frozen.
+r"""Stable Diffusion v1: text to 512x512 images, with CLIP ViT-L/14's text tower, frozen.
 
-    python -m ldm_jax.data encode configs/sd_v1.py --config.data.path=PICTURES --out=CACHE
-    python train.py --config=configs/sd_v1.py --config.data.path=PICTURES --config.data.cache=CACHE --workdir=runs/sd_v1
+    ldm-data encode sd_v1 --config.data.path=IMAGES --out=CACHE
+    ldm-train --config=sd_v1 --config.data.path=IMAGES --config.data.cache=CACHE \
+        --workdir=runs/sd_v1
 
-takes the first stage of configs/kl_f8.py from runs/kl_f8/model and the text tower from config.model.conditioner.path. Batch, learning rate and
-warm-up are those of the released model's card. What it needs on which chips: docs/scale.md; it has not been trained here.
+Reads its first stage from runs/kl_f8/model and the text tower from config.model.conditioner.path.
+Batch size, learning rate and warm-up are those of the released model's card. docs/scale.md gives
+its memory and time by topology. Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -14,7 +16,7 @@ from ldm_jax.configs.presets import sd_unet, smoke, text_to_image
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a narrow one of a minute on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = base("diffusion")
     config.steps = 500_000
     config.batch_size = 2048
@@ -30,9 +32,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
         }
-        config.model.conditioner.update(
-            **width, frozen=False, path=""
-        )  # there are no weights of CLIP to be frozen
+        # CLIP's weights are not bundled, so a small tower is trained.
+        config.model.conditioner.update(**width, frozen=False, path="")
     elif variant:
-        raise ValueError(f"sd_v1 has no variant {variant!r}; there is smoke")
+        raise ValueError(f"sd_v1 has no variant {variant!r}; choose smoke")
     return config

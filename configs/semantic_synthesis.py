@@ -1,8 +1,9 @@
-"""Maps of 182 labels to pictures of 256x256 (the released semantic_synthesis256).
+r"""Segmentation maps of 182 labels to images, the released semantic_synthesis256.
 
-    python train.py --config=configs/semantic_synthesis.py --config.data.path=PICTURES --workdir=runs/semantic_synthesis
+    ldm-train --config=semantic_synthesis --config.data.path=IMAGES \
+        --workdir=runs/semantic_synthesis
 
-takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+Reads its first stage from runs/vq_f4/model. Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -12,7 +13,7 @@ from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = diffusion(
         "vq_f4",
         linear_end=0.0205,

@@ -1,8 +1,10 @@
-"""Four times as large, 64x64 to 256x256: the small picture is joined to the noisy latents (the released bsr_sr).
+"""Four-fold super-resolution, 64x64 to 256x256, the released bsr_sr.
 
-    python train.py --config=configs/super_resolution.py --config.data.path=PICTURES --workdir=runs/super_resolution
+The small image is concatenated to the noisy latents.
 
-takes the first stage vq_f4 from runs/vq_f4/model. Not trained here: it needs accelerators.
+    ldm-train --config=super_resolution --config.data.path=IMAGES --workdir=runs/super_resolution
+
+Reads its first stage from runs/vq_f4/model. Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -12,7 +14,7 @@ from ldm_jax.configs.released import diffusion, finish
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = diffusion(
         "vq_f4",
         linear_end=0.0155,

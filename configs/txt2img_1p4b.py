@@ -1,10 +1,13 @@
-"""The text-to-image model of latent diffusion (Rombach et al. 2022, 1.45 billion parameters): 256x256 pictures, a BERT-style encoder trained with it.
+r"""The 1.45-billion-parameter text-to-image model of latent diffusion.
 
-    python -m ldm_jax.data encode configs/txt2img_1p4b.py --config.data.path=PICTURES --out=CACHE
-    python train.py --config=configs/txt2img_1p4b.py --config.data.path=PICTURES --config.data.cache=CACHE --workdir=runs/txt2img_1p4b
+From Rombach et al. 2022, table 15: 256x256 images, a BERT-style encoder trained with the UNet.
 
-takes the first stage of configs/kl_f8.py from runs/kl_f8/model. Batch, learning rate and number of steps are the paper's (table 15). What it needs on
-which chips: docs/scale.md; it has not been trained here.
+    ldm-data encode txt2img_1p4b --config.data.path=IMAGES --out=CACHE
+    ldm-train --config=txt2img_1p4b --config.data.path=IMAGES --config.data.cache=CACHE \
+        --workdir=runs/txt2img_1p4b
+
+Reads its first stage from runs/kl_f8/model. docs/scale.md gives its memory and time by topology.
+Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -14,7 +17,7 @@ from ldm_jax.configs.presets import sd_unet, smoke, text_to_image
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a narrow one of a minute on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     config = base("diffusion")
     config.steps = 390_000
     config.batch_size = 680
@@ -26,5 +29,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         smoke(config)
         config.model.conditioner.update(dim=64, depth=1, heads=2)
     elif variant:
-        raise ValueError(f"txt2img_1p4b has no variant {variant!r}; there is smoke")
+        raise ValueError(f"txt2img_1p4b has no variant {variant!r}; choose smoke")
     return config

@@ -1,9 +1,9 @@
-"""VQ autoencoder, f = 16, as released (Rombach et al. 2022), on 256x256 crops.
+r"""The released VQ autoencoder, f = 16 (Rombach et al. 2022), on 256x256 crops.
 
-    python train.py --config=configs/vq_f16.py --config.data.path=PICTURES --workdir=runs/vq_f16 \\
+    ldm-train --config=vq_f16 --config.data.path=IMAGES --workdir=runs/vq_f16 \
         --config.loss.vgg16=FILE --config.loss.lpips_heads=FILE
 
-Not trained here: it needs accelerators.
+Not trained by this project: it needs accelerators.
 """
 
 import ml_collections
@@ -12,5 +12,5 @@ from ldm_jax.configs.released import first_stage
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """``variant`` "" is the full run; "smoke" a short, narrow one on the pictures that ship with the package."""
+    """Returns the config; ``variant="smoke"`` is a short, narrow run on the bundled images."""
     return first_stage("vq_f16", variant, weight=0.75, start=250_001, layers=2)
