@@ -7,7 +7,7 @@ The folder holds
     tokenizer.json       of a model of text: captions -> token ids, read by the `tokenizers` package
     signature.json       names, shapes and dtypes of the arguments and of the result, and the settings that are compiled in
 
-The README has the ten lines that run it. What guides, seeds and asks is an argument; sampler, steps, size and dtype are compiled in.
+docs/exporting.md has the ten lines that run it. What guides, seeds and asks is an argument; sampler, steps, size and dtype are compiled in.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The exported program, as the README's lines run it where ldm_jax is not; and what is refused."""
+"""The exported program, as the lines of docs/exporting.md run it without ldm_jax; and what is refused."""
 
 import json
 import re
@@ -20,14 +20,14 @@ from ldm_jax.errors import RequestError
 from ldm_jax.io.checkpoint import save_model
 from ldm_jax.sampling.export import export, parameters, tokenizer_of
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "docs" / "exporting.md").read_text(encoding="utf-8")
 LINES = re.search(r"<!-- export-lines -->\n```python\n(.*?)```", README, re.DOTALL)[1]
 PROMPTS = '["red apple, noto style", "rocket, twemoji style"]'
 
 
 @pytest.fixture(scope="module")
 def exported(tiny_dir, tmp_path_factory):
-    """The tiny model's program, beside which the README's lines find it."""
+    """The tiny model's program, where the lines of docs/exporting.md find it."""
     out = tmp_path_factory.mktemp("export") / "emoji_export"
     assert main([str(tiny_dir), "--out", str(out), "--steps", "3", "--cache_interval", "2"]) == 0
     return out
