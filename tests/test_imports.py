@@ -1,67 +1,58 @@
-"""Who may import whom: read off the source, so that imports inside functions count as well."""
+"""The rules of the house, read off the source: who may import whom, and what no general file may ask."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = Path(__file__).parent.parent / "ldm_jax"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "configs" not in p.relative_to(PACKAGE).parts)
+PURE = ("nn", "models", "diffusion", "conditioning", "sampling")
 
-LEAVES = {
-    "heap",
-    "tokenizers",
-    "parallel",
-    "checkpoint",
-    "data",
-    "metrics",
-    "pictures",
-    "diffusion",
-}
-# part -> the parts of ldm_jax that it may import, besides itself
-ALLOWED = {
-    **{leaf: set() for leaf in LEAVES},
-    "cores": {"parallel"},
-    "checkpoint": {"parallel"},  # several processes write one checkpoint
-    "nn": {"parallel"},  # which form of attention a program gets depends on what it is compiled for
-    "models": {"nn"},
-    "conditioning": {"nn", "models", "tokenizers"},
-    "latent": {"nn", "models", "conditioning", "diffusion", "cores", "parallel"},
-    "generation": {"nn", "conditioning", "latent", "diffusion"},
-    "fitting": {"conditioning", "data"},
-    "requests": {"conditioning", "latent", "generation", "fitting", "data"},
-    "train": {"nn", "models", "conditioning", "latent", "generation", *LEAVES},
-    "convert": {"", "models", "conditioning", "latent", "configs", *LEAVES},
-    "pipeline": {
-        "nn",
-        "models",
-        "conditioning",
-        "latent",
-        "generation",
-        "requests",
-        "convert",
-        "cores",
-        *LEAVES,
+# package -> the packages of ldm_jax that it may import besides itself
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "diffusion": {"errors"},
+    "kernels": {"errors"},
+    "nn": {"errors", "kernels"},
+    "distributed": {"errors", "kernels"},
+    "io": {"errors", "distributed"},  # several processes write one checkpoint
+    "data": {"errors", "io"},
+    "models": {"errors", "nn", "kernels", "diffusion"},
+    "conditioning": {"errors", "nn", "kernels", "models", "data", "io"},
+    "convert": {"errors", "kernels", "models", "conditioning", "diffusion", "io"},
+    "sampling": {
+        *("errors", "nn", "kernels", "models", "conditioning", "diffusion", "data", "io", "convert")
     },
-    "export": {"", "conditioning", "latent", "generation", "requests", "pipeline", *LEAVES},
-    "many": {"requests", "pipeline", *LEAVES},
-    "sampling": {"cli", "requests", "pipeline", "many", "cores", *LEAVES},
-    "cli": {"nn", "models", "conditioning", "latent", "train", "pipeline", *LEAVES},
-    "plan": {"nn", "models", "conditioning", "latent", "generation", "train", "cli", *LEAVES},
-    "": {"pipeline", "cores"},  # ldm_jax/__init__.py
-    "__main__": {"train", "cli", *LEAVES},  # a leaf's command line is a script
+    "train": {
+        *("errors", "nn", "kernels", "models", "conditioning", "diffusion", "data", "io"),
+        *("distributed", "sampling", "eval"),
+    },
+    "eval": {
+        *("errors", "nn", "kernels", "models", "conditioning", "diffusion", "data", "io"),
+        *("distributed", "sampling", "convert"),
+    },
+    "plan": {
+        *("errors", "nn", "kernels", "models", "conditioning", "diffusion", "data", "io"),
+        *("distributed", "sampling", "train"),
+    },
 }
+EVERYTHING = {*ALLOWED, "cli", "configs", ""}
 
 
-def part_of(module: str) -> str:
-    """ldm_jax.data.loader -> data; ldm_jax -> ""; configs.common -> configs."""
+def package_of(module: str) -> str:
+    """ldm_jax.data.loader -> data; ldm_jax -> ""; ldm_jax.export -> cli."""
     first, *rest = module.split(".")
-    return first if first != "ldm_jax" else rest[0] if rest else ""
+    name = first if first != "ldm_jax" else rest[0] if rest else ""
+    return "cli" if name == "export" and first == "ldm_jax" else name
 
 
 def modules(path: Path) -> Iterator[str]:
-    """The full name of every module that a file imports; of `from package import module`, the module."""
+    """The full name of every module that a file imports, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -69,45 +60,89 @@ def modules(path: Path) -> Iterator[str]:
             package = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
             above = ".".join(package[: -node.level]) if node.level else ""
             base = ".".join(filter(None, (above, node.module)))
-            yield from (
-                (f"{base}.{alias.name}" for alias in node.names) if base == "ldm_jax" else (base,)
-            )
+            if base == "ldm_jax":
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+            else:
+                yield base
 
 
 def ours(path: Path) -> set[str]:
-    return {
-        part_of(name)
-        for name in modules(path)
-        if name.split(".")[0] in ("ldm_jax", "configs", "benchmarks", "tests")
-    }
+    """The packages of this project that a file imports."""
+    roots = ("ldm_jax", "configs", "benchmarks", "tests", "tools")
+    return {package_of(name) for name in modules(path) if name.split(".")[0] in roots}
+
+
+def name_of(path: Path) -> str:
+    """The package that a file belongs to."""
+    dotted = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return package_of(dotted.removesuffix(".__init__"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
-    part = part_of(
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-    )
-    if path.stem == "__main__" and part in LEAVES:
-        part = "__main__"
-    assert part in ALLOWED, f"{part} has no place in the order of imports"
-    assert ours(path) <= {part, *ALLOWED[part]}
+    package = name_of(path)
+    if package in ("", "cli") or path.name == "__main__.py":
+        assert ours(path) <= EVERYTHING
+        return
+    assert package in ALLOWED, f"{package} has no place in the order of imports"
+    assert ours(path) <= {package, *ALLOWED[package]}
+
+
+def test_at_most_four_modules_lie_at_the_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= 4
 
 
 def test_linen_is_imported_by_networks_alone():
-    with_linen = {
-        path.relative_to(PACKAGE).parts[0]
+    linen = {
+        name_of(path)
         for path in SOURCES
-        if any(m.startswith("flax.linen") for m in modules(path))
+        if re.search(r"flax\.linen|from flax import .*\blinen\b", path.read_text(encoding="utf-8"))
     }
-    with_linen |= {
-        path.relative_to(PACKAGE).parts[0]
-        for path in SOURCES
+    assert linen == {"nn", "models"}
+
+
+@pytest.mark.parametrize("package", PURE)
+def test_networks_and_sampling_know_neither_state_nor_platform(package):
+    asks = re.compile(r"ContextVar|contextvars|default_backend\(|\.platform\b|jax\.devices\(")
+    for path in (PACKAGE / package).rglob("*.py"):
+        found = asks.findall(path.read_text(encoding="utf-8"))
+        assert not found, f"{path.relative_to(PACKAGE)}: {found}"
+        assert "distributed" not in ours(path), path.relative_to(PACKAGE)
+
+
+def classes_in(folder: Path) -> set[str]:
+    """Names of the classes defined in a folder."""
+    return {
+        node.name
+        for path in folder.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom)
-        and node.module == "flax"
-        and "linen" in [alias.name for alias in node.names]
+        if isinstance(node, ast.ClassDef)
     }
-    assert with_linen == {"nn", "models"}
+
+
+def asked_kinds(path: Path) -> set[str]:
+    """Names of the classes that a file asks for with isinstance, issubclass or `case Class()`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            found |= {
+                getattr(leaf, "id", getattr(leaf, "attr", ""))
+                for leaf in ast.walk(node.args[1])
+                if isinstance(leaf, ast.Name | ast.Attribute)
+            }
+        elif isinstance(node, ast.MatchClass):
+            found.add(getattr(node.cls, "id", getattr(node.cls, "attr", "")))
+    return found
+
+
+@pytest.mark.parametrize("folder", ["conditioning", "train/tasks"])
+def test_no_file_elsewhere_asks_for_a_kind(folder):
+    kinds = classes_in(PACKAGE / folder)
+    assert kinds
+    for path in SOURCES:
+        if not path.is_relative_to(PACKAGE / folder) and folder.split("/")[0] in ours(path):
+            asked = asked_kinds(path) & kinds
+            assert not asked, f"{path.relative_to(PACKAGE)} asks for {asked}"
 
 
 def test_every_way_of_importing_is_seen(tmp_path, monkeypatch):
@@ -115,7 +150,10 @@ def test_every_way_of_importing_is_seen(tmp_path, monkeypatch):
     file = tmp_path / "ldm_jax" / "train" / "x.py"
     file.parent.mkdir(parents=True)
     file.write_text(
-        "from typing import TYPE_CHECKING\nfrom ldm_jax import pictures\nfrom ..data import Loader\nfrom . import state\n"
-        "if TYPE_CHECKING:\n    import configs.common\ndef f():\n    import ldm_jax.models.unet\n    from ldm_jax.nn import layers\n"
+        "from typing import TYPE_CHECKING\nfrom ldm_jax import plan\nfrom ..data import Loader\n"
+        "from . import state\nif TYPE_CHECKING:\n    import configs.common\n"
+        "def f():\n    import ldm_jax.models.unet\n    from ldm_jax.nn import layers\n"
+        "def g(x):\n    match x:\n        case Mask():\n            return isinstance(x, (A, b.C))\n"
     )
-    assert ours(file) == {"pictures", "data", "train", "configs", "models", "nn"}
+    assert ours(file) == {"plan", "data", "train", "configs", "models", "nn"}
+    assert asked_kinds(file) == {"Mask", "A", "C", "b"}
