@@ -1,11 +1,12 @@
-"""How much faster is attention in the form that is chosen for this machine than the plain one?
+"""Times each chosen form of attention against the reference form.
 
-    python -m benchmarks.attention [--shapes 1x1024x1024x8x40 ...] [--dtype float32] [--repeats 7] [--json out.json]
+    python -m benchmarks.attention [--shapes 1x1024x1024x8x40 ...] [--dtype float32] [--json F]
 
-A shape is batch x queries x keys x heads x head size; by default those of Stable Diffusion v1's UNet at 512x512 pictures, at a quarter of its width
-and at all of it, self-attention and 77 words, and three heads of 48. Both forms take turns in one process, so that whatever else the machine does
-falls on both. Printed are medians forwards and forwards with backwards, their ratios to the plain form's, and between which values the ratios of
-single turns lie for the middle half. Where the chosen form is the plain one, both are the same program.
+A shape is batch x queries x keys x heads x head size. The defaults are those of Stable Diffusion
+v1's UNet at 512x512, at a quarter of its width and at all of it, self-attention and 77 words, and
+three heads of 48. Both forms take turns in one process. Printed are medians of the forward pass and
+of forward and backward passes, their ratios to the reference, and the ratios' quartiles. Where the
+chosen form is the reference, both sides are the same program.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def programs(form: Callable[..., Any], scale: float) -> dict[str, Callable[..., 
 
 
 def seconds(program: Callable[..., Any], given: tuple[Any, ...]) -> float:
+    """Returns the time of one call in seconds."""
     began = time.perf_counter()
     jax.block_until_ready(program(*given))
     return time.perf_counter() - began
@@ -78,6 +80,7 @@ def measure(shape: str, dtype: str, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,7 +95,8 @@ def main() -> None:
     for made in map(partial(measure, dtype=args.dtype, repeats=args.repeats), args.shapes):
         results.append(made)
         told = [
-            f"{what} {1e3 * t['plain']:.1f} -> {1e3 * t['chosen']:.1f} ms, x {t['ratio']:.2f} ({t['quartiles'][0]:.2f} to {t['quartiles'][1]:.2f})"
+            f"{what} {1e3 * t['plain']:.1f} -> {1e3 * t['chosen']:.1f} ms, x {t['ratio']:.2f} "
+            f"({t['quartiles'][0]:.2f} to {t['quartiles'][1]:.2f})"
             for what, t in made.items()
             if isinstance(t, dict)
         ]

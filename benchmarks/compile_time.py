@@ -1,8 +1,10 @@
-"""How long does text to image compile, cold and from the cache? python -m benchmarks.compile_time [--case sd_v1] [--steps 50] [--json out.json]
+"""Times the compilation of text to image, cold and from the cache.
 
-Each time is a process of its own: the import of the project, finding the shapes of the weights, which are all that there is of them (loading a
-model does that too, to check it), tracing, and compiling (or reading the persistent cache, which the first process filled). Stable Diffusion v1
-stands with a ready-made context in place of its text tower.
+    python -m benchmarks.compile_time [--case sd_v1] [--steps 50] [--json out.json]
+
+Each time is a process of its own: importing the project, finding the shapes of the weights (loading
+a model does that too, to check it), tracing, and compiling or reading the persistent cache that the
+first process filled. No weights are needed.
 """
 
 import argparse
@@ -65,6 +67,7 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,7 +89,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as cache:
         for turn in ("cold", "cached"):
-            # The variables of jax, not of this project, so that whatever it sets itself is not needed.
+            # JAX's variables override the project's own cache settings.
             settings = {
                 "JAX_COMPILATION_CACHE_DIR": cache,
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

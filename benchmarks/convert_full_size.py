@@ -1,18 +1,14 @@
-"""Does a released checkpoint convert at its full size, and in how much memory?
+"""Converts released layouts at full size and measures time and memory.
 
-    python -m benchmarks.convert_full_size [--models txt2img-1p4B sd-v1] [--folder DIR] [--json out.json]
+    python -m benchmarks.convert_full_size [--models txt2img-1p4B sd-v1] [--folder DIR] [--json F]
 
-For each model: writes a .ckpt of random weights in the released file's layout (6.2 GB and 4.3 GB, one array in memory at
-a time, without PyTorch), converts it with `python -m ldm_jax.convert` in a process of its own, and in another runs one
-text encoding, one UNet step and one decode from the result, on the CPU. Everything it wrote is deleted. Peak memory is
-the process's largest resident set as the system counts it; the time of a network is one run after its compilation.
+For each model: writes a .ckpt of random weights in the released file's layout (6.2 GB and 4.3 GB,
+one array in memory at a time, without PyTorch), converts it in a process of its own, and in
+another runs one text encoding, one UNet step and one decode from the result on the CPU. Everything
+it wrote is deleted. Peak memory is the process's largest resident set; the time of a network is
+one run after its compilation. docs/converting.md has the results.
 
-Seen, on two CPU cores mostly busy with other work: txt2img-1p4B (6.15 GB) converts in 192 s with a peak of 6.92 GB, and
-runs in 8.66 GB: text encoding 3.2 s, UNet step 7.4 s, decode to 256x256 8.4 s. Stable Diffusion v1 (4.27 GB) converts in
-126 s with a peak of 5.18 GB; text encoding 2.4 s, and at 512x512, with most of the CPU taken, UNet
-step 80 s, decode 100 s.
-
-It needs as much disk as checkpoint and result together, and memory for a checkpoint's size and a half.
+It needs disk for the checkpoint and the result, and memory of 1.5 times the checkpoint's size.
 """
 
 import argparse
@@ -51,7 +47,7 @@ def architecture(name: str) -> dict[str, Any]:
     return json.loads(gzip.decompress(ARCHITECTURES.read_bytes()))[MODELS[name]]
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
+# --- the file ---
 
 
 def _text(value: str) -> bytes:
@@ -85,10 +81,13 @@ def _tensor(key: str, shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 def write_checkpoint(path: Path, target: str, params: Mapping[str, Any], seed: int = 0) -> int:
-    """Writes random weights as torch.save writes a LatentDiffusion's training checkpoint (a stored zip): its size in bytes.
+    """Writes random weights as torch.save writes a LatentDiffusion's training checkpoint.
 
-    Weights are normal with the variance that keeps signals at their size, gains about 1. Buffers of the schedule are
-    what they have to be, and what is held twice shares its storage.
+    Weights are normal with a variance that preserves the signal's scale, gains about 1. Buffers of
+    the schedule have their true values, and duplicated arrays share their storage.
+
+    Returns:
+      The size of the file in bytes.
     """
     whole = whole_from_config(target, params)
     shapes, rng = source_shapes(whole.table, whole.shapes), np.random.default_rng(seed)
@@ -125,11 +124,11 @@ def _weights(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.
     return array * np.float32(0.02) + np.float32(name.endswith(".weight"))
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
+# --- processes ---
 
 
 def measured(*command: str) -> tuple[float, float, str]:
-    """(seconds, peak resident memory in bytes, standard output) of ``python ARGS`` run from the repository."""
+    """Runs ``python ARGS``; returns (seconds, peak resident bytes, standard output)."""
     began = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
@@ -146,7 +145,7 @@ def measured(*command: str) -> tuple[float, float, str]:
 
 
 def run_networks(model: Path, side: int) -> dict[str, float]:
-    """Seconds of one decode, one text encoding and one UNet step from a model directory; ``side``: of the latents.
+    """Returns the seconds of one decode, one text encoding and one UNet step of a model.
 
     AssertionError where a result is not finite.
     """

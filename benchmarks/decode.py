@@ -1,7 +1,10 @@
-"""How long does decoding take, ours and PyTorch's? python -m benchmarks.decode [--case emoji sd_v1] [--batch 1 8] [--json out.json]
+"""Times decoding, ours and PyTorch's.
 
-The demo's decoder (64x64 pictures) or Stable Diffusion's KL-f8 (512x512), random weights, the same on both sides; the results are compared before
-anything is timed. Needs PyTorch: pip install -e ".[parity]".
+    python -m benchmarks.decode [--case emoji sd_v1] [--batch 1 8] [--json out.json]
+
+The demo's decoder (64x64 images) or Stable Diffusion's KL-f8 (512x512), with the same random
+weights on both sides; the results are compared before anything is timed. Needs PyTorch:
+pip install -e ".[parity]".
 """
 
 import jax
@@ -41,6 +44,7 @@ CASES = {
 
 
 def main() -> None:
+    """Runs the command."""
     parser = common_arguments(__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=["emoji"])
     args = parser.parse_args()

@@ -1,22 +1,26 @@
-"""How good is the emoji demonstration model? Does a picture show what its prompt names, for prompts it has never seen?
+"""Measures whether the demo's images show what their prompts name, also for left-out prompts.
 
-    python -m benchmarks.demo_quality --data emoji64.zip --vgg VGG.safetensors [--model emoji] [--json out.json]
+    python -m benchmarks.demo_quality --data emoji64.zip --vgg VGG.safetensors [--model emoji]
+        [--json out.json]
 
-Pictures are generated for --n training prompts and for as many (concept, style) pairs left out of training, whose
-concepts were seen in other styles only. A picture is right when its prompt's concept is among the 10 nearest of all
-concepts (the data's column "hexcode"); a concept is as near as its nearest real picture. Feature of a picture: VGG-16
-relu4_3, average-pooled to 4x4, square root, unit length, minus the mean of all real pictures of its style (for a
-generated one: of its prompt's style), unit length again; nearness is the cosine.
+Images are generated for --n training prompts and for as many (concept, style) pairs left out of
+training, whose concepts were trained in other styles only. An image counts as right when its
+prompt's concept is among the 10 nearest of all concepts (the data's column "hexcode"); a concept
+is as near as its nearest real image. The feature of an image is VGG-16 relu4_3, average-pooled to
+4x4, square root, unit length, minus the mean of all real images of its style (of the prompt's
+style for a generated image), unit length again; nearness is the cosine.
 
-Two galleries of real pictures are reported. "all" has every picture except the prompt's own (same concept and style);
-there most misses go to other flags, keycaps and people in the prompt's style. "other styles" leaves out the prompt's
-whole style, so that only the concept can match. Two controls stand beside the generated pictures: real ones in their
-place (about 85 % in "all", 93 % in "other styles") and pictures under each other's prompts (1 % or less).
+Two galleries of real images are reported. "all" has every image except the prompt's own (same
+concept and style); most misses there go to other flags, keycaps and people in the prompt's style.
+"other styles" leaves out the prompt's whole style, so that only the concept can match. Two
+controls stand beside the generated images: real ones in their place (about 85 % in "all", 93 % in
+"other styles") and images under each other's prompts (1 % or less).
 
-The first stage's figure is the mean PSNR in dB, as uint8, over the pictures whose concepts were left out of training.
+The first stage's figure is the mean PSNR in dB, as uint8, over the images of held-out concepts.
 
---controls prints the controls only, with real pictures, and needs no model. Features of real pictures are kept in
---cache: the first run computes them in 2 to 10 minutes on two CPU cores (11,000 pictures, 180 MB).
+--controls prints only the controls, with real images, and needs no model. Features of real images
+are kept in --cache: the first run computes them in 2 to 10 minutes on two CPU cores (11,000
+images, 180 MB).
 """
 
 import argparse
@@ -53,7 +57,7 @@ class Gallery(NamedTuple):
     style_means: dict[str, np.ndarray]  # [d]
 
 
-# --- features --------------------------------------------------------------------------------------------------------
+# --- features ---
 
 
 @jax.jit(static_argnums=0)
@@ -65,7 +69,7 @@ def _vgg_features(module: Any, params: Any, images: jax.Array) -> jax.Array:
 
 
 def embed(vgg: tuple[Any, Any], images: np.ndarray, note: str = "") -> np.ndarray:
-    """Features [n, 8192], float32 of unit length, of uint8 images [n, s, s, 3] with s a multiple of 32."""
+    """Returns float32 unit features [n, 8192] of uint8 images [n, s, s, 3], 32 dividing s."""
     if images.shape[1] % 32 or images.shape[1] != images.shape[2]:
         raise ValueError(
             f"square pictures of a multiple of 32 pixels are needed, not {images.shape[1:3]}"
@@ -99,7 +103,7 @@ def read_images(source: data.Source, indices: Sequence[int] | range) -> np.ndarr
 def cached_features(
     source: data.Source, weights: str, vgg: tuple[Any, Any], folder: Path
 ) -> np.ndarray:
-    """`embed` of all pictures of the source, kept in a file of the folder, named after what it depends on."""
+    """Returns `embed` of the source's images, cached in a file named by its inputs' hash."""
     digest = hashlib.sha256(Path(weights).read_bytes())
     for i in range(len(source)):
         digest.update(source[i]["image"])
@@ -114,7 +118,7 @@ def cached_features(
     return features
 
 
-# --- retrieval -------------------------------------------------------------------------------------------------------
+# --- retrieval ---
 
 
 def make_gallery(features: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> Gallery:
@@ -135,7 +139,7 @@ def _without_style(
 def found(
     gallery: Gallery, features: np.ndarray, prompts: Sequence[Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
-    """Whether each prompt's concept is among the NEAREST to its picture: bool [n] for each of GALLERIES.
+    """Returns for each gallery whether each prompt's concept is among the NEAREST, bool [n].
 
     features [n, d]: `embed` of the pictures, in the order of the prompts (rows of metadata).
     """
@@ -156,7 +160,7 @@ def found(
 
 
 def choose(part: data.Source, others: data.Source, n: int, seed: int) -> list[int]:
-    """Indices of n random pictures of the part (of all, if fewer) whose concept `others` shows in another style too."""
+    """Returns n random indices of images whose concept `others` has in another style too."""
     styles: dict[str, set[str]] = {}
     for row in others.rows:
         styles.setdefault(row[CONCEPT], set()).add(row[STYLE])
@@ -173,7 +177,7 @@ def shuffled(prompts: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[st
     return moved
 
 
-# --- first stage -----------------------------------------------------------------------------------------------------
+# --- first stage ---
 
 
 @jax.jit
@@ -192,7 +196,7 @@ def reconstruction_psnr(first_stage: Any, images: np.ndarray) -> float:
     return float(np.concatenate(values).mean())
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+# --- the report ---
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -238,7 +242,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def prompt_parts(
     source: data.Source, config: Mapping[str, Any]
 ) -> list[tuple[str, data.Source, data.Source]]:
-    """(name, the prompts' pictures, the pictures trained on) of each kind of prompt, from a model config's "data"."""
+    """Returns (name, the prompts' images, the training images) for each kind of prompt."""
     seen = data.split_by(source, *_split(config), "train")
     pairs = config["pairs"]
     train, left_out = (
@@ -261,7 +265,7 @@ def load_model(name: str) -> Any:
     missing = [key for key in ("caption", "split", "pairs") if key not in known]
     if missing:
         raise ValueError(
-            f"the config of model {name!r} has no data.{missing[0]}: what it was trained on is unknown"
+            f"the config of model {name!r} has no data.{missing[0]}: its training data is unknown"
         )
     return pipe
 
@@ -340,7 +344,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, and write the JSON file when asked to. What is missing ends the program with one line."""
+    """Runs the command."""
     args = parse(argv)
     use_cores()  # before VGG16 asks for a device
     try:

@@ -1,12 +1,13 @@
-"""How long does a training step of a first stage take, the original's way and fused?
+"""Times a training step of a first stage, fused and as the original computes it.
 
-    python -m benchmarks.first_stage_step [--config configs/photos_kl_gan.py] [--size 64] [--batch 4] [--dtype float32] \\
-        [--remat none] [--repeats 10] [--vgg VGG --heads HEADS] [--json out.json]
+    python -m benchmarks.first_stage_step [--config configs/photos_kl_gan.py]
+        [--size 64] [--batch 4] [--dtype float32] [--remat none] [--repeats 10]
+        [--vgg VGG --heads HEADS] [--json out.json]
 
-Both steps are compiled in one process and take turns, so that whatever else the machine does falls on both; each time is a whole step with its
-result awaited. Printed are the medians, and the ratio of the fused step's to that of updates="parity", which runs the autoencoder and the
-discriminator's view of it twice. Pictures are noise: nothing in a step depends on what they show. Without weights there is no perceptual term,
-which costs both updates the same. As in a run, parameters are averaged where the config says so, and large blocks of memory are kept.
+Both steps are compiled in one process and take turns; a time is that of a whole step. Printed are
+the medians, and the ratio of the fused step to updates="parity", which runs the autoencoder and the
+discriminator's view of it twice. The images are noise: no step depends on their content. Without
+weights the perceptual term is left out of both.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def prepared(config: Any, updates: str, batch: Any) -> tuple[Any, Any, Any]:
 
 
 def measure(config: Any, repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(seconds of each step, taken in turns; floating-point operations of a step as the compiler counts them), by kind of updates."""
+    """Returns, by kind of update, the seconds of each step and the compiler's FLOPs of one."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (config.batch_size, *config.data.size, 3)).astype(np.uint8)
     batch = {"image": images, "row": np.arange(config.batch_size, dtype=np.int32)}
@@ -62,6 +63,7 @@ def measure(config: Any, repeats: int) -> tuple[dict[str, list[float]], dict[str
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,7 +109,8 @@ def main() -> None:
         "ratio_of_operations": round(flops["fused"] / flops["parity"], 3),
     }
     print(
-        f"fused {medians['fused']:.3f} s, parity {medians['parity']:.3f} s a step: ratio {result['ratio']:.3f}"
+        f"fused {medians['fused']:.3f} s, parity {medians['parity']:.3f} s a step: "
+        f"ratio {result['ratio']:.3f}"
     )
     print(json.dumps(result))
     if args.json:

@@ -1,7 +1,10 @@
-"""What computing in bfloat16 changes in a picture: python -m benchmarks.half_precision [--model emoji] [--num 16]
+"""Measures what computing in bfloat16 changes in an image.
 
-The same prompts and seeds, the model's own sampler, in float32 and in bfloat16: PSNR in dB between the two, and their distance in levels of 255. As a
-measure of what that means, the same distances to the float32 pictures of twice as many steps.
+    python -m benchmarks.half_precision [--model emoji] [--num 16]
+
+The same prompts and seeds with the model's own sampler, in float32 and in bfloat16: PSNR in dB
+between the two, and their distance in levels of 255. For comparison, the same with twice as many
+steps in float32.
 """
 
 import argparse
@@ -17,7 +20,7 @@ from ldm_jax.eval import metrics
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Of pictures uint8 [n, H, W, 3]: mean and lowest PSNR in dB, and the mean of the absolute difference in levels."""
+    """Returns mean and minimum PSNR in dB and the mean absolute difference in levels."""
     psnr = metrics.psnr(a, b)
     levels = np.abs(a.astype(int) - b).mean()
     return {
@@ -40,6 +43,7 @@ def measure(model: str, num: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,8 +55,9 @@ def main() -> None:
     result = measure(args.model, args.num, args.steps)
     for name, row in result.items():
         print(
-            f"{name} against float32, {args.steps} steps, {args.num} pictures: PSNR {row['psnr_mean']:.1f} dB in the mean, "
-            f"{row['psnr_lowest']:.1f} dB at the lowest; {row['levels']:.2f} levels of 255"
+            f"{name} against float32, {args.steps} steps, {args.num} images: "
+            f"mean PSNR {row['psnr_mean']:.1f} dB, minimum {row['psnr_lowest']:.1f} dB; "
+            f"{row['levels']:.2f} levels of 255"
         )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,11 +1,12 @@
-"""Peak host memory of making and of restoring a full-size model that is split over simulated devices.
+"""Measures peak host memory of making and restoring a full-size model on simulated devices.
 
-    python -m benchmarks.host_memory [--config txt2img_1p4b] [--devices 8] [--folder DIR] [--json out.json]
+    python -m benchmarks.host_memory [--config txt2img_1p4b] [--devices 8] [--folder DIR] [--json F]
 
-Each of the two runs in a process of its own, on simulated CPU devices that share the host's memory, with the mesh's fsdp axis over all of
-them. "made": the parameters of the training task, drawn as every run begins. "restored": the same from a checkpoint
-that the first process wrote. Prints the process's largest resident set, imports and compiler included, over the bytes of the parameters. Needs
-disk for the parameters, and memory for twice as much while they are written.
+Each run is a process of its own on simulated CPU devices that share the host's memory, with the
+mesh's fsdp axis over all of them. "made": the parameters of the training task, drawn as every run
+does at its start. "restored": the same from a checkpoint that the first process wrote. Prints the
+largest resident set, imports and compiler included, over the bytes of the parameters. Needs disk
+for the checkpoint.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -100,8 +102,9 @@ def main() -> None:
             results.append(json.loads(done.stdout.splitlines()[-1]))
             r = results[-1]
             print(
-                f"{part}: parameters {r['bytes'] / GB:.2f} GB, at most {r['largest_device'] / GB:.2f} GB on one device; "
-                f"peak {r['peak'] / GB:.2f} GB, of which {r['before'] / GB:.2f} GB before it began: "
+                f"{part}: parameters {r['bytes'] / GB:.2f} GB, at most "
+                f"{r['largest_device'] / GB:.2f} GB on one device; peak {r['peak'] / GB:.2f} GB, "
+                f"of which {r['before'] / GB:.2f} GB before the start: "
                 f"{r['peak'] / r['bytes']:.2f} x the parameters, {r['seconds']:.0f} s",
                 flush=True,
             )

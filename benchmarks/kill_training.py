@@ -1,10 +1,10 @@
-"""Kills a small training run at random moments, saves included, and looks at what is left each time.
+"""Kills a small training run at random moments, saves included, and checks what is left.
 
     python -m benchmarks.kill_training [--kills 25]
 
-Each time the run is started again, as a scheduler would, and killed (SIGKILL) once it has taken a random number of steps more. After every kill the
-newest state must be readable and at most one interval behind the last step that was reported; the end must be bit-identical to a run that nobody
-disturbed. Takes about 12 seconds a kill on two CPU cores.
+Each time the run is started again, as a scheduler would, and killed (SIGKILL) after a random number
+of further steps. After every kill the newest state must be readable and at most one interval behind
+the last reported step; the final state must be bit-identical to that of an undisturbed run.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from ldm_jax.configs import emoji_kl
 
 def get_config():
     config = emoji_kl.get_config("smoke")
-    config.update(steps={steps}, log_every=1, save_every={every}, eval_every=10**6, preview_every=10**6)
+    config.update(steps={steps}, log_every=1, save_every={every})
+    config.update(eval_every=10**6, preview_every=10**6)
     config.data.size = (16, 16)
     config.model.first_stage.update(ch=8, ch_mult=(1, 2), resolution=16)
     return config
@@ -76,6 +77,7 @@ def reported(workdir: Path) -> int:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,7 +136,8 @@ def main() -> None:
         if differing or found.keys() != expected.keys():
             sys.exit(f"the end differs in {differing[:3]}")
         print(
-            f"{kills} kills, {steps} steps: bit-identical to the undisturbed run ({len(expected)} arrays)"
+            f"{kills} kills, {steps} steps: bit-identical to the undisturbed run "
+            f"({len(expected)} arrays)"
         )
 
 

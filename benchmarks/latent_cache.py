@@ -1,11 +1,11 @@
-"""What a latent cache saves: training from pictures beside training from their cached moments, in turns of a few steps in one run.
+"""Compares training from images with training from their cached moments, taking turns.
 
-    python -m benchmarks.latent_cache
+    python -m benchmarks.latent_cache [--batch 64] [--json out.json]
 
-Takes configs/emoji.py with the first stage and the pictures that ship with the package. Prints the time of a step with its batch made and fetched,
-as a run takes it, and of the step alone on a batch that lies ready; the ratios with the middle half of their spread; and the share of the picture
-step's arithmetic that the encoder has, products alone. With small batches the optimiser's passes over the parameters, which have next
-to no arithmetic, weigh more: --batch=16 is the demo's own.
+Takes configs/emoji.py with the bundled first stage and images. Prints the time of a step with its
+batch made and fetched as in a run, and of the step alone; the ratios with their quartiles; and the
+encoder's share of the image step's products. With small batches the optimiser's passes over the
+parameters, which do not depend on the cache, weigh more.
 """
 
 import argparse
@@ -61,6 +61,7 @@ class Run:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -100,12 +101,14 @@ def main() -> None:
         )
         low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75))
         print(
-            f"{label}: {1 / ratio - 1:.1%} faster from a cache, in {ratio:.3f} of the time ({low:.3f} to {high:.3f})"
+            f"{label}: {1 / ratio - 1:.1%} faster from a cache, in {ratio:.3f} of the time "
+            f"({low:.3f} to {high:.3f})"
         )
         for name, seconds in times[fetch].items():
             middle = statistics.median(seconds)
             print(
-                f"    from {name:9} {middle * 1e3:7.1f} ms a step, {args.batch / middle:6.1f} pictures/s"
+                f"    from {name:9} {middle * 1e3:7.1f} ms a step, "
+                f"{args.batch / middle:6.1f} images/s"
             )
         told[label] = {"seconds": times[fetch], "ratio": ratio}
     print(f"encoding is {share:.1%} of the picture step's arithmetic")

@@ -1,4 +1,4 @@
-"""The models that are timed, by name: the demo and Stable Diffusion v1's shapes."""
+"""The models that the benchmarks time: the demo and Stable Diffusion v1's shapes."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def bare(case: str, dtype: str) -> tuple[LatentDiffusion, tuple[int, int]]:
 
 
 def pipeline(case: str, dtype: str) -> Pipeline:
-    """A model to sample from, on one device, or on the cores of a CPU: the demo's own weights, random ones for the others."""
+    """Returns the demo with its weights, another model with random ones; on all CPU cores."""
     devices = None if cores.devices() else 1
     if case == "emoji":
         return load("emoji", dtype=dtype, devices=devices)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def _cast(shapes: Any, dtype: str) -> Any:
 
 
 def random_like(shapes: Any, dtype: str) -> Any:
-    """Parameters of these shapes, none of them zero, so that layers which start at zero do something too."""
+    """Returns non-zero parameters of these shapes, so that zero-initialised layers count."""
     rng = np.random.default_rng(0)
 
     def some(path: Any, leaf: Any) -> np.ndarray:

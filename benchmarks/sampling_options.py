@@ -1,9 +1,11 @@
-"""What each way of sampling faster costs in exactness: python -m benchmarks.sampling_options
+"""Measures what each way of sampling faster costs in exactness.
 
-Every option makes the same pictures from the same seeds. Distances are PSNR in dB, mean over the pictures: to the full run (the model's own sampler
-and steps), and to the solution of the ODE (dpmpp_2m with many steps), from which the full run itself has a distance. Times are of one batch, compiled
-before: on a CPU the process' processor time, which others hardly change, elsewhere the clock's. The options take turns in every round, and the
-median of the rounds counts. --json is written after every round.
+    python -m benchmarks.sampling_options
+
+Every option makes the same images from the same seeds. Distances are PSNR in dB, mean over the
+images: to the full run (the model's own sampler and steps), and to the solution of the ODE
+(dpmpp_2m with many steps). Times are of one compiled batch: on a CPU the process' processor time,
+elsewhere wall-clock time. The options take turns in every round, and the median counts.
 """
 
 import argparse
@@ -89,9 +91,8 @@ def row_of(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = [
-        "| option | PSNR to the full run | PSNR to the ODE's solution | time of a batch | time saved |"
-    ]
+    columns = ("option", "PSNR to the full run", "PSNR to the ODE's solution", "time of a batch")
+    lines = [f"| {' | '.join((*columns, 'time saved'))} |"]
     lines.append("|---|---|---|---|---|")
     for row in rows:
         to_full = "" if row["psnr_full"] is None else f"{row['psnr_full']:.1f} dB"
@@ -106,6 +107,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -120,7 +122,8 @@ def main() -> None:
     cli.setup()
     rows = measure(args)
     print(
-        f"{args.model} on {jax.default_backend()}, {args.num} pictures, {args.rounds} rounds\n\n{table(rows)}"
+        f"{args.model} on {jax.default_backend()}, {args.num} images, {args.rounds} rounds\n\n"
+        f"{table(rows)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Ours against PyTorch's in one process: the two take turns, so that whatever else the machine does falls on both.
+"""Compares ours with PyTorch's in one process, taking turns.
 
     python -m benchmarks.side_by_side forward.json train.json ...
 
@@ -23,12 +23,18 @@ from ldm_jax.distributed.parallel import Target, compiled_for
 from ldm_jax.kernels import cores
 from ldm_jax.plan.flops import PRODUCTS, count_flops
 
-# TFLOP/s in bfloat16 that utilisation is given of: for the H200 what large products sustain on one, else what the maker states.
+# Peak bfloat16 TFLOP/s for utilisation: the H200's as sustained by large products, else the
+# manufacturer's figure.
 PEAKS = {"H200": 790.0, "H100": 989.0, "A100": 312.0}
 
 
 class Side(NamedTuple):
-    """One of those compared: ``run`` does the work and waits for it; ``temporary`` bytes it needs beside weights and inputs, None if unknown."""
+    """One side of a comparison.
+
+    Attributes:
+      run: Does the work and waits for it.
+      temporary: Bytes needed besides weights and inputs; None if unknown.
+    """
 
     run: Callable[[], Any]
     temporary: float | None = None
@@ -49,7 +55,7 @@ def compare(sides: Mapping[str, Side], repeats: int, warmup: int = 2) -> dict[st
 def summary(
     what: str, sides: Mapping[str, Side], seconds: Mapping[str, list[float]], flops: float
 ) -> dict[str, Any]:
-    """Medians, the ratio ours / theirs of each pair of turns (median and quartiles), temporary memory, arithmetic a second."""
+    """Returns medians, ratios ours / theirs (median, quartiles), memory and FLOP/s."""
     ours, *others = seconds
     peak = next((p for name, p in PEAKS.items() if name in jax.devices()[0].device_kind), None)
     result: dict[str, Any] = {
@@ -98,7 +104,8 @@ def show(results: list[dict[str, Any]], path: Path | None) -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """One row for each pair."""
-    head = "| | against | ours, ms | theirs, ms | ratio (quartiles) | ours, GFLOP/s | temporary MiB, ours / theirs |"
+    head = "| | against | ours, ms | theirs, ms | ratio (quartiles) | ours, GFLOP/s "
+    head += "| temporary MiB, ours / theirs |"
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for result in results:
         (_, ours), *others = result["sides"].items()
@@ -109,8 +116,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 f" ({100 * ours['utilisation']:.0f} %)" if "utilisation" in ours else ""
             )
             lines.append(
-                f"| {result['what']} | {name} | {ours['ms']} | {other['ms']} | {other['ratio']} ({low} to {high})"
-                f" | {speed} | {memory} |"
+                f"| {result['what']} | {name} | {ours['ms']} | {other['ms']} "
+                f"| {other['ratio']} ({low} to {high}) | {speed} | {memory} |"
             )
     return "\n".join(lines)
 
@@ -118,8 +125,15 @@ def table(results: list[dict[str, Any]]) -> str:
 def jitted(
     function: Callable[..., Any], *args: Any, by_rows: bool = False
 ) -> tuple[Side, float, Any]:
-    """(side, floating-point operations of its products, result) of a function compiled for ``args``; ``by_rows``, with the rows of all but the first
-    divided among a CPU's cores, as a pipeline does.
+    """Compiles a function for ``args``.
+
+    Args:
+      function: Takes parameters and arrays with a leading batch axis.
+      *args: The parameters, then the arrays.
+      by_rows: Divide the arrays' rows among the CPU cores, as a pipeline does.
+
+    Returns:
+      (side, FLOPs of its products, result).
     """
     params, *rows = args
     count = cores.enough(len(rows[0]), len(cores.devices()) or 1) if by_rows else 1
@@ -141,7 +155,7 @@ def jitted(
 
 
 def products(function: Callable[..., Any], *args: Any) -> float:
-    """Operations of convolutions and products. From the program as it is written: a compiler counts the body of a loop once."""
+    """Returns FLOPs of convolutions and products, from the trace: compilers count loops once."""
     with compiled_for(
         Target("")
     ):  # without kernels, whose backward pass computes some of them twice
@@ -150,7 +164,7 @@ def products(function: Callable[..., Any], *args: Any) -> float:
 
 
 def in_torch(function: Callable[[], Any]) -> Side:
-    """A side in PyTorch; its memory is the most that one run holds at once beside what there was before it."""
+    """Returns a side in PyTorch, with the peak memory of one run above its start."""
     cuda = torch.cuda.is_available()
 
     def run() -> None:
@@ -172,7 +186,7 @@ def in_torch(function: Callable[[], Any]) -> Side:
 
 
 def as_torch(array: Any, dtype: Any = None) -> torch.Tensor:
-    """A copy of an array where PyTorch computes; [b, h, w, c] becomes [b, c, h, w] in channels_last memory."""
+    """Copies an array to PyTorch; [b, h, w, c] becomes [b, c, h, w] in channels_last memory."""
     tensor = torch.from_numpy(np.array(array))
     if tensor.ndim == 4:
         tensor = tensor.permute(0, 3, 1, 2)  # strides of channels_last already
@@ -188,7 +202,7 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def check_same(ours: Any, theirs: np.ndarray, tolerance: float) -> None:
-    """ValueError where the two do not compute the same: a benchmark of different things says nothing."""
+    """Raises ValueError where the two results differ by more than ``tolerance``."""
     ours = np.asarray(ours, np.float32)
     off = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     if not off <= tolerance:

@@ -1,9 +1,11 @@
-"""How long does a picture take, ours and PyTorch's? python -m benchmarks.text_to_image [--case emoji] [--batch 1 8] [--steps 50]
+"""Times text to image, ours and PyTorch's.
 
-Text, 50 guided DDIM steps, decoding to uint8: ours as the pipeline runs it, one program (of all cores of a CPU); PyTorch's as such loops are written,
-a Python loop of the same steps over the same weights, from the same noise. The pictures are compared before anything is timed. "emoji" is the demo
-model; "sd_v1" has Stable Diffusion v1's shapes, random weights and a ready-made context in place of its text tower. Needs PyTorch:
-pip install -e ".[parity]".
+    python -m benchmarks.text_to_image [--case emoji] [--batch 1 8] [--steps 50]
+
+Text, 50 guided DDIM steps, decoding to uint8. Ours is the pipeline's one program; PyTorch's is a
+Python loop of the same steps over the same weights, from the same noise. The images are compared
+before anything is timed. "emoji" is the demo; "sd_v1" has Stable Diffusion v1's shapes, random
+weights, and a given context instead of its text tower. Needs PyTorch: pip install -e ".[parity]".
 """
 
 from typing import Any
@@ -76,6 +78,7 @@ class Twin:
     def __call__(
         self, encoded: Any, null: Any, noise: torch.Tensor, nodes: Any, guidance: float
     ) -> torch.Tensor:
+        """Returns the decoded images of one batch."""
         both = torch.cat([null, encoded])
         context = self.text(both) if self.text is not None else both
         x = noise
@@ -96,6 +99,7 @@ class Twin:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = common_arguments(__doc__)
     parser.add_argument("--case", choices=["emoji", "sd_v1"], default="emoji")
     parser.add_argument("--steps", type=int, default=50)
@@ -137,7 +141,8 @@ def main() -> None:
         theirs = twin(*told).cpu().permute(0, 2, 3, 1).numpy().astype(int)
         off = np.abs(images - theirs)
         print(
-            f"batch {batch}: the pictures differ by {off.mean():.3f} of 255 on average, {off.max()} at most",
+            f"batch {batch}: the images differ by {off.mean():.3f} of 255 on average, "
+            f"{off.max()} at most",
             flush=True,
         )
         if args.dtype == "float32" and off.mean() > 0.5:
@@ -160,7 +165,7 @@ def main() -> None:
 
 
 def flops_of(model: Any, batch: int) -> float:
-    """Operations of one guided step as PyTorch's side computes it: two calls of the UNet for each picture. Text and decoding are left out."""
+    """Returns the FLOPs of one guided step: two UNet calls for each image."""
     side = model.config["sampling"]["size"][0] // model.first_stage.downsampling
     x = jax.ShapeDtypeStruct((2 * batch, side, side, model.unet.in_channels), jnp.float32)
     t = jax.ShapeDtypeStruct((2 * batch,), jnp.int32)

@@ -1,8 +1,10 @@
-"""What decoding in tiles costs in exactness, and spares in memory: python -m benchmarks.tiled_decode
+"""Measures what decoding in tiles costs in exactness and saves in memory.
 
-A mosaic of the pictures that ship with the package is encoded, then decoded as a whole and in tiles. Errors are of tiles against the whole, in levels
-of 255 (mean and largest) and as PSNR; "against the picture" is the PSNR of either reconstruction, by which tiling may cost less than it changes.
-Memory is what XLA reserves for the decoder's temporaries.
+    python -m benchmarks.tiled_decode
+
+A mosaic of the bundled images is encoded, then decoded as a whole and in tiles. Errors are those of
+tiles against the whole, in levels of 255 (mean and maximum) and as PSNR; "against the image" is the
+PSNR of either reconstruction.
 """
 
 import argparse
@@ -35,6 +37,7 @@ def mosaic(side: int, picture: int = 64) -> np.ndarray:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,8 +82,8 @@ def main() -> None:
         psnr = f"{r['psnr_against_whole']:.1f} dB" if r["tile"] else "-"
         memory = "?" if r["temporary_mib"] is None else f"{r['temporary_mib']:.0f}"
         print(
-            f"{name:<5} {r['mean_error']:5.2f} {r['largest_error']:8d} {psnr:>14} {r['psnr_against_picture']:13.1f} dB"
-            f" {r['seconds']:8.2f} {memory:>16}"
+            f"{name:<5} {r['mean_error']:5.2f} {r['largest_error']:8d} {psnr:>14} "
+            f"{r['psnr_against_picture']:13.1f} dB {r['seconds']:8.2f} {memory:>16}"
         )
     if args.json:
         args.json.write_text(

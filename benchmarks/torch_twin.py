@@ -1,8 +1,9 @@
-"""The same networks in PyTorch, with the same weights: what the benchmarks beside it are timed against.
+"""The same networks in PyTorch, with the same weights: the other side of the benchmarks.
 
-Written as a PyTorch user would write them: NCHW in channels_last memory, F.scaled_dot_product_attention, nothing computed twice. Modules have the
-names of ours, so that `fill` copies parameters by name. Only what the benchmarks need: the UNet with spatial transformers, the BERT-style text
-encoder, the KL decoder.
+Written as a PyTorch user would write them: NCHW in channels_last memory,
+F.scaled_dot_product_attention, nothing computed twice. Modules have the names of ours, so that
+`fill` copies parameters by name. Only what the benchmarks need: the UNet with spatial
+transformers, the BERT-style text encoder, the KL decoder.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from ldm_jax.models.unet import Block, UNet, layout
 
 
 def fill(module: nn.Module, params: Any) -> None:
-    """Copies Flax parameters into the modules and parameters of the same names; KeyError where one side has what the other has not."""
+    """Copies Flax parameters into modules of the same names; KeyError where the names differ."""
     own = {name for name, _ in module.named_parameters(recurse=False)} | {
         name for name, _ in module.named_children()
     }
@@ -175,13 +176,13 @@ class TimeEmbedding(nn.Module):
 
 
 class TorchUNet(nn.Module):
-    """Our UNet of spatial transformers: x [b, c, h, w], t [b], context [b, m, k] -> [b, c, h, w] float32."""
+    """The UNet with spatial transformers: x [b, c, h, w], t [b], context [b, m, k] -> x's shape."""
 
     def __init__(self, unet: UNet):
         super().__init__()
         if not unet.use_spatial_transformer or unet.resblock_updown or unet.use_scale_shift_norm:
             raise ValueError(
-                "TorchUNet: only UNets of spatial transformers without resblock_updown and scale_shift"
+                "TorchUNet: spatial transformers only, no resblock_updown, no scale_shift"
             )
         plan, emb, groups = layout(unet), 4 * unet.model_channels, unet.norm_groups
         self.time_embed = TimeEmbedding(unet.model_channels, emb)
@@ -277,7 +278,7 @@ class PixelAttention(nn.Module):
 
 
 class TorchDecoder(nn.Module):
-    """post_quant_conv and decoder of our KL autoencoder: z [b, c, h, w], unscaled -> [b, 3, h f, w f] float32."""
+    """post_quant_conv and decoder of the KL autoencoder: z [b, c, h, w] -> [b, 3, h f, w f]."""
 
     def __init__(self, module: Any):
         super().__init__()

@@ -1,7 +1,10 @@
-"""How long does the UNet take, ours and PyTorch's? python -m benchmarks.unet_forward [--case emoji sd_v1_quarter] [--batch 1 8] [--json out.json]
+"""Times the UNet's forward pass, ours and PyTorch's.
 
-Same weights, same inputs; the results are compared before anything is timed. On a CPU our side computes a batch as the pipeline does, its rows
-divided among the cores. Needs PyTorch: pip install -e ".[parity]".
+    python -m benchmarks.unet_forward [--case emoji sd_v1_quarter] [--batch 1 8] [--json out.json]
+
+Same weights, same inputs; the results are compared before anything is timed. On a CPU our side
+divides the rows of a batch among the cores, as the pipeline does. Needs PyTorch:
+pip install -e ".[parity]".
 """
 
 from typing import Any

@@ -1,7 +1,9 @@
-"""How long does the UNet take forward and backward? python -m benchmarks.unet_train [--case emoji sd_v1_quarter] [--batch 1 8] [--json out.json]
+"""Times the UNet's forward and backward pass, ours and PyTorch's.
 
-The gradients of a mean square by all parameters; same weights, same inputs, one gradient of the two compared before anything is timed. Needs
-PyTorch: pip install -e ".[parity]".
+    python -m benchmarks.unet_train [--case emoji sd_v1_quarter] [--batch 1 8] [--json out.json]
+
+The gradients of a mean square by all parameters; same weights, same inputs, one gradient of the two
+compared before anything is timed. Needs PyTorch: pip install -e ".[parity]".
 """
 
 from typing import Any

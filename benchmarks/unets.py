@@ -1,4 +1,4 @@
-"""The UNets that are compared, with random weights none of which is zero, ours and PyTorch's."""
+"""The UNets that are compared, ours and PyTorch's, with non-zero random weights."""
 
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Pair(NamedTuple):
 
 
 def pair(name: str, batch: int, dtype: str) -> Pair:
-    """Both sides of a case; weights float32, cast to ``dtype`` for PyTorch where that is bfloat16."""
+    """Returns both sides of a case; float32 weights, cast for PyTorch if ``dtype`` is bfloat16."""
     case, rng = CASES[name], np.random.default_rng(0)
     unet = UNet(**case.fields, dtype=jnp.dtype(dtype))
     x = rng.standard_normal((batch, case.side, case.side, case.fields["in_channels"])).astype(

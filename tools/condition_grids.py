@@ -1,9 +1,11 @@
-"""What models of other conditions than text make of held-out pictures, for the documents:
+r"""Draws what models of other conditions make of held-out images, for docs/conditions.md.
 
-    python tools/condition_grids.py runs/emoji_class runs/emoji_inpaint --data emoji64.zip --out docs
+    python tools/condition_grids.py runs/emoji_class runs/emoji_inpaint --data emoji64.zip \
+        --out docs
 
-Takes workdirs of finished runs and writes a condition_NAME.png of each, from fixed seeds: a row for each condition, which is drawn where it can be,
-then samples, and the picture that the condition was made of. Prints for the tasks that have one answer how near it the samples are.
+Takes workdirs of finished runs and writes a condition_NAME.png of each, from fixed seeds: a row for
+each condition, drawn where it can be, then samples, and the image that the condition was made of.
+For tasks with one right answer it prints how close the samples are.
 """
 
 import argparse
@@ -65,13 +67,14 @@ def others(pipe: Any, condition: Any, raw: dict[str, Any]) -> np.ndarray:
     if places:
         inside, covered = np.mean(places, 0)
         print(
-            f"{inside:.0%} of what is painted lies in the objects, {covered:.0%} of the objects are painted"
+            f"{inside:.0%} of the painted area lies in the objects, "
+            f"{covered:.0%} of the objects are painted"
         )
     return labelled_grid(rows, [""] * len(images), columns)
 
 
 def plainly(condition: SmallPicture | Mask, image: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """What needs no model: the small picture resized, or the hole filled from around it; float32 [H, W, 3]."""
+    """Returns the baseline without a model, float32 [H, W, 3]: bicubic, or a smooth fill."""
     if isinstance(condition, SmallPicture):
         resized = Image.fromarray(given).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
         return np.asarray(resized, np.float32)
@@ -94,7 +97,7 @@ def objects(condition: Any, given: np.ndarray, size: tuple[int, int]) -> np.ndar
 
 
 def placed(made: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Of pictures uint8 [n, H, W, 3], the share of what is not white that is ``wanted`` [H, W], and of what is wanted the share that is not white."""
+    """Returns (share of the painted area that is wanted, share of the wanted area painted)."""
     painted = made.min(-1) < 235
     both = (painted & wanted).sum((1, 2))
     return float((both / np.maximum(painted.sum((1, 2)), 1)).mean()), float(
@@ -131,10 +134,12 @@ def request(condition: Any, image: np.ndarray, given: np.ndarray) -> dict[str, A
 
 
 def save(out: str, run: Path, sheet: np.ndarray) -> None:
+    """Writes condition_NAME.png."""
     save_png(Path(out) / f"condition_{run.name.removeprefix('emoji_')}.png", sheet)
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""The README's picture: python tools/demo_grid.py --data emoji64.zip --out docs/emoji_grid.png
+"""Draws the README's first image: python tools/demo_grid.py --data emoji64.zip --out FILE.
 
-Eight concepts drawn by lot (seed 0) among those that exist in all four styles and were not held out of training, each in the four styles,
-with seed 0 for every picture.
+Eight concepts drawn at random (seed 0) among those that exist in all four styles and were not held
+out of training, each in the four styles, with seed 0 for every image.
 """
 
 import argparse
@@ -16,6 +16,7 @@ STYLES = ("noto", "twemoji", "fluent flat", "fluent 3d")
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

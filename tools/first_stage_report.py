@@ -1,11 +1,13 @@
-"""How first stages fare when their discriminator starts, as pictures for the documents:
+r"""Draws how first stages change when their discriminator starts, for docs/first_stages.md.
 
-    python tools/first_stage_report.py --before runs/first --after "without=runs/plain" "with=runs/gan" "as the original=runs/parity" \\
-        --data photos.zip --out docs/photos_kl
+    python tools/first_stage_report.py --before runs/first --data photos.zip --out docs/photos_kl \
+        --after "without=runs/plain" "with=runs/gan" "as the original=runs/parity"
 
-Takes workdirs of finished runs; those after began with the model of the one before (``--config.init``), so that their steps follow its. Writes
-OUT_curves.png, of the runs' metrics, and OUT_pictures.png, held-out pictures with what each model makes of them, at twice their size. Prints PSNR and
-LPIPS on all held-out pictures, of the last validation, and how sharp the reconstructions are: the size of their gradients over that of the pictures'.
+Takes workdirs of finished runs; those of --after started from the model of --before
+(``--config.init``), so that their steps follow its. Writes OUT_curves.png (the runs' metrics) and
+OUT_pictures.png (held-out images with each model's reconstructions at twice their size). Prints
+PSNR and LPIPS of the last validation on all held-out images, and the sharpness of the
+reconstructions: the mean gradient magnitude over that of the images.
 """
 
 import argparse
@@ -106,6 +108,7 @@ def reconstructions(run: Path, images: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,7 +138,8 @@ def main() -> None:
         psnr, lpips = (told(run, "validation", metric)[1] for metric in ("psnr", "p_loss"))
         distance = f", LPIPS {lpips[-1]:.4f}" if len(lpips) else ""
         print(
-            f"{name}: PSNR {psnr[-1]:.2f} dB{distance}, {sharp:.3f} as sharp, on {len(images)} pictures"
+            f"{name}: PSNR {psnr[-1]:.2f} dB{distance}, sharpness {sharp:.3f}, "
+            f"on {len(images)} images"
         )
     at = np.linspace(0, len(images) - 1, ROWS).round().astype(int)
     rows = [column[i].repeat(2, 0).repeat(2, 1) for i in at for column in columns]

@@ -2,9 +2,9 @@
 
     python tools/make_emoji_subset.py emoji64.zip --out ldm_jax/assets/emoji_subset.zip
 
-The archive is a picture folder with a metadata.jsonl (file_name, text, style, tags, group, subgroup, hexcode,
-license). Whole concepts are chosen, each in all the styles it exists in, in turn from every group and subgroup; the
-choice within a subgroup is a hash, so the same archive always gives the same file, byte for byte.
+The archive is an image folder with a metadata.jsonl (file_name, text, style, tags, group, subgroup,
+hexcode, license). Whole concepts are chosen, each in all its styles, in turn from every group and
+subgroup; the choice within a subgroup is a hash, so the same archive always gives the same bytes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 MIN_STYLES = 5  # a concept in fewer styles teaches little about the difference between them
 
-# style: (its licence as the metadata names it, copyright and source, package it was rasterised from)
+# style: (licence as in the metadata, copyright and source, package it was rasterised from)
 STYLES = {
     "fluent": (
         "MIT",
@@ -89,7 +89,7 @@ MIT: the MIT License:
 
 
 def concept_order(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """All eligible concepts, each a list of its rows, with groups, and subgroups within a group, taking turns."""
+    """Returns the eligible concepts, each a list of rows; groups and subgroups take turns."""
     concepts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         concepts[row["hexcode"]].append(row)
@@ -117,7 +117,7 @@ def choose(
     chosen: list[dict[str, Any]] = []
     total = 40_000  # room for the licences and the archive's own records
     for members in concept_order(rows):
-        # 76 bytes of zip headers per file, which hold the name twice; the metadata are counted uncompressed.
+        # 76 bytes of zip headers per file, which hold the name twice; metadata uncompressed.
         cost = sum(
             sizes[r["file_name"]] + 76 + 2 * len(r["file_name"]) + len(json.dumps(r))
             for r in members
@@ -130,7 +130,7 @@ def choose(
 
 
 def write_archive(source: zipfile.ZipFile, rows: list[dict[str, Any]], out: Path) -> None:
-    """Writes pictures (bytes unchanged, stored), metadata.jsonl and the licences, with fixed dates."""
+    """Writes images (bytes unchanged, stored), metadata and licences, with fixed dates."""
     counts = Counter(row["style"] for row in rows)
     styles = "\n".join(
         f'style "{style}" ({counts[style]} pictures): {licence}\n  {owner}; from {package}'
@@ -156,6 +156,7 @@ def write_archive(source: zipfile.ZipFile, rows: list[dict[str, Any]], out: Path
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -174,7 +175,8 @@ def main() -> None:
         for row in rows:
             if row["style"] not in STYLES or STYLES[row["style"]][0] != row["license"]:
                 parser.error(
-                    f"{row['file_name']}: add style {row['style']!r} with licence {row['license']} to STYLES"
+                    f"{row['file_name']}: add style {row['style']!r} "
+                    f"with licence {row['license']} to STYLES"
                 )
         sizes = {info.filename: info.file_size for info in source.infolist()}
         chosen = choose(rows, sizes, args.count, args.max_bytes)
@@ -184,7 +186,8 @@ def main() -> None:
         write_archive(source, chosen, args.out)
     concepts = len({row["hexcode"] for row in chosen})
     print(
-        f"{args.out}: {len(chosen)} pictures of {concepts} concepts, {args.out.stat().st_size:,} bytes"
+        f"{args.out}: {len(chosen)} images of {concepts} concepts, "
+        f"{args.out.stat().st_size:,} bytes"
     )
     for column in ("style", "group"):
         print(

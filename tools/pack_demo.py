@@ -1,7 +1,9 @@
-"""Turns a trained run into a model that ships: python tools/pack_demo.py runs/emoji/model --data emoji64.zip --out ldm_jax/assets/emoji
+"""Packs a trained model for shipping.
 
-Weights become bfloat16. Words that no training caption has never learnt anything: their embeddings are set to the mean of the words that did, so that
-an unknown word says nothing, and so that the thirty thousand rows compress to almost nothing.
+    python tools/pack_demo.py runs/emoji/model --data emoji64.zip --out ldm_jax/assets/emoji
+
+Weights become bfloat16. Embeddings of words that no training caption contains are set to the mean
+of the trained ones, so that an unknown word is neutral and its row compresses to almost nothing.
 """
 
 import argparse
@@ -18,6 +20,7 @@ LIMIT = 20 * 2**20
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +52,8 @@ def main() -> None:
     save_model(args.out, config, params, dtype="bfloat16")
     size = sum(file.stat().st_size for file in Path(args.out).rglob("*") if file.is_file())
     print(
-        f"{args.out}: {size / 2**20:.1f} MiB, {len(seen)} of {len(table)} words seen in {len(captions)} captions"
+        f"{args.out}: {size / 2**20:.1f} MiB, "
+        f"{len(seen)} of {len(table)} words occur in {len(captions)} captions"
     )
     if size > LIMIT:
         sys.exit(f"{args.out} is larger than {LIMIT / 2**20:.0f} MiB")

@@ -1,7 +1,7 @@
-"""The README's grid of samplers: python tools/sampler_grid.py --out docs/sampler_grid.png
+"""Draws the grid of samplers: python tools/sampler_grid.py --out docs/sampler_grid.png.
 
-Every sampler at 10, 20 and 50 steps, from one seed, for each prompt. dpm_adaptive chooses its own steps, so its pictures are the same.
-Compiles a program for each sampler and number of steps.
+Every sampler at 10, 20 and 50 steps, from one seed, for each prompt. dpm_adaptive chooses its own
+steps, so its images are the same.
 """
 
 import argparse
@@ -17,6 +17,7 @@ PROMPTS = ("red apple, noto style", "rocket, fluent 3d style")
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

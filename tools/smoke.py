@@ -1,6 +1,8 @@
-"""Runs the :smoke variant of every config, from nothing to a sampled picture: python tools/smoke.py [NAME ...] [--jobs 2]
+"""Runs the :smoke variant of every config, from nothing to a sampled image.
 
-Prints what each took, and ends with status 1 if one failed or took more than --limit seconds.
+    python tools/smoke.py [NAME ...] [--jobs 2]
+
+Prints the time of each, and ends with status 1 if one failed or took more than --limit seconds.
 """
 
 import argparse
@@ -79,6 +81,7 @@ def execute(script: str, flags: list[str]) -> str:
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""Pictures of the tasks, for the README: python tools/task_grids.py --out docs
+"""Draws the images of the tasks for the docs: python tools/task_grids.py --out docs.
 
-Writes task_image_to_image.png, task_inpainting.png, task_interpolation.png and task_sweep.png, all from fixed seeds. The pictures to begin with
-are the model's own, so that nothing else is needed.
+Writes task_image_to_image.png, task_inpainting.png, task_interpolation.png and task_sweep.png from
+fixed seeds. The starting images are the model's own, so that nothing else is needed.
 """
 
 import argparse
@@ -81,6 +81,7 @@ GRIDS: dict[str, Callable[[Pipeline, np.ndarray], np.ndarray]] = {
 
 
 def main() -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
