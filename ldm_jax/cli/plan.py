@@ -1,8 +1,11 @@
-"""Whether a training fits and how fast it can be, before it starts: python -m ldm_jax.plan CONFIG --topology=v5e:4x4
+"""Plans a training step or a part of sampling: does it fit, and how fast can it be?
 
---what=forward and --what=decode plan sampling instead: a call of the UNet, the decoding of latents.
-CONFIG is as train.py takes it, and any field of it can be changed as there: --config.mesh.fsdp=16. No weights, no data and no device of the topology
-need be there; where the first stage is a model directory that does not exist, model.first_stage gives the architecture.
+    ldm-plan configs/sd_v1.py --topology=v5e:4x4
+    ldm-plan configs/sd_v1.py --topology=h200:8 --what=forward --per_chip=2
+
+CONFIG is given as to ldm-train, and any field of it can be changed as there:
+--config.mesh.fsdp=16. No weights, no data and no device of the topology are needed; where the first
+stage is a model directory that does not exist, model.first_stage gives the architecture.
 """
 
 import json
@@ -28,12 +31,13 @@ flags.DEFINE_enum(
     "what",
     "train",
     ["train", "forward", "decode"],
-    "A step of the training; or of sampling: a call of the UNet without guidance, the decoding of latents.",
+    "A training step; or of sampling a call of the UNet without guidance, or the decoding of "
+    "latents.",
 )
 flags.DEFINE_bool(
     "cached",
     False,
-    "Train from a latent cache: no encoder in the step. So it is too with --config.data.cache=...",
+    "Train from a latent cache, without an encoder in the step (also: --config.data.cache=...).",
 )
 flags.DEFINE_integer(
     "per_chip",
@@ -42,14 +46,16 @@ flags.DEFINE_integer(
     lower_bound=0,
 )
 flags.DEFINE_bool(
-    "compile", True, "Ask the topology's compiler; --nocompile gives the analytic part, in seconds."
+    "compile",
+    True,
+    "Use the topology's compiler; --nocompile gives the analytic part, in seconds.",
 )
 flags.DEFINE_bool(
     "find_batch",
     False,
     "Find the largest number of pictures that fit on a chip: up to three more compilations.",
 )
-flags.DEFINE_string("json", None, "A file for the same in figures.")
+flags.DEFINE_string("json", None, "A file for the plan as JSON.")
 flags.DEFINE_bool("markdown", False, "Print a row of a table instead of the report.")
 flags.mark_flags_as_required(["config"])
 
@@ -63,16 +69,14 @@ def plan_from_flags(args: Any) -> None:
     from ldm_jax.plan.report import HEAD, as_dict, as_row, as_text
 
     topology = parse_topology(args.topology)
-    if topology.chip is None or topology.kind.startswith("v"):
-        jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not asked
-    if topology.kind.startswith("v"):
-        jax.config.update(
-            "jax_enable_compilation_cache", False
-        )  # programs that cannot be loaded here
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not needed
+    if topology.platform != "cpu":
+        # This machine could not load the programs.
+        jax.config.update("jax_enable_compilation_cache", False)
     made = plan(
         args.config,
         topology,
-        name=_name(),
+        name=_config_name(),
         what=args.what,
         cached=args.cached,
         per_chip=args.per_chip,
@@ -84,18 +88,17 @@ def plan_from_flags(args: Any) -> None:
     print(f"{HEAD}\n{as_row(made)}" if args.markdown else as_text(made))
 
 
-def _name() -> str:
-    """What the person called the config."""
+def _config_name() -> str:
+    """The config as given, "sd_v1" or "emoji:smoke"."""
     given = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--config=")), "")
     return Path(given).name.replace(".py", "")
 
 
 def main() -> None:
     """Runs ``ldm-plan``."""
-    rest = sys.argv[1:]
-    sys.argv = [
-        sys.argv[0],
-        *(f"--config={a}" if i == 0 and not a.startswith("-") else a for i, a in enumerate(rest)),
-    ]
+    name, *rest = sys.argv
+    if rest and not rest[0].startswith("-"):
+        rest[0] = f"--config={rest[0]}"
+    sys.argv = [name, *rest]
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     cli.run(plan_from_flags)

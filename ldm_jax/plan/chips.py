@@ -1,4 +1,4 @@
-"""What chips can do, and the devices of a topology that need not be there."""
+"""Accelerators and their limits, and devices to compile for that need not be present."""
 
 import contextlib
 import importlib.util
@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,15 @@ GIB = 2.0**30
 
 
 class Chip(NamedTuple):
-    """``memory`` and its ``bandwidth`` in bytes and bytes/s, ``peak`` in dense bfloat16 FLOP/s, ``link`` in bytes/s that a chip sends."""
+    """Published limits of one chip.
+
+    Attributes:
+      name: As people write it.
+      memory: Bytes.
+      bandwidth: Of the memory, bytes/s.
+      peak: Dense bfloat16 FLOP/s.
+      link: Bytes/s that a chip sends to others.
+    """
 
     name: str
     memory: float
@@ -25,73 +34,104 @@ class Chip(NamedTuple):
     link: float
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (v5e: 1600 Gbit/s between chips; v5p: 4800; v6e: 3200). GPUs: NVIDIA's data sheets of the SXM
-# modules, dense arithmetic; their NVLink figures count both directions, `link` is one.
-CHIPS = {
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (between chips, v5e: 1600 Gbit/s, v5p: 4800,
+# v6e: 3200). GPUs: NVIDIA's data sheets of the SXM modules, dense arithmetic; their NVLink figures
+# count both directions, `link` counts one.
+TPUS = {
     "v4": Chip("TPU v4", 32 * GIB, 1.2e12, 275e12, 300e9),
     "v5e": Chip("TPU v5e", 16 * GIB, 0.819e12, 197e12, 200e9),
     "v5p": Chip("TPU v5p", 95 * GIB, 2.765e12, 459e12, 600e9),
     "v6e": Chip("TPU v6e", 32 * GIB, 1.6e12, 918e12, 400e9),
+}
+GPUS = {
     "a100": Chip("NVIDIA A100", 80e9, 2.0e12, 312e12, 300e9),
     "h100": Chip("NVIDIA H100", 80e9, 3.35e12, 989e12, 450e9),
     "h200": Chip("NVIDIA H200", 141e9, 4.8e12, 989e12, 450e9),
 }
+CHIPS = TPUS | GPUS
 
 
 class Topology(NamedTuple):
-    """``size`` devices of one kind; ``chip`` is None on a CPU, whose limits are not known."""
+    """Devices of one kind.
+
+    Attributes:
+      text: As given, "v5e:4x4".
+      kind: A key of `CHIPS`, or "cpu".
+      size: Number of devices.
+      chip: Their limits; None for CPUs, whose limits are not known.
+    """
 
     text: str
     kind: str
     size: int
     chip: Chip | None
 
+    @property
+    def platform(self) -> str:
+        """The platform as JAX names it: "cpu", "gpu" or "tpu"."""
+        return "cpu" if self.chip is None else "gpu" if self.kind in GPUS else "tpu"
+
 
 def parse_topology(text: str) -> Topology:
-    """ "v5e:4x4", "h200:8", "cpu" or "cpu:8" -> a Topology; PlanError for anything else."""
+    """Parses "v5e:4x4", "h200:8", "cpu" or "cpu:8".
+
+    Raises:
+      PlanError: For anything else.
+    """
     kind, _, shape = text.partition(":")
-    if kind not in (*CHIPS, "cpu") or not re.fullmatch(
-        r"([1-9]\d*x)*[1-9]\d*", shape or ("1" if kind == "cpu" else "")
-    ):
+    shape = shape or ("1" if kind == "cpu" else "")
+    if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"([1-9]\d*x)*[1-9]\d*", shape):
         raise PlanError(
-            f"--topology {text!r}: write KIND:SHAPE, for example v5e:4x4, h200:8 or cpu (kinds: {', '.join(CHIPS)}, cpu)"
+            f"--topology {text!r}: write KIND:SHAPE, for example v5e:4x4, h200:8 or cpu "
+            f"(kinds: {', '.join(CHIPS)}, cpu)"
         )
-    return Topology(text, kind, math.prod(map(int, (shape or "1").split("x"))), CHIPS.get(kind))
+    return Topology(text, kind, math.prod(map(int, shape.split("x"))), CHIPS.get(kind))
 
 
 def find_devices(topology: Topology) -> tuple[Sequence[Any] | None, str]:
-    """Devices to compile for and "", or None and why there are none. Call it before anything else asks for a device."""
-    if topology.kind == "cpu":
-        with contextlib.suppress(RuntimeError):  # this process has its devices already
+    """Finds devices to compile for. Call it before anything else initialises JAX's backends.
+
+    Returns:
+      (devices, ""), or (None, reason) where the compiler of the topology is not installed.
+
+    Raises:
+      PlanError: If the compiler is installed but knows no such topology.
+    """
+    if topology.platform == "cpu":
+        # Refused once the backends are initialised; the number of devices is checked below.
+        with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", topology.size)
-        there = jax.devices("cpu")
-        if len(there) < topology.size:
+        devices = jax.devices("cpu")
+        if len(devices) < topology.size:
             raise PlanError(
-                f"--topology {topology.text}: this process has {len(there)} CPU devices already"
+                f"--topology {topology.text}: this process has {len(devices)} CPU devices already"
             )
-        return there[: topology.size], ""
-    if not topology.kind.startswith("v"):
-        try:
-            there = [d for d in jax.devices("gpu") if topology.kind in d.device_kind.lower()]
-        except RuntimeError:
-            there = []
-        if len(there) >= topology.size:
-            return there[: topology.size], ""
+        return devices[: topology.size], ""
+    extra, modules, options = "tpu", ("libtpu",), {"topology_name": topology.text}
+    if topology.platform == "gpu":
+        extra, modules = "cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin")
+        target = resources.files("ldm_jax.plan") / "targets" / f"{topology.kind}.txtpb"
+        # partitions x hosts x devices of a host
+        options = {
+            "topology_name": "",
+            "topology": f"1x1x{topology.size}",
+            "target_config": target.read_text(),
+        }
+    if not any(map(importlib.util.find_spec, modules)):
         return (
             None,
-            f'a GPU program compiles on a machine with {topology.text}: pip install "ldm_jax[cuda]" there and plan again',
+            f'the {extra.upper()} compiler is not installed: pip install "ldm_jax[{extra}]" '
+            f"(no {topology.platform.upper()} is needed)",
         )
-    if importlib.util.find_spec("libtpu") is None:
-        return (
-            None,
-            'the TPU compiler is not installed: pip install "ldm_jax[tpu]" (no TPU is needed)',
-        )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud for a TPU
+    # Without it libtpu waits for the cloud's metadata server.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
+    platform = "cuda" if extra == "cuda" else "tpu"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.text).devices, ""
-    except Exception as error:  # of whatever kind libtpu's message becomes
+        return topologies.get_topology_desc(platform=platform, **options).devices, ""
+    except Exception as error:  # its class depends on the compiler's plugin
         raise PlanError(
-            f"--topology {topology.text}: the TPU compiler refuses it ({str(error).splitlines()[0]})"
+            f"--topology {topology.text}: the {extra.upper()} compiler refuses it "
+            f"({str(error).splitlines()[0]})"
         ) from None

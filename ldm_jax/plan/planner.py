@@ -1,5 +1,6 @@
-"""What a training step, a call of the UNet or a decoding needs, and how fast it can be, from shapes and from the compiler: nothing is run, no weights
-and no data are read.
+"""Plans what a training step or a part of sampling needs and how fast it can be.
+
+From shapes and the topology's compiler: nothing is run, no weights and no data are read.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 from jax.sharding import AbstractMesh
 
 from ldm_jax.distributed.parallel import AXES, make_mesh, mesh_sizes, row_shards
-from ldm_jax.errors import PlanError
+from ldm_jax.errors import PlanError, did_you_mean
 from ldm_jax.plan.chips import Topology, find_devices
 from ldm_jax.plan.flops import KINDS, PRODUCTS, count_flops, peak_bytes
 from ldm_jax.plan.programs import Compiled, Decode, Forward, Program, Step
@@ -19,16 +20,33 @@ from ldm_jax.train.loop import check_config, check_rows
 from ldm_jax.train.tasks.base import plain
 
 What = Literal["train", "forward", "decode"]
-# Pictures of a trace: enough that what grows with them outweighs what does not. Tracing more costs no more.
-_FEW = 64
+# Pictures of a trace: enough that what grows with them outweighs what does not.
+_TRACED = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """``what`` is planned: "train" is a step, "forward" a call of the UNet, "decode" latents to pictures.
+    """What one program needs on one topology.
 
-    ``flops`` are of that over all chips, by kind; ``useful`` are those of products alone, without what is computed twice to save memory. ``bytes``
-    are of one chip, by cause; "activations" is a bound from the program as it is written, before the compiler fuses it.
+    Attributes:
+      config: Its name.
+      what: "train" is a step, "forward" a call of the UNet, "decode" latents to pictures.
+      topology: The devices.
+      mesh: Sizes of the mesh's axes.
+      zero1: Whether only the optimiser's state is split.
+      batch: Pictures in all.
+      accumulate: Parts that a chip takes them in.
+      cached: Whether the step takes latents from a cache.
+      remat: Of the config.
+      parameters: Number of parameters by part.
+      flops: FLOPs of all chips by kind (`KINDS`).
+      useful: FLOPs of products, without those computed twice to save memory.
+      bytes: On one chip, by cause. "activations" is a bound from the program as written, before
+        the compiler fuses it.
+      per_picture: Bytes of "activations" for one picture on a chip.
+      compiled: What the compiler reports; None where it was not used.
+      uncompiled: The reason why it was not used.
+      largest: Pictures at a time that fit on a chip, if known.
     """
 
     config: str
@@ -44,10 +62,10 @@ class Plan:
     flops: dict[str, float]
     useful: float
     bytes: dict[str, float]
-    per_picture: float  # of "activations", one picture at a time on a chip
+    per_picture: float
     compiled: Compiled | None
-    uncompiled: str  # why there is nothing compiled
-    largest: int | None = None  # pictures at a time on a chip
+    uncompiled: str
+    largest: int | None = None
 
     @property
     def rows(self) -> int:
@@ -56,24 +74,23 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Bytes per chip, as well as they are known."""
+        """Bytes per chip: the compiler's figure if there is one."""
         return sum(self.bytes.values()) if self.compiled is None else self.compiled.needed
 
     @property
     def sending(self) -> float | None:
-        """Seconds that a chip's collectives take at the full speed of its links."""
+        """Seconds of a chip's collectives at the full speed of its links."""
         if self.compiled is None or self.topology.chip is None:
             return None
         return sum(c.sent for c in self.compiled.collectives) / self.topology.chip.link
 
     def utilisation(self, overlapped: bool) -> float | None:
-        """The share of the chips' peak that useful arithmetic reaches, with the collectives behind the arithmetic or after it."""
+        """Model FLOPs utilisation, with collectives hidden behind arithmetic or after it."""
         chip, compiled = self.topology.chip, self.compiled
         if compiled is None or compiled.seconds is None or chip is None or self.sending is None:
             return None
-        seconds = (
-            max(compiled.seconds, self.sending) if overlapped else compiled.seconds + self.sending
-        )
+        combine = max if overlapped else sum
+        seconds = combine((compiled.seconds, self.sending))
         return self.useful / (self.topology.size * chip.peak * seconds)
 
 
@@ -88,20 +105,29 @@ def plan(
     compile: bool = True,
     find_batch: bool = False,
 ) -> Plan:
-    """Plans the training of ``config`` on ``topology``, or of sampling from what it trains a call of the UNet ("forward", plain: a guided one has
-    two rows for each picture) or the decoding of latents ("decode").
+    """Plans one program of a config on a topology.
 
-    ``per_chip`` pictures at a time on a chip take the place of ``config.batch_size``; of sampling it is 1 where it is not given, and the mesh is
-    that of `ldm_jax.sampling.pipeline`: whole weights on every chip. ``cached``: from a latent cache (as with config.data.cache).
-    ``compile`` False gives the analytic part alone. ``find_batch`` compiles up to four times to find the largest number of pictures that fits.
+    Args:
+      config: A training config. Sampling takes whole weights on every chip, whatever its mesh.
+      topology: From `parse_topology`.
+      name: Of the config, for the report.
+      what: "train", a step; "forward", a call of the UNet (guidance takes two rows for each
+        picture); "decode", latents to pictures.
+      cached: Train from a latent cache (as with ``config.data.cache``).
+      per_chip: Pictures at a time on a chip, in place of ``config.batch_size`` (sampling: 1).
+      compile: Use the topology's compiler; without it the plan has its analytic part alone.
+      find_batch: Compile up to four times to find the largest number of pictures that fits.
 
-    Raises ConfigError, MeshError, PlanError.
+    Raises:
+      ConfigError: The config does not fit the program.
+      MeshError: The mesh does not fit the topology.
+      PlanError: There is no such program or topology, or the compiler fails.
     """
+    if what not in get_args(What):
+        raise PlanError(f"--what {what!r} does not exist{did_you_mean(what, get_args(What))}")
     config = config.copy_and_resolve_references()
     check_config(config)
-    devices, uncompiled = find_devices(topology) if compile else (None, "it was not asked for")
-    if what not in get_args(What):
-        raise PlanError(f"what {what!r} cannot be planned (known: {', '.join(get_args(What))})")
+    devices, uncompiled = find_devices(topology) if compile else (None, "--nocompile")
     if what != "train":
         config.mesh.update(data=-1, fsdp=1, tensor=1, zero1=False)
         config.optim.accumulate, config.remat, per_chip = 1, "none", per_chip or 1
@@ -115,29 +141,31 @@ def plan(
     check_rows(config, shards)
     rows = config.batch_size // shards // parts
 
-    def make(config: Any) -> Program:
+    def build(config: Any) -> Program:
         if what == "train":
             return Step(config, mesh, zero1, cached or bool(config.data.cache))
         return (Forward if what == "forward" else Decode)(config, mesh)
 
-    step = make(config)
-    # A GPU's kernels can be traced only where there is one.
-    untold = "cpu" if topology.chip is None else "tpu" if topology.kind.startswith("v") else ""
-    platform = untold if devices is None else devices[0].platform
-    # A CPU's own form of a convolution's gradient would count as products, and is chosen by the number of pictures, of which these traces have more.
+    program = build(config)
+    # cuDNN's kernels can be traced only where the CUDA wheels are installed.
+    platform = "" if devices is None and topology.platform == "gpu" else topology.platform
+    # Not in the CPU's own forms: they make products of convolutions, by the number of pictures.
     counted = "" if platform == "cpu" else platform
-    traces = {name: [step.trace(n, name) for n in (_FEW, 2 * _FEW)] for name in {platform, counted}}
-    arithmetic = partial(_line, *map(count_flops, traces[counted]))
-    flops = arithmetic(rows * parts)
-    plainly = config.copy_and_resolve_references()
-    plainly.remat = "none"  # and no kernel, whose backward pass computes weights again
-    kept = count_flops(make(plainly).trace(_FEW, ""))
-    useful = rows * parts / _FEW * sum(kept[kind] for kind in PRODUCTS)
+    traces = {
+        name: [program.trace(n, name) for n in (_TRACED, 2 * _TRACED)]
+        for name in {platform, counted}
+    }
+    few, many = map(count_flops, traces[counted])
+    flops = _extrapolate(few, many, rows * parts)
     peak, larger = map(peak_bytes, traces[platform])
-    per_picture = (larger - peak) / _FEW
+    per_picture = (larger - peak) / _TRACED
+    # Without rematerialisation, and without kernels that compute weights again.
+    config_once = config.copy_and_resolve_references()
+    config_once.remat = "none"
+    once = count_flops(build(config_once).trace(_TRACED, ""))
+    useful = rows * parts / _TRACED * sum(once[kind] for kind in PRODUCTS)
 
-    loops = sum(flops.values()) / sum(arithmetic(step.at_once(rows, platform)).values())
-    run = partial(step.compile, topology=topology, loops=loops)
+    run = partial(program.compile, topology=topology)
     compiled = None if devices is None else run(rows)
     result = Plan(
         config=name,
@@ -147,31 +175,30 @@ def plan(
         zero1=zero1,
         batch=config.batch_size,
         accumulate=parts,
-        cached=step.cached,
+        cached=program.cached,
         remat=config.remat,
-        parameters=step.parameters(),
+        parameters=program.parameters(),
         flops={kind: n * shards for kind, n in flops.items()},
         useful=useful * shards,
-        bytes=step.bytes(rows, peak - _FEW * per_picture, per_picture),
+        bytes=program.bytes(rows, peak - _TRACED * per_picture, per_picture),
         per_picture=per_picture,
         compiled=compiled,
         uncompiled=uncompiled,
     )
-    if topology.chip is None or (compiled is not None and not find_batch):
-        return result
-    if compiled is None:
+    largest, chip = None, topology.chip
+    if compiled is None and chip is not None:
         fixed = result.needed - rows * per_picture
-        return dataclasses.replace(
-            result, largest=max(int((topology.chip.memory - fixed) / per_picture), 0)
-        )
-    largest = largest_batch(lambda n: compiled if n == rows else run(n), topology.chip.memory, rows)
+        largest = max(int((chip.memory - fixed) / per_picture), 0)
+    elif compiled is not None and chip is not None and find_batch:
+        largest = largest_batch(lambda n: compiled if n == rows else run(n), chip.memory, rows)
     return dataclasses.replace(result, largest=largest)
 
 
 def largest_batch(run: Callable[[int], Compiled], memory: float, start: int, tries: int = 4) -> int:
-    """The most pictures at a time that fit in ``memory`` bytes, as far as ``tries`` compilations tell.
+    """Finds the most pictures at a time that fit in ``memory`` bytes with ``tries`` compilations.
 
-    Each guess is where a line through the last two crosses the limit, between the largest that fits and the smallest that does not.
+    Each guess is where a line through the last two crosses the limit, between the largest number
+    that fits and the smallest that does not.
     """
     seen = {start: run(start)}
     while len(seen) < tries:
@@ -191,7 +218,7 @@ def largest_batch(run: Callable[[int], Compiled], memory: float, start: int, tri
     return max((n for n, c in seen.items() if c.fits), default=0)
 
 
-def _line(few: Counter[str], many: Counter[str], rows: int) -> dict[str, float]:
-    """What grows with the batch in a straight line, at ``rows`` pictures."""
-    slope = {kind: (many[kind] - few[kind]) / _FEW for kind in KINDS}
-    return {kind: few[kind] + (rows - _FEW) * slope[kind] for kind in KINDS}
+def _extrapolate(few: Counter[str], many: Counter[str], rows: int) -> dict[str, float]:
+    """FLOPs of ``rows`` pictures, on the line through two traces."""
+    slope = {kind: (many[kind] - few[kind]) / _TRACED for kind in KINDS}
+    return {kind: few[kind] + (rows - _TRACED) * slope[kind] for kind in KINDS}

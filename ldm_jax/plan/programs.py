@@ -1,10 +1,12 @@
-"""The programs that are planned: a training step, a call of the UNet, a decoding, as shapes; and what the compiler says of one."""
+"""The programs that can be planned, as shapes, and what the compiler reports of each."""
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,10 @@ from ldm_jax.distributed.parallel import (
 )
 from ldm_jax.errors import ConfigError, PlanError
 from ldm_jax.models.ldm import DTYPES, to_uint8
-from ldm_jax.plan.chips import Topology
+from ldm_jax.plan.chips import GIB, Topology
 from ldm_jax.plan.flops import count_flops, nbytes
-from ldm_jax.plan.hlo import Collective, collectives
+from ldm_jax.plan.hlo import Collective, collectives, parse
+from ldm_jax.plan.roofline import Kernel, kernels
 from ldm_jax.sampling.program import Form, decode, decode_part
 from ldm_jax.train.loop import over_rows
 from ldm_jax.train.optim import make_optimizer
@@ -35,35 +38,56 @@ from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks.base import TASKS, DiffusionTask
 from ldm_jax.train.tasks.diffusion_step import conditions
 
-# At its default effort the TPU compiler takes several times as long; its estimates must be compared at equal effort only.
-# It may also fold a gather of weights into a loop around the product that wants them, whose body its estimate counts once: not in a plan.
-_OPTIONS = {
-    "exec_time_optimization_effort": -1.0,
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    # The default effort takes several times as long, and only estimates of one effort compare. The
+    # compiler may also fold a gather of weights into a loop around its product, whose body the
+    # estimate counts once: not in a plan.
+    "tpu": {
+        "exec_time_optimization_effort": -1.0,
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+    },
+    # Without a GPU there is no tuning of Triton's tiles, and the compiler fails on some products.
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program on one chip: bytes ``needed`` in all and ``temporary`` among them, estimated ``seconds``, ``collectives``.
+    """What the compiler reports of a program on one chip. Unknown figures are None.
 
-    It takes Pallas ``kernels`` to need no time: their products at the chip's peak, padded to its matrix unit, are seconds of our own, and part of
-    ``seconds``. What it does not say is None, and so is all but ``needed`` where the step does not fit.
+    Attributes:
+      fits: Whether it fits the chip's memory. Where the compiler refuses it, only this and
+        `needed` are known.
+      needed: Bytes in all.
+      temporary: Bytes of them for intermediate results.
+      seconds: Estimate: on a TPU the compiler's, on a GPU the sum of `kernels`.
+      pallas_seconds: Part of `seconds`. A TPU's compiler takes Pallas kernels to need no time:
+        these are their products, padded to the matrix unit, at the chip's peak.
+      collectives: Those of one run.
+      kernels: Those of a GPU program.
     """
 
     fits: bool
     needed: float
     temporary: float | None = None
     seconds: float | None = None
-    kernels: float = 0.0
+    pallas_seconds: float = 0.0
     collectives: Sequence[Collective] = ()
+    kernels: Sequence[Kernel] = ()
 
 
 class Program:
-    """A program of a config, as shapes."""
+    """A program of a config, as shapes.
 
-    placed: tuple[Any, ...]  # where its arguments lie: shardings, or as `compile_step` takes them
-    placed_out: Any = False
+    Attributes:
+      in_shardings: Shardings of the arguments, or booleans as `compile_step` takes them.
+      out_shardings: The same of the results.
+      donated: Arguments whose memory the results take.
+    """
+
+    in_shardings: tuple[Any, ...]
+    out_shardings: Any = False
     donated: tuple[int, ...] = ()
     cached = False
 
@@ -74,103 +98,92 @@ class Program:
         self.frozen = jax.tree.map(_shape, self.task.frozen)
 
     def arguments(self, rows: int) -> tuple[Any, ...]:
-        """Shapes of what `function` takes, for ``rows`` pictures."""
+        """Shapes of the arguments of `function` for ``rows`` pictures."""
         raise NotImplementedError
 
     def function(self, parts: int) -> Callable[..., Any]:
-        """What is compiled; a training step takes its batch in ``parts``."""
+        """The function to compile; a training step takes its batch in ``parts``."""
         raise NotImplementedError
 
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters by part."""
+        """Number of parameters of each part."""
         raise NotImplementedError
 
     def bytes(self, rows: int, fixed: float, per_picture: float) -> dict[str, float]:
         """Bytes on one chip by cause; intermediate results are ``fixed`` and ``per_picture``."""
         raise NotImplementedError
 
-    def at_once(self, rows: int, platform: str) -> int:
-        """Of ``rows`` pictures that a chip works on in one loop, those of one turn."""
-        return rows
-
     def batch(self, rows: int) -> Any:
-        """Shapes of a training's batch of ``rows`` pictures."""
-        raw: dict[str, Any] = {
-            "image": np.zeros((1, *self.config.data.size, 3), np.uint8),
-            "caption": [""],
-        }
+        """Shapes of a training batch of ``rows`` pictures."""
+        pixels = np.zeros((1, *self.config.data.size, 3), np.uint8)
+        raw: dict[str, Any] = {"image": pixels, "caption": [""]}
         if isinstance(self.task, DiffusionTask) and self.task.conditions.condition is not None:
-            # No data are read: the null condition has the shapes of any other, but for masks, which the step turns into latents.
+            # No data are read. The null condition has the shapes of any other, except for masks,
+            # which the step turns into latents.
             masked = isinstance(self.task.conditions.condition, Mask)
-            raw["encoded"] = (
-                np.zeros((1, *self.config.data.size, 1), np.uint8)
-                if masked
-                else self.task.conditions.null()
-            )
+            raw["encoded"] = pixels[..., :1] if masked else self.task.conditions.null()
         if self.cached:
-            pixels = jax.ShapeDtypeStruct(raw["image"].shape, jnp.float32)
             moments = jax.eval_shape(
-                lambda stage, x: stage.moments(x), self.frozen["first_stage"], pixels
+                lambda stage, x: stage.moments(x),
+                self.frozen["first_stage"],
+                jax.ShapeDtypeStruct(pixels.shape, jnp.float32),
             )
-            encoded = self.task.host_batch(raw)["encoded"]
             raw = {
                 "moments": np.zeros(moments.shape, np.float16),
-                "encoded": encoded,
+                "encoded": self.task.host_batch(raw)["encoded"],
                 "caption": [""],
             }
         one = self.task.host_batch(raw)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *np.shape(a)[1:]), a.dtype), one)
 
     def trace(self, rows: int, platform: str) -> Any:
-        """The jaxpr over ``rows`` pictures at once on one device, with the kernels of a platform; "" has none.
+        """Traces ``rows`` pictures on one device with the kernels of ``platform`` ("": none).
 
-        Without what no result needs, which a compiler drops as well: a first stage's step pulls back twice for the last layer's gradient alone.
+        What no result needs is dropped, as a compiler does: a first stage's step pulls back twice
+        for the gradient of the last layer alone.
         """
-        with compiled_for(Target(platform)):
+        device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else None
+        with compiled_for(Target(platform)), capability_of(device):
             jaxpr = jax.make_jaxpr(self.function(1))(*self.arguments(rows)).jaxpr
         return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
-    def compile(self, rows: int, *, topology: Topology, loops: float) -> Compiled:
-        """The program compiled with ``rows`` pictures at a time on each chip.
-
-        ``loops``: its arithmetic over that with each loop run once, which is all that the compiler's estimate counts.
-        """
+    def compile(self, rows: int, topology: Topology) -> Compiled:
+        """Compiles the program for ``rows`` pictures at a time on each chip."""
         parts, mesh = self.config.optim.accumulate, self.mesh
         assert isinstance(mesh, Mesh)
         program: Any = compile_step(
             over_rows(self.function(parts), mesh),
             mesh,
             "jit",
-            shared=self.placed,
+            shared=self.in_shardings,
             donate=self.donated,
-            out_shared=self.placed_out,
+            out_shared=self.out_shardings,
         )
-        traced = program.trace(*self.arguments(rows * row_shards(mesh) * parts))
-        tpu = topology.kind.startswith("v")
+        with capability_of(mesh.devices.flat[0]):
+            traced = program.trace(*self.arguments(rows * row_shards(mesh) * parts))
+            lowered = traced.lower()
         try:
-            compiled = traced.lower().compile(compiler_options=dict(_OPTIONS) if tpu else None)
-        except Exception as error:  # RESOURCE_EXHAUSTED of whatever class
+            compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS[topology.platform])
+        except jax.errors.JaxRuntimeError as error:
             return Compiled(fits=False, needed=out_of_memory(str(error)))
-        text, memory, costs = (
-            compiled.as_text(),
-            compiled.memory_analysis(),
-            compiled.cost_analysis(),
+        memory, text = compiled.memory_analysis(), parse(compiled.as_text())
+        needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        needed += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        chip, seconds, pallas, launched = topology.chip, None, 0.0, []
+        if topology.platform == "tpu" and chip is not None:
+            seconds, pallas = _tpu_seconds(compiled, traced.jaxpr.jaxpr, chip.peak)
+        if topology.platform == "gpu" and chip is not None:
+            launched = kernels(text, chip)
+            seconds = sum(kernel.total for kernel in launched)
+        return Compiled(
+            fits=chip is None or needed <= chip.memory,
+            needed=needed,
+            temporary=memory.temp_size_in_bytes,
+            seconds=seconds,
+            pallas_seconds=pallas,
+            collectives=collectives(text, topology.size),
+            kernels=launched,
         )
-        needed = (
-            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        )
-        needed += memory.temp_size_in_bytes
-        seconds, kernels = costs.get("optimal_seconds") if tpu and costs else None, 0.0
-        if seconds is not None:  # each of these counts as -1 s
-            seconds = loops * (
-                seconds + len(re.findall(r'custom_call_target="(ConcatBitcast|ZeroCrop)"', text))
-            )
-            assert topology.chip is not None
-            kernels = count_flops(traced.jaxpr.jaxpr)["padded"] / topology.chip.peak
-            seconds += kernels
-        fits = topology.chip is None or needed <= topology.chip.memory
-        found = collectives(text, topology.size)
-        return Compiled(fits, needed, memory.temp_size_in_bytes, seconds, kernels, found)
 
 
 class Step(Program):
@@ -186,104 +199,103 @@ class Step(Program):
         super().__init__(config, mesh)
         self.cached = cached
         self.tx = make_optimizer(config.optim, config.steps)
-        self.state = jax.eval_shape(
-            lambda key: create_state(
-                self.task.init(key), self.tx, config.ema > 0, self.task.extra(key)
-            ),
-            jax.random.key(0),
-        )
-        state, self.frozen_placed = (
-            state_shardings(self.state, mesh, zero1),
-            shardings(self.frozen, mesh),
-        )
-        self.placed, self.placed_out = (state, self.frozen_placed, False), (state, True)
+
+        def create(key: jax.Array) -> Any:
+            params, extra = self.task.init(key), self.task.extra(key)
+            return create_state(params, self.tx, config.ema > 0, extra)
+
+        self.state = jax.eval_shape(create, jax.random.key(0))
+        state, frozen = state_shardings(self.state, mesh, zero1), shardings(self.frozen, mesh)
+        self.in_shardings, self.out_shardings = (state, frozen, False), (state, True)
 
     def arguments(self, rows: int) -> tuple[Any, ...]:
+        """The state, the frozen weights and a batch."""
         return self.state, self.frozen, self.batch(rows)
 
     def function(self, parts: int) -> Callable[..., Any]:
+        """The task's step."""
         return self.task.make_step(self.tx, seed=self.config.seed, ema=self.config.ema, parts=parts)
 
     def parameters(self) -> dict[str, int]:
+        """Those that are trained, and those that are frozen."""
         parts = {name: _count(part) for name, part in self.state.params.items()}
         if self.config.task == "autoencoder":
             parts = {"first_stage": sum(parts.values())}
-        first_stage = self.frozen.get("first_stage")
-        frozen = {
-            name: _count(part)
-            for name, part in self.frozen.items()
-            if name in ("conditioner", "perceptual")
-        }
-        if first_stage is not None and first_stage.params is not None:
-            frozen["first_stage"] = _count(first_stage.params)
-        return {**parts, **{f"{name} (frozen)": n for name, n in frozen.items()}}
+        for name, part in self.frozen.items():
+            weights = part.params if name == "first_stage" else part
+            if name in ("conditioner", "perceptual", "first_stage") and weights is not None:
+                parts[f"{name} (frozen)"] = _count(weights)
+        return parts
 
     def bytes(self, rows: int, fixed: float, per_picture: float) -> dict[str, float]:
-        """Gradients, which are most of what is fixed, lie as the parameters do; where they are accumulated there are a sum and a summand."""
-        batch = jax.tree.map(lambda a: NamedSharding(self.mesh, ROWS), self.batch(1))
-        whole = self.batch(rows * row_shards(self.mesh) * self.config.optim.accumulate)
-        state = self.placed[0]
+        """Gradients, most of what is fixed, are split as parameters; accumulated there are two."""
+        state, frozen, _ = self.in_shardings
+        parts = self.config.optim.accumulate
+        whole = self.batch(rows * row_shards(self.mesh) * parts)
+        split = jax.tree.map(lambda a: NamedSharding(self.mesh, ROWS), whole)
         params = _held(self.state.params, state.params)
         return {
             "parameters": params,
             "average": _held(self.state.ema, state.ema),
             "optimiser": _held(self.state.opt_state, state.opt_state),
-            "frozen": _held(self.frozen, self.frozen_placed),
-            "batch": _held(whole, batch),
-            "gradients": params * (1 if self.config.optim.accumulate == 1 else 2),
+            "frozen": _held(self.frozen, frozen),
+            "batch": _held(whole, split),
+            "gradients": params * (1 if parts == 1 else 2),
             "activations": rows * per_picture,
         }
 
 
 class Sampling(Program):
-    """A part of sampling, with the weights whole on every chip and in the type that products are computed in, as `ldm_jax.load` has them."""
+    """A part of sampling, with whole weights on every chip, in the dtype of the products."""
 
-    name = ""  # of the part whose weights it reads
+    part = ""  # whose weights it reads
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
         if config.task != "diffusion":
-            raise ConfigError(
-                "only a diffusion stage has pictures to sample: plan the training of this one"
-            )
+            raise ConfigError("only a diffusion stage samples: plan the training of this one")
         super().__init__(config, mesh)
         assert isinstance(self.task, DiffusionTask)
         self.model, stage = self.task.model, self.frozen["first_stage"]
-        if stage.module is None and self.name == "first_stage":
+        if stage.module is None and self.part == "first_stage":
             raise ConfigError("this model makes pixels: there is nothing to decode")
+        params = jax.eval_shape(self.task.init, jax.random.key(0))
+        params["conditioner"] = self.frozen.get("conditioner") or jax.eval_shape(
+            self.model.conditioner.init, jax.random.key(0)
+        )
         dtype = DTYPES[config.dtype]
-        params = jax.eval_shape(self.task.init, jax.random.key(0)) | {
-            "conditioner": self.frozen.get("conditioner")
-        }
-        if params["conditioner"] is None:
-            params["conditioner"] = jax.eval_shape(self.model.conditioner.init, jax.random.key(0))
         cast = partial(jax.tree.map, lambda s: jax.ShapeDtypeStruct(s.shape, dtype))
         self.params, self.stage = cast(params), stage.replace(params=cast(stage.params))
-        height, width = (side // stage.downsampling for side in config.data.size)
+        self.size: tuple[int, int] = tuple(config.data.size)
+        height, width = (side // stage.downsampling for side in self.size)
         self.latent = (height, width, stage.channels)
 
     def weights(self) -> Any:
-        """Shapes of `name`'s."""
-        return self.stage.params if self.name == "first_stage" else self.params[self.name]
+        """Shapes of the weights of `part`."""
+        return self.stage.params if self.part == "first_stage" else self.params[self.part]
 
     def parameters(self) -> dict[str, int]:
-        return {self.name: _count(self.weights())}
+        """Those of `part`."""
+        return {self.part: _count(self.weights())}
 
     def bytes(self, rows: int, fixed: float, per_picture: float) -> dict[str, float]:
-        _, *given = self.arguments(rows)
+        """Weights, inputs and activations."""
+        _, *inputs = self.arguments(rows)
         return {
             "parameters": float(sum(map(nbytes, jax.tree.leaves(self.weights())))),
-            "batch": float(sum(map(nbytes, jax.tree.leaves(given)))),
+            "batch": float(sum(map(nbytes, jax.tree.leaves(inputs)))),
             "activations": fixed + rows * per_picture,
         }
 
 
 class Forward(Sampling):
-    """The UNet called once on latents [rows, h, w, c] under conditions that are embedded already."""
+    """One call of the UNet on latents [b, h, w, c] with conditions that are encoded already."""
 
-    name = "unet"
-    placed = (True, False, False, False)
+    part = "unet"
+    in_shardings = (True, False, False, False)
 
     def arguments(self, rows: int) -> tuple[Any, ...]:
+        """Weights, z, t and the condition."""
+
         def condition(params: Any, stage: Any, batch: Any) -> Any:
             return self.model.conditioner(params, conditions(self.model, stage, batch))
 
@@ -292,45 +304,76 @@ class Forward(Sampling):
         return {"unet": self.weights()}, z, jax.ShapeDtypeStruct((rows,), jnp.float32), cond
 
     def function(self, parts: int) -> Callable[..., Any]:
+        """The UNet."""
         return lambda params, z, t, cond: self.model.apply(params, z, t, cond)
 
 
 class Decode(Sampling):
-    """Latents [rows, h, w, c] to uint8 pictures, as many at a time as sampling decodes by itself."""
+    """Latents [b, h, w, c] to uint8 pictures, as many at a time as sampling decodes."""
 
-    name = "first_stage"
-    placed = (True, False)
+    part = "first_stage"
+    in_shardings = (True, False)
 
     def arguments(self, rows: int) -> tuple[Any, ...]:
+        """The first stage and z."""
         return self.stage, jax.ShapeDtypeStruct((rows, *self.latent), jnp.float32)
 
     def function(self, parts: int) -> Callable[..., Any]:
-        size = self._size
+        """The decoder."""
 
         def run(stage: Any, z: jax.Array) -> jax.Array:
             told = target()
             assert told is not None
             chips = 1 if told.mesh is None else row_shards(told.mesh)
-            part = decode_part(told.platform, size, z.shape[0] // chips)
-            return to_uint8(decode(stage, z, Form(size, decode_batch=chips * part)))
+            part = decode_part(told.platform, self.size, z.shape[0] // chips)
+            return to_uint8(decode(stage, z, Form(self.size, decode_batch=chips * part)))
 
         return run
 
-    def at_once(self, rows: int, platform: str) -> int:
-        return decode_part(platform, self._size, rows) or rows
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        height, width = self.config.data.size
-        return height, width
+@contextlib.contextmanager
+def capability_of(device: Any) -> Iterator[None]:
+    """Lets JAX's checks for cuDNN see the GPU that is compiled for instead of a local one."""
+    capability = getattr(device, "compute_capability", None)
+    if capability is None:
+        yield
+        return
+
+    def check(wanted: str) -> bool:
+        return [int(n) for n in capability.split(".")] >= [int(n) for n in wanted.split(".")]
+
+    checks = "jax._src.cudnn.fused_attention_stablehlo.check_compute_capability"
+    with mock.patch(checks, check):
+        yield
 
 
 def out_of_memory(message: str) -> float:
-    """The bytes that the compiler would have needed; PlanError where it failed for another reason."""
+    """Reads from the compiler's message how many bytes it would have needed.
+
+    Raises:
+      PlanError: If the compiler failed for another reason.
+    """
     match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     if match is None:
         raise PlanError(f"the compiler failed: {message.splitlines()[0]}")
-    return float(match[1]) * 1024 ** ("KMGT".index(match[2]) + 1)
+    return float(match[1]) * GIB * 1024.0 ** ("KMGT".index(match[2]) - 2)
+
+
+def _tpu_seconds(compiled: Any, jaxpr: Any, peak: float) -> tuple[float | None, float]:
+    """(the compiler's estimate in seconds, part of it for Pallas kernels).
+
+    The estimate counts a loop's body once, so that it is multiplied by the ratio of the arithmetic
+    with loops to that without.
+    """
+    costs = compiled.cost_analysis() or {}
+    if (seconds := costs.get("optimal_seconds")) is None:
+        return None, 0.0
+    counted, once = count_flops(jaxpr), count_flops(jaxpr, loops=False)
+    loops = (counted.total() - counted["padded"]) / (once.total() - once["padded"])
+    # The compiler counts each of these as -1 s.
+    unknown = re.findall(r'custom_call_target="(ConcatBitcast|ZeroCrop)"', compiled.as_text())
+    pallas = counted["padded"] / peak
+    return loops * (seconds + len(unknown)) + pallas, pallas
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -343,9 +386,8 @@ def _count(tree: Any) -> int:
 
 def _held(shapes: Any, placed: Any) -> float:
     """Bytes of one device's part."""
-    held = jax.tree.map(
-        lambda s, where: nbytes(jax.ShapeDtypeStruct(where.shard_shape(s.shape), s.dtype)),
-        shapes,
-        placed,
-    )
-    return float(sum(jax.tree.leaves(held)))
+
+    def part(shape: Any, sharding: Any) -> int:
+        return nbytes(jax.ShapeDtypeStruct(sharding.shard_shape(shape.shape), shape.dtype))
+
+    return float(sum(jax.tree.leaves(jax.tree.map(part, shapes, placed))))

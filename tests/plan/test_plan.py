@@ -1,6 +1,8 @@
-"""Plans: sizes and arithmetic against counts by hand, collectives from a compiler's text, what is refused."""
+"""Plans: sizes and arithmetic against counts by hand, compiled texts, errors."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,16 @@ from ldm_jax.kernels import attention as kernels
 from ldm_jax.plan import chips
 from ldm_jax.plan.chips import GIB, find_devices, parse_topology
 from ldm_jax.plan.flops import count_flops, peak_bytes
-from ldm_jax.plan.hlo import collectives
+from ldm_jax.plan.hlo import collectives, parse
 from ldm_jax.plan.planner import largest_batch, plan
 from ldm_jax.plan.programs import Compiled, Step, out_of_memory
 from ldm_jax.plan.report import as_dict, as_row, as_text
+from ldm_jax.plan.roofline import LAUNCH_SECONDS
+from ldm_jax.plan.roofline import kernels as kernels_of
 from ldm_jax.train.tasks.base import TASKS
 
-# SMALL_KL: seven residual blocks of two 3x3 convolutions 32 -> 32, and convolutions 3 -> 32, 32 -> 8, 4 -> 32, 32 -> 3.
+# SMALL_KL: seven residual blocks of two 3x3 convolutions 32 -> 32, and convolutions 3 -> 32,
+# 32 -> 8, 4 -> 32, 32 -> 3.
 KERNELS = 9 * (14 * 32 * 32 + 3 * 32 + 32 * 8 + 4 * 32 + 32 * 3)
 BIASES = 14 * 32 + 32 + 8 + 32 + 3
 NORMS, DENSE = (14 + 2) * 2 * 32, (8 * 8 + 8) + (4 * 4 + 4)
@@ -51,7 +56,7 @@ def diffusion():
     return config
 
 
-def test_a_first_stage_is_counted_as_by_hand(first_stage):
+def test_first_stage_agrees_with_counts_by_hand(first_stage):
     made = plan(first_stage, parse_topology("cpu:8"), compile=False)
     assert made.parameters == {"first_stage": PARAMETERS}
     assert (
@@ -72,20 +77,20 @@ def test_a_first_stage_is_counted_as_by_hand(first_stage):
     assert made.utilisation(True) is None
 
 
-def test_what_is_computed_again_is_not_useful(first_stage):
+def test_rematerialised_products_are_not_useful(first_stage):
     kept = plan(first_stage, parse_topology("cpu:8"), compile=False)
     first_stage.remat = "blocks"
     again = plan(first_stage, parse_topology("cpu:8"), compile=False)
     assert again.useful == kept.useful
-    # The first convolution of each of the seven blocks once more; nobody needs the second's result again.
+    # The first convolution of each of the seven blocks once more; the second is not needed.
     assert (
         again.flops["convolution"] - kept.flops["convolution"] == 16 * 2 * 9 * 7 * 32 * 32 * PIXELS
     )
     assert again.per_picture < kept.per_picture
 
 
-def test_what_no_result_needs_is_not_counted(first_stage):
-    """d_weight takes the last layer's gradient of two more pull-backs through the decoder, and the compiler leaves the rest of them out."""
+def test_dead_code_is_not_counted(first_stage):
+    """d_weight needs the last layer's gradient alone of two more pull-backs through the decoder."""
     alone = plan(first_stage, parse_topology("cpu"), compile=False).flops["convolution"]
     first_stage.adversary.update(weight=0.5, start=1, layers=1, channels=1)
     assert (
@@ -106,7 +111,7 @@ def test_memory_options_reach_the_state(first_stage):
     )
 
 
-def test_splitting_divides_the_state_and_gathers_it(first_stage):
+def test_fsdp_divides_the_state_and_gathers_it(first_stage):
     first_stage.mesh.update(data=1, fsdp=8)
     made = plan(first_stage, parse_topology("cpu:8"))
     small = (
@@ -120,10 +125,10 @@ def test_splitting_divides_the_state_and_gathers_it(first_stage):
     assert all(c.group == 8 for c in made.compiled.collectives if c.kind == "all-gather")
     shown = as_text(made)
     assert "all-gather" in shown
-    assert "how much a CPU has is not known" in shown.splitlines()[-1]
+    assert "the memory of a CPU is not known" in shown.splitlines()[-1]
 
 
-def test_the_optimiser_alone_is_split_over_fsdp_where_there_is_such_an_axis(first_stage):
+def test_zero1_splits_the_optimiser_over_fsdp_if_the_mesh_has_it(first_stage):
     first_stage.mesh.zero1 = True
     over_data = plan(first_stage, parse_topology("v5e:4x2"), compile=False)
     first_stage.mesh.fsdp = 8
@@ -132,7 +137,7 @@ def test_the_optimiser_alone_is_split_over_fsdp_where_there_is_such_an_axis(firs
     assert over_data.bytes["parameters"] == over_fsdp.bytes["parameters"] == 4 * PARAMETERS
 
 
-def test_a_diffusion_step_needs_no_file_and_no_encoder_with_cached_latents(diffusion):
+def test_cached_latents_need_no_file_and_no_encoder(diffusion):
     pictures = plan(diffusion, parse_topology("v5e:4x2"), compile=False)
     cached = plan(diffusion, parse_topology("v5e:4x2"), compile=False, cached=True)
     assert pictures.parameters == cached.parameters
@@ -147,7 +152,7 @@ def test_a_diffusion_step_needs_no_file_and_no_encoder_with_cached_latents(diffu
     assert as_row(cached).count("|") == 12
 
 
-def test_a_call_of_the_unet_is_planned_from_weights_as_sampling_has_them(diffusion):
+def test_forward_takes_whole_weights_in_the_dtype_of_products(diffusion):
     diffusion.mesh.update(data=1, fsdp=8)  # of the training
     made = plan(diffusion, parse_topology("cpu:8"), what="forward", per_chip=2)
     trained = plan(diffusion, parse_topology("cpu:8"), per_chip=2, compile=False, cached=True)
@@ -211,7 +216,7 @@ def test_the_large_configs_are_the_released_architectures(config, expected):
     assert (sizes if config.task == "diffusion" else {"": sum(sizes.values())}) == expected
 
 
-# ------------------------------------------------------------------------------------------------------------------- counting
+# ---- counting
 
 
 def test_arithmetic_is_counted_by_kind():
@@ -237,8 +242,8 @@ def test_arithmetic_is_counted_by_kind():
     assert counted["other"] > 0
 
 
-def test_the_arithmetic_of_kernels_is_seen():
-    """Two products forwards; backwards the four that anyone needs, and the first again."""
+def test_flops_of_kernels():
+    """Two products in the forward pass, four in the backward pass and the first again."""
 
     def arithmetic(form, given):
         jaxpr = jax.make_jaxpr(jax.grad(lambda *qkv: form(*qkv, 0.2).sum(), (0, 1, 2)))(
@@ -262,7 +267,7 @@ def test_the_arithmetic_of_kernels_is_seen():
     )  # a head of 40 fills the matrix unit no better than one of 128
 
 
-def test_the_arithmetic_of_cudnn_is_seen(monkeypatch):
+def test_flops_of_cudnn_attention(monkeypatch):
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
     )
@@ -273,7 +278,7 @@ def test_the_arithmetic_of_cudnn_is_seen(monkeypatch):
     assert count_flops(jaxpr)["attention"] == 7 * 2 * 2 * 3 * 256**2 * 40
 
 
-def test_the_peak_is_what_is_alive_at_once():
+def test_peak_bytes_counts_what_is_alive_at_once():
     def f(x):
         a = x + 1
         b = a * 2  # a and b are alive, and then b alone
@@ -285,37 +290,14 @@ def test_the_peak_is_what_is_alive_at_once():
     assert peak_bytes(kept) >= 4 * 4 * n
 
 
-TEXT = """HloModule jit_step, is_scheduled=true
-
-%fused_reduce-scatter.1 (p: f32[64,128]) -> f32[4,128] {
-  %all-reduce.7 = f32[64,128]{1,0} all-reduce(%p), channel_id=4, replica_groups=[1,16]<=[16], to_apply=%add
-  ROOT %slice = f32[4,128]{1,0} dynamic-slice(%all-reduce.7, %i, %j), dynamic_slice_sizes={4,128}
-}
-
-%body (arg: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
-  %all-gather.2 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
-  %permute = (bf16[8,128], bf16[8,128], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
-}
-
-%condition (arg: (s32[], bf16[8,128])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (a: bf16[8,128]) -> f32[] {
-  %while = (s32[], bf16[8,128]) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"},"x":[]}
-  %all-reduce.1 = (f32[10]{0}, f32[]) all-reduce(%g, %h), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
-  %all-gather-start.1 = (f32[2,4]{1,0}, f32[32,4]{1,0}) all-gather-start(%y), channel_id=3, replica_groups={}, dimensions={0}
-  %all-gather-done.1 = f32[32,4]{1,0} all-gather-done(%all-gather-start.1)
-  %fusion = f32[4,128]{1,0} fusion(%z), kind=kCustom, calls=%fused_reduce-scatter.1
-  %reduce-scatter.3 = f32[4,128]{1,0} reduce-scatter(%z), channel_id=5, replica_groups=[2,8]<=[16], dimensions={0}, to_apply=%add
-  %all-gather.4 = bf16[5]{0} all-gather(%z), channel_id=6, replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}, dimensions={0}
-  %all-reduce.5 = bf16[7]{0} all-reduce(%z), replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_1'}, to_apply=%add
-}
-"""
+def parse_file(name):
+    return parse((Path(__file__).parent / name).read_text())
 
 
-def test_collectives_are_read_from_the_compiled_text():
-    found = {(c.kind, c.size, c.group, c.times) for c in collectives(TEXT, 16)}
+def test_collectives_of_a_compiled_text():
+    found = {
+        (c.kind, c.size, c.group, c.times) for c in collectives(parse_file("collectives.hlo"), 16)
+    }
     assert found == {
         ("all-gather", 2 * 128 * 128, 16, 3),
         ("collective-permute", 2 * 8 * 128, 16, 3),
@@ -324,29 +306,78 @@ def test_collectives_are_read_from_the_compiled_text():
         ("all-gather", 2 * 5, 8, 1),
         ("all-reduce", 2 * 7, 2, 1),
         ("reduce-scatter", 4 * 64 * 128, 16, 1),
+        ("reduce-scatter", 4 * 64 * 8 + 2 * 32, 16, 1),
         ("reduce-scatter", 4 * 4 * 128 * 8, 8, 1),
     }
-    reduced = next(c for c in collectives(TEXT, 16) if c.name == "all-reduce.1")
+    reduced = next(
+        c for c in collectives(parse_file("collectives.hlo"), 16) if c.name == "all-reduce.1"
+    )
     assert reduced.sent == 2 * 44 * 3 / 4
+
+
+def test_kernels_of_a_gpu_text():
+    chip = chips.CHIPS["h200"]
+    found = {k.name: k for k in kernels_of(parse_file("gpu.hlo"), chip)}
+    x, w = 2 * 64 * 64 * 64, 9 * 64 * 128
+    conv = 2 * 2 * x * 9 * 64
+    assert {name: (k.kind, k.times, k.flops) for name, k in found.items()} == {
+        "row": ("elementwise", 50, 0),
+        "updated": ("elementwise", 50, 0),
+        "less": ("compare", 50, 0),
+        "filter": ("transpose", 1, 0),
+        "wide": ("elementwise", 1, 0),
+        "conv": ("convolution", 1, conv),
+        "dfilter": ("convolution", 1, conv),
+        "dx": ("convolution", 1, conv),
+        "dense": ("product", 1, 2 * x * 64),
+        "attention": ("attention", 1, 2 * 2 * 2 * 8 * 4096**2 * 8),
+    }
+    # Of a table that a loop reads and writes row by row, only the row counts.
+    assert found["row"].nbytes == 4 * (2 * 1024 + 1)
+    assert found["updated"].nbytes == 4 * (2 * 1024 + 1)
+    assert found["filter"].nbytes == 2 * 2 * w
+    assert found["conv"].nbytes == 2 * (x + w + 2 * x)
+    assert {name: k.widened for name, k in found.items() if k.widened} == {"wide": 4 * x}
+    assert found["wide"].seconds == 6 * x / chip.bandwidth + LAUNCH_SECONDS
+    assert found["conv"].seconds == conv / chip.peak + LAUNCH_SECONDS
+    assert found["conv"].source == "UNet/conv"
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs ldm_jax[cuda]"
+)
+def test_a_gpu_program_is_planned_without_a_gpu(diffusion):
+    diffusion.dtype = "bfloat16"
+    made = plan(diffusion, parse_topology("h200:2"), what="forward", per_chip=2)
+    assert made.compiled is not None
+    launched = made.compiled.kernels
+    assert made.compiled.seconds == pytest.approx(sum(k.total for k in launched))
+    # Padding aside, the kernels do the arithmetic that the jaxpr has.
+    counted = sum(k.times * k.flops for k in launched)
+    assert 0.9 * made.useful / 2 < counted < 1.5 * made.useful / 2
+    shown = as_text(made)
+    assert "a roofline of each kernel, not measured" in shown
+    assert "float32 copies" in shown
 
 
 @pytest.mark.parametrize(("start", "limit"), [(4, 11), (16, 11), (1, 3), (1, 0)])
 def test_the_largest_batch_is_found_in_four_compilations(start, limit):
-    asked = []
+    runs = []
 
     def run(n):
-        asked.append(n)
+        runs.append(n)
         return Compiled(fits=n <= limit, needed=5 + n)
 
     assert largest_batch(run, 5 + limit + 0.5, start) == limit
-    assert len(asked) == len(set(asked)) <= 4
+    assert len(runs) == len(set(runs)) <= 4
 
 
-# --------------------------------------------------------------------------------------------------------------- what is refused
+# ---- errors
 
 
 @pytest.mark.parametrize("text", ["", "v5e", "v5e:4x", "v5e:0x4", "tpu:8", "cpu:x"])
-def test_a_topology_that_cannot_be_read_is_refused(text):
+def test_malformed_topologies_are_refused(text):
     with pytest.raises(PlanError, match=r"write KIND:SHAPE, for example v5e:4x4"):
         parse_topology(text)
 
@@ -357,26 +388,25 @@ def test_topologies():
     assert parse_topology("h200:8").chip == chips.CHIPS["h200"]
 
 
-def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     assert find_devices(parse_topology("v5e:4x4")) == (
         None,
         'the TPU compiler is not installed: pip install "ldm_jax[tpu]" (no TPU is needed)',
     )
-    devices, why = find_devices(parse_topology("h200:8"))
-    assert devices is None
-    assert "ldm_jax[cuda]" in why
+    assert find_devices(parse_topology("h200:8")) == (
+        None,
+        'the CUDA compiler is not installed: pip install "ldm_jax[cuda]" (no GPU is needed)',
+    )
 
 
 def test_mistakes_end_in_one_line(first_stage, diffusion):
     cpu = parse_topology("cpu:8")
     with pytest.raises(ConfigError, match="plan this one without --cached"):
         plan(first_stage, cpu, cached=True)
-    with pytest.raises(ConfigError, match="only a diffusion stage has pictures to sample"):
+    with pytest.raises(ConfigError, match="only a diffusion stage samples"):
         plan(first_stage, cpu, what="forward")
-    with pytest.raises(
-        PlanError, match=r"what 'encode' cannot be planned \(known: train, forward, decode\)"
-    ):
+    with pytest.raises(PlanError, match=r"--what 'encode' does not exist; did you mean 'decode'\?"):
         plan(first_stage, cpu, what="encode")
     del diffusion.model.first_stage["kind"]
     with pytest.raises(ConfigError, match=r"give the architecture in model\.first_stage"):
