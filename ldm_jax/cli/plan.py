@@ -19,45 +19,48 @@ from ml_collections import config_flags
 
 from ldm_jax.cli import run as cli
 
-config_flags.DEFINE_config_file(
-    "config", None, "The config file, also without --config=.", lock_config=True
-)
-flags.DEFINE_string(
-    "topology",
-    "cpu",
-    "KIND:SHAPE: v4, v5e, v5p, v6e (v5e:4x4), a100, h100, h200 (h200:8), cpu (cpu:8).",
-)
-flags.DEFINE_enum(
-    "what",
-    "train",
-    ["train", "forward", "decode"],
-    "A training step; or of sampling a call of the UNet without guidance, or the decoding of "
-    "latents.",
-)
-flags.DEFINE_bool(
-    "cached",
-    False,
-    "Train from a latent cache, without an encoder in the step (also: --config.data.cache=...).",
-)
-flags.DEFINE_integer(
-    "per_chip",
-    0,
-    "Pictures on a chip at a time, in place of config.batch_size (sampling: 1).",
-    lower_bound=0,
-)
-flags.DEFINE_bool(
-    "compile",
-    True,
-    "Use the topology's compiler; --nocompile gives the analytic part, in seconds.",
-)
-flags.DEFINE_bool(
-    "find_batch",
-    False,
-    "Find the largest number of pictures that fit on a chip: up to three more compilations.",
-)
-flags.DEFINE_string("json", None, "A file for the plan as JSON.")
-flags.DEFINE_bool("markdown", False, "Print a row of a table instead of the report.")
-flags.mark_flags_as_required(["config"])
+
+def define_flags() -> None:
+    """Defines the command's flags."""
+    config_flags.DEFINE_config_file(
+        "config", None, "The config file, also without --config=.", lock_config=True
+    )
+    flags.DEFINE_string(
+        "topology",
+        "cpu",
+        "KIND:SHAPE: v4, v5e, v5p, v6e (v5e:4x4), a100, h100, h200 (h200:8), cpu (cpu:8).",
+    )
+    flags.DEFINE_enum(
+        "what",
+        "train",
+        ["train", "forward", "decode"],
+        "A training step; or of sampling a call of the UNet without guidance, or the decoding of "
+        "latents.",
+    )
+    flags.DEFINE_bool(
+        "cached",
+        False,
+        "Train from a latent cache, without an encoder in the step (as --config.data.cache=...).",
+    )
+    flags.DEFINE_integer(
+        "per_chip",
+        0,
+        "Pictures on a chip at a time, in place of config.batch_size (sampling: 1).",
+        lower_bound=0,
+    )
+    flags.DEFINE_bool(
+        "compile",
+        True,
+        "Use the topology's compiler; --nocompile gives the analytic part, in seconds.",
+    )
+    flags.DEFINE_bool(
+        "find_batch",
+        False,
+        "Find the largest number of pictures that fit on a chip: up to three more compilations.",
+    )
+    flags.DEFINE_string("json", None, "A file for the plan as JSON.")
+    flags.DEFINE_bool("markdown", False, "Print a row of a table instead of the report.")
+    flags.mark_flags_as_required(["config"])
 
 
 def plan_from_flags(args: Any) -> None:
@@ -100,5 +103,6 @@ def main() -> None:
     if rest and not rest[0].startswith("-"):
         rest[0] = f"--config={rest[0]}"
     sys.argv = [name, *rest]
+    define_flags()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     cli.run(plan_from_flags)
