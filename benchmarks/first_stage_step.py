@@ -24,19 +24,19 @@ import numpy as np
 from ldm_jax.kernels.heap import keep_large_blocks
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
-from ldm_jax.train.tasks.base import AutoencoderTask
+from ldm_jax.train.tasks.autoencoder import AutoencoderTask
 
 
 def prepared(config: Any, updates: str, batch: Any) -> tuple[Any, Any, Any]:
     """(compiled step, state, frozen) of a config under one kind of updates."""
     config = config.copy_and_resolve_references()
     config.updates = updates
-    task, key = AutoencoderTask(config), jax.random.key(0)
+    task, key = AutoencoderTask.from_config(config), jax.random.key(0)
     tx = make_optimizer(config.optim, config.steps)
     state = jax.jit(
         lambda key: create_state(task.init(key), tx, ema=config.ema > 0, extra=task.extra(key))
     )(key)
-    step = task.make_step(tx, seed=0, ema=config.ema, parts=1)
+    step = task.make_step(tx, parts=1)
     frozen = jax.device_put(task.frozen)
     return jax.jit(step, donate_argnums=0).lower(state, frozen, batch).compile(), state, frozen
 

@@ -34,12 +34,11 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
 
     from ldm_jax.distributed.parallel import make_mesh, make_placed, shardings
     from ldm_jax.io.checkpoint import TrainingCheckpoints
-    from ldm_jax.train.tasks.base import DiffusionTask
+    from ldm_jax.train.tasks.diffusion import DiffusionTask
 
     config = __import__(f"configs.{name}", fromlist=["get_config"]).get_config()
-    task = DiffusionTask(
-        config, weights=False
-    )  # its first stage is another run's, and frozen: not what is measured
+    # Its first stage is another run's, and frozen: not what is measured.
+    task = DiffusionTask.from_config(config, weights=False)
     mesh = make_mesh(fsdp=len(jax.devices()), data=1)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     placed = shardings(shapes, mesh)
@@ -52,7 +51,7 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
         like = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, placed
         )
-        state = jax.block_until_ready(checkpoints.restore(0, like))
+        state = jax.block_until_ready(checkpoints.restore(0, like)[0])
     result = {
         "part": part,
         "bytes": size,

@@ -27,15 +27,14 @@ from ldm_jax.train.encode import encode
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
-from ldm_jax.train.tasks.base import DiffusionTask
+from ldm_jax.train.tasks.diffusion import DiffusionTask
 
 
 class Run:
     """A training run, step by step."""
 
     def __init__(self, config: Any) -> None:
-        self.task = DiffusionTask(config)
-        self.task.use({"scale_factor": 1.0})
+        self.task = DiffusionTask.from_config(config).with_measured({"scale_factor": 1.0})
         tx = make_optimizer(config.optim, config.steps)
         self.state = jax.jit(lambda key: create_state(self.task.init(key), tx, ema=True))(
             jax.random.key(0)
@@ -43,7 +42,7 @@ class Run:
         self.frozen = jax.device_put(self.task.frozen)
         self.batches = make_loader(config, "train").iterate()
         self.ready = self.task.host_batch(next(self.batches))
-        step = self.task.make_step(tx, seed=0, ema=config.ema, parts=1)
+        step = self.task.make_step(tx, parts=1)
         given = self.state, self.frozen, self.ready
         counted = count_flops(
             jax.make_jaxpr(step)(*given).jaxpr

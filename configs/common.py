@@ -11,7 +11,9 @@ def section(**fields: Any) -> ml_collections.ConfigDict:
 
 
 def base(task: str) -> ml_collections.ConfigDict:
-    """Returns the defaults of the task "autoencoder" or "diffusion"."""
+    """Returns the defaults of every training and those of the task, see `ldm_jax.train.tasks`."""
+    from ldm_jax.train.tasks import TASKS
+
     config = ml_collections.ConfigDict()
     config.task = task
     config.seed = 0
@@ -75,54 +77,10 @@ def base(task: str) -> ml_collections.ConfigDict:
 
     config.loss = section()
     config.model = section()
-    if task == "autoencoder":
-        # "fused": one forward pass serves both optimisers; "parity": one each, as the original.
-        config.updates = "fused"
-        config.loss.kind = "l1"  # or "l2"
-        config.loss.kl_weight = 1e-6
-        config.loss.logvar_init = 0.0
-        config.loss.learn_logvar = False  # the original's logvar is never optimised
-        config.loss.perceptual_weight = 0.0
-        config.loss.vgg16 = ""  # VGG16's convolutions, as safetensors
-        config.loss.lpips_heads = ""  # LPIPS's linear heads, as safetensors
-        config.loss.codebook_weight = 1.0
-        config.loss.restart_codes = False  # move unused codes onto encodings of the batch
-        config.loss.temperature = 1.0  # of the Gumbel quantiser, annealed from here ...
-        config.loss.temperature_final = 1.0  # ... to here ...
-        config.loss.temperature_steps = 1  # ... over this many steps
-
-        config.adversary = section()
-        config.adversary.weight = 0.0  # disc_weight; 0: no discriminator
-        config.adversary.start = 50_001  # disc_start: the step at which it enters the loss
-        config.adversary.factor = 1.0  # disc_factor
-        config.adversary.loss = "hinge"  # or "vanilla"
-        config.adversary.layers = 3
-        config.adversary.channels = 64
-        config.adversary.actnorm = False  # instead of batch normalisation
-        config.adversary.ramp = 0  # steps over which the generator's term grows; 0: at once
-        config.adversary.cap = 0.0  # maximum d_weight; 0: the original's 1e4 * weight
-        config.adversary.alarm = 0.0  # log a warning when d_weight exceeds this; 0: never
-
-        config.guard = section()
-        config.guard.rollbacks = 0  # how often a diverged run returns to its last checkpoint
-        config.guard.lower = 0.5  # factor on the adversary's weight at each rollback
-        # A run has diverged when a value is not finite or, if `rise` > 0, when the average rec_loss
-        # exceeds `rise` times its minimum. No checkpoint is saved above sqrt(rise).
-        config.guard.rise = 0.0
-    else:
-        config.scale_factor_batches = 64  # batches that the latents' scale is measured on
-        config.preview_captions = ()  # prompts of previews; (): captions of held-out images
-        config.loss.kind = "l2"  # or "l1"
-        config.loss.posterior = "sample"  # of the first stage; or "mode"
-        config.loss.simple_weight = 1.0
-        config.loss.elbo_weight = 0.0
-        config.loss.logvar_init = 0.0
-        config.loss.learn_logvar = False
-        config.loss.min_snr_gamma = 0.0  # 0: all timesteps have the same weight
-        # Above 1, noisy timesteps are drawn more often (Esser et al. 2024, equation 23).
-        config.loss.timestep_shift = 1.0
-        config.loss.caption_dropout = 0.1  # of any condition, for classifier-free guidance
-        config.loss.offset_noise = 0.0  # standard deviation of the per-channel noise offset
+    for name, value in TASKS[task].defaults().items():
+        if isinstance(value, dict):
+            value = section(**{**config.get(name, {}), **value})
+        config[name] = value
     return config
 
 

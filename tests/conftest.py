@@ -43,7 +43,7 @@ from ldm_jax.models.ldm import build, init_params
 from ldm_jax.sampling import pipeline
 from ldm_jax.sampling import program as generation
 from ldm_jax.sampling.pipeline import Pipeline, load
-from ldm_jax.train.tasks.base import DiffusionTask
+from ldm_jax.train.tasks.diffusion import DiffusionTask
 
 ROOT = Path(__file__).parent.parent
 

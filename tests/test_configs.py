@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from ldm_jax.conditioning import training as conditions
-from ldm_jax.train.loop import check_config
-from ldm_jax.train.tasks.base import TASKS
+from ldm_jax.train.config import check_config
+from ldm_jax.train.tasks import TASKS
 
 SHARED = ("common", "presets", "emoji_presets", "released")
 NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -50,7 +50,7 @@ def test_a_config_is_whole(name, variant, monkeypatch):
         config.data.path = "pkg:assets/emoji_subset.zip"
     if config.data.path == "pictures":  # which are not here to name their classes
         monkeypatch.setattr(conditions, "_names", lambda config: ())
-    task = TASKS[config.task](config, weights=False)
+    task = TASKS[config.task].from_config(config, weights=False)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     millions = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
     assert millions > 0.3

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "train": {
         *("errors", "nn", "kernels", "models", "conditioning", "diffusion", "data", "io"),
-        *("distributed", "sampling", "eval"),
+        *("distributed", "sampling", "eval", "configs"),  # a config's defaults
     },
     "eval": {
         *("errors", "nn", "kernels", "models", "conditioning", "diffusion", "data", "io"),

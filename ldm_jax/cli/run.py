@@ -12,6 +12,8 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
+from ldm_jax.errors import LdmJaxError
+
 
 def run(main: Callable[[Any], None]) -> None:
     """Parses the flags and calls ``main(flags)``. A mistake of the person's ends in one line on stderr and exit status 2."""
@@ -33,10 +35,7 @@ def run(main: Callable[[Any], None]) -> None:
             main(flags.FLAGS)
         except KeyboardInterrupt:
             sys.exit(_fail("stopped", 130))
-        except (
-            ValueError,
-            OSError,
-        ) as error:  # ConfigError, RequestError, DataError, CheckpointError are ValueErrors
+        except (LdmJaxError, ValueError, OSError) as error:
             if os.environ.get("LDM_JAX_TRACEBACK"):
                 raise
             sys.exit(_fail(error))
@@ -97,28 +96,3 @@ def setup() -> None:
 def say(text: str) -> None:
     """One line for the person, on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------- train.py
-
-
-def train(args: Any) -> None:
-    """Trains what the flags ask for."""
-    if not args.workdir:
-        raise ValueError("missing --workdir=...; --help explains every flag")
-    from ldm_jax.distributed import parallel
-    from ldm_jax.errors import TrainingDiverged, TrainingStopped
-    from ldm_jax.kernels import heap
-    from ldm_jax.train.loop import train
-
-    if args.distributed or args.coordinator:
-        parallel.start(args.coordinator, args.processes, args.process_index)
-        if not parallel.is_first():
-            logging.getLogger("ldm_jax").setLevel(logging.WARNING)
-    heap.keep_large_blocks()
-    try:
-        train(args.config, args.workdir)
-    except TrainingDiverged as error:
-        raise ValueError(str(error)) from None
-    except TrainingStopped as error:
-        sys.exit(_fail(error, parallel.STOPPED))

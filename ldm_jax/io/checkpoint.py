@@ -1,14 +1,19 @@
-"""What is kept on disk, all of it through Orbax: training states, and model directories.
+"""Model directories and training checkpoints, both written by Orbax.
 
-A model directory describes itself: ``config.json`` says what the model is, ``params/`` holds its arrays. Nothing else is needed to load it.
+A model directory describes itself: ``config.json`` says what the model is, ``params/`` has its
+arrays. Nothing else is needed to load it.
 """
 
-import difflib
+import contextlib
+import inspect
 import json
+import logging
 import math
 import os
 import shutil
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +22,54 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.distributed.parallel import barrier, is_first
-from ldm_jax.errors import CheckpointError
+from ldm_jax.errors import CheckpointError, did_you_mean
 
 FORMAT = 1
-ASSETS = Path(__file__).parent.parent / "assets"
+PACKAGE = Path(__file__).parent.parent
+ASSETS = PACKAGE / "assets"
 
 
 def find_model(name: str | Path) -> Path:
-    """The model directory (or checkpoint) of a path, of a "pkg:..." path inside the package, or of the name of a model that ships with it.
+    """Finds a model by name.
 
-    A path that exists goes first.
+    Args:
+      name: The path of a model directory or a checkpoint, a "pkg:..." path inside the package, or
+        the name of a model that ships with it. An existing path has precedence.
     """
     if str(name).startswith("pkg:"):
-        name = ASSETS.parent / str(name)[4:]
+        name = PACKAGE / str(name)[4:]
     if Path(name).exists():
         return Path(name)
     shipped = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
     if str(name) not in shipped:
-        near = difflib.get_close_matches(str(name), shipped, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(shipped)})"
         raise CheckpointError(
-            f"model {str(name)!r} is no folder, no file and none that ships with ldm_jax{hint}"
+            f"model {str(name)!r} is neither a path nor a model that ships with ldm_jax"
+            f"{did_you_mean(name, shipped)}"
         )
     return ASSETS / str(name)
+
+
+# ---------------------------------------------------------------------------- model directories
 
 
 def save_model(
     path: str | Path, config: dict[str, Any], params: Any, dtype: str | None = "float32"
 ) -> None:
-    """Writes a model directory, whole or not at all; floating-point arrays are stored as ``dtype`` (None: as they are).
+    """Writes a model directory, whole or not at all.
 
-    CheckpointError if something is already there.
+    Args:
+      path: A new or empty folder; else CheckpointError.
+      config: Of ``config.json``.
+      params: The arrays.
+      dtype: Type of the stored floating-point arrays; None keeps theirs.
     """
     import orbax.checkpoint as ocp
 
     path = Path(path).absolute()
     if path.exists() and any(path.iterdir()):
         raise CheckpointError(f"{path} is not empty; give a new folder or remove it first")
-    # Written beside its place and renamed, so that a killed run leaves no half of a model.
+    # Written beside its place and renamed, so that a killed run leaves no incomplete model. All
+    # processes write to the same temporary folder.
     partial = path.with_name(f".{path.name}.partial")
     first = is_first()
     if first:
@@ -65,28 +80,33 @@ def save_model(
         params = jax.tree.map(
             lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, params
         )
-    # Orbax would copy a host's arrays first, for the sake of saving in the background, and hold what it writes until a file of 2 GiB is full: a large
-    # model would be in memory three times.
+    # By default Orbax copies a host's arrays, to save in the background, and buffers files of
+    # 2 GiB: a large model would be in memory three times.
     handlers = ocp.type_handlers
-    as_they_lie = handlers.create_type_handler_registry(
+    registry = handlers.create_type_handler_registry(
         (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (jax.Array, handlers.ArrayHandler()),
     )
     args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 << 20)
-    with ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(type_handler_registry=as_they_lie)
-    ) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with write_errors(path), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(partial / "params", args=args)
     if first:
-        (partial / "config.json").write_text(
-            json.dumps({"format": FORMAT, **config}, indent=1) + "\n"
-        )
+        text = json.dumps({"format": FORMAT, **config}, indent=1) + "\n"
+        (partial / "config.json").write_text(text)
         os.replace(partial, path)
     barrier("model written")
 
 
 def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
-    """(config, params) of a model directory; params are numpy arrays as stored. CheckpointError where it is not one or is damaged."""
+    """Reads a model directory.
+
+    Returns:
+      (config, params), params as numpy arrays of the stored types.
+
+    Raises:
+      CheckpointError: The folder is no model directory, or is damaged.
+    """
     path = Path(path).absolute()
     config = read_config(path)
     import orbax.checkpoint as ocp
@@ -96,19 +116,18 @@ def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
             f"{path} has a config.json but no params folder; copy the model directory whole"
         )
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with drop_late_errors(), ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(path / "params").item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             return config, checkpointer.restore(path / "params", restore_args=as_numpy)
-    except Exception as error:  # whatever a damaged file makes Orbax or its storage raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # of many kinds, from Orbax and its storage
         raise CheckpointError(
-            f"{path / 'params'} cannot be read (damaged or incomplete?): {reason[:200]}"
+            f"{path / 'params'} cannot be read (damaged or incomplete?): {first_line(error)}"
         ) from None
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of a model directory."""
+    """Reads the ``config.json`` of a model directory."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path} is no model directory: it has no config.json")
@@ -116,88 +135,142 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{file}: format {config.get('format') if isinstance(config, dict) else None!r} is not {FORMAT}; use a newer ldm_jax"
-        )
+    version = config.get("format") if isinstance(config, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{file}: format {version!r} is not {FORMAT}; use a newer ldm_jax")
     return config
 
 
+# ------------------------------------------------------------------------- training checkpoints
+
+
 class TrainingCheckpoints:
-    """Checkpoints of a run under ``workdir/checkpoints``, one a step: the state's arrays, and a JSON object beside them.
+    """The checkpoints of a run, one per step: the arrays of a state, and a JSON object.
 
-    Writing is asynchronous and atomic: a killed run finds its last complete step. ``keep`` newest steps stay.
+    Writing is asynchronous and atomic: a killed run finds its last complete step. A save waits up
+    to ``patience`` seconds to be complete: with short steps the next save could be due before, and
+    a run that is killed then would lose all steps between two saves, and again after it resumes.
 
-    What is written within ``patience`` seconds is waited for. Steps may be so quick that the next save is due before: a run that is killed then would
-    lose what lies between two saves, and once more. Larger states go on being written while the run does.
+    Args:
+      workdir: The run folder; the checkpoints are in ``workdir/checkpoints``.
+      keep: The number of newest steps to keep.
+      restore_step: Resume from this step; later ones are moved to a folder beside.
+      options: Of `orbax.checkpoint.CheckpointManagerOptions`.
     """
 
     patience = 5.0
-
     folder = "checkpoints"
 
-    def __init__(self, workdir: str | Path, keep: int = 3, **options: Any):
+    def __init__(
+        self, workdir: str | Path, keep: int = 3, *, restore_step: int | None = None, **options: Any
+    ):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self.path = Path(workdir).absolute() / self.folder
-        # Else all that is read is in memory beside what is made of it.
+        if restore_step is not None:
+            self._set_aside(restore_step, self.steps_in(workdir))
+        # Without the limit all that is read is in memory beside what is made of it.
         handlers = {
             "state": ocp.StandardCheckpointHandler(restore_concurrent_gb=1),
             "info": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            self.path,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, **options),
-            item_handlers=handlers,
-        )
+        manager_options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, **options)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.path, options=manager_options, item_handlers=handlers
+            )
+        except ValueError as error:  # a damaged file beside the arrays
+            raise CheckpointError(f"{self.path} cannot be read: {first_line(error)}") from None
+
+    @classmethod
+    def steps_in(cls, workdir: str | Path) -> list[int]:
+        """Returns the saved steps of a run folder."""
+        names = (path.name for path in (Path(workdir) / cls.folder).glob("*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _set_aside(self, step: int, steps: list[int]) -> None:
+        if step not in steps:
+            raise CheckpointError(
+                f"{self.path} has no checkpoint of step {step}{did_you_mean(step, steps)}"
+            )
+        aside = self.path.with_name(f"{self.path.name}_after_{step}")
+        if is_first():
+            for later in (later for later in steps if later > step):
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / str(later), ignore_errors=True)
+                os.replace(self.path / str(later), aside / str(later))
+        barrier("later checkpoints")
 
     def latest(self) -> int | None:
-        """The newest complete step, or None; waits for one that is being written."""
-        self._manager.wait_until_finished()
+        """Returns the newest complete step, or None; waits for one that is being written."""
+        self._wait()
         return self._manager.latest_step()
+
+    def _wait(self) -> None:
+        with write_errors(self.path):
+            self._manager.wait_until_finished()
 
     def save(
         self, step: int, state: Any, info: dict[str, Any], metrics: dict[str, float] | None = None
     ) -> None:
-        """Saves, in the background where that takes long; a step that is already there is left as it is."""
-        if step not in self._manager.all_steps():
-            args = self._ocp.args.Composite(
-                state=self._ocp.args.StandardSave(state), info=self._ocp.args.JsonSave(info)
-            )
+        """Saves a step, in the background after `patience`; an existing step is kept."""
+        if step in self._manager.all_steps():
+            return
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(state), info=self._ocp.args.JsonSave(info)
+        )
+        with write_errors(self.path):
             self._manager.save(step, args=args, metrics=metrics, force=True)
             until = time.monotonic() + self.patience
             while self._manager.is_saving_in_progress() and time.monotonic() < until:
                 time.sleep(0.005)
 
-    def info(self, step: int) -> dict[str, Any]:
-        """The JSON object of a step."""
-        return self._manager.restore(
-            step, args=self._ocp.args.Composite(info=self._ocp.args.JsonRestore())
-        )["info"]
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads a step.
 
-    def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, placed as the arrays of ``like`` (or its ShapeDtypeStructs with shardings) are.
+        Args:
+          step: The step.
+          like: A state, or its shapes with shardings: the arrays are placed as these are.
 
-        CheckpointError where the step is damaged, or is a state of other arrays.
+        Returns:
+          (state, JSON object).
+
+        Raises:
+          CheckpointError: The step is damaged, or of a state with other arrays.
         """
-        self._check(step, like)
-        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
         try:
-            return self._manager.restore(step, args=args)["state"]
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return self._read(step, like)
+        except CheckpointError as error:
+            for older in sorted((s for s in self._manager.all_steps() if s < step), reverse=True):
+                with contextlib.suppress(CheckpointError):
+                    self._read(older, like)
+                    raise CheckpointError(
+                        f"{error}; the checkpoint of step {older} is whole: "
+                        f"resume from it with --restore_step={older}"
+                    ) from None
+            raise
+
+    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        self._check_names(step, like)
+        args = self._ocp.args
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        items = args.Composite(state=args.StandardRestore(abstract), info=args.JsonRestore())
+        try:
+            with drop_late_errors():
+                restored = self._manager.restore(step, args=items)
+            return restored["state"], restored["info"]
+        except Exception as error:  # of many kinds, from Orbax and its storage
             raise CheckpointError(
-                f"{self.path / str(step)} cannot be restored: {reason[:200]}"
+                f"{self.path / str(step)} is damaged or incomplete: {first_line(error)}"
             ) from None
 
-    def _check(self, step: int, like: Any) -> None:
-        """CheckpointError that says how the arrays of a step differ from those of ``like``."""
+    def _check_names(self, step: int, like: Any) -> None:
+        """Raises CheckpointError that says how the arrays of a step differ from ``like``."""
         tree = self._ocp.tree
         try:
             kept = self._manager.item_metadata(step)["state"].tree
-        except Exception:  # damaged: reading it will say how
+        except Exception:  # damaged: reading it says how
             return
         there, here = (
             {
@@ -210,31 +283,40 @@ class TrainingCheckpoints:
         reshaped = [k for k in here if k in there and here[k] != there[k]]
         differing = {
             "lacks": [k for k in here if k not in there],
-            "has beside them": [k for k in there if k not in here],
+            "has in addition": [k for k in there if k not in here],
             "has in another shape": [f"{k} {there[k]}, not {here[k]}" for k in reshaped],
         }
-        told = [
+        texts = [
             f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             for what, names in differing.items()
             if names
         ]
-        if told:
+        if texts:
             raise CheckpointError(
-                f"{self.path / str(step)} was written by other code: of the state's arrays it {'; it '.join(told)}. "
-                "Go on with the code that wrote it, or begin in another --workdir"
+                f"{self.path / str(step)} was written by another version: of the state's arrays "
+                f"it {'; it '.join(texts)}. Resume with the version that wrote it, or start in "
+                "another --workdir"
             )
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self._wait()
+        finally:
+            self._manager.close()
 
 
 class BestCheckpoints(TrainingCheckpoints):
-    """The ``keep`` best of a run's validations under ``workdir/best``, one a step, written as the regular checkpoints are.
+    """The best validations of a run, in ``workdir/best``, written as the other checkpoints are.
 
-    Each holds what was validated (the averaged parameters, and an averaged codebook) and nothing to go on from; beside it all the means, so that a
-    resumed run may ask for another ``metric``, the highest ("max") or lowest ("min") of which is the best.
+    Each has the validated weights (averaged parameters, an averaged codebook), from which no run
+    can resume, and all means, so that a resumed run may choose another metric.
+
+    Args:
+      workdir: The run folder.
+      keep: The number of steps to keep.
+      metric: Which of the means is compared.
+      mode: "max" or "min": which value is the best.
     """
 
     folder = "best"
@@ -244,28 +326,72 @@ class BestCheckpoints(TrainingCheckpoints):
         super().__init__(workdir, keep, best_fn=self._score, best_mode="max")
 
     def _score(self, means: dict[str, float]) -> float:
-        """Higher is better; what is not finite is worst."""
+        """Returns the metric, higher is better; what is not finite is worst."""
         score = self._sign * means.get(self.metric, math.nan)
         return score if math.isfinite(score) else -math.inf
 
     def best(self) -> int | None:
-        """The best step, or None; waits for one that is being written."""
-        self._manager.wait_until_finished()
+        """Returns the best step, or None; waits for one that is being written."""
+        self._wait()
         return self._manager.best_step()
 
     def offer(self, step: int, weights: Any, info: dict[str, Any], means: dict[str, float]) -> bool:
-        """Saves what was validated at ``step`` where it is among the best, and says whether it is the best of all.
+        """Saves a validated step if it is among the best; an existing step is kept.
 
-        A step that is there already is left as it is; of two that are equal the earlier stays.
+        Returns:
+          Whether it is the best of all. Of two that are equal the earlier one is better.
         """
-        self._manager.wait_until_finished()
-        there, score = self._manager.all_steps(), self._score(means)
-        others = [self._score(self._manager.metrics(other) or {}) for other in there]
-        if (
-            step in there
-            or score == -math.inf
-            or sum(other >= score for other in others) >= self.keep
-        ):
+        self._wait()
+        steps, score = self._manager.all_steps(), self._score(means)
+        others = [self._score(self._manager.metrics(other) or {}) for other in steps]
+        better = sum(other >= score for other in others)
+        if step in steps or score == -math.inf or better >= self.keep:
             return False
         self.save(step, weights, info, means)
         return score > max(others, default=-math.inf)
+
+
+# --------------------------------------------------------------------------- errors of libraries
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raises a full disk, which Orbax reports in several ways, as one CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        text = f"{error} {error.__cause__}"
+        full = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")
+        if not any(reason in text for reason in full):
+            raise
+        raise CheckpointError(
+            f"{path} cannot be written, the disk is full: make room and start the same command "
+            "again, it resumes from the last complete checkpoint"
+        ) from None
+
+
+@contextlib.contextmanager
+def drop_late_errors() -> Iterator[None]:
+    """Silences the reads that end after another one has failed.
+
+    Orbax reads arrays in parallel. When one fails, the threads and tasks of the others print
+    tracebacks at times of their own, so that the filter stays after an error.
+    """
+    shown, log = sys.unraisablehook, logging.getLogger("asyncio")
+    level = log.level
+
+    def hook(args: Any) -> None:
+        late = inspect.iscoroutine(args.object) or str(args.exc_value) == "Event loop is closed"
+        if not late:
+            shown(args)
+
+    sys.unraisablehook = hook
+    log.setLevel(logging.CRITICAL)
+    yield
+    sys.unraisablehook = shown
+    log.setLevel(level)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, at most 200 characters of it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -16,7 +16,7 @@ from ldm_jax.errors import PlanError, did_you_mean
 from ldm_jax.plan.chips import Topology, find_devices
 from ldm_jax.plan.flops import KINDS, PRODUCTS, count_flops, peak_bytes
 from ldm_jax.plan.programs import Compiled, Decode, Forward, Program, Step
-from ldm_jax.train.loop import check_config, check_rows
+from ldm_jax.train.config import check_config, check_rows, complete
 from ldm_jax.train.tasks.base import plain
 
 What = Literal["train", "forward", "decode"]
@@ -125,7 +125,7 @@ def plan(
     """
     if what not in get_args(What):
         raise PlanError(f"--what {what!r} does not exist{did_you_mean(what, get_args(What))}")
-    config = config.copy_and_resolve_references()
+    config = complete(config)
     check_config(config)
     devices, uncompiled = find_devices(topology) if compile else (None, "--nocompile")
     if what != "train":

@@ -14,7 +14,6 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from ldm_jax.conditioning.columns import Mask
 from ldm_jax.distributed.parallel import (
     ROWS,
     Target,
@@ -35,8 +34,8 @@ from ldm_jax.sampling.program import Form, decode, decode_part
 from ldm_jax.train.loop import over_rows
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
-from ldm_jax.train.tasks.base import TASKS, DiffusionTask
-from ldm_jax.train.tasks.diffusion_step import conditions
+from ldm_jax.train.tasks import task_class
+from ldm_jax.train.tasks.diffusion import prepare_conditions
 
 _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {},
@@ -93,8 +92,8 @@ class Program:
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
         self.config, self.mesh = config, mesh
-        self.task = TASKS[config.task](config, weights=False)
-        self.task.use({"scale_factor": 1.0})
+        task = task_class(config).from_config(config, weights=False)
+        self.task = task.with_measured({})
         self.frozen = jax.tree.map(_shape, self.task.frozen)
 
     def arguments(self, rows: int) -> tuple[Any, ...]:
@@ -115,25 +114,7 @@ class Program:
 
     def batch(self, rows: int) -> Any:
         """Shapes of a training batch of ``rows`` pictures."""
-        pixels = np.zeros((1, *self.config.data.size, 3), np.uint8)
-        raw: dict[str, Any] = {"image": pixels, "caption": [""]}
-        if isinstance(self.task, DiffusionTask) and self.task.conditions.condition is not None:
-            # No data are read. The null condition has the shapes of any other, except for masks,
-            # which the step turns into latents.
-            masked = isinstance(self.task.conditions.condition, Mask)
-            raw["encoded"] = pixels[..., :1] if masked else self.task.conditions.null()
-        if self.cached:
-            moments = jax.eval_shape(
-                lambda stage, x: stage.moments(x),
-                self.frozen["first_stage"],
-                jax.ShapeDtypeStruct(pixels.shape, jnp.float32),
-            )
-            raw = {
-                "moments": np.zeros(moments.shape, np.float16),
-                "encoded": self.task.host_batch(raw)["encoded"],
-                "caption": [""],
-            }
-        one = self.task.host_batch(raw)
+        one = self.task.example_batch(self.cached)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *np.shape(a)[1:]), a.dtype), one)
 
     def trace(self, rows: int, platform: str) -> Any:
@@ -192,10 +173,6 @@ class Step(Program):
     donated = (0,)
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh, zero1: bool, cached: bool):
-        if cached and config.task != "diffusion":
-            raise ConfigError(
-                "a latent cache is for a diffusion stage: plan this one without --cached"
-            )
         super().__init__(config, mesh)
         self.cached = cached
         self.tx = make_optimizer(config.optim, config.steps)
@@ -214,13 +191,13 @@ class Step(Program):
 
     def function(self, parts: int) -> Callable[..., Any]:
         """The task's step."""
-        return self.task.make_step(self.tx, seed=self.config.seed, ema=self.config.ema, parts=parts)
+        return self.task.make_step(self.tx, parts)
 
     def parameters(self) -> dict[str, int]:
         """Those that are trained, and those that are frozen."""
         parts = {name: _count(part) for name, part in self.state.params.items()}
-        if self.config.task == "autoencoder":
-            parts = {"first_stage": sum(parts.values())}
+        if self.task.exported_part:
+            parts = {self.task.exported_part: sum(parts.values())}
         for name, part in self.frozen.items():
             weights = part.params if name == "first_stage" else part
             if name in ("conditioner", "perceptual", "first_stage") and weights is not None:
@@ -251,11 +228,11 @@ class Sampling(Program):
     part = ""  # whose weights it reads
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
-        if config.task != "diffusion":
-            raise ConfigError("only a diffusion stage samples: plan the training of this one")
         super().__init__(config, mesh)
-        assert isinstance(self.task, DiffusionTask)
-        self.model, stage = self.task.model, self.frozen["first_stage"]
+        model = self.task.sampling_model()
+        if model is None:
+            raise ConfigError("only a diffusion stage samples: plan the training of this one")
+        self.model, stage = model, self.frozen["first_stage"]
         if stage.module is None and self.part == "first_stage":
             raise ConfigError("this model makes pixels: there is nothing to decode")
         params = jax.eval_shape(self.task.init, jax.random.key(0))
@@ -297,7 +274,7 @@ class Forward(Sampling):
         """Weights, z, t and the condition."""
 
         def condition(params: Any, stage: Any, batch: Any) -> Any:
-            return self.model.conditioner(params, conditions(self.model, stage, batch))
+            return self.model.conditioner(params, prepare_conditions(self.model, stage, batch))
 
         cond = jax.eval_shape(condition, self.params["conditioner"], self.stage, self.batch(rows))
         z = jax.ShapeDtypeStruct((rows, *self.latent), jnp.float32)

@@ -7,13 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ldm_jax.errors import ConfigError, did_you_mean
+
 KINDS = ("adamw", "adafactor")
 
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
-    """Warm-up over ``config.warmup`` steps to ``config.lr``, then "constant", or "cosine" or "linear" to ``config.final`` * lr at ``steps``.
+    """Returns the learning rate by step.
 
-    "cycles_cosine" and "cycles_linear" are the original's schedules instead: see `cycles`.
+    Args:
+      config: The config's "optim". Over ``warmup`` steps the rate rises to ``lr``; then ``decay``
+        is "constant", or "cosine" or "linear" to ``final`` * lr at the last step. "cycles_cosine"
+        and "cycles_linear" are the original's schedules instead, see `cycles`.
+      steps: The number of steps of the run.
     """
     if config.decay in ("cycles_cosine", "cycles_linear"):
         factor = cycles(config.cycles, config.decay.removeprefix("cycles_"))
@@ -25,46 +31,50 @@ def learning_rate(config: Any, steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(config.lr, config.lr * config.final, rest),
     }
     if config.decay not in decays:
-        known = ", ".join([*decays, "cycles_cosine", "cycles_linear"])
-        raise ValueError(f"optim.decay {config.decay!r} does not exist (have {known})")
+        known = [*decays, "cycles_cosine", "cycles_linear"]
+        raise ConfigError(
+            f"optim.decay {config.decay!r} does not exist{did_you_mean(config.decay, known)}"
+        )
     if not config.warmup:
         return decays[config.decay]
-    # The first step already learns: warm-up counts from 1.
+    # Warm-up counts from 1, so that the first step learns.
     warm = optax.linear_schedule(config.lr / config.warmup, config.lr, max(config.warmup - 1, 1))
     return optax.join_schedules([warm, decays[config.decay]], [config.warmup])
 
 
 def cycles(config: Any, shape: str) -> optax.Schedule:
-    """What the learning rate is multiplied by in the original (ldm/lr_scheduler.py): the multi-cycle LambdaWarmUpCosineScheduler2 and
-    LambdaLinearScheduler, and with one cycle LambdaWarmUpCosineScheduler.
+    """Returns the factor of the learning rate as in the original's ldm/lr_scheduler.py.
 
-    ``config`` has a number for each cycle: ``lengths`` in steps, ``warmup`` of them from factor ``start`` to ``high``, then down to ``low`` along
-    half a cosine, or linearly; the linear one falls as if from the cycle's beginning, as in the original. After the last cycle its end stays.
+    LambdaWarmUpCosineScheduler2 and LambdaLinearScheduler, and with one cycle
+    LambdaWarmUpCosineScheduler. A cycle rises from ``start`` to ``high`` over ``warmup`` steps and
+    falls to ``low`` at its end, where the last one stays. The linear fall is measured from the
+    cycle's beginning, as in the original.
+
+    Args:
+      config: One number per cycle of ``lengths`` and ``warmup`` (steps), ``start``, ``high`` and
+        ``low`` (factors).
+      shape: "cosine" or "linear".
     """
     names = ("lengths", "warmup", "start", "high", "low")
     table = {name: np.atleast_1d(np.asarray(config[name], np.float32)) for name in names}
+    lengths, warmups = table["lengths"], table["warmup"]
     sizes = {len(values) for values in table.values()}
-    if (
-        len(sizes) != 1
-        or 0 in sizes
-        or (table["lengths"] <= 0).any()
-        or (table["warmup"] >= table["lengths"]).any()
-    ):
-        raise ValueError(
-            f"optim.cycles: {', '.join(names)} need one number for each cycle, and warmup less than its length"
+    if len(sizes) != 1 or 0 in sizes or (lengths <= 0).any() or (warmups >= lengths).any():
+        raise ConfigError(
+            f"optim.cycles: {', '.join(names)} need one number for each cycle, and a warmup that "
+            "is less than the length"
         )
-    ends = np.cumsum(table["lengths"])
+    ends = np.cumsum(lengths)
 
     def factor(step: Any) -> jax.Array:
-        # A cycle's last step is that at which the next begins to count.
+        # The last step of a cycle is step 0 of the next.
         i = jnp.minimum(jnp.searchsorted(ends, jnp.float32(step)), len(ends) - 1)
         length, warmup, start, high, low = (jnp.asarray(table[name])[i] for name in names)
         n = jnp.minimum(step - (jnp.asarray(ends)[i] - length), length)
         rising = start + (high - start) * n / jnp.maximum(warmup, 1)
         if shape == "cosine":
-            falling = low + 0.5 * (high - low) * (
-                1 + jnp.cos(jnp.pi * (n - warmup) / (length - warmup))
-            )
+            angle = jnp.pi * (n - warmup) / (length - warmup)
+            falling = low + 0.5 * (high - low) * (1 + jnp.cos(angle))
         else:
             falling = low + (high - low) * (length - n) / length
         return jnp.where(n < warmup, rising, falling)
@@ -72,8 +82,8 @@ def cycles(config: Any, shape: str) -> optax.Schedule:
     return factor
 
 
-def scaled(config: Any, batch_size: int) -> Any:
-    """The optimiser's config with the learning rate that is meant: times the global batch's size where ``scale_lr`` is on (the original's way)."""
+def with_scaled_rate(config: Any, batch_size: int) -> Any:
+    """Returns "optim" with lr times the global batch size where ``scale_lr`` is set."""
     if not config.scale_lr:
         return config
     config = config.copy_and_resolve_references()
@@ -81,28 +91,30 @@ def scaled(config: Any, batch_size: int) -> Any:
     return config
 
 
-def told_rate(config: Any, batch_size: int) -> str:
-    """The learning rate that is meant, for people."""
-    meant = f"learning rate {scaled(config, batch_size).lr:.4g}"
+def describe_rate(config: Any, batch_size: int) -> str:
+    """Describes the learning rate for the log."""
+    text = f"learning rate {with_scaled_rate(config, batch_size).lr:.4g}"
     return (
-        f"{meant} = {config.lr:.4g} x {batch_size} pictures in a batch"
-        if config.scale_lr
-        else meant
+        f"{text} = {config.lr:.4g} x {batch_size} pictures in a batch" if config.scale_lr else text
     )
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm (``config.clip``; 0 for none), then AdamW (Loshchilov & Hutter 2019) or Adafactor (Shazeer & Stern 2018).
+    """Builds the optimiser of a config's "optim".
 
-    ``config.mu_dtype`` is the type of the first moments. Adafactor keeps its second moments as a row and a column for each matrix, and takes the
-    learning rate as it is, not relative to the parameters' size.
+    Clipping by global norm (``clip``; 0 for none), then AdamW (Loshchilov & Hutter 2019,
+    arXiv:1711.05101) or Adafactor (Shazeer & Stern 2018, arXiv:1804.04235). ``mu_dtype`` is the
+    type of the first moments. Adafactor keeps the second moments of a matrix as a row and a
+    column; its learning rate is not relative to the size of the parameters.
     """
     rate = learning_rate(config, steps)
     if config.kind == "adafactor":
-        momentum = {"momentum": config.b1 or None, "dtype_momentum": config.mu_dtype}
-        decay = config.weight_decay or None
         chosen = optax.adafactor(
-            rate, multiply_by_parameter_scale=False, weight_decay_rate=decay, **momentum
+            rate,
+            multiply_by_parameter_scale=False,
+            weight_decay_rate=config.weight_decay or None,
+            momentum=config.b1 or None,
+            dtype_momentum=config.mu_dtype,
         )
     else:
         moments = {"b1": config.b1, "b2": config.b2, "mu_dtype": config.mu_dtype}

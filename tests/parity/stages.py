@@ -33,7 +33,7 @@ from ldm_jax.train.tasks.adversarial import (
     judge,
     make_nll,
 )
-from ldm_jax.train.tasks.autoencoder_step import code_metrics
+from ldm_jax.train.tasks.autoencoder import code_metrics
 
 from . import checkpoints
 from .golden import Case, NotYet, nchw, shapes_of

@@ -23,7 +23,7 @@ from ldm_jax.plan.programs import Compiled, Step, out_of_memory
 from ldm_jax.plan.report import as_dict, as_row, as_text
 from ldm_jax.plan.roofline import LAUNCH_SECONDS
 from ldm_jax.plan.roofline import kernels as kernels_of
-from ldm_jax.train.tasks.base import TASKS
+from ldm_jax.train.tasks import TASKS
 
 # SMALL_KL: seven residual blocks of two 3x3 convolutions 32 -> 32, and convolutions 3 -> 32,
 # 32 -> 8, 4 -> 32, 32 -> 3.
@@ -209,7 +209,9 @@ def test_a_frozen_conditioner_is_not_trained(diffusion):
 )
 def test_the_large_configs_are_the_released_architectures(config, expected):
     config = config.get_config()
-    params = jax.eval_shape(TASKS[config.task](config, weights=False).init, jax.random.key(0))
+    params = jax.eval_shape(
+        TASKS[config.task].from_config(config, weights=False).init, jax.random.key(0)
+    )
     sizes = {
         name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in params.items()
     }
@@ -402,7 +404,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 def test_mistakes_end_in_one_line(first_stage, diffusion):
     cpu = parse_topology("cpu:8")
-    with pytest.raises(ConfigError, match="plan this one without --cached"):
+    with pytest.raises(ConfigError, match="trains on pictures"):
         plan(first_stage, cpu, cached=True)
     with pytest.raises(ConfigError, match="only a diffusion stage samples"):
         plan(first_stage, cpu, what="forward")

@@ -23,9 +23,8 @@ from ldm_jax.train.check import check
 from ldm_jax.train.encode import check_cache, encode
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
-from ldm_jax.train.tasks import base as tasks
-from ldm_jax.train.tasks import diffusion_step
-from ldm_jax.train.tasks.base import DiffusionTask
+from ldm_jax.train.tasks import diffusion as tasks
+from ldm_jax.train.tasks.diffusion import DiffusionTask
 
 NAMES = ("circle", "square", "star")
 BERT = {**SMALL["conditioner"], "vocab_size": 1100}
@@ -164,7 +163,7 @@ def test_every_kind_of_conditioner_is_here():
 def test_a_step_of_every_kind(make, kind, monkeypatch):
     """Shapes alone, without compiling: what the network is told fits it, and everything trained gets a gradient."""
     config = make(kind)
-    task = DiffusionTask(config)
+    task = DiffusionTask.from_config(config)
     batch = task.host_batch(next(make_loader(config, "train").iterate()))
     params = jax.eval_shape(task.init, jax.random.key(0))
     seen = []
@@ -175,8 +174,9 @@ def test_a_step_of_every_kind(make, kind, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(type(task.model.conditioner), "__call__", spy)
-    loss = diffusion_step.make_loss(task.model, config.loss, 0)
-    grads = jax.eval_shape(jax.grad(lambda p: loss(p, task.frozen, batch, jnp.int32(0))[0]), params)
+    grads = jax.eval_shape(
+        jax.grad(lambda p: task.loss(p, task.frozen, batch, jnp.int32(0), True)[0]), params
+    )
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     _, _, joined, context = KINDS[kind]
     assert seen[0].concat is None if not joined else seen[0].concat.shape == (8, 8, 8, joined)
@@ -261,7 +261,7 @@ def test_a_run_of_inpainting_goes_on_and_shows_what_it_makes(make, kind, tmp_pat
 def test_text_beside_a_masked_picture_is_dropped_alone(make, monkeypatch):
     config = make("hybrid")
     config.loss.caption_dropout = 1.0
-    task, told = DiffusionTask(config), []
+    task, told = DiffusionTask.from_config(config), []
     batch, params = (
         task.host_batch(next(make_loader(config, "train").iterate())),
         task.init(jax.random.key(0)),
@@ -273,9 +273,8 @@ def test_text_beside_a_masked_picture_is_dropped_alone(make, monkeypatch):
         return call(self, params, encoded, **options)
 
     monkeypatch.setattr(Hybrid, "__call__", spy)
-    loss = diffusion_step.make_loss(task.model, config.loss, 0)
     for training in (True, False):
-        loss(params, task.frozen, batch, jnp.int32(0), train=training)
+        task.loss(params, task.frozen, batch, jnp.int32(0), training)
     np.testing.assert_array_equal(
         told[0]["text"], np.broadcast_to(task.conditions.null(), told[0]["text"].shape)
     )
@@ -301,9 +300,9 @@ def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
     config.model.first_stage.path = str(tmp_path)
     config.preview_captions = ("1", "2", "3")
     task, forms, compiled, shades = (
-        DiffusionTask(config),
+        DiffusionTask.from_config(config),
         [],
-        tasks._preview,
+        tasks.sample_preview,
         iter(range(50, 250, 50)),
     )
 
@@ -314,8 +313,8 @@ def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
         shapes = jax.eval_shape(lambda *arrays: compiled(*arrays, form), *arrays)
         return jax.tree.map(lambda s: np.full(s.shape, shade, s.dtype), shapes)
 
-    monkeypatch.setattr(tasks, "_preview", traced)
-    monkeypatch.setattr(tasks, "_reconstruct", lambda stage, batch: 255 - batch["image"])
+    monkeypatch.setattr(tasks, "sample_preview", traced)
+    monkeypatch.setattr(tasks, "reconstruct", lambda stage, batch: 255 - batch["image"])
     raw = next(make_loader(config, "validation").batches(1))
     sheet = task.preview(jax.eval_shape(task.init, jax.random.key(0)), task.frozen, raw)
     assert sheet.shape == (5 * 18 + 2, 8 * 18 + 2, 3)
@@ -335,7 +334,9 @@ def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
 def test_a_frozen_text_beside_masked_pictures_is_that_of_another_model(make, tmp_path):
     made = {
         "unet": {},
-        "conditioner": jax.jit(DiffusionTask(make("text")).init)(jax.random.key(7))["conditioner"],
+        "conditioner": jax.jit(DiffusionTask.from_config(make("text")).init)(jax.random.key(7))[
+            "conditioner"
+        ],
     }
     save_model(tmp_path / "text", {"kind": "latent_diffusion", "conditioner": dict(BERT)}, made)
     config = make("hybrid")
@@ -343,12 +344,12 @@ def test_a_frozen_text_beside_masked_pictures_is_that_of_another_model(make, tmp
         {"kind": "bert", "path": str(tmp_path / "text"), "frozen": True}
     )
     assert check(config, tmp_path / "sheet.png") == []
-    task = DiffusionTask(config)
+    task = DiffusionTask.from_config(config)
     assert set(jax.eval_shape(task.init, jax.random.key(0))) == {"unet"}
     assert task.model_config["conditioner"]["text"] == BERT
     jax.tree.map(np.testing.assert_array_equal, task.frozen["conditioner"], made["conditioner"])
     config.model.conditioner.text = ConfigDict({**BERT, "path": "not made yet", "frozen": True})
-    planned = DiffusionTask(config, weights=False)
+    planned = DiffusionTask.from_config(config, weights=False)
     shapes = jax.tree.map(lambda leaf: leaf.shape, planned.frozen["conditioner"])
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, made["conditioner"])
 
@@ -357,13 +358,15 @@ def test_a_frozen_conditioner_is_read_and_kept_but_not_trained(make, tmp_path, n
     config = make("text")
     made = {
         "unet": {},
-        "conditioner": jax.jit(DiffusionTask(config).init)(jax.random.key(7))["conditioner"],
+        "conditioner": jax.jit(DiffusionTask.from_config(config).init)(jax.random.key(7))[
+            "conditioner"
+        ],
     }
     save_model(tmp_path / "text", {"kind": "latent_diffusion", "conditioner": dict(BERT)}, made)
     config.model.conditioner = ConfigDict(
         {"kind": "bert", "path": str(tmp_path / "text"), "frozen": True}
     )
-    task = DiffusionTask(config)
+    task = DiffusionTask.from_config(config)
     assert set(jax.eval_shape(task.init, jax.random.key(0))) == {"unet"}
     assert task.model_config["conditioner"] == BERT  # whole, and without a word of training
     saved, params = load_model(train(config, tmp_path / "run"))
@@ -460,7 +463,7 @@ def test_what_does_not_fit_is_said_in_one_line(make, kind, changes, message):
                 section = section[part]
             section[last] = value
     with pytest.raises(ValueError, match=message) as caught:
-        DiffusionTask(config)
+        DiffusionTask.from_config(config)
     assert "\n" not in str(caught.value)
 
 
@@ -468,12 +471,12 @@ def test_classes_of_numbers_and_given_names(make):
     config = make("class")
     config.data.condition.column = "number"
     config.model.conditioner.n_classes = 4
-    assert "classes" not in DiffusionTask(config).model_config
+    assert "classes" not in DiffusionTask.from_config(config).model_config
     batch = next(make_loader(config, "train").iterate())
     np.testing.assert_array_equal(batch["condition"], batch["index"] % 3)
     config = make("class")
     config.model.classes = ("star", "circle", "square")  # in this order
-    task = DiffusionTask(config)
+    task = DiffusionTask.from_config(config)
     assert task.model_config["classes"] == ["star", "circle", "square"]
     raw = next(make_loader(config, "train").iterate())
     np.testing.assert_array_equal(task.host_batch(raw)["encoded"], (raw["index"] + 1) % 3)
@@ -483,16 +486,16 @@ def test_classes_are_cached_and_masks_cannot_be(make, tmp_path):
     config = make("class")
     pictures = next(make_loader(config, "train").iterate())
     config.data.cache = str(encode(config, tmp_path / "cache", shard_size=64))
-    check_cache(config, DiffusionTask(config))
+    check_cache(config, DiffusionTask.from_config(config))
     latents = next(make_loader(config, "train").iterate())
     np.testing.assert_array_equal(latents["condition"], pictures["condition"])
-    batch = DiffusionTask(config).host_batch(latents)
+    batch = DiffusionTask.from_config(config).host_batch(latents)
     np.testing.assert_array_equal(batch["encoded"], pictures["condition"])
     config.model.classes = ("star", "circle", "square")
     with pytest.raises(
         DataError, match=r"made with model.classes=\['circle', 'square', 'star'\], not \['star'"
     ):
-        check_cache(config, DiffusionTask(config))
+        check_cache(config, DiffusionTask.from_config(config))
     config = make("masked")
     config.data.cache = "somewhere"
     with pytest.raises(ConfigError, match="holds captions, classes and vectors only"):
@@ -504,17 +507,17 @@ def test_vectors_are_cached_and_dropped_for_zeros(make, tmp_path):
     pictures = next(make_loader(config, "train").iterate())
     assert pictures["condition"].shape == (8, 2, 16)
     np.testing.assert_array_equal(pictures["condition"][:, 0, 0], pictures["index"])
-    assert not DiffusionTask(config).conditions.null().any()
+    assert not DiffusionTask.from_config(config).conditions.null().any()
     config.data.cache = str(encode(config, tmp_path / "cache", shard_size=64))
-    check_cache(config, DiffusionTask(config))
+    check_cache(config, DiffusionTask.from_config(config))
     latents = next(make_loader(config, "train").iterate())
     np.testing.assert_array_equal(latents["condition"], pictures["condition"])
     np.testing.assert_array_equal(
-        DiffusionTask(config).host_batch(latents)["encoded"], pictures["condition"]
+        DiffusionTask.from_config(config).host_batch(latents)["encoded"], pictures["condition"]
     )
     config.model.conditioner.count = 1
     with pytest.raises(DataError, match=r"made with vectors=\[2, 16\], not \[1, 16\]"):
-        check_cache(config, DiffusionTask(config))
+        check_cache(config, DiffusionTask.from_config(config))
 
 
 def test_a_check_of_the_data_names_pictures_with_too_few_vectors(make, tmp_path):
@@ -527,10 +530,10 @@ def test_a_check_of_the_data_names_pictures_with_too_few_vectors(make, tmp_path)
 
 def test_offset_noise_moves_whole_channels(make, monkeypatch):
     """Seen where the noise arrives."""
-    task = DiffusionTask(make("none"))
+    task = DiffusionTask.from_config(make("none"))
     seen = []
     monkeypatch.setattr(
-        diffusion_step, "q_sample", lambda s, z, t, noise: (seen.append(np.asarray(noise)), z)[1]
+        tasks, "q_sample", lambda s, z, t, noise: (seen.append(np.asarray(noise)), z)[1]
     )
     monkeypatch.setattr(type(task.model), "apply", lambda self, p, x, *_, **__: x)
     n = 600
@@ -540,10 +543,8 @@ def test_offset_noise_moves_whole_channels(make, monkeypatch):
         "encoded": None,
     }
     for offset in (0.0, 0.5):
-        config = base("diffusion").loss
-        config.offset_noise = offset
-        loss = diffusion_step.make_loss(task.model, config, 0)
-        loss({"unet": {}, "conditioner": {}}, task.frozen, batch, jnp.int32(0))
+        task.config.loss.offset_noise = offset
+        task.loss({"unet": {}, "conditioner": {}}, task.frozen, batch, jnp.int32(0), True)
         # The mean over a channel of 64 pixels has the variance 1 / 64, and what is added.
         means = seen[-1].mean((1, 2))
         np.testing.assert_allclose(means.var(), 1 / 64 + offset**2, rtol=0.15)

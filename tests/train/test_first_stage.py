@@ -16,12 +16,18 @@ from ldm_jax.distributed.parallel import compile_step, make_mesh
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.ldm import build_first_stage
-from ldm_jax.train.initial import adopted
+from ldm_jax.train.start import with_parameters
 from ldm_jax.train.state import TrainState, create_state
-from ldm_jax.train.tasks import adversarial, autoencoder_step
-from ldm_jax.train.tasks import base as tasks
+from ldm_jax.train.tasks import adversarial, autoencoder
 from ldm_jax.train.tasks.adversarial import Adversary, generator_gradients, make_nll
-from ldm_jax.train.tasks.codebook import USED, enough, restart_codes, spread, used
+from ldm_jax.train.tasks.autoencoder import AutoencoderTask
+from ldm_jax.train.tasks.codebook import (
+    DEAD,
+    candidate_count,
+    candidate_places,
+    restart_codes,
+    update_usage,
+)
 
 VQ = {**SMALL_KL, "kind": "vq", "n_embed": 12, "quantizer": "ema"}
 
@@ -111,7 +117,7 @@ def test_d_weight_is_bounded_by_the_cap_alone(monkeypatch):
 
 def test_the_temperature_falls_by_half_a_cosine():
     config = SimpleNamespace(temperature=2.0, temperature_final=0.5, temperature_steps=10)
-    found = [float(autoencoder_step.temperature(config, jnp.int32(n))) for n in (0, 5, 10, 20)]
+    found = [float(autoencoder.temperature(config, jnp.int32(n))) for n in (0, 5, 10, 20)]
     np.testing.assert_allclose(found, [2.0, 1.25, 0.5, 0.5], rtol=1e-6)
 
 
@@ -124,11 +130,11 @@ def test_every_config_builds_and_those_of_the_original_have_no_guards(name):
         *(["parity", "small", "small_parity"] if "photos" in name else []),
     ):
         config = get_config(variant)
-        task = tasks.AutoencoderTask(config)
+        task = AutoencoderTask.from_config(config)
         assert (task.adversary is None) == (name == "emoji_kl")
         if variant.endswith("parity"):
             assert task.adversary is not None
-            assert (config.updates, task.most_rollbacks, config.loss.restart_codes) == (
+            assert (config.updates, task.max_rollbacks, config.loss.restart_codes) == (
                 "parity",
                 0,
                 False,
@@ -140,7 +146,7 @@ def test_every_config_builds_and_those_of_the_original_have_no_guards(name):
                 config.guard.rise,
             ) == (0, 0, 0, 0)
         elif task.adversary is not None:
-            assert task.most_rollbacks > 0 < task.adversary.cap
+            assert task.max_rollbacks > 0 < task.adversary.cap
             assert config.adversary.start + task.adversary.ramp <= config.steps  # it is reached
     with pytest.raises(ValueError, match="no variant 'smok'"):
         get_config("smok")
@@ -158,7 +164,7 @@ def test_dead_codes_start_again_on_encodings_of_the_batch():
         {"quantize": {"embedding": average}},
         opt_state=None,
     )
-    usage = jnp.array([1.0, 0.0, 0.5, USED / 2, 0.0, 2.0])
+    usage = jnp.array([1.0, 0.0, 0.5, DEAD / 2, 0.0, 2.0])
     candidates = rng.standard_normal((2, 1, 3)).astype(
         np.float32
     )  # two encodings for three dead codes
@@ -176,29 +182,26 @@ def test_dead_codes_start_again_on_encodings_of_the_batch():
 def test_a_code_that_is_never_chosen_dies_and_one_in_equal_use_lives():
     usage = jnp.ones(4)
     for _ in range(500):
-        usage = used(usage, jnp.array([0.75, 0.25, 0.0, 0.0]))
-    assert list(np.asarray(usage) > USED) == [True, True, False, False]
+        usage = update_usage(usage, jnp.array([0.75, 0.25, 0.0, 0.0]))
+    assert list(np.asarray(usage) > DEAD) == [True, True, False, False]
     np.testing.assert_allclose(usage[:2], [3.0, 1.0], rtol=0.02)
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 100), (4, 64), (100, 16)])
 def test_a_batch_has_candidates_for_all_codes_where_it_has_as_many_encodings(rows, count):
-    assert enough(256, 100, rows) == count
-    places = np.asarray(spread(jax.random.key(rows), count, 100))
+    assert candidate_count(256, 100, rows) == count
+    places = np.asarray(candidate_places(jax.random.key(rows), count, 100))
     assert len(set(places) & set(range(100))) == count
 
 
 def test_new_codes_start_on_encodings_of_the_first_batch_and_trained_ones_stay():
     module, key = build_first_stage({"first_stage": {**VQ, "quantizer": "vq"}}), jax.random.key(0)
     params = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
-    config, tx = base("autoencoder").loss, optax.sgd(0.0)
-    config.restart_codes = True
-    step = jax.jit(autoencoder_step.make_step(module, tx, config, seed=0, ema=0.9, parts=2))
+    tx, task = optax.sgd(0.0), AutoencoderTask(config_of(restart_codes=True), module)
+    step = jax.jit(task.make_step(tx, parts=2))
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     batch = {"image": images, "row": np.arange(4, dtype=np.int32)}
-    new = jax.device_put(
-        create_state(params, tx, True, autoencoder_step.make_extra(module, key, new_codes=True))
-    )
+    new = jax.device_put(create_state(params, tx, True, task.extra(key)))
     begun, metrics = step(new, {}, batch)
     codes, before = begun.params["quantize"]["embedding"], params["quantize"]["embedding"]
     moved = np.flatnonzero((np.asarray(codes) != before).any(1))
@@ -210,13 +213,20 @@ def test_new_codes_start_on_encodings_of_the_first_batch_and_trained_ones_stay()
     _, metrics = step(begun, {}, batch)
     assert (float(metrics["codebook_use"]), int(metrics["restarted"])) == (1.0, 0)
 
-    kept = adopted(new, {"quantize/embedding": before})
+    kept = with_parameters(new, {"quantize/embedding": before})
     kept, metrics = step(kept, {}, batch)
     assert int(metrics["restarted"]) == 0
     np.testing.assert_array_equal(kept.params["quantize"]["embedding"], before)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the step
+
+
+def config_of(**loss):
+    config = base("autoencoder")
+    config.ema = 0.9
+    config.loss.update(loss)
+    return config
 
 
 class Setup(SimpleNamespace):
@@ -228,43 +238,27 @@ def make_setup(fields, *, fused=True, actnorm=False, loss="hinge", **changes) ->
     module = build_first_stage({"first_stage": fields})
     assert module is not None
     params = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
-    config = base("autoencoder").loss
-    config.update(changes)
-    if config.learn_logvar:
+    config = config_of(**changes)
+    config.update(updates="fused" if fused else "parity")
+    config.guard.rollbacks = 1
+    if config.loss.learn_logvar:
         params["logvar"] = np.float32(0.1)
     # Not Adam: it divides by the gradient's size, so that where this is nearly zero rounding decides the sign of a whole step.
     tx, disc_tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.02)), optax.sgd(0.1)
     adversary = Adversary(
         PatchDiscriminator(ndf=4, n_layers=1, use_actnorm=actnorm), loss=loss, start=1, weight=0.5
     )
-    extra = jax.jit(
-        lambda key: autoencoder_step.make_extra(
-            module, key, adversary=adversary, disc_tx=disc_tx, guard=True
-        )
-    )(key)
-    if "usage" in extra:
-        extra["usage"] = (
-            extra["usage"].at[3].set(USED / 2)
-        )  # dead after this step, unless it is chosen
-    step = autoencoder_step.make_step(
-        module,
-        tx,
-        config,
-        seed=0,
-        ema=0.9,
-        parts=1,
-        adversary=adversary,
-        disc_tx=disc_tx,
-        fused=fused,
-    )
+    task = AutoencoderTask(config, module, adversary, disc_tx)
+    extra = jax.jit(task.extra)(key)
+    if "usage" in extra:  # one code is dead after this step, unless it is chosen
+        extra["usage"] = jnp.ones_like(extra["usage"]).at[3].set(DEAD / 2)
+    step = task.make_step(tx, parts=1)
     images = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
     batch = {"image": images, "row": np.arange(8, dtype=np.int32)}
     return Setup(
         step=step,
         state=create_state(params, tx, True, extra),
         batch=batch,
-        module=module,
-        config=config,
     )
 
 
@@ -392,23 +386,17 @@ def test_codes_that_are_parameters_are_trained(quantizer, codes):
         jax.random.key(0),
         optax.sgd(0.1),
     )
-    config = base("autoencoder").loss
+    task = AutoencoderTask(config_of(), module)
     params = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
-    state = create_state(params, tx, True, autoencoder_step.make_extra(module, key))
-    step = jax.jit(
-        autoencoder_step.make_step(
-            module, tx, config, seed=0, ema=0.9, parts=2 if quantizer == "vq" else 1
-        )
-    )
+    state = create_state(params, tx, True, task.extra(key))
+    step = jax.jit(task.make_step(tx, parts=2 if quantizer == "vq" else 1))
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     batch = {"image": images, "row": np.arange(4, dtype=np.int32)}
     after, metrics = step(state, {}, batch)
     assert worst(after.params["quantize"][codes], params["quantize"][codes]) > 1e-6
     assert float(metrics["quant_loss"]) > 0
     assert 1 <= float(metrics["perplexity"]) <= 12
-    found = jax.eval_shape(
-        lambda: autoencoder_step.evaluate(module, config, None, {"params": after.ema}, {}, batch)
-    )
+    found = jax.eval_shape(lambda: task.evaluate({"params": after.ema}, {}, batch))
     assert {"loss", "psnr", "quant_loss", "perplexity", "cluster_usage"} <= found.keys()
 
 
@@ -417,7 +405,7 @@ def test_the_guard_compares_with_no_few_lucky_batches():
     losses = [0.2, *(0.5 for _ in range(150)), *(1.5 for _ in range(100))]
     rises = []
     for step, loss in enumerate(losses):
-        guard = autoencoder_step.watched(guard, jnp.float32(loss), jnp.int32(step))
+        guard = autoencoder.update_guard(guard, jnp.float32(loss), jnp.int32(step))
         rises.append(float(guard["recent"] / guard["lowest"]))
     assert max(rises[:99]) == 0  # nothing to compare with yet
     assert 0.99 < max(rises[99:151]) < 1.01

@@ -91,7 +91,7 @@ def test_the_last_batch_and_pictures_that_cannot_be_read_are_marked(
     config,
     pictures,
     cache,
-    tmp_path,  # noqa: F811
+    tmp_path,
 ):
     latents = make_loader(with_cache(config, cache), "validation")
     count = latents.count
@@ -183,7 +183,7 @@ def test_what_cannot_be_cached_is_said_at_once(config, pictures, first_stage, tm
     config.data.crop = "center"
     with pytest.raises(ConfigError, match="multiple of 8, not 12"):
         encode(config, tmp_path / "cache", shard_size=12)
-    with pytest.raises(ConfigError, match="only a diffusion stage"):
+    with pytest.raises(ConfigError, match="a first stage trains on pictures"):
         train(
             with_cache(make_config("autoencoder", pictures, first_stage), tmp_path),
             tmp_path / "run",

@@ -15,9 +15,11 @@ from ldm_jax.distributed.parallel import compile_step, make_mesh, shardings, sta
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.ldm import FirstStage, build, build_first_stage, init_params
 from ldm_jax.train.loop import over_rows
-from ldm_jax.train.optim import learning_rate, make_optimizer, scaled, told_rate
-from ldm_jax.train.state import accumulate, apply_gradients, create_state
-from ldm_jax.train.tasks import autoencoder_step, diffusion_step
+from ldm_jax.train.optim import describe_rate, learning_rate, make_optimizer, with_scaled_rate
+from ldm_jax.train.state import apply_gradients, create_state, scan_parts
+from ldm_jax.train.tasks import diffusion
+from ldm_jax.train.tasks.autoencoder import AutoencoderTask
+from ldm_jax.train.tasks.diffusion import DiffusionTask
 
 # ------------------------------------------------------------------------------------------------------------------ learning rate
 
@@ -79,12 +81,12 @@ def test_the_original_s_cycles(shape):
 def test_the_learning_rate_that_is_meant_is_said():
     config = base("diffusion").optim
     config.lr = 1e-6
-    assert scaled(config, 48).lr == 1e-6
-    assert told_rate(config, 48) == "learning rate 1e-06"
+    assert with_scaled_rate(config, 48).lr == 1e-6
+    assert describe_rate(config, 48) == "learning rate 1e-06"
     config.scale_lr = True
-    assert scaled(config, 48).lr == pytest.approx(48e-6)
+    assert with_scaled_rate(config, 48).lr == pytest.approx(48e-6)
     assert config.lr == 1e-6
-    assert told_rate(config, 48) == "learning rate 4.8e-05 = 1e-06 x 48 pictures in a batch"
+    assert describe_rate(config, 48) == "learning rate 4.8e-05 = 1e-06 x 48 pictures in a batch"
 
 
 def test_gradients_are_clipped_where_that_is_asked_for():
@@ -120,7 +122,8 @@ def test_average_follows_its_rule():
     for n, (gradient, decay) in enumerate([(-1.0, 2 / 11), (-2.0, 0.2), (5.0, 0.2)], start=1):
         x -= gradient
         expected = decay * expected + (1 - decay) * x
-        state = apply_gradients(state, {"x": jnp.array(gradient)}, tx, 0.2)
+        state, metrics = apply_gradients(state, {"x": jnp.array(gradient)}, {}, tx, 0.2)
+        assert metrics == {"grad_norm": abs(gradient)}
         assert int(state.step) == n
         np.testing.assert_allclose(state.ema["x"], expected, rtol=1e-6)
         np.testing.assert_allclose(state.params["x"], x, rtol=1e-6)
@@ -128,18 +131,18 @@ def test_average_follows_its_rule():
 
 def test_no_average_is_kept_where_none_is_asked_for():
     tx = optax.sgd(1.0)
-    state = apply_gradients(
-        create_state({"x": jnp.array(0.0)}, tx, ema=False), {"x": jnp.array(1.0)}, tx, 0.5
-    )
+    state = create_state({"x": jnp.array(0.0)}, tx, ema=False)
+    state, _ = apply_gradients(state, {"x": jnp.array(1.0)}, {}, tx, 0.5)
     assert state.ema is None
 
 
 # ------------------------------------------------------------------------------------------------------------- whole training steps
 
 
-def loss_config(task: str, **changes) -> ConfigDict:
-    config = base(task).loss
-    config.update(changes)
+def config_of(task: str, seed: int = 0, **loss) -> ConfigDict:
+    config = base(task)
+    config.update(seed=seed, ema=0.9)
+    config.loss.update(loss)
     return config
 
 
@@ -157,12 +160,9 @@ def setups():
 
     module = build_first_stage(SMALL)
     first_stage = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
-    of_autoencoder = loss_config("autoencoder", kind="l2", kl_weight=1e-3)
-    of_diffusion = loss_config("diffusion", caption_dropout=0.3, min_snr_gamma=5.0)
+    of_autoencoder = AutoencoderTask(config_of("autoencoder", kind="l2", kl_weight=1e-3), module)
     autoencoder = Setup(
-        step=lambda parts: autoencoder_step.make_step(
-            module, tx, of_autoencoder, seed=0, ema=0.9, parts=parts
-        ),
+        step=lambda parts: of_autoencoder.make_step(tx, parts),
         state=create_state(first_stage, tx, ema=True),
         frozen={},
         batch={"image": images, "row": rows},
@@ -170,11 +170,11 @@ def setups():
 
     model = build(SMALL, None, first_stage)
     params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
+    loss = config_of("diffusion", caption_dropout=0.3, min_snr_gamma=5.0)
+    of_diffusion = DiffusionTask(loss, model, {}, None)
     diffusion = Setup(
         model=model,
-        step=lambda parts: diffusion_step.make_step(
-            model, tx, of_diffusion, seed=0, ema=0.9, parts=parts
-        ),
+        step=lambda parts: of_diffusion.make_step(tx, parts),
         state=create_state(params, tx, ema=True),
         frozen={"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)},
         batch={
@@ -202,6 +202,10 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole():
     def loss(params, batch):
         errors = jnp.square(jnp.tanh(batch["x"] @ params["w"]) - batch["y"])
         return errors.mean(), {"loss": errors.mean(), "largest": jnp.abs(batch["y"]).mean()}
+
+    def accumulate(loss, params, batch, parts):
+        grad = jax.grad(loss, has_aux=True)
+        return scan_parts(lambda _, piece: (None, grad(params, piece)), None, batch, parts)[1]
 
     params = {"w": rng.standard_normal(5).astype(np.float32)}
     whole, parts = accumulate(loss, params, batch, 1), accumulate(loss, params, batch, 4)
@@ -303,11 +307,11 @@ def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_ste
     frozen = frozen | {"first_stage": tiny}
 
     def dropped(share, step=0, seed=0, train=True):
-        loss = diffusion_step.make_loss(
-            model, loss_config("diffusion", caption_dropout=share), seed
-        )
+        config = config_of("diffusion", seed, caption_dropout=share)
         with pytest.raises(Stop):
-            loss({"conditioner": None}, frozen, batch, jnp.int32(step), train)
+            DiffusionTask(config, model, {}, None).loss(
+                {"conditioner": None}, frozen, batch, jnp.int32(step), train
+            )
         null = (seen[-1] == frozen["null"]).all(axis=1)
         assert ((seen[-1] == batch["encoded"]).all(axis=1) | null).all()
         return null
@@ -323,10 +327,10 @@ def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_ste
 
 def test_a_shift_moves_timesteps_up():
     u = np.linspace(0, 1, 100_000, endpoint=False, dtype=np.float32)
-    plain = np.asarray(diffusion_step.draw_timesteps(u, 1000, 1.0))
+    plain = np.asarray(diffusion.draw_timesteps(u, 1000, 1.0))
     assert (np.bincount(plain, minlength=1000) == 100).mean() > 0.95
     for shift in (1.0, 3.0):
-        t = np.asarray(diffusion_step.draw_timesteps(u, 1000, shift))
+        t = np.asarray(diffusion.draw_timesteps(u, 1000, shift))
         assert (t.min(), t.max()) == (0, 999)
         assert np.median(t) == pytest.approx(1000 * shift / (1 + shift), abs=1.5)
 
@@ -336,8 +340,8 @@ def test_scale_factor_brings_latents_to_unit_spread(setups):
     unscaled = FirstStage(model.first_stage.params, 1.0, model.first_stage.module)
     rng = np.random.default_rng(0)
     batches = [{"image": rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)} for _ in range(3)]
-    scale = diffusion_step.scale_factor(unscaled, batches, 0)
+    scale = diffusion.scale_factor(unscaled, batches, 0)
     assert abs(scale - 1) > 0.01
     # Scaled by it, the same latents have a spread of 1: measured once more, nothing is left to scale.
     scaled = FirstStage(unscaled.params, np.float32(scale), unscaled.module)
-    np.testing.assert_allclose(diffusion_step.scale_factor(scaled, batches, 0), 1.0, rtol=1e-4)
+    np.testing.assert_allclose(diffusion.scale_factor(scaled, batches, 0), 1.0, rtol=1e-4)

@@ -1,0 +1,17 @@
+"""The tasks that can be trained, by the name that a config's ``task`` gives."""
+
+from typing import Any
+
+from ldm_jax.errors import ConfigError, did_you_mean
+from ldm_jax.train.tasks.autoencoder import AutoencoderTask
+from ldm_jax.train.tasks.base import Task
+from ldm_jax.train.tasks.diffusion import DiffusionTask
+
+TASKS: dict[str, type[Task]] = {"autoencoder": AutoencoderTask, "diffusion": DiffusionTask}
+
+
+def task_class(config: Any) -> type[Task]:
+    """Returns the class of a config's task; ConfigError where there is none."""
+    if config.task not in TASKS:
+        raise ConfigError(f"task {config.task!r} does not exist{did_you_mean(config.task, TASKS)}")
+    return TASKS[config.task]

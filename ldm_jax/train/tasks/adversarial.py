@@ -1,8 +1,12 @@
-"""The losses of first stages as the original has them (LPIPSWithDiscriminator, VQLPIPSWithDiscriminator), and their gradients.
+"""The losses of LPIPSWithDiscriminator and VQLPIPSWithDiscriminator, and their gradients.
 
-A generator makes pictures y of pictures x. Its loss is nll(x, y) + penalty_weight * penalty + d_weight * disc_factor * g_loss, where d_weight
-weighs the adversary by the sizes of both gradients at the generator's last layer (Esser et al. 2021, arXiv:2012.09841, equation 7). All of these
-gradients are one pull-back through the generator with different cotangents, so that d_weight costs a convolution's gradient and not three passes.
+A generator makes pictures y of pictures x. Its loss is
+
+    nll(x, y) + penalty_weight * penalty + d_weight * disc_factor * g_loss
+
+where d_weight balances the gradients of nll and g_loss at the generator's last layer (Esser et al.
+2021, arXiv:2012.09841, equation 7). All gradients are one pull-back through the generator with
+different cotangents, so that d_weight costs one convolution's gradient and not three passes.
 """
 
 import dataclasses
@@ -14,12 +18,13 @@ import jax.numpy as jnp
 import optax
 
 from ldm_jax.models.discriminator import PatchDiscriminator, fit_actnorm
-from ldm_jax.train.state import over_devices
+from ldm_jax.train.state import mean_over_devices
 
 Array = jax.Array
 Metrics = dict[str, Array]
+Nll = Callable[[Array, Array], tuple[Array, Metrics]]
 
-# ------------------------------------------------------------------------------------------------------------- reconstruction
+# ------------------------------------------------------------------------------- reconstruction
 
 
 def make_nll(
@@ -28,28 +33,35 @@ def make_nll(
     perceptual_weight: float,
     distance: Callable[[Array, Array], Array] | None,
     summed: bool,
-) -> Callable[[Array, Array], tuple[Array, Metrics]]:
-    """``nll(y, logvar) -> (loss [], metrics)`` of reconstructions y [b, H, W, c] of x.
+) -> Nll:
+    """Makes ``nll(y, logvar) -> (loss [], metrics)`` for reconstructions y [b, H, W, c] of x.
 
-    error = |x - y| (``kind`` "l1") or (x - y)^2 ("l2"), + perceptual_weight * distance(x, y) [b]. ``summed``, for KL: error / exp(logvar) + logvar,
-    summed over a picture and averaged over the batch. Else, for VQ, the error's mean, without a logvar.
-    The distance is added at every pixel and so counts H * W * c times in the sum; that is the original's weighting.
+    error = |x - y| or (x - y)^2, plus perceptual_weight * distance(x, y). The distance is added at
+    every pixel and so counts H * W * c times in a sum; that is the original's weighting.
+
+    Args:
+      x: Pictures [b, H, W, c] in [-1, 1].
+      kind: "l1" or "l2".
+      perceptual_weight: Weight of ``distance``.
+      distance: (x, y) -> [b], such as LPIPS; None for none.
+      summed: For KL: error / exp(logvar) + logvar, summed over a picture and averaged over the
+        batch. Else, for VQ: the mean error, without a logvar.
     """
 
     def nll(y: Array, logvar: Array) -> tuple[Array, Metrics]:
         error = jnp.abs(x - y) if kind == "l1" else jnp.square(x - y)
         metrics = {"mse": jnp.square(x - y).mean()}
         if distance is not None:
-            apart = distance(x, y)
-            error = error + perceptual_weight * apart[:, None, None, None]
-            metrics["p_loss"] = apart.mean()
+            perceptual = distance(x, y)
+            error = error + perceptual_weight * perceptual[:, None, None, None]
+            metrics["p_loss"] = perceptual.mean()
         loss = (error / jnp.exp(logvar) + logvar).sum() / len(x) if summed else error.mean()
         return loss, metrics | {"rec_loss": error.mean(), "nll_loss": loss}
 
     return nll
 
 
-# ------------------------------------------------------------------------------------------------------------- the discriminator
+# ----------------------------------------------------------------------------- the discriminator
 
 
 def hinge_loss(real: Array, fake: Array) -> Array:
@@ -58,7 +70,7 @@ def hinge_loss(real: Array, fake: Array) -> Array:
 
 
 def vanilla_loss(real: Array, fake: Array) -> Array:
-    """The cross-entropy of logits, halved."""
+    """Half the cross-entropy of the logits."""
     return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
 
 
@@ -67,11 +79,17 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """A discriminator and how much it counts; all of it static.
+    """A discriminator and its weight in the loss; all fields are static.
 
-    ``start``, ``factor`` and ``weight`` are the original's disc_start, disc_factor and disc_weight. The rest is not its, and off by default: after
-    ``start`` the generator's part grows over ``ramp`` steps, d_weight goes no higher than
-    ``cap`` (0: the original's 1e4 * weight), and every rollback of the run multiplies the generator's part by ``lower``.
+    Attributes:
+      module: The network.
+      loss: A name in `DISCRIMINATOR_LOSSES`.
+      start: The step from which it counts (the original's disc_start).
+      factor: Weight of both losses from then on (disc_factor).
+      weight: Weight of the generator's part (disc_weight).
+      ramp: Steps over which the generator's part grows after ``start``; 0: at once.
+      cap: Largest d_weight; 0: the original's 1e4 * weight.
+      lower: Every rollback of the run multiplies the generator's part by this.
     """
 
     module: PatchDiscriminator
@@ -84,7 +102,7 @@ class Adversary:
     lower: float = 1.0
 
     def on_axis(self, axis_name: str | None) -> "Adversary":
-        """With statistics over the devices of a pmap."""
+        """Returns the adversary with statistics over the devices of a pmap."""
         return dataclasses.replace(self, module=self.module.clone(axis_name=axis_name))
 
     def disc_factor(self, step: Array) -> Array:
@@ -92,14 +110,18 @@ class Adversary:
         return jnp.where(step >= self.start, jnp.float32(self.factor), 0.0)
 
     def generator_factor(self, step: Array, rollbacks: Array | int) -> Array:
-        """`disc_factor` as far as it has grown, lowered by what went wrong."""
+        """`disc_factor` times the ramp and the reduction by rollbacks."""
         grown = jnp.clip((step - self.start + 1) / self.ramp, 0.0, 1.0) if self.ramp else 1.0
         return self.disc_factor(step) * grown * jnp.float32(self.lower) ** rollbacks
 
 
 class Verdict(NamedTuple):
-    """The discriminator's ``logits`` of pictures; ``pullback``: their cotangent -> (that of its parameters, that of the pictures); ``variables``
-    with the statistics after this pass.
+    """A training pass of the discriminator.
+
+    Attributes:
+      logits: Of the pictures.
+      pullback: Cotangent of the logits -> (that of the parameters, that of the pictures).
+      variables: With the statistics after the pass.
     """
 
     logits: Array
@@ -108,7 +130,7 @@ class Verdict(NamedTuple):
 
 
 def judge(module: PatchDiscriminator, variables: dict[str, Any], x: Array) -> Verdict:
-    """A training pass over pictures x [b, H, W, c]."""
+    """Runs a training pass over pictures x [b, H, W, c]."""
 
     def run(params: Any, x: Array) -> tuple[Array, Any]:
         logits, written = module.apply(
@@ -121,7 +143,7 @@ def judge(module: PatchDiscriminator, variables: dict[str, Any], x: Array) -> Ve
 
 
 def fitted(module: PatchDiscriminator, variables: dict[str, Any], x: Array) -> dict[str, Any]:
-    """Variables whose ActNorm layers, if they are new, are fitted to x: to what the generator makes, since that is judged first."""
+    """Fits new ActNorm layers to x, the generator's pictures, since those are judged first."""
     if not module.use_actnorm:
         return variables
     new = jax.tree.leaves(variables["batch_stats"])[0] == 0
@@ -133,7 +155,7 @@ def fitted(module: PatchDiscriminator, variables: dict[str, Any], x: Array) -> d
 def discriminator_gradients(
     adversary: Adversary, real: Verdict, fake: Verdict, step: Array
 ) -> tuple[Any, Metrics]:
-    """(gradients of the discriminator's parameters, metrics); nothing reaches the generator."""
+    """Returns (gradients of the discriminator's parameters, metrics)."""
     loss = DISCRIMINATOR_LOSSES[adversary.loss]
     disc_loss, cotangents = jax.value_and_grad(loss, argnums=(0, 1))(real.logits, fake.logits)
     factor = adversary.disc_factor(step)
@@ -144,18 +166,34 @@ def discriminator_gradients(
     return jax.tree.map(jnp.add, *of_both), {"disc_loss": factor * disc_loss, **logits}
 
 
-# ----------------------------------------------------------------------------------------------------------------- the generator
+def update_discriminator(
+    discriminator: dict[str, Any], grads: Any, tx: optax.GradientTransformation
+) -> tuple[dict[str, Any], Metrics]:
+    """Returns the next {"params", "batch_stats", "opt_state"} and metrics."""
+    updates, opt_state = tx.update(grads, discriminator["opt_state"], discriminator["params"])
+    params = optax.apply_updates(discriminator["params"], updates)
+    updated = discriminator | {"params": params, "opt_state": opt_state}
+    return updated, {"disc_grad_norm": optax.tree.norm(grads)}
+
+
+# --------------------------------------------------------------------------------- the generator
 
 
 def adaptive_weight(nll_grad: Array, g_grad: Array) -> Array:
     """|nll_grad| / (|g_grad| + 1e-4), between 0 and 1e4."""
-    return jnp.clip(
-        jnp.linalg.norm(nll_grad.ravel()) / (jnp.linalg.norm(g_grad.ravel()) + 1e-4), 0.0, 1e4
-    )
+    norms = (jnp.linalg.norm(grad.ravel()) for grad in (nll_grad, g_grad))
+    return jnp.clip(next(norms) / (next(norms) + 1e-4), 0.0, 1e4)
 
 
 class Generated(NamedTuple):
-    """What a generator's pass gives: gradients of its parameters, metrics, what its ``forward`` returned beside, and the verdict on its pictures."""
+    """A training pass of the generator.
+
+    Attributes:
+      grads: Gradients of its parameters.
+      metrics: Metrics of the pass.
+      aux: The second output of ``forward``.
+      fake: The verdict on its pictures; None without an adversary.
+    """
 
     grads: Any
     metrics: Metrics
@@ -166,7 +204,7 @@ class Generated(NamedTuple):
 def generator_gradients(
     forward: Callable[[Any], tuple[tuple[Array, Array], Any]],
     params: Any,
-    nll: Callable[[Array, Array], tuple[Array, Metrics]],
+    nll: Nll,
     *,
     penalty_weight: float,
     logvar: float = 0.0,
@@ -177,10 +215,20 @@ def generator_gradients(
     rollbacks: Array | int = 0,
     axis_name: str | None = None,
 ) -> Generated:
-    """Gradients of the loss by the generator's ``params``.
+    """Computes the gradients of the loss with respect to the generator's ``params``.
 
-    ``forward(params) -> ((y [b, H, W, c], penalty []), anything)``; ``last_layer(grads)`` is the kernel that d_weight is measured at; ``variables``
-    are the discriminator's. Where ``params`` hold a scalar "logvar" it is learned, else it is ``logvar``.
+    Args:
+      forward: ``forward(params) -> ((y [b, H, W, c], penalty []), aux)``.
+      params: The generator's parameters; a scalar "logvar" among them is learned.
+      nll: See `make_nll`.
+      penalty_weight: Weight of the penalty.
+      logvar: The fixed log variance, where ``params`` has none.
+      last_layer: ``last_layer(grads)`` is the kernel at which d_weight is measured.
+      adversary: The discriminator, if there is one.
+      variables: Its variables.
+      step: The training step.
+      rollbacks: How often the run has returned to a checkpoint.
+      axis_name: Of the devices of a pmap.
     """
     (y, penalty), pullback, aux = jax.vjp(forward, params, has_aux=True)
     logvar_now = jnp.asarray(params.get("logvar", logvar), jnp.float32)
@@ -196,30 +244,14 @@ def generator_gradients(
         _, g_at_y = fake.pullback(jnp.full_like(fake.logits, -1.0 / fake.logits.size))
         # The compiler drops all of these two pull-backs but the last layer's gradient.
         sides = [last_layer(pullback((at, jnp.zeros_like(penalty)))[0]) for at in (at_y, g_at_y)]
-        d_weight = adversary.weight * adaptive_weight(*over_devices(sides, axis_name))
-        push = jnp.minimum(d_weight, adversary.cap or jnp.inf) * adversary.generator_factor(
-            step, rollbacks
-        )
+        d_weight = adversary.weight * adaptive_weight(*mean_over_devices(sides, axis_name))
+        factor = adversary.generator_factor(step, rollbacks)
+        push = jnp.minimum(d_weight, adversary.cap or jnp.inf) * factor
         loss, at_y = loss + push * g_loss, at_y + push * g_at_y
-        metrics |= {
-            "d_weight": d_weight,
-            "disc_factor": adversary.disc_factor(step),
-            "g_loss": g_loss,
-        }
-        metrics["adversarial_weight"] = push
+        metrics |= {"d_weight": d_weight, "g_loss": g_loss, "adversarial_weight": push}
+        metrics["disc_factor"] = adversary.disc_factor(step)
     (grads,) = pullback((at_y, jnp.full_like(penalty, penalty_weight)))
     if "logvar" in params:
         grads = {**grads, "logvar": at_logvar}
         metrics["logvar"] = logvar_now
     return Generated(grads, metrics | {"loss": loss}, aux, fake)
-
-
-def update_discriminator(
-    discriminator: dict[str, Any], grads: Any, tx: optax.GradientTransformation
-) -> tuple[dict[str, Any], Metrics]:
-    """The next {"params", "batch_stats", "opt_state"}."""
-    updates, opt_state = tx.update(grads, discriminator["opt_state"], discriminator["params"])
-    params = optax.apply_updates(discriminator["params"], updates)
-    return discriminator | {"params": params, "opt_state": opt_state}, {
-        "disc_grad_norm": optax.tree.norm(grads)
-    }

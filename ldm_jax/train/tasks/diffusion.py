@@ -1,0 +1,490 @@
+"""The latent diffusion stage: a UNet and its conditioner, on latents of a frozen first stage."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.conditioning.base import Hybrid, joined_of
+from ldm_jax.conditioning.columns import ClassOf, Mask, Vectors
+from ldm_jax.conditioning.drawing import draw_conditions
+from ldm_jax.conditioning.training import (
+    Conditions,
+    check_sizes,
+    load_frozen,
+    make_condition,
+    name_classes,
+)
+from ldm_jax.diffusion import objective as obj
+from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
+from ldm_jax.diffusion.schedule import q_sample
+from ldm_jax.distributed.parallel import fetch
+from ldm_jax.errors import CheckpointError, ConfigError
+from ldm_jax.io import png
+from ldm_jax.io.checkpoint import find_model, load_model, read_config
+from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.models.ldm import (
+    LatentDiffusion,
+    build,
+    build_conditioner,
+    build_first_stage,
+    init_params,
+    masked_condition,
+    to_float,
+    to_uint8,
+)
+from ldm_jax.models.vqgan import VQModelInterface
+from ldm_jax.sampling.program import Form, Made, Plan, Rows, generate
+from ldm_jax.train.state import normal_rows, row_keys
+from ldm_jax.train.tasks.base import Batches, Cache, Task, check_choices, plain, preview_rows
+
+LOG = logging.getLogger(__name__)
+
+# Purposes of a row's random numbers: each key is used once.
+POSTERIOR, TIMESTEP, NOISE, CAPTION, OFFSET = range(5)
+
+# Settings of data that change no record of a latent cache: where pictures lie, how they are read,
+# and flip, which says what training draws from the cache.
+UNCACHED_SETTINGS = ("cache", "num_workers", "flip")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiffusionTask(Task):
+    """Trains a UNet, and its conditioner unless that is frozen.
+
+    Attributes:
+      config: The config.
+      model: The model; its parameters are those of the state, but for the first stage's.
+      model_config: The ``config.json`` of the model that it becomes.
+      conditions: From a loader's batch to what the conditioner takes.
+      conditioner_params: Parameters of a frozen conditioner.
+    """
+
+    config: Any
+    model: LatentDiffusion
+    model_config: dict[str, Any]
+    conditions: Conditions
+    conditioner_params: Any = None
+
+    headline: ClassVar[tuple[str, ...]] = ("loss", "loss_simple")
+
+    # ------------------------------------------------------------------------------ construction
+
+    @staticmethod
+    def defaults() -> dict[str, Any]:
+        """Returns the fields of a diffusion stage."""
+        return {
+            "scale_factor_batches": 64,  # batches that the latents' scale is measured on
+            "preview_captions": (),  # prompts of previews; (): captions of held-out images
+            "loss": {
+                "kind": "l2",  # or "l1"
+                "posterior": "sample",  # of the first stage; or "mode"
+                "simple_weight": 1.0,
+                "elbo_weight": 0.0,
+                "logvar_init": 0.0,
+                "learn_logvar": False,
+                "min_snr_gamma": 0.0,  # 0: all timesteps have the same weight
+                # Above 1, noisy timesteps are drawn more often (arXiv:2403.03206, equation 23).
+                "timestep_shift": 1.0,
+                "caption_dropout": 0.1,  # of any condition, for classifier-free guidance
+                "offset_noise": 0.0,  # standard deviation of the per-channel noise offset
+            },
+        }
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Checks the choices among names."""
+        check_choices(config, {"loss.kind": ("l1", "l2"), "loss.posterior": ("sample", "mode")})
+
+    @classmethod
+    def from_config(cls, config: Any, weights: bool = True) -> "DiffusionTask":
+        """Builds the model; first stage and frozen conditioner come from their directories."""
+        model, loss = plain(config.model), config.loss
+        path, first_stage = model["first_stage"].pop("path", None), None
+        if not weights:
+            model["first_stage"], first_stage = first_stage_shapes(model["first_stage"], path)
+        elif path:
+            saved, params = load_model(find_model(path))
+            first_stage = params["first_stage"]
+            model["first_stage"] = {**saved["first_stage"], **model["first_stage"]}
+        elif model["first_stage"].get("kind") != "identity":
+            raise ConfigError(
+                "model.first_stage.path is missing: "
+                "train a first stage and give its model directory"
+            )
+        frozen = (load_frozen if weights else frozen_shapes)(model["conditioner"])
+        condition = make_condition(plain(config))
+        name_classes(model, condition, loss.caption_dropout)
+        if model["schedule"].get("zero_terminal_snr") and model["objective"] == "eps":
+            raise ConfigError(
+                "model.schedule.zero_terminal_snr: its last step is pure noise, from which eps "
+                "learns nothing: set model.objective='v'"
+            )
+        model = {"kind": "latent_diffusion", **model}
+        built = build(model, None, first_stage, config.dtype, config.remat)
+        check_sizes(built, tuple(config.data.size))
+        return cls(config, built, model, Conditions(built.conditioner, condition), frozen)
+
+    def measure(self, batches: Batches) -> dict[str, Any]:
+        """Measures the scale factor of the latents, unless the config gives it."""
+        if "scale_factor" in self.model_config:
+            return {"scale_factor": self.model_config["scale_factor"]}
+        stage, n = dataclasses.replace(self.model.first_stage, scale=1.0), self.config
+        scale = scale_factor(stage, list(batches(n.scale_factor_batches)), n.seed)
+        LOG.info("scale factor %.5f, from %d batches", scale, n.scale_factor_batches)
+        return {"scale_factor": scale}
+
+    def with_measured(self, measured: Mapping[str, Any]) -> "DiffusionTask":
+        """Returns the task with its scale factor."""
+        scale = measured.get("scale_factor", 1.0)
+        stage = dataclasses.replace(self.model.first_stage, scale=np.float32(scale))
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, first_stage=stage),
+            model_config={**self.model_config, "scale_factor": scale},
+        )
+
+    def adopt(self, config: dict[str, Any], params: Any) -> tuple["DiffusionTask", Any]:
+        """Takes the scale factor too: the UNet has learned latents of that scale."""
+        scale = {k: config[k] for k in ("scale_factor",) if k in config}
+        task = dataclasses.replace(self, model_config={**scale, **self.model_config})
+        return task, {k: params[k] for k in ("unet", "conditioner", "logvar") if k in params}
+
+    # -------------------------------------------------------------------------------- parameters
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """The first stage, the null condition of one row, and a frozen conditioner."""
+        frozen = {"first_stage": self.model.first_stage, "null": self.conditions.null()}
+        if self.conditioner_params is not None:
+            frozen["conditioner"] = self.conditioner_params
+        return frozen
+
+    def init(self, key: jax.Array) -> Any:
+        """Returns the parameters of UNet and conditioner, and "logvar" where it is learned."""
+        params = init_params(self.model, key)
+        if self.conditioner_params is not None:
+            del params["conditioner"]
+        if self.config.loss.learn_logvar:
+            params["logvar"] = jnp.full(self.model.schedule.timesteps, self.config.loss.logvar_init)
+        return params
+
+    # ---------------------------------------------------------------------------------- the loss
+
+    def loss(
+        self, params: Any, frozen: Any, batch: Any, step: jax.Array, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the loss of one batch.
+
+        Args:
+          params: Of `init`.
+          frozen: Of the property.
+          batch: "image" uint8 [b, H, W, 3], or "moments" [b, h, w, c] of the latent cache;
+            "encoded" conditions [b, ...]; "row" int32 [b], each row's place in the global batch.
+          step: The training step.
+          train: With dropout of conditions and of activations. An evaluation draws all timesteps
+            alike.
+        """
+        model, config, first_stage = self.model, self.config.loss, frozen["first_stage"]
+        schedule, seed = model.schedule, self.config.seed + (not train)
+        keys = row_keys(seed, step, batch["row"])
+        moments = jax.lax.stop_gradient(read_moments(first_stage, batch))
+        shape = (*moments.shape[1:3], first_stage.channels)
+        spread = normal_rows(keys, POSTERIOR, shape) if config.posterior == "sample" else None
+        z = first_stage.latents(moments, spread)
+
+        def uniform(purpose: int) -> jax.Array:
+            return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, purpose)))(keys)
+
+        shift = config.timestep_shift if train else 1.0
+        t = draw_timesteps(uniform(TIMESTEP), schedule.timesteps, shift)
+        noise = normal_rows(keys, NOISE, shape)
+        if config.offset_noise:
+            offset = normal_rows(keys, OFFSET, (1, 1, first_stage.channels))
+            noise = noise + config.offset_noise * offset
+        encoded, rngs = prepare_conditions(model, first_stage, batch), None
+        if train:
+            rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)}
+            if config.caption_dropout:
+                drop = uniform(CAPTION) < config.caption_dropout
+                encoded = drop_conditions(model, encoded, frozen["null"], drop)
+        conditioner = frozen["conditioner"] if "conditioner" in frozen else params["conditioner"]
+        cond = model.conditioner(conditioner, encoded, train=train, rngs=rngs)
+        out = model.apply(params, q_sample(schedule, z, t, noise), t, cond, train=train, rngs=rngs)
+        target, gamma = obj.target(model.objective, schedule, z, noise, t), config.min_snr_gamma
+        logvar = jnp.full(schedule.timesteps, config.logvar_init)
+        with jax.ensure_compile_time_eval():  # tables of the schedule: constants of the program
+            elbo = obj.elbo_weights(model.objective, schedule)
+            snr = obj.min_snr_weights(model.objective, schedule, gamma) if gamma else None
+        return obj.diffusion_loss(
+            obj.pointwise(config.kind, out, target),
+            t,
+            elbo=elbo,
+            simple_weight=config.simple_weight,
+            elbo_weight=config.elbo_weight,
+            weights=snr,
+            logvar=params.get("logvar", logvar),
+        )
+
+    def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
+        """Returns the arrays that `loss` takes."""
+        kept = "moments" if "moments" in raw else "image"
+        rows = first_row + np.arange(len(raw[kept]), dtype=np.int32)
+        return {kept: raw[kept], "row": rows, "encoded": self.conditions.encode(raw)}
+
+    def example_batch(self, cached: bool = False) -> dict[str, Any]:
+        """Returns a batch of one row; the null condition has the shapes of any other."""
+        size, condition = self.config.data.size, self.conditions.condition
+        raw: dict[str, Any] = {"image": np.zeros((1, *size, 3), np.uint8), "caption": [""]}
+        if isinstance(condition, Mask):  # the step turns masks into latents
+            raw["encoded"] = np.zeros((1, *size, 1), np.uint8)
+        elif condition is not None:
+            raw["encoded"] = self.conditions.null()
+        if cached:
+            pixels = jax.ShapeDtypeStruct(raw.pop("image").shape, jnp.float32)
+            moments = jax.eval_shape(
+                lambda stage, x: stage.moments(x), self.model.first_stage, pixels
+            )
+            raw["moments"] = np.zeros(moments.shape, np.float16)
+        return self.host_batch(raw)
+
+    # ----------------------------------------------------------------------------- latent caches
+
+    def cache(self, dtype: str = "float16") -> Cache:
+        """Returns what is kept: moments, with those of the mirror image, and tokens."""
+        config, stage, conditioner = self.config, self.model.first_stage, self.model.conditioner
+        condition = self.conditions.condition
+        if stage.module is None:
+            raise ConfigError("model.first_stage is the identity: there is nothing to encode")
+        if config.data.crop == "random":
+            raise ConfigError(
+                "data.crop='random' makes a new picture each time: "
+                "a latent cache needs 'center' or 'none'"
+            )
+        if condition is not None and not isinstance(condition, ClassOf | Vectors):
+            raise ConfigError(
+                "a latent cache holds captions, classes and vectors only: leave data.cache empty, "
+                "this condition is made of the pictures"
+            )
+
+        def encode(first_stage: Any, image: jax.Array) -> jax.Array:
+            sides = [image, image[:, :, ::-1]] if config.data.flip else [image]
+            moments = [first_stage.moments(to_float(side)) for side in sides]
+            return jnp.stack(moments, axis=1).astype(dtype)
+
+        def host_arrays(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+            arrays = {"condition": batch["condition"]} if condition is not None else {}
+            if tokens is not None:
+                arrays["encoded"] = conditioner.encode(batch["caption"])
+            return arrays
+
+        pixels = jax.ShapeDtypeStruct((1, *config.data.size, 3), jnp.uint8)
+        moments = jax.eval_shape(encode, stage, pixels)
+        fields = {"moments": {"dtype": dtype, "shape": moments.shape[1:]}}
+        tokens = conditioner.encode([""]) if hasattr(conditioner, "max_length") else None
+        if tokens is not None:
+            fields["encoded"] = {"dtype": str(tokens.dtype), "shape": tokens.shape[1:]}
+        if isinstance(condition, Vectors):  # one choice for good, of more than the model takes
+            fields["condition"] = {"dtype": "float32", "shape": (condition.count, condition.dim)}
+        elif condition is not None:
+            fields["condition"] = {"dtype": "int64", "shape": ()}  # a class
+        return Cache(self.cache_key(), fields, encode, stage, host_arrays)
+
+    def cache_key(self) -> dict[str, Any]:
+        """Returns what the records depend on."""
+        data = {k: v for k, v in plain(self.config.data).items() if k not in UNCACHED_SETTINGS}
+        data["path"] = Path(data["path"]).name
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree.leaves_with_path(self.model.first_stage.params):
+            array = np.asarray(leaf)
+            name = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+            digest.update(name.encode() + array.tobytes())
+        key = {f"data.{name}": value for name, value in data.items()}
+        key |= {
+            "model.classes": self.model_config.get("classes"),
+            "model.conditioner.kind": self.model_config["conditioner"]["kind"],
+            "tokens per caption": getattr(self.model.conditioner, "max_length", None),
+            "first stage sha256": digest.hexdigest(),
+        }
+        if isinstance(condition := self.conditions.condition, Vectors):
+            key["vectors"] = [condition.count, condition.dim]
+        return key
+
+    # ----------------------------------------------------------------------------------- results
+
+    def preview(self, weights: Any, frozen: Any, raw: dict[str, Any], columns: int = 8) -> Any:
+        """Returns samples of held-out conditions, or of ``preview_captions``.
+
+        The rows, of eight pictures: drawn conditions, samples, the held-out pictures, and their
+        reconstructions by the first stage. With a codebook follow the first samples again, with
+        every predicted x0 quantised. Last are the predicted x0 of the first sample's steps.
+        """
+        sampling, params = self.model_config["sampling"], dict(weights)
+        if self.conditioner_params is not None:
+            params["conditioner"] = frozen["conditioner"]
+        raw = {name: values[:16] for name, values in raw.items()}
+        condition = self.conditions.condition
+        captions = list(self.config.preview_captions) if condition is None else []
+        wanted = {"caption": captions} if captions else raw
+        encoded, n = self.conditions.encode(wanted), len(wanted["caption"])
+        null = self.model.conditioner.encode_null(n)
+        image = mask = None
+        if isinstance(condition, Mask):  # the program makes the condition of a masked picture
+            image, mask = raw["image"], raw["condition"]
+            encoded, null = (
+                part["text"] if isinstance(part, dict) else None for part in (encoded, null)
+            )
+        steps = min(25, self.model.schedule.timesteps)
+        grid = step_grid("uniform", steps, self.model.schedule.timesteps)
+        noise = {name: sampling[name] for name in ("eta", "temperature") if name in sampling}
+        nodes = SAMPLERS["ddim"].nodes(self.model.schedule, grid, **noise)
+        guidance = np.full(n, sampling["guidance"], np.float32)
+        rows = Rows(np.arange(n, dtype=np.uint32), encoded, null, guidance, image=image, mask=mask)
+        model = dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"])
+        shown = np.linspace(0, steps - 1, min(steps, columns)).round().astype(int).tolist()
+        form = Form(tuple(sampling["size"]), progress=tuple(shown), progress_rows=1)
+        made = sample_preview(model, nodes, rows, form)
+        samples, stage, kept = fetch(made.images), frozen["first_stage"], None
+        if self.model.first_stage.module is not None:
+            pixels = {name: raw[name] for name in ("image", "moments") if name in raw}
+            kept = fetch(reconstruct(stage, pixels))
+        sheet = (
+            preview_rows(samples) + preview_rows(raw.get("image"), kept)
+            if captions
+            else preview_rows(draw_conditions(condition, raw), samples, raw.get("image"), kept)
+        )
+        if isinstance(self.model.first_stage.module, VQModelInterface):
+            first = jax.tree.map(lambda a: a[:columns], rows)
+            quantized = sample_preview(model, nodes, first, Form(form.size, quantize=True))
+            sheet.append(fetch(quantized.images))
+        return png.sheet([*sheet, fetch(made.progress)[0]])
+
+    def sampling_model(self) -> LatentDiffusion:
+        """Returns the model."""
+        return self.model
+
+    def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
+        """Exports the whole model, with its first stage and conditioner."""
+        params = {**weights, "first_stage": self.model.first_stage.params}
+        if self.conditioner_params is not None:
+            params["conditioner"] = self.conditioner_params
+        return self.model_config, params
+
+
+def first_stage_shapes(fields: dict[str, Any], path: str | None) -> tuple[dict[str, Any], Any]:
+    """Returns a first stage's config and the shapes of its parameters, without reading them.
+
+    Args:
+      fields: The config's "first_stage".
+      path: Its model directory, whose config completes ``fields``.
+    """
+    if path:
+        try:
+            fields = {**read_config(find_model(path))["first_stage"], **fields}
+        except CheckpointError as error:
+            if "kind" not in fields:
+                raise ConfigError(
+                    f"{error}; or give the architecture in model.first_stage, to plan without it"
+                ) from None
+    module = build_first_stage({"first_stage": fields})
+    if module is None:
+        return fields, None
+    return fields, jax.eval_shape(partial(init_autoencoder, module), jax.random.key(0))
+
+
+def frozen_shapes(conditioner: dict[str, Any]) -> Any:
+    """Returns the shapes of what `load_frozen` reads."""
+    if conditioner.get("kind") == "hybrid" and isinstance(conditioner.get("text"), dict):
+        return frozen_shapes(conditioner["text"])
+    conditioner.pop("path", None)
+    if not conditioner.pop("frozen", False):
+        return None
+    return jax.eval_shape(build_conditioner({"conditioner": conditioner}).init, jax.random.key(0))
+
+
+def draw_timesteps(u: jax.Array, timesteps: int, shift: float) -> jax.Array:
+    """Returns timesteps int32 [b] from uniform numbers (arXiv:2403.03206, equation 23).
+
+    Args:
+      u: Uniform in [0, 1), [b].
+      timesteps: Their number.
+      shift: s; above 1 the higher timesteps are more frequent: s u / (1 + (s - 1) u) of all. Half
+        of them lie above s / (1 + s).
+    """
+    at = shift * u / (1 + (shift - 1) * u)
+    return jnp.minimum((at * timesteps).astype(jnp.int32), timesteps - 1)
+
+
+def prepare_conditions(model: LatentDiffusion, first_stage: Any, batch: Any) -> Any:
+    """Returns the batch's "encoded" conditions; masks become latents of the masked pictures."""
+    joined, encoded = joined_of(model.conditioner), batch["encoded"]
+    if joined is None or not joined.masked:
+        return encoded
+    hybrid = isinstance(model.conditioner, Hybrid)
+    mask = encoded["joined"] if hybrid else encoded
+    latents = jax.lax.stop_gradient(
+        masked_condition(first_stage, to_float(batch["image"]), mask, joined.of)
+    )
+    return encoded | {"joined": latents} if hybrid else latents
+
+
+def drop_conditions(model: LatentDiffusion, encoded: Any, null: Any, drop: jax.Array) -> Any:
+    """Replaces the conditions of the rows in ``drop`` [b] by the null condition."""
+    text = isinstance(model.conditioner, Hybrid)  # whose picture is never dropped
+    left = jax.tree.map(
+        lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e),
+        null,
+        encoded["text"] if text else encoded,
+    )
+    return encoded | {"text": left} if text else left
+
+
+def read_moments(first_stage: Any, batch: Any) -> jax.Array:
+    """Returns a batch's "moments" of the latent cache, or those of its "image"."""
+    if "moments" in batch:
+        return batch["moments"].astype(jnp.float32)
+    return first_stage.moments(to_float(batch["image"]))
+
+
+def scale_factor(first_stage: Any, batches: list[dict[str, np.ndarray]], seed: int) -> float:
+    """Returns 1 / standard deviation of the unscaled latents of all ``batches``.
+
+    Rombach et al. 2022 (arXiv:2112.10752), section G, from several batches instead of the first.
+
+    Args:
+      first_stage: With scale 1.
+      batches: Each has "image" or "moments".
+      seed: Of the posterior samples.
+    """
+
+    @jax.jit
+    def moments_of(first_stage: Any, batch: Any, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        moments = read_moments(first_stage, batch)
+        b, h, w, _ = moments.shape
+        keys = row_keys(seed, step, jnp.arange(b))
+        z = first_stage.latents(moments, normal_rows(keys, POSTERIOR, (h, w, first_stage.channels)))
+        return z.mean(), jnp.square(z).mean()
+
+    arrays = [{k: batch[k] for k in ("image", "moments") if k in batch} for batch in batches]
+    each = [moments_of(first_stage, batch, i) for i, batch in enumerate(arrays)]
+    mean, square = np.array(each, np.float64).mean(0)
+    return float(1.0 / np.sqrt(square - mean**2))
+
+
+@jax.jit(static_argnums=3)
+def sample_preview(model: Any, nodes: Any, rows: Rows, form: Form) -> Made:
+    """Samples with DDIM."""
+    return generate(model, SAMPLERS["ddim"], Plan(nodes), rows, form)
+
+
+@jax.jit
+def reconstruct(first_stage: Any, batch: Any) -> jax.Array:
+    """Returns what the first stage keeps of a batch, uint8 [b, H, W, 3]."""
+    return to_uint8(first_stage.decode(first_stage.latents(read_moments(first_stage, batch))))
