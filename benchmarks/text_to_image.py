@@ -28,7 +28,7 @@ from benchmarks.side_by_side import (
     summary,
 )
 from benchmarks.torch_twin import TorchDecoder, TorchText, TorchUNet, decoder_params, fill
-from ldm_jax.conditioning.base import BertText
+from ldm_jax.conditioning.text import BertText
 from ldm_jax.diffusion.samplers import initial_noise
 from ldm_jax.sampling.pipeline import Pipeline
 from ldm_jax.sampling.requests import Given, arrays

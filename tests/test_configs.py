@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from ldm_jax.conditioning import training as conditions
+from ldm_jax.conditioning import config as conditions
 from ldm_jax.train.config import check_config
 from ldm_jax.train.tasks import TASKS
 
@@ -49,7 +49,7 @@ def test_a_config_is_whole(name, variant, monkeypatch):
     if str(config.data.path).endswith("emoji64.zip"):
         config.data.path = "pkg:assets/emoji_subset.zip"
     if config.data.path == "pictures":  # which are not here to name their classes
-        monkeypatch.setattr(conditions, "_names", lambda config: ())
+        monkeypatch.setattr(conditions, "class_names", lambda config, cls: ())
     task = TASKS[config.task].from_config(config, weights=False)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     millions = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6

@@ -19,19 +19,21 @@ import numpy as np
 from PIL import Image
 
 import ldm_jax
-from ldm_jax.conditioning.columns import ClassOf, LabelMap, Layout, Mask, SmallPicture
-from ldm_jax.conditioning.drawing import draw_conditions
-from ldm_jax.conditioning.layouts import boxes_of_tokens
-from ldm_jax.conditioning.training import make_condition
+from ldm_jax.conditioning.class_label import RowClass
+from ldm_jax.conditioning.config import row_condition
+from ldm_jax.conditioning.layout import RowLayout, boxes_of_tokens
+from ldm_jax.conditioning.masked import RowMask, filled
+from ldm_jax.conditioning.semantic_map import RowLabelMap
+from ldm_jax.conditioning.small_picture import RowSmallPicture
 from ldm_jax.io.png import labelled_grid, save_png
-from ldm_jax.models.ldm import filled, to_float, to_uint8
+from ldm_jax.models.ldm import to_float, to_uint8
 from ldm_jax.train.loaders import first_batches, make_loader
 
 SEEDS, ROWS, ZOOM = (0, 1, 2, 3), 6, 2
 WIDE_SEEDS = tuple(range(8))  # of classes, which have no picture beside them
 
 
-def classes(pipe: Any, condition: ClassOf) -> np.ndarray:
+def classes(pipe: Any, condition: RowClass) -> np.ndarray:
     """A row for each class."""
     rows = [pipe(classes=name, seeds=WIDE_SEEDS) for name in condition.names]
     return labelled_grid(
@@ -45,10 +47,10 @@ def others(pipe: Any, condition: Any, raw: dict[str, Any]) -> np.ndarray:
     """A row for each of the pictures in ``raw``: its condition, samples, itself."""
     images, given = raw["image"], raw["condition"]
     large = {"image": images.repeat(ZOOM, 1).repeat(ZOOM, 2), "condition": given}
-    if isinstance(condition, SmallPicture | Layout):
-        drawn = draw_conditions(condition, large)
+    if isinstance(condition, RowSmallPicture | RowLayout):
+        drawn = condition.draw(large["image"], given)
     else:
-        drawn = draw_conditions(condition, raw)
+        drawn = condition.draw(images, given)
         drawn = None if drawn is None else drawn.repeat(ZOOM, 1).repeat(ZOOM, 2)
     assert drawn is not None
     columns, rows = ["condition", *(f"seed {s}" for s in SEEDS), "the picture"], []
@@ -57,12 +59,12 @@ def others(pipe: Any, condition: Any, raw: dict[str, Any]) -> np.ndarray:
         made = pipe(seeds=SEEDS, **request(condition, images[i], given[i]))
         errors.append(np.square(made.astype(np.float32) - images[i]).mean((1, 2, 3)))
         rows += [drawn[i], *made.repeat(ZOOM, 1).repeat(ZOOM, 2), large["image"][i]]
-        if isinstance(condition, LabelMap | Layout):
+        if isinstance(condition, RowLabelMap | RowLayout):
             places.append(placed(made, objects(condition, given[i], images.shape[1:3])))
-        if isinstance(condition, SmallPicture | Mask):
+        if isinstance(condition, RowSmallPicture | RowMask):
             plain.append(np.square(plainly(condition, images[i], given[i]) - images[i]).mean())
     if plain:
-        way = "bicubic" if isinstance(condition, SmallPicture) else "filled smoothly"
+        way = "bicubic" if isinstance(condition, RowSmallPicture) else "filled smoothly"
         print(f"PSNR of samples {psnr(np.array(errors)):.2f} dB, {way} {psnr(plain):.2f} dB")
     if places:
         inside, covered = np.mean(places, 0)
@@ -73,9 +75,11 @@ def others(pipe: Any, condition: Any, raw: dict[str, Any]) -> np.ndarray:
     return labelled_grid(rows, [""] * len(images), columns)
 
 
-def plainly(condition: SmallPicture | Mask, image: np.ndarray, given: np.ndarray) -> np.ndarray:
+def plainly(
+    condition: RowSmallPicture | RowMask, image: np.ndarray, given: np.ndarray
+) -> np.ndarray:
     """Returns the baseline without a model, float32 [H, W, 3]: bicubic, or a smooth fill."""
-    if isinstance(condition, SmallPicture):
+    if isinstance(condition, RowSmallPicture):
         resized = Image.fromarray(given).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
         return np.asarray(resized, np.float32)
     return np.asarray(
@@ -86,7 +90,7 @@ def plainly(condition: SmallPicture | Mask, image: np.ndarray, given: np.ndarray
 
 def objects(condition: Any, given: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Where a condition wants something on the white: boolean [H, W]."""
-    if isinstance(condition, LabelMap):
+    if isinstance(condition, RowLabelMap):
         return given > 0
     wanted, (h, w) = np.zeros(size, bool), size
     for _, (left, top, width, height) in boxes_of_tokens(given.tolist(), condition.vocabulary):
@@ -122,11 +126,11 @@ def psnr(errors: Any) -> float:
 
 def request(condition: Any, image: np.ndarray, given: np.ndarray) -> dict[str, Any]:
     """A held-out picture's condition, as a pipeline is asked."""
-    if isinstance(condition, Mask):
+    if isinstance(condition, RowMask):
         return {"image": image, "mask": given[:, :, 0] * np.uint8(255)}
-    if isinstance(condition, SmallPicture):
+    if isinstance(condition, RowSmallPicture):
         return {"image": given}
-    if isinstance(condition, Layout):
+    if isinstance(condition, RowLayout):
         names = condition.names
         boxes = boxes_of_tokens(given.tolist(), condition.vocabulary)
         return {"layout": [(names[label] if names else label, box) for label, box in boxes]}
@@ -154,9 +158,9 @@ def main() -> None:
         config: Any = ml_collections.ConfigDict(json.loads((run / "config.json").read_text()))
         config.data.path = args.data or config.data.path
         config.batch_size = ROWS
-        pipe, condition = ldm_jax.load(str(run / "model")), make_condition(config.to_dict())
+        pipe, condition = ldm_jax.load(str(run / "model")), row_condition(config.to_dict())
         print(run.name, flush=True)
-        if isinstance(condition, ClassOf):
+        if isinstance(condition, RowClass):
             save(args.out, run, classes(pipe, condition))
         else:
             save(args.out, run, others(pipe, condition, spread(make_loader(config, "validation"))))

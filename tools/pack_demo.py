@@ -10,9 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning.base import bert
+from ldm_jax.conditioning import make_conditioner
 from ldm_jax.data import caption_template, make_source
 from ldm_jax.io.checkpoint import load_model, save_model
 
@@ -42,7 +43,7 @@ def main() -> None:
         }
     )
     captions = {caption_template(config["data"]["caption"], row) for row in source.rows}
-    conditioner = bert(**{k: v for k, v in config["conditioner"].items() if k != "kind"})
+    conditioner = make_conditioner(config["conditioner"], jnp.float32)
     seen = np.unique(conditioner.encode([*sorted(captions), ""]))
     table = np.array(params["conditioner"]["token_emb"]["embedding"])
     unseen = np.setdiff1d(np.arange(len(table)), seen)

@@ -1,418 +1,369 @@
-"""What a person asks for -> what the UNet is told.
-
-`Cond` has the three ways into a UNet that the family knows: cross-attention, channels concatenated to the input, and a vector added to the timestep
-embedding. Unused ways are None, so that the original's conditioning keys (crossattn, concat, hybrid, adm) need no branches.
-"""
+"""Conditions of a diffusion model: what a kind of condition is, and how it enters the UNet."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer, tokens_of
-from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
-from ldm_jax.models.text import TransformerEncoder
+from ldm_jax.errors import DataError, RequestError, did_you_mean
+
+if TYPE_CHECKING:
+    from ldm_jax.conditioning.pictures import Canvas, Geometry
+    from ldm_jax.data.transforms import View
+
+Names = tuple[str, ...]
 
 
 @flax.struct.dataclass
 class Cond:
-    """crossattn [b, m, k]; concat [b, h, w, c] at the latent's size; vector [b] (class indices)."""
+    """The three ways into a UNet; a way that a model does not use is None.
+
+    Attributes:
+      crossattn: Context tokens [b, m, k], read by cross-attention.
+      concat: Channels [b, h, w, c] that are concatenated to the latents.
+      vector: Added to the timestep embedding: class indices [b] or features [b, d].
+    """
 
     crossattn: jax.Array | None = None
     concat: jax.Array | None = None
     vector: jax.Array | None = None
 
 
-class Conditioner(Protocol):
-    """Static and hashable. ``encode`` runs on the host and gives an array pytree; ``__call__`` runs inside the compiled program."""
+class Rows(NamedTuple):
+    """The metadata of a data set's rows, for `Conditioner.row_problems`."""
+
+    rows: Sequence[Mapping[str, Any]]
+    captions: Sequence[str]
+    name: Callable[[int], str]
+
+
+class RowCondition:
+    """Makes the condition of one training row, in the loader's workers.
+
+    Subclasses are picklable. They draw from the sample's own generator, so that a row's condition
+    is the same on every machine and after a resume. ``column`` is the metadata column that is
+    read, "" if only the picture is.
+    """
+
+    column: str
+
+    def read(self, row: dict[str, Any]) -> None:
+        """Decodes in place what the row holds as bytes; raises UnreadablePicture."""
+
+    def __call__(
+        self, row: Mapping[str, Any], image: np.ndarray, view: "View", rng: np.random.Generator
+    ) -> np.ndarray | int:
+        """Returns the condition of the transformed ``image``, uint8 [H, W, 3].
+
+        The result has the same shape for every row.
+        """
+        raise NotImplementedError
+
+    def draw(self, images: np.ndarray, values: np.ndarray) -> np.ndarray | None:
+        """Returns a batch's conditions as pictures uint8 [b, H, W, 3], for previews.
+
+        None where the condition has no place in the picture. ``images`` are uint8 [b, H, W, 3].
+        """
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioner:
+    """A kind of condition. Static and hashable; parameters are passed in.
+
+    `encode` runs on the host, `with_picture` and `__call__` inside the compiled program. A new kind
+    is a subclass in a file of its own and an entry in `ldm_jax.conditioning.CONDITIONERS`.
+
+    Attributes:
+      field: The field of a `Request` that holds the condition; None for no condition.
+      network: Flax module whose fields are fields of the config; kinds with one have a dataclass
+        field ``module``.
+      guided: Whether classifier-free guidance has a null condition to lead away from.
+      default_guidance: Guidance scale of a model whose config gives none; None leaves it to
+        sampling's own default.
+      negative: Whether negative prompts take the place of the null condition.
+      interpolates: Whether a path between two conditions makes sense.
+      edits: Whether a request may start from an image (strength, mask, outpaint, variation).
+      needs_mask: Whether every request needs an image and a mask.
+      cached: Whether a latent cache can hold it: not if it is made of the picture.
+      argument: Name of the condition's argument in an exported program; None if it cannot be
+        exported.
+    """
+
+    field: ClassVar[str | None] = None
+    network: ClassVar[Callable[..., Any] | None] = None
+    guided: ClassVar[bool] = True
+    default_guidance: ClassVar[float | None] = None
+    negative: ClassVar[bool] = False
+    interpolates: ClassVar[bool] = False
+    edits: ClassVar[bool] = True
+    needs_mask: ClassVar[bool] = False
+    cached: ClassVar[bool] = True
+    argument: ClassVar[str | None] = None
+
+    # ------------------------------------------------------------------------------ from a config
+
+    @classmethod
+    def variant(cls, fields: Mapping[str, Any]) -> "type[Conditioner]":
+        """Returns the class that a config's ``fields`` describe, for kinds with several."""
+        return cls
+
+    @classmethod
+    def from_config(cls, dtype: Any = jnp.float32, **fields: Any) -> "Conditioner":
+        """Builds the conditioner from a config's fields, without "kind".
+
+        Raises:
+          ValueError: A field does not exist, is missing, or has a value that does not fit.
+        """
+        own = {f.name: f for f in dataclasses.fields(cls) if f.name != "module"}
+        hidden = ("dtype", "kernels", "parent", "name")
+        inner = {
+            f.name: f
+            for f in (dataclasses.fields(cls.network) if cls.network is not None else ())  # type: ignore[arg-type]
+            if f.name not in hidden
+        }
+        for name in fields:
+            if name not in own and name not in inner:
+                known = [*own, *inner]
+                raise ValueError(f"field {name!r} does not exist{did_you_mean(name, known)}")
+        for name, field in {**own, **inner}.items():
+            missing = field.default is field.default_factory is dataclasses.MISSING
+            if missing and name not in fields:
+                raise ValueError(f"field {name!r} is missing")
+        outer = {name: value for name, value in fields.items() if name in own}
+        if cls.network is None:
+            return cls(**outer)
+        rest = {name: value for name, value in fields.items() if name not in own}
+        return cls(module=cls.network(**rest, dtype=dtype), **outer)  # type: ignore[call-arg]
+
+    @classmethod
+    def row_condition(
+        cls, fields: Mapping[str, Any], settings: Mapping[str, Any], names: Callable[[], Names]
+    ) -> RowCondition | None:
+        """Returns what makes the training condition of a row; None if it is the caption or nothing.
+
+        Args:
+          fields: The config's "model.conditioner".
+          settings: The config's "data.condition".
+          names: Returns the class names of the model or of its data.
+
+        Raises:
+          ValueError: The settings do not fit.
+        """
+        if settings:
+            raise ValueError(
+                f"a conditioner of the kind {fields.get('kind')!r} takes none: leave it empty"
+            )
+        return None
+
+    @classmethod
+    def row_labels(cls, row: Mapping[str, Any], column: str) -> Iterable[Any]:
+        """Yields the names or numbers of classes in a row's ``column``."""
+        return ()
+
+    @classmethod
+    def complete(
+        cls, fields: Mapping[str, Any], row_condition: RowCondition | None, dropout: float
+    ) -> dict[str, Any]:
+        """Returns the config's fields with what follows from the data filled in.
+
+        Raises:
+          ValueError: A field contradicts the data, or is missing and does not follow from them.
+        """
+        return dict(fields)
+
+    def row_problems(self, rows: "Rows", column: str, few: int) -> Iterator[str]:
+        """Yields what is wrong with the conditions of training rows, one line each.
+
+        Args:
+          rows: The rows of a data set.
+          column: The column that the row condition reads.
+          few: Classes with fewer pictures are reported.
+        """
+        return iter(())
+
+    def check_size(self, size: tuple[int, int], latent: tuple[int, int]) -> None:
+        """Raises ValueError where the conditions do not fit pictures of ``size`` (H, W)."""
+
+    def with_kernels(self, kernels: Any) -> "Conditioner":
+        """Returns the conditioner with its network's operations in the forms of ``kernels``."""
+        module = getattr(self, "module", None)
+        if module is None:
+            return self
+        changes: dict[str, Any] = {"module": module.clone(kernels=kernels)}
+        return dataclasses.replace(self, **changes)
+
+    # --------------------------------------------------------------------------------- the network
+
+    @property
+    def concat_channels(self) -> int:
+        """The number of channels that are concatenated to the latents."""
+        return 0
 
     def init(self, key: jax.Array) -> dict:
-        """Fresh parameters; {} when there are none."""
-        ...
+        """Returns fresh parameters; {} where there are none."""
+        module = getattr(self, "module", None)
+        return {} if module is None else dict(module.init(key, self.encode_null(1))["params"])
 
-    def encode(self, given: Sequence[Any]) -> Any:
-        """Host arrays [b, ...] from what the person gave (captions, labels, maps ...), ready for ``__call__``."""
-        ...
+    def encode(self, values: Sequence[Any]) -> Any:
+        """Encodes conditions on the host.
+
+        Args:
+          values: One condition for each picture, as `parse` returns them.
+
+        Returns:
+          An array [b, ...] or a pytree of them.
+
+        Raises:
+          ValueError: A value does not fit.
+        """
+        raise NotImplementedError
 
     def encode_null(self, n: int) -> Any:
-        """Like ``encode``, of the condition that means "anything"."""
-        ...
+        """Returns ``n`` rows of the null condition, in the form that `__call__` takes."""
+        raise NotImplementedError
 
-    def __call__(
-        self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
-    ) -> Cond:
-        """The condition of b images."""
-        ...
+    def null_row(self, encoded: Any = None) -> Any:
+        """Returns one row that replaces ``encoded`` where a condition is dropped or guided from."""
+        return self.encode_null(1)
 
+    def with_picture(
+        self, encoded: Any, first_stage: Any, image: jax.Array | None, mask: jax.Array | None
+    ) -> Any:
+        """Adds the part of the condition that is made of a picture. Runs inside the program.
 
-@dataclasses.dataclass(frozen=True)
-class BertText:
-    """Text through bert-base-uncased WordPieces, padded to ``max_length``, and a transformer trained with the UNet (the original's BERTEmbedder)."""
+        Args:
+          encoded: The result of `encode`.
+          first_stage: The model's `FirstStage`.
+          image: Pixels [b, H, W, 3] in [-1, 1].
+          mask: uint8 [b, H, W, 1], 1 where the picture is to be painted.
 
-    module: TransformerEncoder
-
-    @property
-    def max_length(self) -> int:
-        return self.module.max_seq_len
-
-    @property
-    def tokenizer(self) -> Any:
-        """Transformers' own."""
-        return bert_tokenizer()
-
-    def encode(self, given: Sequence[str]) -> np.ndarray:
-        """Captions -> tokens int32 [b, max_length]: [CLS] words [SEP] padding. A caption too long is cut, with a warning that says what was cut."""
-        tokenizer = self.tokenizer
-        return tokens_of(
-            tokenizer, given, self.max_length, tokenizer.cls_token_id, tokenizer.sep_token_id
-        )
-
-    def encode_null(self, n: int) -> np.ndarray:
-        """The empty caption, n times."""
-        return np.repeat(self.encode([""]), n, axis=0)
-
-    def init(self, key: jax.Array) -> dict:
-        variables: Any = self.module.init(key, jnp.zeros((1, self.max_length), jnp.int32))
-        return variables["params"]
-
-    def __call__(
-        self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
-    ) -> Cond:
-        states: Any = self.module.apply({"params": params}, encoded, train=train, rngs=rngs)
-        return Cond(crossattn=states)
-
-
-@dataclasses.dataclass(frozen=True)
-class BertTokens(BertText):
-    """Ready-made tokens through the same transformer: codes of boxes, say (the original's BERTEmbedder without tokenizer)."""
-
-    def encode(self, given: Sequence[Sequence[int]]) -> np.ndarray:  # type: ignore[override]
-        """Rows of ``max_length`` tokens each -> int32 [b, max_length]; ValueError where they are not that or not in the vocabulary."""
-        tokens = np.asarray(given, np.int32)
-        if tokens.ndim != 2 or tokens.shape[1] != self.max_length:
-            raise ValueError(f"tokens of shape {tokens.shape}, expected rows of {self.max_length}")
-        if tokens.min() < 0 or tokens.max() >= self.module.vocab_size:
-            raise ValueError(f"tokens must be from 0 to {self.module.vocab_size - 1}")
-        return tokens
-
-    def encode_null(self, n: int) -> np.ndarray:
-        """Zeros."""
-        return np.zeros((n, self.max_length), np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipText:
-    """Text through CLIP's tokenizer and text tower, as in Stable Diffusion v1 (the original's FrozenCLIPEmbedder)."""
-
-    module: CLIPText
-
-    @property
-    def max_length(self) -> int:
-        return self.module.max_position_embeddings
-
-    @property
-    def tokenizer(self) -> Any:
-        """Transformers' own."""
-        return clip_tokenizer()
-
-    def encode(self, given: Sequence[str]) -> np.ndarray:
-        """Captions -> tokens int32 [b, max_length]: 49406, words, 49407 to the end. What is too long is cut, with a warning that says what."""
-        tokenizer = self.tokenizer
-        return tokens_of(
-            tokenizer, given, self.max_length, tokenizer.bos_token_id, tokenizer.eos_token_id
-        )
-
-    def encode_null(self, n: int) -> np.ndarray:
-        """The empty caption, n times."""
-        return np.repeat(self.encode([""]), n, axis=0)
-
-    def init(self, key: jax.Array) -> dict:
-        variables: Any = self.module.init(key, jnp.zeros((1, self.max_length), jnp.int32))
-        return variables["params"]
-
-    def __call__(
-        self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
-    ) -> Cond:
-        states: Any = self.module.apply({"params": params}, encoded)
-        return Cond(crossattn=states.last)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassLabel:
-    """A class as one context token. The last class is the null one where a model is trained for guidance (the original's cin256-v2: 1000 of 1001)."""
-
-    module: ClassEmbedder
-
-    def encode(self, given: Sequence[int | str]) -> np.ndarray:
-        """Labels -> int32 [b]; ValueError where one is not a class."""
-        labels = np.asarray([int(label) for label in given], np.int32)
-        if len(labels) and (labels.min() < 0 or labels.max() >= self.module.n_classes):
-            raise ValueError(f"labels must be from 0 to {self.module.n_classes - 1}")
-        return labels
-
-    def encode_null(self, n: int) -> np.ndarray:
-        return np.full(n, self.module.n_classes - 1, np.int32)
-
-    def init(self, key: jax.Array) -> dict:
-        variables: Any = self.module.init(key, jnp.zeros(1, jnp.int32))
-        return variables["params"]
-
-    def __call__(
-        self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
-    ) -> Cond:
-        token: Any = self.module.apply({"params": params}, encoded)
-        return Cond(crossattn=token)
-
-
-@dataclasses.dataclass(frozen=True)
-class RescaledMap:
-    """A map (of labels, one-hot; a small picture) brought to the latent's size and joined to it (the original's SpatialRescaler).
-
-    ``size``: height and width of the maps in pixels, for `encode_null`.
-    """
-
-    module: SpatialRescaler
-    size: tuple[int, int] = (256, 256)
-
-    def encode(self, given: Sequence[Any]) -> np.ndarray:
-        """Maps [h, w, in_channels], all of one size -> float32 [b, h, w, in_channels]; ValueError for other channels.
-
-        Or labels, whole numbers [h, w] -> int32 [b, h, w], which become one-hot on the device (-1: no label); ValueError where one is no channel.
+        Returns:
+          What `__call__` takes.
         """
-        maps = np.asarray(given)
-        if maps.ndim == 3 and np.issubdtype(maps.dtype, np.integer):
-            if maps.min() < -1 or maps.max() >= self.module.in_channels:
-                raise ValueError(f"labels must be from 0 to {self.module.in_channels - 1}, or -1")
-            return maps.astype(np.int32)
-        maps = maps.astype(np.float32)
-        if maps.ndim != 4 or maps.shape[-1] != self.module.in_channels:
-            raise ValueError(
-                f"maps of shape {maps.shape}, expected [b, h, w, {self.module.in_channels}]"
-            )
-        return maps
-
-    def encode_null(self, n: int) -> np.ndarray:
-        """Zeros."""
-        return np.zeros((n, *self.size, self.module.in_channels), np.float32)
-
-    def no_labels(self, n: int) -> np.ndarray:
-        """Like `encode_null`, as labels: int32 [n, h, w] of -1."""
-        return np.full((n, *self.size), -1, np.int32)
-
-    def init(self, key: jax.Array) -> dict:
-        variables: Any = self.module.init(key, self.encode_null(1))
-        return dict(variables.get("params", {}))
+        return encoded
 
     def __call__(
         self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
     ) -> Cond:
-        maps = jax.nn.one_hot(encoded, self.module.in_channels) if encoded.ndim == 3 else encoded
-        small: Any = self.module.apply({"params": params}, maps)
-        return Cond(concat=small)
+        """Returns the condition of b pictures."""
+        raise NotImplementedError
 
+    # ------------------------------------------------------------------------------------ sampling
 
-@dataclasses.dataclass(frozen=True)
-class Joined:
-    """Channels joined to the latent as they are.
+    def check_request(self, request: Any) -> None:
+        """Raises RequestError where a request lacks the condition or has one of another kind."""
+        sentence = (
+            "this model takes no condition"
+            if self.field is None
+            else f"this model takes {self.field}"
+        )
+        for name in REQUEST_FIELDS:
+            if name != self.field and getattr(request, name) is not None:
+                raise RequestError(f"{sentence}, not {name}")
+        if self.field is not None and not as_list(getattr(request, self.field)):
+            raise RequestError(f"{sentence}: give at least one")
 
-    ``of`` says what they are: a "picture" of the latent's size (the original's super-resolution), or what `ldm_jax.models.ldm.masked_condition` makes of
-    a picture and its mask, "masked" (the original's inpainting), "masked_sd" (Stable Diffusion's) or "masked_filled" (our own). ``size``: height and
-    width of the latents, for `encode_null`.
-    """
+    def canvas(self, request: Any, geometry: "Geometry") -> "Canvas":
+        """Returns the size of the picture to make, and the image and mask that it starts from."""
+        from ldm_jax.conditioning.pictures import edit_canvas
 
-    channels: int
-    of: Literal["picture", "masked", "masked_sd", "masked_filled"] = "picture"
-    size: tuple[int, int] = (64, 64)
+        return edit_canvas(request.image, request.mask, request.outpaint, geometry)
 
-    def __post_init__(self) -> None:
-        if self.of not in get_args(Joined.__annotations__["of"]):
-            raise ValueError(
-                f"of {self.of!r} is neither 'picture' nor 'masked', 'masked_sd' or 'masked_filled'"
-            )
+    def parse(self, value: Any, canvas: "Canvas", geometry: "Geometry") -> list[Any]:
+        """Checks the value of the request's field and returns a list that `encode` takes.
 
-    @property
-    def masked(self) -> bool:
-        """Whether they are made of a picture and its mask, by the first stage inside the compiled program."""
-        return self.of != "picture"
+        Raises:
+          RequestError: The value does not fit.
+        """
+        return as_list(value)
 
-    def encode(self, given: Sequence[Any]) -> np.ndarray:
-        """Arrays [h, w, channels], all of one size -> float32 [b, h, w, channels]; ValueError for other channels."""
-        arrays = np.asarray(given, np.float32)
-        if arrays.ndim != 4 or arrays.shape[-1] != self.channels:
-            raise ValueError(f"arrays of shape {arrays.shape}, expected [b, h, w, {self.channels}]")
-        return arrays
-
-    def encode_null(self, n: int) -> np.ndarray:
-        """Zeros."""
-        return np.zeros((n, *self.size, self.channels), np.float32)
-
-    def init(self, key: jax.Array) -> dict:
+    def signature(self, names: Sequence[str] | None) -> dict[str, Any]:
+        """Returns entries for an exported program's signature.json."""
         return {}
 
-    def __call__(
-        self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
-    ) -> Cond:
-        return Cond(concat=encoded)
-
-
-@dataclasses.dataclass(frozen=True)
-class Hybrid:
-    """Text as the context and channels joined to the latent (Stable Diffusion's inpainting). Its parameters are those of the text.
-
-    What is encoded is {"text", "joined"}, as each of them encodes it. Guidance leads away from another text, with the same channels.
-    """
-
-    text: BertText | ClipText
-    joined: Joined
-
-    @property
-    def module(self) -> TransformerEncoder | CLIPText:
-        """The text encoder."""
-        return self.text.module
-
-    def encode(self, given: Sequence[tuple[str, Any]]) -> dict[str, np.ndarray]:
-        """Captions with arrays [h, w, channels]."""
-        captions, arrays = zip(*given, strict=True)
-        return {"text": self.text.encode(captions), "joined": self.joined.encode(arrays)}
-
-    def encode_null(self, n: int) -> dict[str, np.ndarray]:
-        """The empty caption, and zeros."""
-        return {"text": self.text.encode_null(n), "joined": self.joined.encode_null(n)}
-
-    def init(self, key: jax.Array) -> dict:
-        return self.text.init(key)
-
-    def __call__(
-        self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
-    ) -> Cond:
-        text = self.text(params, encoded["text"], train=train, rngs=rngs)
-        return Cond(crossattn=text.crossattn, concat=encoded["joined"])
-
-
-def joined_of(conditioner: Any) -> Joined | None:
-    """What a conditioner joins to the latent as it is, if anything."""
-    part = conditioner.joined if isinstance(conditioner, Hybrid) else conditioner
-    return part if isinstance(part, Joined) else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Embeddings:
-    """Ready-made vectors as the context: CLIP's of a prompt, of retrieved neighbours (the original's retrieval-augmented models).
-
-    ``dim``: of a vector. ``count``: how many a picture has in training and in `encode_null`; sampling takes any number of them.
-    """
-
-    dim: int
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if min(self.dim, self.count) < 1:
-            raise ValueError(f"dim {self.dim} and count {self.count} must be at least 1")
-
-    def encode(self, given: Sequence[Any]) -> np.ndarray:
-        """Arrays [m, dim], all of one m, or [dim], one vector each -> float32 [b, m, dim]; ValueError for others, or for what is not finite."""
-        shapes = {np.shape(one) for one in given}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"embeddings of the shapes {' and '.join(map(str, sorted(shapes)))}: all need equally many"
-            )
-        vectors = np.asarray(given, np.float32)
-        vectors = vectors[:, None] if vectors.ndim == 2 else vectors
-        if vectors.ndim != 3 or vectors.shape[-1] != self.dim or not vectors.size:
-            raise ValueError(f"embeddings of shape {vectors.shape[1:]}, expected (m, {self.dim})")
-        if not np.isfinite(vectors).all():
-            raise ValueError("embeddings must be finite numbers")
-        return vectors
-
-    def encode_null(self, n: int) -> np.ndarray:
-        """Zeros."""
-        return np.zeros((n, self.count, self.dim), np.float32)
-
-    def init(self, key: jax.Array) -> dict:
-        return {}
-
-    def __call__(
-        self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
-    ) -> Cond:
-        return Cond(crossattn=encoded)
-
-
-@dataclasses.dataclass(frozen=True)
-class Unconditional:
-    """No condition at all."""
-
-    def encode(self, given: Sequence[Any]) -> None:
+    def tokenizer_json(self) -> str | None:
+        """Returns the content of an exported program's tokenizer.json; None if it needs none."""
         return None
 
-    def encode_null(self, n: int) -> None:
-        return None
+    # ------------------------------------------------------------------------------------ training
 
-    def init(self, key: jax.Array) -> dict:
+    def encode_rows(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Encodes a loader's batch.
+
+        Args:
+          raw: "caption", "condition" as the `RowCondition` makes it, or, from a latent cache,
+            "encoded".
+
+        Returns:
+          "encoded", the result of `encode`, and, for conditions made of a masked picture, "mask".
+        """
+        if "encoded" in raw:
+            return {name: raw[name] for name in ("encoded", "mask") if name in raw}
+        return {"encoded": self.encode(raw["condition"])}
+
+    def example_rows(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Returns what `encode_rows` does for one picture of ``size``, without data."""
+        return {"encoded": self.null_row()}
+
+    def cache_fields(self) -> dict[str, dict[str, Any]]:
+        """Returns what a latent cache keeps of a row: name -> {"dtype", "shape"}."""
         return {}
 
-    def __call__(
-        self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
-    ) -> Cond:
-        return Cond()
+    def cache_key(self) -> dict[str, Any]:
+        """Returns what the cached conditions depend on."""
+        return {}
 
 
-def bert(
-    dim: int,
-    depth: int,
-    vocab_size: int = 30522,
-    max_seq_len: int = 77,
-    heads: int = 8,
-    head_dim: int = 64,
-    dropout: float = 0.0,
-    embed_std: float = 0.02,
-    with_logits: bool = False,
-    dtype: Any = jnp.float32,
-) -> BertText:
-    """The text conditioner of the original's text-to-image model (whose dim is 1280, depth 32).
+# The fields of a Request that hold conditions; "condition" is for kinds outside of this package.
+REQUEST_FIELDS = ("prompts", "classes", "semantic_map", "layout", "embeddings", "condition")
 
-    ``with_logits``: its parameters hold the projection to the vocabulary that the original keeps and does not use.
+
+def as_list(value: Any) -> list[Any]:
+    """Returns one or several values as a list; None is the empty one.
+
+    Arrays, strings and paths count as one value.
     """
-    fields = (dim, depth, vocab_size, max_seq_len, heads, head_dim, dropout)
-    return BertText(
-        TransformerEncoder(*fields, with_logits=with_logits, embed_std=embed_std, dtype=dtype)
-    )
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def bert_tokens(**fields: Any) -> BertTokens:
-    """Like `bert`, fed with ready-made tokens (the original's layout-to-image model: dim 512, depth 16, 8192 tokens)."""
-    return BertTokens(bert(**fields).module)
+def column_of(row: Mapping[str, Any], column: str) -> Any:
+    """Returns a row's value in ``column``; raises DataError where there is no such column."""
+    if column not in row:
+        known = ", ".join(key for key in row if key != "image")
+        raise DataError(f"data.condition: there is no column {column!r}: there are {known}")
+    return row[column]
 
 
-def rescaler(size: tuple[int, int] = (256, 256), **fields: Any) -> RescaledMap:
-    """Maps of ``size`` pixels, resized as the fields of `SpatialRescaler` say."""
-    return RescaledMap(SpatialRescaler(**fields), size)
+def label_number(label: Any, names: Sequence[str], what: str) -> int:
+    """Returns the number of a training label: its place in ``names``, or itself."""
+    if names and isinstance(label, str):
+        if label not in names:
+            raise DataError(
+                f"{what} {label!r} is not in model.classes: add it there, or exclude these rows "
+                "by data.where"
+            )
+        return names.index(label)
+    if isinstance(label, int | np.integer) and not isinstance(label, bool):
+        return int(label)
+    raise DataError(f"{what} {label!r} is neither a whole number nor one of model.classes")
 
 
-def hybrid(text: dict[str, Any], joined: dict[str, Any], dtype: Any = jnp.float32) -> Hybrid:
-    """``text`` are the kind of text, "bert" or "clip", and its entries; ``joined`` the fields of `Joined`."""
-    text, joined = (
-        {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
-        for part in (text, joined)
-    )
-    if (kind := text.pop("kind", None)) not in ("bert", "clip"):
-        raise ValueError(f"text.kind {kind!r} is neither 'bert' nor 'clip'")
-    return Hybrid(CONDITIONERS[kind](**text, dtype=dtype), Joined(**joined))
+def check_kinds(kinds: Sequence[str], known: Mapping[str, Any], what: str) -> None:
+    """Raises DataError where a config's "data.condition.kinds" are unknown or missing."""
+    for kind in kinds:
+        if kind not in known:
+            raise DataError(f"{what} {kind!r} does not exist{did_you_mean(kind, known)}")
+    if not kinds:
+        raise DataError(f"kinds of {what} are missing: choose from {', '.join(known)}")
 
 
-# kind -> from the other entries of a model config's "conditioner"
-CONDITIONERS = {
-    "bert": bert,
-    "tokens": bert_tokens,
-    "clip": lambda **fields: ClipText(CLIPText(**fields)),
-    "class": lambda **fields: ClassLabel(ClassEmbedder(**fields)),
-    "rescale": rescaler,
-    "joined": lambda dtype, **fields: Joined(**fields),
-    "hybrid": hybrid,
-    "embeddings": lambda dtype, **fields: Embeddings(**fields),
-    "none": lambda dtype: Unconditional(),
-}
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Returns the first of many names, as "a, b, c ..."."""
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")

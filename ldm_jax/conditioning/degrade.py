@@ -1,8 +1,8 @@
-"""Small pictures made of large ones, as super-resolution trains on them: cleanly, or the way pictures degrade in the wild.
+"""Degradations that make the small pictures super-resolution trains on.
 
-The wild ones follow Zhang et al. 2021, "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution"
-(arXiv:2103.14006, section 3): blur, downsampling, noise and JPEG, each drawn at random and in random order, a final JPEG. Without the paper's
-camera model. On the host, deterministic by the generator.
+`bsr` follows Zhang et al. 2021 (arXiv:2103.14006, section 3) without its camera model: blur,
+downsampling, noise and JPEG with random parameters in random order, and a final JPEG. All of it
+runs on the host and is deterministic given the generator.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ Degradation = Callable[[np.ndarray, tuple[int, int], np.random.Generator], np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """Ranges that a degradation draws from.
+    """Ranges of a degradation's random parameters.
 
     Attributes:
-      blur: standard deviations of the Gaussian kernels, in pixels of the large picture, for a factor of 4.
+      blur: standard deviations of the Gaussian kernels, in pixels, for a factor of 4.
       noise: standard deviations of the noise, of 255.
       jpeg: qualities.
-      jpeg_share: how often the JPEG in the middle happens; the final one always does.
-      detour: how often downsampling goes by way of a random size.
+      jpeg_share: probability of the JPEG in the middle; the final one always happens.
+      detour: probability that downsampling passes through a random size.
     """
 
     blur: tuple[float, float]
@@ -48,7 +48,7 @@ STRENGTHS = {
 
 
 def bicubic(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [h, w, 3], antialiased; nothing is drawn."""
+    """Resizes uint8 [H, W, 3] to uint8 [h, w, 3], antialiased; nothing is random."""
     h, w = size
     return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
 
@@ -56,7 +56,7 @@ def bicubic(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator) 
 def bsr(
     image: np.ndarray, size: tuple[int, int], rng: np.random.Generator, *, strength: Strength
 ) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [h, w, 3] by two blurs, two downsamplings, noise and JPEG in random order, and JPEG."""
+    """Degrades uint8 [H, W, 3] to uint8 [h, w, 3]."""
     h, w = size
     x = image.astype(np.float32)
     steps = [blur, blur, shrink, partial(shrink, last=True), noise, middle_jpeg]
@@ -70,7 +70,7 @@ def bsr(
 
 
 def gaussian_kernel(deviations: tuple[float, float], angle: float) -> np.ndarray:
-    """A Gaussian kernel [k, k], k odd, with standard deviations along two axes turned by ``angle``; it sums to 1."""
+    """Returns a normalised Gaussian kernel [k, k], k odd, whose axes are turned by ``angle``."""
     radius = max(1, int(np.ceil(3 * max(deviations))))
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -79,7 +79,7 @@ def gaussian_kernel(deviations: tuple[float, float], angle: float) -> np.ndarray
 
 
 def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """[h, w, c] with a symmetric kernel [k, k], by Fourier transform; beyond the border the picture is mirrored."""
+    """Convolves [h, w, c] with a symmetric kernel [k, k] by FFT; borders are mirrored."""
     radius = kernel.shape[0] // 2
     h, w = x.shape[0] + 2 * radius, x.shape[1] + 2 * radius
     padded = np.pad(x, ((radius, radius), (radius, radius), (0, 0)), mode="symmetric")
@@ -92,7 +92,7 @@ def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 def blur(
     x: np.ndarray, size: tuple[int, int], rng: np.random.Generator, strength: Strength
 ) -> np.ndarray:
-    """By an isotropic or anisotropic Gaussian, as wide as the picture is still too large."""
+    """Blurs by a Gaussian whose width is proportional to the remaining reduction."""
     scale = max(x.shape[0] / size[0], 1.0) / 4
     first, second = rng.uniform(*strength.blur, 2) * scale
     if rng.random() < 0.5:
@@ -109,15 +109,15 @@ def shrink(
     strength: Strength,
     last: bool = False,
 ) -> np.ndarray:
-    """Downsampling by a random filter: to ``size`` if it is the ``last``, else part of the way; perhaps by a detour over a random size."""
+    """Downsamples by a random filter, to ``size`` if it is the ``last`` time, else part of it."""
     now = np.array(x.shape[:2])
     target = (
         np.array(size)
         if last
         else np.maximum(size, np.round(now / rng.uniform(1, max(now[0] / size[0], 1.0))))
     )
-    if rng.random() < strength.detour:
-        there = rng.uniform(0.5, 1.5) * np.sqrt(now * target)  # down and up again, or up and down
+    if rng.random() < strength.detour:  # through a random size between, or beyond
+        there = rng.uniform(0.5, 1.5) * np.sqrt(now * target)
         x = _resize(x, np.maximum(1, np.round(there)), rng)
     return _resize(x, target, rng)
 
@@ -132,7 +132,7 @@ def _resize(x: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> np.nda
 def noise(
     x: np.ndarray, size: tuple[int, int], rng: np.random.Generator, strength: Strength
 ) -> np.ndarray:
-    """Gaussian noise: the same in all channels, independent in each, or correlated between them."""
+    """Adds Gaussian noise: equal, independent or correlated over the channels."""
     deviation = rng.uniform(*strength.noise)
     drawn, kind = rng.standard_normal(x.shape), rng.integers(3)
     if kind == 0:
@@ -146,13 +146,13 @@ def noise(
 def middle_jpeg(
     x: np.ndarray, size: tuple[int, int], rng: np.random.Generator, strength: Strength
 ) -> np.ndarray:
-    """JPEG, now and then."""
+    """Applies JPEG with probability ``jpeg_share``."""
     happens, quality = rng.random() < strength.jpeg_share, int(rng.integers(*strength.jpeg))
     return jpeg(x, quality) if happens else x
 
 
 def jpeg(x: np.ndarray, quality: int) -> np.ndarray:
-    """[h, w, 3] of about 0 to 255, written as a JPEG and read again: float32."""
+    """Writes [h, w, 3], about 0 to 255, as a JPEG and reads it again: float32."""
     buffer = io.BytesIO()
     Image.fromarray(np.clip(np.round(x), 0, 255).astype(np.uint8)).save(
         buffer, "JPEG", quality=quality

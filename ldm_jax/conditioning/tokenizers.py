@@ -1,4 +1,4 @@
-"""Text -> tokens, by the vocabularies that ship with the package."""
+"""Tokenizers, made of the vocabularies that ship with the package."""
 
 import gzip
 import logging
@@ -16,17 +16,16 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 @lru_cache(maxsize=2)
 def bert_tokenizer(vocab: Path = ASSETS / "tokenizers" / "bert-base-uncased-vocab.txt") -> Any:
-    """bert-base-uncased's tokenizer (30522 entries), made from its published vocabulary; nothing is downloaded."""
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it warns that PyTorch is missing, which is the point of this project
+    """Returns the tokenizer of bert-base-uncased (30522 entries); nothing is downloaded."""
+    # It warns that PyTorch is missing, which is not needed here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import BertTokenizer
 
     return BertTokenizer(vocab=str(vocab), do_lower_case=True)
 
 
 def _byte_symbols() -> list[str]:
-    """One printable character for each byte, in the order in which byte-level BPE vocabularies (GPT-2's, CLIP's) list them."""
+    """Returns one character for each byte, in the order of byte-level BPE vocabularies (CLIP's)."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -40,12 +39,12 @@ def _byte_symbols() -> list[str]:
 def clip_tokenizer(
     merges_file: Path = ASSETS / "tokenizers" / "clip-bpe_simple_vocab_16e6.txt.gz",
 ) -> Any:
-    """CLIP's byte-pair tokenizer (49408 entries), made from its published list of merges; nothing is downloaded."""
+    """Returns CLIP's byte-pair tokenizer (49408 entries); nothing is downloaded."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import CLIPTokenizer
 
     symbols = _byte_symbols()
-    # The list is longer than what CLIP uses of it, which fills the vocabulary up to 49408; its first line is a version.
+    # CLIP uses the first merges, up to a vocabulary of 49408; the first line is a version.
     lines = (
         gzip.decompress(merges_file.read_bytes())
         .decode("utf-8")
@@ -60,14 +59,22 @@ def clip_tokenizer(
 def tokens_of(
     tokenizer: Any, captions: Sequence[str], length: int, start: int, end: int
 ) -> np.ndarray:
-    """Captions -> int32 [b, length]: start, words, end, padding. What does not fit is cut and warned of."""
+    """Tokenizes captions: start, words, end, padding.
+
+    Captions that are too long are cut, with a warning that names the part cut off.
+
+    Returns:
+      int32 [b, length].
+    """
     rows = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
     tokens = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
     room = length - 2
     for i, row in enumerate(rows):
         if len(row) > room:
             cut = tokenizer.decode(row[room:])
-            LOG.warning("prompt is %d tokens long, %d are read; cut: %r", len(row), room, cut)
+            LOG.warning(
+                "prompt of %d tokens: the last %d are cut: %r", len(row), len(row) - room, cut
+            )
         row = [start, *row[:room], end]
         tokens[i, : len(row)] = row
     return tokens

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -136,4 +137,45 @@ def labelled_grid(
                 (w, h), Image.Resampling.NEAREST
             )
             sheet.paste(picture, (left + j * (width + gap) + (width - w) // 2, top + i * (h + gap)))
+    return np.asarray(sheet)
+
+
+def palette(n: int) -> np.ndarray:
+    """Returns ``n`` distinct colours, uint8 [n, 3].
+
+    The first is a light grey; then follow hues by the golden angle, in three brightnesses.
+    """
+    hue = np.arange(n) * 0.61803 % 1 * 6
+    rgb = np.clip(np.abs((hue[:, None] + [0, 4, 2]) % 6 - 3) - 1, 0, 1)
+    colours = (255 * rgb * np.array([0.95, 0.75, 0.55])[np.arange(n) % 3, None]).astype(np.uint8)
+    colours[:1] = 225
+    return colours
+
+
+def contact_sheet(
+    pictures: np.ndarray, texts: Sequence[str], beside: np.ndarray | None = None, columns: int = 4
+) -> np.ndarray:
+    """Arranges pictures uint8 [n, H, W, 3] on a sheet, with a text below each.
+
+    Args:
+      pictures: The pictures.
+      texts: One for each, wrapped to at most three lines.
+      beside: Pictures of the same shape, placed at the right of each.
+      columns: Pictures in a row.
+    """
+    h, w = pictures.shape[1:3]
+    zoom = max(1, 160 // w)
+    cells = pictures if beside is None else np.concatenate([pictures, beside], axis=2)
+    width, height, gap, line = cells.shape[2] * zoom, h * zoom, 8, 13
+    wrapped = [textwrap.wrap(text, max(1, width // 6), max_lines=3) for text in texts]
+    rows = -(-len(cells) // columns)
+    step = height + 3 * line + gap
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * step + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, cell in enumerate(cells):
+        x, y = gap + (i % columns) * (width + gap), gap + (i // columns) * step
+        large = Image.fromarray(cell).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(large, (x, y))
+        text = "\n".join(wrapped[i])
+        draw.multiline_text((x, y + height + 1), text, fill="black", font_size=11, spacing=1)
     return np.asarray(sheet)

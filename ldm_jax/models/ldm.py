@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.conditioning.base import CONDITIONERS, Cond, Conditioner
+from ldm_jax.conditioning import Cond, Conditioner, make_conditioner
 from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.guidance import Denoiser, classifier_free, unguided
 from ldm_jax.diffusion.objective import get_objective
@@ -270,8 +270,7 @@ def build_first_stage(
 
 def build_conditioner(config: Mapping[str, Any], dtype: str = "float32") -> Conditioner:
     """What a config's "conditioner" says."""
-    factory, fields = _by_kind(CONDITIONERS, "conditioner", _section(config, "conditioner"))
-    return construct(factory, "conditioner", fields, dtype=DTYPES[dtype])
+    return make_conditioner(_section(config, "conditioner"), DTYPES[dtype])
 
 
 def build(
@@ -341,49 +340,6 @@ def _param_shapes(config_json: str) -> dict[str, Any]:
     if module is not None:
         expected["first_stage"] = shapes_of(lambda: init_autoencoder(module, key))
     return expected
-
-
-def masked_condition(
-    stage: FirstStage, pixels: jax.Array, mask: jax.Array, of: str = "masked"
-) -> jax.Array:
-    """What an inpainting model is told of a picture and the mask [b, H, W, 1], 1 where it is to be made anew: [b, h, w, c + 1].
-
-    "masked", as in the original's scripts/inpaint.py: the unscaled latents of the picture, black there, and then the mask as -1 and 1. "masked_sd",
-    as in its LatentInpaintDiffusion: the mask as 0 and 1, and then the scaled latents of the picture, grey there. Masks shrink by nearest neighbours.
-
-    "masked_filled", our own: the scaled latents of the picture, `filled` there, and then how much of each cell is masked, 0 to 1. A hole in black or
-    grey reaches far into the latents of what is beside it, and a stroke thinner than a cell is lost where a mask shrinks by nearest neighbours: this
-    is for pictures of few cells.
-    """
-    f, hole = stage.downsampling, mask.astype(pixels.dtype)
-    if of == "masked_filled":
-        b, h, w, _ = hole.shape
-        z = stage.encode(filled(pixels, 1 - hole))
-        return jnp.concatenate(
-            [z, hole.reshape(b, h // f, f, w // f, f, 1).mean((2, 4)).astype(z.dtype)], axis=-1
-        )
-    small = hole[:, ::f, ::f]
-    if of == "masked_sd":
-        z = stage.encode(jnp.where(hole > 0, 0.0, pixels))
-        return jnp.concatenate([small.astype(z.dtype), z], axis=-1)
-    z = stage.encode(jnp.where(hole > 0, -1.0, pixels)) / stage.scale
-    return jnp.concatenate([z, (2 * small - 1).astype(z.dtype)], axis=-1)
-
-
-def filled(pixels: jax.Array, known: jax.Array) -> jax.Array:
-    """Pixels [b, H, W, c] as they are where ``known`` [b, H, W, 1] is 1, and where it is 0 what goes on smoothly from there: of the same at half the
-    sides, where a pixel is the mean of the known ones of its four (the pull and push of Gortler et al. 1996). 0 where nothing is known.
-    """
-    b, h, w, _ = pixels.shape
-    if h * w == 1:
-        return known * pixels
-    known, pixels = (jnp.pad(a, ((0, 0), (0, h % 2), (0, w % 2), (0, 0))) for a in (known, pixels))
-    cells = (b, (h + 1) // 2, 2, (w + 1) // 2, 2, -1)
-    count = known.reshape(cells).sum((2, 4))
-    mean = (known * pixels).reshape(cells).sum((2, 4)) / jnp.maximum(count, 1)
-    coarse = filled(mean, jnp.minimum(count, 1))
-    behind = jax.image.resize(coarse, pixels.shape, "linear")
-    return (known * pixels + (1 - known) * behind)[:, :h, :w]
 
 
 def to_uint8(x: jax.Array) -> jax.Array:

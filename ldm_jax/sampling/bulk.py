@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm_jax.conditioning.base import as_list
 from ldm_jax.errors import RequestError
 from ldm_jax.io import png as pictures
 from ldm_jax.sampling.pipeline import Pipeline
-from ldm_jax.sampling.requests import as_list, class_numbers
 
 FORMATS = ("npz", "png", "zip")
 CHUNK = 256  # pictures read back at a time
@@ -127,19 +127,9 @@ def labels_of(pipe: Pipeline, classes: Any) -> list[int]:
     """Numbers of classes; of "all" every one that the model has a name for, or all."""
     if classes is None:
         return []
-    names, module = (
-        pipe.model.config.get("classes"),
-        getattr(pipe.model.conditioner, "module", None),
-    )
-    count = getattr(module, "n_classes", None)
-    if count is None:
+    if pipe.model.conditioner.field != "classes":
         raise RequestError("this model knows no classes: leave them out")
-    given = as_list(classes)
-    return (
-        list(range(len(names or range(count))))
-        if given == ["all"]
-        else class_numbers(given, count, names)
-    )
+    return pipe.model.conditioner.numbers(as_list(classes), pipe.model.config.get("classes"))
 
 
 def begin(out: Path, asked: dict[str, Any]) -> None:

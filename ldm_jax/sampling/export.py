@@ -24,7 +24,6 @@ import numpy as np
 from jax import export as jax_export
 
 import ldm_jax
-from ldm_jax.conditioning.base import BertText, ClassLabel, ClipText, joined_of
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import RequestError
 from ldm_jax.sampling.pipeline import Pipeline, load
@@ -34,13 +33,10 @@ from ldm_jax.sampling.requests import (
     Settings,
     check_conditions,
     guided_steps,
-    needs,
     numbers,
 )
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# what a model is asked by -> the name of the program's argument
-CONDITIONS = {"prompts": "tokens", "classes": "classes", "embeddings": "embeddings"}
 # Not one of them: seeds and guidance are arguments, and a batch whose size is not known is not decoded in parts.
 SETTINGS = tuple(
     field.name
@@ -78,10 +74,8 @@ def export(model: str | Path, out: str | Path, *, dtype: str = "float32", **sett
 
     save_file({name: np.asarray(a) for name, a in weights.items()}, partial / "weights.safetensors")
     (partial / "program.jax").write_bytes(exported.serialize())
-    if needs(pipe.model.conditioner) == "prompts":
-        (partial / "tokenizer.json").write_text(
-            tokenizer_of(pipe.model.conditioner), encoding="utf-8"
-        )
+    if (tokenizer := pipe.model.conditioner.tokenizer_json()) is not None:
+        (partial / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     (partial / "signature.json").write_text(
         json.dumps(signature(pipe, chosen, arguments, exported), indent=1) + "\n"
     )
@@ -99,7 +93,7 @@ def program_of(pipe: Pipeline, chosen: Settings) -> tuple[Callable[..., jax.Arra
     model, size, plan = pipe.model, pipe.check_size(chosen.size), pipe.plan(chosen, Given())
     arguments, form = arguments_of(pipe), pipe.form(chosen, size, 1)
     names, tree = list(named(pipe)), jax.tree.structure(parameters(pipe))
-    (condition,) = [name for name in arguments if name in CONDITIONS.values()] or [None]
+    condition = model.conditioner.argument
     schedule = jax.device_get(model.schedule)  # small, and so a constant of the program
     sampler, interval, rescale = (
         SAMPLERS[chosen.sampler],
@@ -136,15 +130,14 @@ def arguments_of(pipe: Pipeline) -> Arguments:
     """What the program takes for each picture, beside the weights. RequestError for a model that is asked by something else."""
     conditioner, arguments = pipe.model.conditioner, {"seeds": ((), np.uint32)}
     check_conditions(pipe.model)
-    wanted = "image" if joined_of(conditioner) else needs(conditioner)
-    if wanted is None:
+    if conditioner.field is None:
         return arguments
-    if wanted not in CONDITIONS:
+    if (condition := conditioner.argument) is None:
         raise RequestError(
-            f"this model is asked by {wanted}: only models of text, classes, embeddings or nothing can be exported"
+            f"this model is conditioned on {conditioner.field}: only models of text, classes, embeddings or nothing can be exported"
         )
     example = conditioner.encode_null(1)
-    for name in (CONDITIONS[wanted], f"null_{CONDITIONS[wanted]}"):
+    for name in (condition, f"null_{condition}"):
         arguments[name] = example.shape[1:], example.dtype
     return arguments | {"guidance": ((), np.float32)}
 
@@ -171,17 +164,6 @@ def named(pipe: Pipeline) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def tokenizer_of(conditioner: BertText | ClipText) -> str:
-    """A `tokenizers.Tokenizer` as JSON, which makes of a caption what ``conditioner.encode`` does: start, words, end, padding."""
-    from tokenizers import Tokenizer
-
-    known, length = conditioner.tokenizer, conditioner.max_length
-    tokenizer = Tokenizer.from_str(known.backend_tokenizer.to_str())  # a copy
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=known.pad_token_id, pad_token=known.pad_token)
-    return tokenizer.to_str()
-
-
 def signature(
     pipe: Pipeline, chosen: Settings, arguments: Arguments, exported: Any
 ) -> dict[str, Any]:
@@ -200,9 +182,7 @@ def signature(
         "settings": settings,
         "platforms": list(exported.platforms),
     }
-    if isinstance(pipe.model.conditioner, ClassLabel):
-        told["null_class"] = int(pipe.model.conditioner.encode_null(1)[0])
-        told["classes"] = pipe.model.config.get("classes")
+    told |= pipe.model.conditioner.signature(pipe.model.config.get("classes"))
     versions = {"ldm_jax": ldm_jax.__version__, "jax": jax.__version__}
     output = {"images": {"shape": ["b", *image.shape[1:]], "dtype": image.dtype.name}}
     return told | {"inputs": inputs, "outputs": output, "versions": versions}

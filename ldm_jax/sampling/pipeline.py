@@ -32,7 +32,7 @@ from ldm_jax.kernels import cores
 from ldm_jax.models.ldm import DTYPES, LatentDiffusion, build, check_params, construct
 from ldm_jax.models.unet import layout
 from ldm_jax.sampling.program import Form, Made, Plan, Rows, decode_part, generate
-from ldm_jax.sampling.requests import Given, Settings, arrays, checked, needs
+from ldm_jax.sampling.requests import Given, Settings, arrays, checked
 
 LOG = logging.getLogger(__name__)
 
@@ -134,13 +134,10 @@ class Pipeline:
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
         own = model.config.get("sampling", {})
-        match needs(model.conditioner):
-            case "prompts" | "classes" | "embeddings":
-                pass
-            case "layout":  # the original's was trained without dropout
-                own = {"guidance": 1.0} | own
-            case _:  # no condition to be guided away from
-                own = own | {"guidance": 1.0}
+        if not model.conditioner.guided:
+            own = own | {"guidance": 1.0}
+        elif (scale := model.conditioner.default_guidance) is not None:
+            own = {"guidance": scale} | own
         self.defaults: Settings = construct(Settings, "sampling", own)
         self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning.base import Hybrid, joined_of
 from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.guidance import Predict, predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, AnySampler, Known, initial_noise, sample
 from ldm_jax.diffusion.schedule import lift, q_sample
 from ldm_jax.kernels.vjp import forward_only
-from ldm_jax.models.ldm import FirstStage, LatentDiffusion, masked_condition, to_float, to_uint8
+from ldm_jax.models.ldm import FirstStage, LatentDiffusion, to_float, to_uint8
 
 Array = Any  # jax.Array or np.ndarray
 
@@ -104,23 +103,16 @@ def generate(
     if toward is not None:
         x = slerp(x, initial_noise(jax.vmap(jax.random.key)(toward.seeds), shape), toward.mix)
 
-    joined, masked = joined_of(model.conditioner), None
-    z0 = known = None
+    z0 = known = pixels = None
     if rows.image is not None:
         pixels = to_float(rows.image)
-        if joined is not None:
-            assert rows.mask is not None
-            masked = masked_condition(stage, pixels, rows.mask, joined.of).astype(jnp.float32)
-        else:
+        if model.conditioner.edits:
             # The posterior's mode, not a sample of it as in the original: a picture stays what it is under every seed.
             z0 = stage.encode(pixels).astype(jnp.float32)
             known = None if rows.mask is None else Known(z0, 1.0 - whole_cells(rows.mask, f))
 
     def told(encoded: Any) -> Any:
-        """A row's condition with the masked picture, which is the same for what is asked for and what is guided away from."""
-        if isinstance(model.conditioner, Hybrid):
-            return {"text": encoded, "joined": masked}
-        return encoded if masked is None else masked
+        return model.conditioner.with_picture(encoded, stage, pixels, rows.mask)
 
     parts = None if toward is None else (told(toward.encoded), toward.mix)
     options: dict[str, Any] = {

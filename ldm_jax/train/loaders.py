@@ -3,7 +3,7 @@
 import contextlib
 from typing import Any
 
-from ldm_jax.conditioning.training import make_condition, source_settings
+from ldm_jax.conditioning.config import row_condition, source_settings
 from ldm_jax.data import ImageTransform, LatentLoader, Loader, make_source
 from ldm_jax.train.tasks.base import plain
 
@@ -36,7 +36,7 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
         make_source({**source_settings(data), "part": part}),
         transform,
         caption=data["caption"],
-        condition=make_condition(plain(config)),
+        condition=row_condition(plain(config)),
         num_workers=data["num_workers"] if part == "train" else 0,
         **share,
     )

@@ -103,7 +103,7 @@ def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
             "strength must be above 0 and up to 1, not 1.5",
         ),
         (["--prompt=x", "--image={tmp}/empty.txt"], "empty.txt is no readable picture"),
-        (["--class=cat"], "this model is asked by prompts, not by classes"),
+        (["--class=cat"], "this model is conditioned on prompts, not classes"),
         (["--prompt=x", "--class=cat"], "give prompts or classes, not both"),
         (["--prompt=x", "--negative=y", "--negative=z"], "2 of --negative for 1 prompts"),
         (["--prompt=x", "--num=1", "--interpolate=3"], "interpolation needs at least two ends"),

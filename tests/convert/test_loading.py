@@ -149,8 +149,8 @@ def test_the_losses_of_a_first_stage_are_left_out_by_name(written, tmp_path):
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
-        ("held twice", None, "this model is asked by image, not by prompts"),
-        ("small picture", None, "this model is asked by image, not by prompts"),
+        ("held twice", None, "this model is conditioned on image, not prompts"),
+        ("small picture", None, "this model is conditioned on image, not prompts"),
         ("clip inpainting", None, "give a mask or outpaint with the image"),
         ("clip inpainting", ["masked_image", "mask"], "joins 5 channels to its latents"),
     ],

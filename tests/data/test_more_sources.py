@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from test_sources import lines, picture, write_folder, write_zip
 
-from ldm_jax.conditioning.columns import LabelMap, Layout, boxes_of, read_labels
+from ldm_jax.conditioning.layout import RowLayout, boxes_of
+from ldm_jax.conditioning.semantic_map import RowLabelMap, read_labels
 from ldm_jax.data import SOURCES, decode_image, make_source
 from ldm_jax.data.sources.files import Files
 from ldm_jax.data.transforms import Crop, ImageTransform, View
@@ -413,12 +414,12 @@ def test_scenes_have_exact_maps_and_boxes(scenes):
     # Both conditions read them.
     view = View(ImageTransform((32, 32)), Crop(0, 0, 32, 32, False), (32, 32))
     row = source[0]
-    condition = LabelMap("map", 3)
+    condition = RowLabelMap("map", 3)
     condition.read(row)
     np.testing.assert_array_equal(
         condition(row, row["image"], view, np.random.default_rng(0)), source[0]["map"]
     )
-    tokens = Layout("boxes", 9, 1026, ("a", "b"))(row, row["image"], view, np.random.default_rng(0))
+    tokens = RowLayout("boxes", 9, 1026, ("a", "b"))(row, row["image"], view, np.random.default_rng(0))
     assert tokens.shape == (9,)
     with pytest.raises(DataError, match="not every picture has a 'group'"):
         make_source(scenes | {"column": "group"})

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.conditioning.base import CONDITIONERS
+from ldm_jax.conditioning import CONDITIONERS
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.clip import CLIPVision
 from ldm_jax.models.encoder_unet import EncoderUNet
@@ -131,7 +131,7 @@ def test_a_vq_first_stage_quantises_when_it_decodes() -> None:
 
 
 def test_clip_tokens() -> None:
-    text = CONDITIONERS["clip"](dtype=jnp.float32)
+    text = CONDITIONERS["clip"].from_config(dtype=jnp.float32)
     tokens = text.encode(
         ["a photograph of an astronaut riding a horse", "A  cat's 1st word, " + "word " * 90]
     )
@@ -156,14 +156,14 @@ def test_clip_tokens() -> None:
 
 
 def test_conditioners() -> None:
-    label = CONDITIONERS["class"](n_classes=5, embed_dim=4, dtype=jnp.float32)
+    label = CONDITIONERS["class"].from_config(n_classes=5, embed_dim=4, dtype=jnp.float32)
     assert label.encode(["3", 0]).tolist() == [3, 0]
     assert label.encode_null(2).tolist() == [4, 4]
     assert label(label.init(jax.random.key(0)), label.encode([1])).crossattn.shape == (1, 1, 4)
     with pytest.raises(ValueError, match="from 0 to 4"):
         label.encode([5])
 
-    maps = CONDITIONERS["rescale"](
+    maps = CONDITIONERS["rescale"].from_config(
         size=(8, 8), n_stages=2, in_channels=5, out_channels=3, dtype=jnp.float32
     )
     small = maps(maps.init(jax.random.key(0)), maps.encode([np.ones((8, 8, 5))]))
@@ -171,7 +171,7 @@ def test_conditioners() -> None:
     with pytest.raises(ValueError, match=r"\[b, h, w, 5\]"):
         maps.encode([np.ones((8, 8, 3))])
 
-    boxes = CONDITIONERS["tokens"](
+    boxes = CONDITIONERS["tokens"].from_config(
         dim=8, depth=1, vocab_size=10, max_seq_len=3, heads=1, head_dim=4, dtype=jnp.float32
     )
     assert boxes.encode([[1, 2, 3]]).tolist() == [[1, 2, 3]]

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning.base import Cond, Unconditional
+from ldm_jax.conditioning.base import Cond
+from ldm_jax.conditioning.unconditional import Unconditional
 from ldm_jax.convert.compvis.compvis import unet_table
 from ldm_jax.convert.compvis.targets import module_from_config
 from ldm_jax.convert.compvis.whole import latent_diffusion as latent_diffusion_of

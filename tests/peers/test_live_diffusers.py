@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import ldm_jax
-from ldm_jax.conditioning.base import Hybrid
+from ldm_jax.conditioning.hybrid import Hybrid
+from ldm_jax.conditioning.masked import masked_condition
 from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer
 from ldm_jax.convert.diffusers import from_diffusers, to_diffusers
 from ldm_jax.convert.diffusers.components import MODULES
 from ldm_jax.diffusion.guidance import predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, time_grid
 from ldm_jax.errors import CheckpointError
-from ldm_jax.models.ldm import masked_condition
 from ldm_jax.sampling.pipeline import Pipeline
 
 torch = pytest.importorskip("torch")

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ldm_jax.cli.export import main
-from ldm_jax.conditioning.base import bert
+from ldm_jax.conditioning.text import BertText
 from ldm_jax.conditioning.tokenizers import clip_tokenizer
 from ldm_jax.errors import RequestError
 from ldm_jax.io.checkpoint import save_model
-from ldm_jax.sampling.export import export, parameters, tokenizer_of
+from ldm_jax.sampling.export import export, parameters
 
 README = (ROOT / "docs" / "exporting.md").read_text(encoding="utf-8")
 LINES = re.search(r"<!-- export-lines -->\n```python\n(.*?)```", README, re.DOTALL)[1]
@@ -100,9 +100,9 @@ def test_the_tokenizer_beside_it_gives_the_same_ids(text):
     conditioner = (
         build_conditioner({"conditioner": tiny_clip})
         if text == "clip"
-        else bert(16, 1, max_seq_len=12)
+        else BertText.from_config(dim=16, depth=1, max_seq_len=12)
     )
-    tokenizer = Tokenizer.from_str(tokenizer_of(conditioner))
+    tokenizer = Tokenizer.from_str(conditioner.tokenizer_json())
     captions = [
         "",
         "red apple, noto style",
@@ -195,7 +195,8 @@ def test_a_model_of_pictures_is_refused(tmp_path):
     }
     _, path = written(tmp_path, config)
     with pytest.raises(
-        RequestError, match="asked by image: only models of text, classes, embeddings or nothing"
+        RequestError,
+        match="conditioned on image: only models of text, classes, embeddings or nothing",
     ):
         export(path, tmp_path / "out")
 

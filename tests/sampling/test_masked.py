@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import KL, random_params
 
+from ldm_jax.conditioning.masked import filled, masked_condition
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.models.ldm import FirstStage, build_first_stage, filled, masked_condition, to_float
+from ldm_jax.models.ldm import FirstStage, build_first_stage, to_float
 
 
 def first_stage():

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, load_exact
 
 import ldm_jax
-from ldm_jax.conditioning.base import bert
+from ldm_jax.conditioning.text import BertText
 from ldm_jax.errors import CheckpointError, RequestError
 from ldm_jax.io.checkpoint import save_model
 from ldm_jax.sampling.pipeline import Given, load
@@ -246,14 +246,16 @@ def test_bfloat16_gives_a_similar_picture(tiny_dir, exact_pipe):
 
 
 def test_a_prompt_becomes_the_words_of_bert():
-    tokens = bert(dim=16, depth=1, max_seq_len=6).encode([RED, ""])
+    tokens = BertText.from_config(dim=16, depth=1, max_seq_len=6).encode([RED, ""])
     assert tokens.tolist() == [[101, 2417, 6207, 102, 0, 0], [101, 102, 0, 0, 0, 0]]
     assert tokens.dtype == np.int32
 
 
 def test_a_prompt_too_long_is_cut_with_a_warning_that_says_what_was_cut(caplog):
     with caplog.at_level(logging.WARNING, logger="ldm_jax"):
-        tokens = bert(dim=16, depth=1, max_seq_len=4).encode(["red apple on a table"])
+        tokens = BertText.from_config(dim=16, depth=1, max_seq_len=4).encode(
+            ["red apple on a table"]
+        )
     assert tokens.tolist() == [[101, 2417, 6207, 102]]
     assert [record.getMessage() for record in caplog.records] == [
         "prompt is 5 tokens long, 2 are read; cut: 'on a table'"

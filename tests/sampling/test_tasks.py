@@ -11,11 +11,14 @@ import pytest
 from conftest import KL, SMALL, TINY, pipeline_of
 from PIL import Image
 
+from ldm_jax.conditioning.class_label import class_numbers
+from ldm_jax.conditioning.layout import request_tokens
+from ldm_jax.conditioning.masked import masked_condition
 from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, step_grid
 from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.errors import ConfigError, RequestError
-from ldm_jax.models.ldm import build_conditioner, masked_condition, to_float, to_uint8
+from ldm_jax.models.ldm import build_conditioner, to_float, to_uint8
 from ldm_jax.sampling.program import (
     Form,
     decode,
@@ -26,7 +29,7 @@ from ldm_jax.sampling.program import (
     tile_starts,
     whole_cells,
 )
-from ldm_jax.sampling.requests import Given, arrays, checked_layout, class_numbers, interpolation
+from ldm_jax.sampling.requests import Given, arrays, interpolation
 
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
@@ -291,10 +294,10 @@ def test_classes_by_number_and_by_name():
     assert (images[0] == images[1]).all()
     assert (images[0] != images[2]).any()
     for request, message in [
-        ({"classes": ["goldfsh"]}, "class 'goldfsh' does not exist; the nearest: 'goldfish'"),
+        ({"classes": ["goldfsh"]}, "class 'goldfsh' does not exist; did you mean 'goldfish'"),
         ({"classes": [4]}, "class 4 does not exist: give a number from 0 to 3"),
-        ({"prompts": "goldfish"}, "this model is asked by classes, not by prompts"),
-        ({}, "this model is asked by classes: give classes"),
+        ({"prompts": "goldfish"}, "this model is conditioned on classes, not prompts"),
+        ({}, "this model is conditioned on classes: give at least one"),
         ({"classes": [1], "negative": "x"}, "negative prompts need a model of text"),
     ]:
         with pytest.raises(RequestError, match=message):
@@ -318,7 +321,7 @@ def test_an_unconditional_model_needs_no_prompt():
     images = pipe(seeds=[0, 1], steps=2)
     assert images.shape == (2, 16, 16, 3)
     assert (images[0] != images[1]).any()
-    with pytest.raises(RequestError, match="takes no condition, not by prompts"):
+    with pytest.raises(RequestError, match="takes no condition, not prompts"):
         pipe(RED)
     with pytest.raises(RequestError, match="leave guidance at 1"):
         pipe(seeds=1, guidance=2.0)
@@ -351,11 +354,11 @@ def test_a_model_that_inpaints_by_concatenation():
     )
     assert (told[0, :, :, 4] == np.where(np.arange(8) < 4, -1, 1)).all()
     for request, message in [
-        ({"image": PICTURE}, "give a mask or outpaint with the image"),
-        ({}, "this model is asked by image: give image"),
+        ({"image": PICTURE}, "give an image, and a mask or outpaint"),
+        ({}, "give an image, and a mask or outpaint"),
         (
             {"image": PICTURE, "mask": HALF, "strength": 0.5},
-            "asked by image alone, without strength",
+            "strength: this model does not start from an image",
         ),
     ]:
         with pytest.raises(RequestError, match=message):
@@ -405,17 +408,17 @@ def test_a_model_that_inpaints_by_a_prompt(compilations):
         away[1, :, 8:], by_hand(model, nodes, model.conditioner.text.encode([RED]))[0, :, 8:]
     )
     for wrong, message in [
-        ({}, "give a mask or outpaint with the image"),
-        ({"image": PICTURE}, "give a mask or outpaint with the image"),
-        ({"mask": HALF}, "mask needs an image: give one"),
+        ({}, "give an image, and a mask or outpaint"),
+        ({"image": PICTURE}, "give an image, and a mask or outpaint"),
+        ({"mask": HALF}, "give an image, and a mask or outpaint"),
         (
             {"image": PICTURE, "mask": HALF, "strength": 0.5},
-            "asked by prompts, image and mask, without strength",
+            "strength: this model does not start from an image",
         ),
     ]:
         with pytest.raises(RequestError, match=message):
             pipe.stream(RED, **wrong)
-    with pytest.raises(RequestError, match="there is no prompt"):
+    with pytest.raises(RequestError, match="conditioned on prompts: give at least one"):
         pipe.stream(image=PICTURE, mask=HALF)
 
 
@@ -483,7 +486,7 @@ def test_a_model_of_semantic_maps(tmp_path):
     images = pipe(semantic_map=str(tmp_path / "labels.png"), seeds=[0], steps=2)
     assert images.shape == (1, 16, 16, 3)
     assert (images != pipe(semantic_map=np.zeros((16, 16), np.uint8), seeds=[0], steps=2)).any()
-    with pytest.raises(RequestError, match="has the label 7; this model knows 0 to 4"):
+    with pytest.raises(RequestError, match="has the label 7: this model knows 0 to 4"):
         pipe.stream(semantic_map=np.full((4, 4), 7))
     with pytest.raises(RequestError, match="one channel"):
         pipe.stream(semantic_map=PICTURE)
@@ -491,14 +494,14 @@ def test_a_model_of_semantic_maps(tmp_path):
 
 def test_layouts_become_the_originals_tokens():
     """16 tokens of a corner: rows of 4, as in the builder's own example, where (2/3, 1/3) is 6 and the last corner 15."""
-    tokens = checked_layout(
+    tokens = request_tokens(
         [("cup", (2 / 3, 1 / 3, 1 / 3, 2 / 3))], length=8, vocabulary=16, names=["table", "cup"]
     )
     assert tokens == [1, 6, 15, 15, 15, 15, 0, 15]
     with pytest.raises(RequestError, match="at most 2"):
-        checked_layout([(0, (0, 0, 1, 1))] * 3, length=8, vocabulary=16)
+        request_tokens([(0, (0, 0, 1, 1))] * 3, length=8, vocabulary=16)
     with pytest.raises(RequestError, match="inside the picture"):
-        checked_layout([(0, (0.5, 0, 0.6, 1))], length=8, vocabulary=16)
+        request_tokens([(0, (0.5, 0, 0.6, 1))], length=8, vocabulary=16)
 
 
 def test_a_model_of_layouts():
@@ -506,7 +509,7 @@ def test_a_model_of_layouts():
     pipe = pipeline_of({**TINY, "conditioner": conditioner})
     images = [pipe(layout=[(3, (0, 0, 0.5, y))], seeds=[0], steps=2) for y in (0.5, 1.0)]
     assert (images[0] != images[1]).any()
-    with pytest.raises(RequestError, match="asked by layout, not by prompts"):
+    with pytest.raises(RequestError, match="conditioned on layout, not prompts"):
         pipe(RED)
     # Guided as its config says, and if that says nothing, not at all.
     assert pipe.defaults.guidance == TINY["sampling"]["guidance"] == 3.0
@@ -535,8 +538,8 @@ def test_a_model_of_ready_made_embeddings(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     np.savez(tmp_path / "many.npz", vectors[0])
     for given, message in [
-        ({}, "this model is asked by embeddings: give embeddings"),
-        ({"prompts": "x"}, "this model is asked by embeddings, not by prompts"),
+        ({}, "this model is conditioned on embeddings: give at least one"),
+        ({"prompts": "x"}, "this model is conditioned on embeddings, not prompts"),
         ({"embeddings": []}, "there are no embeddings; give at least one array"),
         (
             {"embeddings": vectors},
@@ -576,7 +579,7 @@ def test_a_model_of_ready_made_embeddings(tmp_path):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"mask": HALF}, "mask needs an image: give one"),
+        ({"mask": HALF}, "give an image, and a mask or outpaint"),
         ({"strength": 0.5}, "strength needs an image: give one"),
         ({"image": PICTURE, "strength": 1.5}, "strength must be above 0 and up to 1, not 1.5"),
         ({"image": PICTURE, "strength": 0.0}, "strength must be above 0 and up to 1, not 0.0"),
@@ -602,7 +605,7 @@ def test_a_model_of_ready_made_embeddings(tmp_path):
         ({"image": [PICTURE] * 2, "seeds": [1, 2, 3]}, "2 prompts and 3 seeds do not pair up"),
         ({"image": PICTURE, "mask": HALF, "sampler": "dpm_adaptive"}, "keeps no part of an image"),
         ({"sampler": "ddim_inversion"}, "sampler 'ddim_inversion' does not exist"),
-        ({"classes": [1]}, "this model is asked by prompts, not by classes"),
+        ({"classes": [1]}, "this model is conditioned on prompts, not classes"),
         ({"negative": ["a", "b"], "seeds": [1, 2, 3]}, "2 negative prompts for 3 pictures"),
         (
             {"guidance_interval": (5.0, 1.0)},

@@ -10,8 +10,9 @@ from conftest import KL, SMALL, random_params
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ldm_jax.conditioning.base import CONDITIONERS, Hybrid
-from ldm_jax.conditioning.training import load_frozen
+from ldm_jax.conditioning import CONDITIONERS
+from ldm_jax.conditioning.config import frozen_conditioner
+from ldm_jax.conditioning.hybrid import Hybrid
 from ldm_jax.configs.common import base
 from ldm_jax.distributed.parallel import make_mesh
 from ldm_jax.errors import ConfigError, DataError
@@ -276,13 +277,11 @@ def test_text_beside_a_masked_picture_is_dropped_alone(make, monkeypatch):
     for training in (True, False):
         task.loss(params, task.frozen, batch, jnp.int32(0), training)
     np.testing.assert_array_equal(
-        told[0]["text"], np.broadcast_to(task.conditions.null(), told[0]["text"].shape)
+        told[0]["text"], np.broadcast_to(task.frozen["null"], told[0]["text"].shape)
     )
-    np.testing.assert_array_equal(told[1]["text"], batch["encoded"]["text"])
+    np.testing.assert_array_equal(told[1]["text"], batch["encoded"])
     for encoded in told:
-        np.testing.assert_array_equal(
-            encoded["joined"][..., 0], batch["encoded"]["joined"][:, ::2, ::2, 0]
-        )
+        np.testing.assert_array_equal(encoded["joined"][..., 0], batch["mask"][:, ::2, ::2, 0])
 
 
 def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
@@ -389,15 +388,15 @@ def test_frozen_conditioners_that_are_not_said_well(tmp_path):
         ({"path": str(tmp_path / "kl"), "frozen": True}, "no conditioner with parameters"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            load_frozen({"kind": "bert", **wrong})
+            frozen_conditioner({"kind": "bert", **wrong})
     save_model(
         tmp_path / "b",
         {"conditioner": {"kind": "bert", "dim": 8}},
         {"conditioner": {"x": np.ones(1)}},
     )
     with pytest.raises(ConfigError, match=r"conditioner.dim is not that of .*b, 8: leave it out"):
-        load_frozen({"kind": "bert", "dim": 9, "path": str(tmp_path / "b"), "frozen": True})
-    assert load_frozen({"kind": "bert", "dim": 8}) is None
+        frozen_conditioner({"kind": "bert", "dim": 9, "path": str(tmp_path / "b"), "frozen": True})
+    assert frozen_conditioner({"kind": "bert", "dim": 8})[1] is None
 
 
 @pytest.mark.parametrize(
@@ -507,7 +506,7 @@ def test_vectors_are_cached_and_dropped_for_zeros(make, tmp_path):
     pictures = next(make_loader(config, "train").iterate())
     assert pictures["condition"].shape == (8, 2, 16)
     np.testing.assert_array_equal(pictures["condition"][:, 0, 0], pictures["index"])
-    assert not DiffusionTask.from_config(config).conditions.null().any()
+    assert not DiffusionTask.from_config(config).frozen["null"].any()
     config.data.cache = str(encode(config, tmp_path / "cache", shard_size=64))
     check_cache(config, DiffusionTask.from_config(config))
     latents = next(make_loader(config, "train").iterate())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm_jax.conditioning.base import CONDITIONERS
+from ldm_jax.conditioning import make_conditioner
 from ldm_jax.convert.diffusers import configs, unets
 from ldm_jax.convert.diffusers.configs import Config
 from ldm_jax.convert.reader.reader import MAX_JSON
@@ -92,8 +92,8 @@ def read_json(file: Path) -> Config:
 
 def _text_encoder(config: Config) -> Any:
     """The network of a config's "conditioner", which is a text encoder."""
-    fields = dict(config["conditioner"])
-    return construct(CONDITIONERS[fields.pop("kind")], "conditioner", fields).module
+    conditioner: Any = make_conditioner(config["conditioner"], jnp.float32)
+    return conditioner.module
 
 
 # part -> its module, from a config that has its section

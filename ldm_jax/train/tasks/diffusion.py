@@ -12,15 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning.base import Hybrid, joined_of
-from ldm_jax.conditioning.columns import ClassOf, Mask, Vectors
-from ldm_jax.conditioning.drawing import draw_conditions
-from ldm_jax.conditioning.training import (
-    Conditions,
+from ldm_jax.conditioning import RowCondition
+from ldm_jax.conditioning.config import (
     check_sizes,
-    load_frozen,
-    make_condition,
-    name_classes,
+    complete_model,
+    frozen_conditioner,
+    row_condition,
 )
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
@@ -33,10 +30,8 @@ from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.ldm import (
     LatentDiffusion,
     build,
-    build_conditioner,
     build_first_stage,
     init_params,
-    masked_condition,
     to_float,
     to_uint8,
 )
@@ -63,14 +58,14 @@ class DiffusionTask(Task):
       config: The config.
       model: The model; its parameters are those of the state, but for the first stage's.
       model_config: The ``config.json`` of the model that it becomes.
-      conditions: From a loader's batch to what the conditioner takes.
+      condition: Makes the condition of a training row; None where that is the caption or nothing.
       conditioner_params: Parameters of a frozen conditioner.
     """
 
     config: Any
     model: LatentDiffusion
     model_config: dict[str, Any]
-    conditions: Conditions
+    condition: RowCondition | None
     conditioner_params: Any = None
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "loss_simple")
@@ -119,9 +114,9 @@ class DiffusionTask(Task):
                 "model.first_stage.path is missing: "
                 "train a first stage and give its model directory"
             )
-        frozen = (load_frozen if weights else frozen_shapes)(model["conditioner"])
-        condition = make_condition(plain(config))
-        name_classes(model, condition, loss.caption_dropout)
+        model["conditioner"], frozen = frozen_conditioner(model["conditioner"], weights)
+        condition = row_condition(plain(config))
+        model = complete_model(model, condition, loss.caption_dropout)
         if model["schedule"].get("zero_terminal_snr") and model["objective"] == "eps":
             raise ConfigError(
                 "model.schedule.zero_terminal_snr: its last step is pure noise, from which eps "
@@ -130,7 +125,7 @@ class DiffusionTask(Task):
         model = {"kind": "latent_diffusion", **model}
         built = build(model, None, first_stage, config.dtype, config.remat)
         check_sizes(built, tuple(config.data.size))
-        return cls(config, built, model, Conditions(built.conditioner, condition), frozen)
+        return cls(config, built, model, condition, frozen)
 
     def measure(self, batches: Batches) -> dict[str, Any]:
         """Measures the scale factor of the latents, unless the config gives it."""
@@ -162,7 +157,8 @@ class DiffusionTask(Task):
     @property
     def frozen(self) -> dict[str, Any]:
         """The first stage, the null condition of one row, and a frozen conditioner."""
-        frozen = {"first_stage": self.model.first_stage, "null": self.conditions.null()}
+        null = self.model.conditioner.null_row()
+        frozen = {"first_stage": self.model.first_stage, "null": null}
         if self.conditioner_params is not None:
             frozen["conditioner"] = self.conditioner_params
         return frozen
@@ -187,7 +183,8 @@ class DiffusionTask(Task):
           params: Of `init`.
           frozen: Of the property.
           batch: "image" uint8 [b, H, W, 3], or "moments" [b, h, w, c] of the latent cache;
-            "encoded" conditions [b, ...]; "row" int32 [b], each row's place in the global batch.
+            "encoded" conditions [b, ...], and "mask" uint8 [b, H, W, 1] for those of a masked
+            picture; "row" int32 [b], each row's place in the global batch.
           step: The training step.
           train: With dropout of conditions and of activations. An evaluation draws all timesteps
             alike.
@@ -209,12 +206,13 @@ class DiffusionTask(Task):
         if config.offset_noise:
             offset = normal_rows(keys, OFFSET, (1, 1, first_stage.channels))
             noise = noise + config.offset_noise * offset
-        encoded, rngs = prepare_conditions(model, first_stage, batch), None
+        encoded, rngs = batch["encoded"], None
         if train:
             rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)}
             if config.caption_dropout:
                 drop = uniform(CAPTION) < config.caption_dropout
-                encoded = drop_conditions(model, encoded, frozen["null"], drop)
+                encoded = drop_conditions(encoded, frozen["null"], drop)
+        encoded = prepare_conditions(model, first_stage, {**batch, "encoded": encoded})
         conditioner = frozen["conditioner"] if "conditioner" in frozen else params["conditioner"]
         cond = model.conditioner(conditioner, encoded, train=train, rngs=rngs)
         out = model.apply(params, q_sample(schedule, z, t, noise), t, cond, train=train, rngs=rngs)
@@ -237,16 +235,13 @@ class DiffusionTask(Task):
         """Returns the arrays that `loss` takes."""
         kept = "moments" if "moments" in raw else "image"
         rows = first_row + np.arange(len(raw[kept]), dtype=np.int32)
-        return {kept: raw[kept], "row": rows, "encoded": self.conditions.encode(raw)}
+        return {kept: raw[kept], "row": rows, **self.model.conditioner.encode_rows(raw)}
 
     def example_batch(self, cached: bool = False) -> dict[str, Any]:
         """Returns a batch of one row; the null condition has the shapes of any other."""
-        size, condition = self.config.data.size, self.conditions.condition
-        raw: dict[str, Any] = {"image": np.zeros((1, *size, 3), np.uint8), "caption": [""]}
-        if isinstance(condition, Mask):  # the step turns masks into latents
-            raw["encoded"] = np.zeros((1, *size, 1), np.uint8)
-        elif condition is not None:
-            raw["encoded"] = self.conditions.null()
+        size = tuple(self.config.data.size)
+        raw: dict[str, Any] = {"image": np.zeros((1, *size, 3), np.uint8)}
+        raw |= self.model.conditioner.example_rows(size)
         if cached:
             pixels = jax.ShapeDtypeStruct(raw.pop("image").shape, jnp.float32)
             moments = jax.eval_shape(
@@ -260,7 +255,6 @@ class DiffusionTask(Task):
     def cache(self, dtype: str = "float16") -> Cache:
         """Returns what is kept: moments, with those of the mirror image, and tokens."""
         config, stage, conditioner = self.config, self.model.first_stage, self.model.conditioner
-        condition = self.conditions.condition
         if stage.module is None:
             raise ConfigError("model.first_stage is the identity: there is nothing to encode")
         if config.data.crop == "random":
@@ -268,7 +262,7 @@ class DiffusionTask(Task):
                 "data.crop='random' makes a new picture each time: "
                 "a latent cache needs 'center' or 'none'"
             )
-        if condition is not None and not isinstance(condition, ClassOf | Vectors):
+        if not conditioner.cached:
             raise ConfigError(
                 "a latent cache holds captions, classes and vectors only: leave data.cache empty, "
                 "this condition is made of the pictures"
@@ -280,21 +274,13 @@ class DiffusionTask(Task):
             return jnp.stack(moments, axis=1).astype(dtype)
 
         def host_arrays(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-            arrays = {"condition": batch["condition"]} if condition is not None else {}
-            if tokens is not None:
-                arrays["encoded"] = conditioner.encode(batch["caption"])
-            return arrays
+            encoded = conditioner.encode_rows(batch) if "encoded" in fields else {}
+            return {name: {**batch, **encoded}[name] for name in conditioner.cache_fields()}
 
         pixels = jax.ShapeDtypeStruct((1, *config.data.size, 3), jnp.uint8)
         moments = jax.eval_shape(encode, stage, pixels)
         fields = {"moments": {"dtype": dtype, "shape": moments.shape[1:]}}
-        tokens = conditioner.encode([""]) if hasattr(conditioner, "max_length") else None
-        if tokens is not None:
-            fields["encoded"] = {"dtype": str(tokens.dtype), "shape": tokens.shape[1:]}
-        if isinstance(condition, Vectors):  # one choice for good, of more than the model takes
-            fields["condition"] = {"dtype": "float32", "shape": (condition.count, condition.dim)}
-        elif condition is not None:
-            fields["condition"] = {"dtype": "int64", "shape": ()}  # a class
+        fields |= conditioner.cache_fields()
         return Cache(self.cache_key(), fields, encode, stage, host_arrays)
 
     def cache_key(self) -> dict[str, Any]:
@@ -307,15 +293,13 @@ class DiffusionTask(Task):
             name = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
             digest.update(name.encode() + array.tobytes())
         key = {f"data.{name}": value for name, value in data.items()}
-        key |= {
+        return key | {
             "model.classes": self.model_config.get("classes"),
             "model.conditioner.kind": self.model_config["conditioner"]["kind"],
-            "tokens per caption": getattr(self.model.conditioner, "max_length", None),
+            "tokens per caption": None,  # unless the conditioner says otherwise
             "first stage sha256": digest.hexdigest(),
+            **self.model.conditioner.cache_key(),
         }
-        if isinstance(condition := self.conditions.condition, Vectors):
-            key["vectors"] = [condition.count, condition.dim]
-        return key
 
     # ----------------------------------------------------------------------------------- results
 
@@ -330,17 +314,13 @@ class DiffusionTask(Task):
         if self.conditioner_params is not None:
             params["conditioner"] = frozen["conditioner"]
         raw = {name: values[:16] for name, values in raw.items()}
-        condition = self.conditions.condition
+        condition, conditioner = self.condition, self.model.conditioner
         captions = list(self.config.preview_captions) if condition is None else []
         wanted = {"caption": captions} if captions else raw
-        encoded, n = self.conditions.encode(wanted), len(wanted["caption"])
-        null = self.model.conditioner.encode_null(n)
-        image = mask = None
-        if isinstance(condition, Mask):  # the program makes the condition of a masked picture
-            image, mask = raw["image"], raw["condition"]
-            encoded, null = (
-                part["text"] if isinstance(part, dict) else None for part in (encoded, null)
-            )
+        conditions, n = conditioner.encode_rows(wanted), len(wanted["caption"])
+        encoded, mask = conditions["encoded"], conditions.get("mask")
+        null = jax.tree.map(lambda row: np.repeat(row, n, 0), conditioner.null_row(encoded))
+        image = None if mask is None else raw["image"]
         steps = min(25, self.model.schedule.timesteps)
         grid = step_grid("uniform", steps, self.model.schedule.timesteps)
         noise = {name: sampling[name] for name in ("eta", "temperature") if name in sampling}
@@ -355,10 +335,13 @@ class DiffusionTask(Task):
         if self.model.first_stage.module is not None:
             pixels = {name: raw[name] for name in ("image", "moments") if name in raw}
             kept = fetch(reconstruct(stage, pixels))
+        drawn = None
+        if condition is not None and "image" in raw:
+            drawn = condition.draw(raw["image"], raw["condition"])
         sheet = (
             preview_rows(samples) + preview_rows(raw.get("image"), kept)
             if captions
-            else preview_rows(draw_conditions(condition, raw), samples, raw.get("image"), kept)
+            else preview_rows(drawn, samples, raw.get("image"), kept)
         )
         if isinstance(self.model.first_stage.module, VQModelInterface):
             first = jax.tree.map(lambda a: a[:columns], rows)
@@ -399,16 +382,6 @@ def first_stage_shapes(fields: dict[str, Any], path: str | None) -> tuple[dict[s
     return fields, jax.eval_shape(partial(init_autoencoder, module), jax.random.key(0))
 
 
-def frozen_shapes(conditioner: dict[str, Any]) -> Any:
-    """Returns the shapes of what `load_frozen` reads."""
-    if conditioner.get("kind") == "hybrid" and isinstance(conditioner.get("text"), dict):
-        return frozen_shapes(conditioner["text"])
-    conditioner.pop("path", None)
-    if not conditioner.pop("frozen", False):
-        return None
-    return jax.eval_shape(build_conditioner({"conditioner": conditioner}).init, jax.random.key(0))
-
-
 def draw_timesteps(u: jax.Array, timesteps: int, shift: float) -> jax.Array:
     """Returns timesteps int32 [b] from uniform numbers (arXiv:2403.03206, equation 23).
 
@@ -423,27 +396,18 @@ def draw_timesteps(u: jax.Array, timesteps: int, shift: float) -> jax.Array:
 
 
 def prepare_conditions(model: LatentDiffusion, first_stage: Any, batch: Any) -> Any:
-    """Returns the batch's "encoded" conditions; masks become latents of the masked pictures."""
-    joined, encoded = joined_of(model.conditioner), batch["encoded"]
-    if joined is None or not joined.masked:
-        return encoded
-    hybrid = isinstance(model.conditioner, Hybrid)
-    mask = encoded["joined"] if hybrid else encoded
-    latents = jax.lax.stop_gradient(
-        masked_condition(first_stage, to_float(batch["image"]), mask, joined.of)
+    """Returns the batch's "encoded" conditions with the part that is made of its pictures."""
+    image = to_float(batch["image"]) if "image" in batch else None
+    return jax.lax.stop_gradient(
+        model.conditioner.with_picture(batch["encoded"], first_stage, image, batch.get("mask"))
     )
-    return encoded | {"joined": latents} if hybrid else latents
 
 
-def drop_conditions(model: LatentDiffusion, encoded: Any, null: Any, drop: jax.Array) -> Any:
+def drop_conditions(encoded: Any, null: Any, drop: jax.Array) -> Any:
     """Replaces the conditions of the rows in ``drop`` [b] by the null condition."""
-    text = isinstance(model.conditioner, Hybrid)  # whose picture is never dropped
-    left = jax.tree.map(
-        lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e),
-        null,
-        encoded["text"] if text else encoded,
+    return jax.tree.map(
+        lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e), null, encoded
     )
-    return encoded | {"text": left} if text else left
 
 
 def read_moments(first_stage: Any, batch: Any) -> jax.Array:

@@ -8,22 +8,15 @@ import pytest
 from PIL import Image
 
 from ldm_jax.conditioning import degrade
-from ldm_jax.conditioning.columns import (
-    ClassOf,
-    LabelMap,
-    Layout,
-    Mask,
-    SmallPicture,
-    Vectors,
-    View,
-    class_names,
-    read_labels,
-)
-from ldm_jax.conditioning.drawing import draw_conditions
-from ldm_jax.conditioning.layouts import boxes_of_tokens, layout_tokens
-from ldm_jax.conditioning.masks import MASKS
+from ldm_jax.conditioning.class_label import ClassLabel, RowClass
+from ldm_jax.conditioning.config import names_in_rows
+from ldm_jax.conditioning.embeddings import RowVectors
+from ldm_jax.conditioning.layout import Layout, RowLayout, boxes_of_tokens, layout_tokens
+from ldm_jax.conditioning.masked import MASKS, RowMask
+from ldm_jax.conditioning.semantic_map import RowLabelMap, read_labels
+from ldm_jax.conditioning.small_picture import RowSmallPicture
 from ldm_jax.data import ImageFolder, ImageTransform, Loader
-from ldm_jax.data.transforms import Crop
+from ldm_jax.data.transforms import Crop, View
 from ldm_jax.errors import DataError, UnreadablePicture
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
@@ -63,29 +56,29 @@ def test_outpainting_leaves_a_rectangle_and_halves_take_each_side():
 
 
 def test_mask_condition_draws_among_its_kinds():
-    condition = Mask(kinds=("half", "boxes"))
+    condition = RowMask(kinds=("half", "boxes"))
     found = {condition({}, PICTURE, VIEW, rng(seed)).mean() for seed in range(20)}
     assert 0.5 in found
     assert len(found) > 3
     assert condition({}, PICTURE, VIEW, rng()).shape == (24, 32, 1)
     with pytest.raises(
-        DataError, match="mask 'circle' does not exist: there are boxes, strokes, outpaint, half"
+        DataError, match="mask 'circle' does not exist .known: boxes, strokes, outpaint, half"
     ):
-        Mask(kinds=("circle",))
+        RowMask(kinds=("circle",))
 
 
 def test_masks_that_hide_too_much_are_drawn_again():
-    few = Mask(most=0.2)
+    few = RowMask(most=0.2)
     shares = [few({}, PICTURE, VIEW, rng(seed)).mean() for seed in range(40)]
     assert 0 < min(shares) < 0.1 < max(shares) <= 0.2
-    drawn = [Mask()({}, PICTURE, VIEW, rng(seed)) for seed in range(40)]
+    drawn = [RowMask()({}, PICTURE, VIEW, rng(seed)) for seed in range(40)]
     for seed, mask in enumerate(drawn):
         assert (few({}, PICTURE, VIEW, rng(seed)) == mask).all() == (mask.mean() <= 0.2)
     with pytest.raises(
         DataError,
         match=r"none hides 0.2 of a picture of \(24, 32\) or less: raise data.condition.most",
     ):
-        Mask(("half",), most=0.2)({}, PICTURE, VIEW, rng())
+        RowMask(("half",), most=0.2)({}, PICTURE, VIEW, rng())
 
 
 @pytest.mark.parametrize("kind", degrade.DEGRADATIONS)
@@ -133,7 +126,7 @@ def test_gaussian_blur_is_a_gaussian_blur():
 
 def test_a_small_picture_larger_than_its_picture_is_refused():
     with pytest.raises(DataError, match=r"raise data\.size"):
-        SmallPicture((64, 64))({}, PICTURE, VIEW, rng())
+        RowSmallPicture((64, 64))({}, PICTURE, VIEW, rng())
 
 
 def encode(labels: np.ndarray, mode: str | None = None) -> bytes:
@@ -175,7 +168,7 @@ def test_a_label_map_is_cut_as_its_picture_is(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     transform = ImageTransform((16, 16), "random", flip=True, resample="nearest", min_crop=0.5)
     source = ImageFolder(tmp_path, files=("map",))
-    loader = Loader(source, transform, batch_size=32, condition=LabelMap("map", 5))
+    loader = Loader(source, transform, batch_size=32, condition=RowLabelMap("map", 5))
     batch = next(loader.iterate())
     assert batch["condition"].shape == (32, 16, 16)
     assert (
@@ -185,17 +178,17 @@ def test_a_label_map_is_cut_as_its_picture_is(tmp_path):
     np.testing.assert_array_equal(batch["condition"][exact] * 50, batch["image"][exact][:, :, :, 0])
     assert pickle.loads(pickle.dumps(source))[0]["map"] == (tmp_path / "maps/0.png").read_bytes()
     with pytest.raises(DataError, match=r"has the label 4: model\.conditioner\.in_channels is 3"):
-        next(Loader(source, transform, batch_size=2, condition=LabelMap("map", 3)).iterate())
+        next(Loader(source, transform, batch_size=2, condition=RowLabelMap("map", 3)).iterate())
     ignoring = next(
         Loader(
-            source, transform, batch_size=2, condition=LabelMap("map", 3, ignore=(3, 4))
+            source, transform, batch_size=2, condition=RowLabelMap("map", 3, ignore=(3, 4))
         ).iterate()
     )
     assert set(np.unique(ignoring["condition"])) <= {-1, 0, 1, 2}
-    assert draw_conditions(LabelMap("map", 5), batch).shape == (32, 16, 16, 3)
+    assert RowLabelMap("map", 5).draw(batch["image"], batch["condition"]).shape == (32, 16, 16, 3)
     # A damaged map is skipped and named, as a damaged picture is.
     (tmp_path / "maps/1.png").write_bytes(b"?")
-    loader = Loader(source, transform, batch_size=8, condition=LabelMap("map", 5))
+    loader = Loader(source, transform, batch_size=8, condition=RowLabelMap("map", 5))
     assert set(next(loader.iterate())["index"]) == {0}
     assert "label map" in loader.broken["1.png"]
     (tmp_path / "maps/0.png").unlink()
@@ -234,7 +227,7 @@ def test_boxes_follow_crop_and_mirror():
             {"label": "a", "box": [0.5, 0.25, 0.25, 0.5]},
         ]
     }
-    condition = Layout("boxes", 6, 1 + 101**2, ("a", "b"))
+    condition = RowLayout("boxes", 6, 1 + 101**2, ("a", "b"))
 
     def seen(crop: Crop, condition=condition) -> dict[int, tuple]:
         view = View(ImageTransform((8, 8)), crop, (100, 200))
@@ -251,7 +244,7 @@ def test_boxes_follow_crop_and_mirror():
         seen(Crop(0, 100, 100, 100, False)), {0: (0, 0.25, 0.5, 0.5)}
     )  # the right half; the other box is outside
     same(seen(Crop(50, 100, 50, 100, True)), {0: (0.5, 0, 0.5, 0.5)})
-    with_crop = Layout(
+    with_crop = RowLayout(
         "boxes", 8, 1 + 101**2, ("a", "b")
     )  # says the crop, and leaves boxes those of the whole
     same(seen(Crop(0, 100, 100, 100, False), with_crop), {0: (0.5, 0.25, 0.25, 0.5)})
@@ -272,26 +265,27 @@ def test_boxes_follow_crop_and_mirror():
 )
 def test_wrong_boxes_are_named(boxes, message):
     with pytest.raises(DataError, match=message):
-        Layout("boxes", 6, 16, ("a", "b"))({"boxes": boxes}, PICTURE, VIEW, rng())
+        RowLayout("boxes", 6, 16, ("a", "b"))({"boxes": boxes}, PICTURE, VIEW, rng())
 
 
 def test_vectors_are_all_or_a_choice_in_their_order():
     rows = np.arange(8.0).reshape(4, 2)
     np.testing.assert_array_equal(
-        Vectors("v", 4, 2)({"v": rows.tolist()}, PICTURE, VIEW, rng()), rows
+        RowVectors("v", 4, 2)({"v": rows.tolist()}, PICTURE, VIEW, rng()), rows
     )
-    assert Vectors("v", 1, 2)({"v": [3, 4]}, PICTURE, VIEW, rng()).tolist() == [[3, 4]]
+    assert RowVectors("v", 1, 2)({"v": [3, 4]}, PICTURE, VIEW, rng()).tolist() == [[3, 4]]
     found = {
-        tuple(Vectors("v", 2, 2)({"v": rows}, PICTURE, VIEW, rng(seed))[:, 0]) for seed in range(60)
+        tuple(RowVectors("v", 2, 2)({"v": rows}, PICTURE, VIEW, rng(seed))[:, 0])
+        for seed in range(60)
     }
     assert found == {(0, 2), (0, 4), (0, 6), (2, 4), (2, 6), (4, 6)}
     file, row = io.BytesIO(), {}
     np.save(file, rows)
     row["v"] = file.getvalue()
-    Vectors("v", 4, 2).read(row)
+    RowVectors("v", 4, 2).read(row)
     np.testing.assert_array_equal(row["v"], rows)
     with pytest.raises(UnreadablePicture, match=r"no \.npy file"):
-        Vectors("v", 4, 2).read({"v": pickle.dumps(rows)})
+        RowVectors("v", 4, 2).read({"v": pickle.dumps(rows)})
 
 
 @pytest.mark.parametrize(
@@ -307,28 +301,28 @@ def test_vectors_are_all_or_a_choice_in_their_order():
 )
 def test_wrong_vectors_are_named(vectors, message):
     with pytest.raises(DataError, match=message) as caught:
-        Vectors("v", 2, 2)({"v": vectors, "file_name": "a.png"}, PICTURE, VIEW, rng())
+        RowVectors("v", 2, 2)({"v": vectors, "file_name": "a.png"}, PICTURE, VIEW, rng())
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="there is no column 'w'"):
-        Vectors("w", 2, 2).read({"v": vectors})
+        RowVectors("w", 2, 2).read({"v": vectors})
 
 
 def test_classes_are_the_sorted_names_or_the_numbers_themselves():
     rows = [{"kind": k, "n": n} for k, n in [("dog", 3), ("cat", 1), ("dog", 0)]]
-    names = class_names(rows, "kind")
-    assert names == ["cat", "dog"]
-    assert [ClassOf("kind", tuple(names))(row, PICTURE, VIEW, rng()) for row in rows] == [1, 0, 1]
-    assert class_names(rows, "n") == []
-    assert [ClassOf("n")(row, PICTURE, VIEW, rng()) for row in rows] == [3, 1, 0]
-    assert class_names(
-        [{"b": [{"label": "z", "box": [0, 0, 1, 1]}]}, {"b": []}], "b", boxes=True
-    ) == ["z"]
+    names = names_in_rows(rows, "kind", ClassLabel)
+    assert names == ("cat", "dog")
+    assert [RowClass("kind", names)(row, PICTURE, VIEW, rng()) for row in rows] == [1, 0, 1]
+    assert names_in_rows(rows, "n", ClassLabel) == ()
+    assert [RowClass("n")(row, PICTURE, VIEW, rng()) for row in rows] == [3, 1, 0]
+    assert names_in_rows(
+        [{"b": [{"label": "z", "box": [0, 0, 1, 1]}]}, {"b": []}], "b", Layout
+    ) == ("z",)
     with pytest.raises(DataError, match=r"'fish' is not in model\.classes"):
-        ClassOf("kind", tuple(names))({"kind": "fish"}, PICTURE, VIEW, rng())
+        RowClass("kind", names)({"kind": "fish"}, PICTURE, VIEW, rng())
     with pytest.raises(DataError, match="holds names and None"):
-        class_names([*rows, {"kind": None}], "kind")
+        names_in_rows([*rows, {"kind": None}], "kind", ClassLabel)
     with pytest.raises(DataError, match="no column 'style': there are kind, n"):
-        class_names(rows, "style")
+        names_in_rows(rows, "style", ClassLabel)
 
 
 def test_conditions_are_drawn_by_the_sample_alone(tmp_path):
@@ -341,7 +335,7 @@ def test_conditions_are_drawn_by_the_sample_alone(tmp_path):
             ImageFolder(tmp_path),
             ImageTransform((16, 16), "random"),
             batch_size=4,
-            condition=Mask(),
+            condition=RowMask(),
         )
         stream = loader.iterate(start)
         return [next(stream) for _ in range(step - start + 1)][-1]
@@ -350,4 +344,4 @@ def test_conditions_are_drawn_by_the_sample_alone(tmp_path):
     np.testing.assert_array_equal(a["condition"], b["condition"])
     assert (batch(3, 3)["condition"] != a["condition"]).any()
     with pytest.raises(DataError, match="give an ImageTransform"):
-        Loader(ImageFolder(tmp_path), lambda image, rng: image, batch_size=4, condition=Mask())
+        Loader(ImageFolder(tmp_path), lambda image, rng: image, batch_size=4, condition=RowMask())
