@@ -83,7 +83,7 @@ class Twin:
         context = self.text(both) if self.text is not None else both
         x = noise
         for t, root_prev, direction in zip(
-            nodes.t, nodes.sqrt_abar_prev, nodes.direction, strict=True
+            nodes.t, nodes.x0, nodes.eps, strict=True
         ):
             when = torch.full((2 * len(x),), int(t), device=x.device)
             out_null, out = self.unet(torch.cat([x, x]).to(self.dtype), when, context).chunk(2)

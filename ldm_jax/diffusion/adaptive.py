@@ -1,4 +1,4 @@
-"""DPM-Solver with steps chosen as it goes: the one sampler whose number of steps is not known before."""
+"""DPM-Solver with adaptive steps: the one sampler whose number of steps is not known before."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -9,11 +9,18 @@ import numpy as np
 
 from ldm_jax.diffusion.guidance import Predict
 from ldm_jax.diffusion.schedule import Array, Schedule, lift, log_sigmas, t_to_sigma
-from ldm_jax.diffusion.tableau import phi
+from ldm_jax.diffusion.tableau import check_options, phi, to_precision
 
 
 class AdaptiveNode(NamedTuple):
-    """``start`` and ``stop`` are sigmas; ``log_sigmas`` [T] give the model's time. The rest are the controller's, [] each, all traced."""
+    """A single row: [1] each, `log_sigmas` [1, T]. All are traced.
+
+    Attributes:
+      start: Sigma where sampling begins.
+      stop: Sigma where it ends.
+      log_sigmas: Log sigma of the model's timesteps.
+      rtol: Relative tolerance of a step, as atol, h_init and safety of the controller.
+    """
 
     start: Array
     stop: Array
@@ -25,7 +32,7 @@ class AdaptiveNode(NamedTuple):
 
 
 class State(NamedTuple):
-    """[b] each but for y and low [b, ...]: the state, and the lower-order one of the last accepted step."""
+    """Of the controller: [b] each, but y and low, the last accepted step's, [b, ...]."""
 
     y: jax.Array
     low: jax.Array
@@ -37,12 +44,15 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DPMAdaptive:
-    """DPM-Solver-23 (Lu et al. 2022, arXiv:2206.00927, appendix C): order 3 with an embedded order 2, which says how far off a step is.
+    """DPM-Solver-23 (Lu et al. 2022, arXiv:2206.00927, appendix C): order 3 with an embedded 2.
 
-    Every image has its own steps, so that it does not depend on its batch; ``per_image`` False gives a batch one error, as k-diffusion does.
-    At most ``limit`` attempts are made, each of three calls of the model; images that are done wait.
+    Attributes:
+      per_image: Every image has its own steps, so that it does not depend on its batch; False gives
+        a batch one error, as k-diffusion does.
+      limit: Greatest number of attempts, each of three calls of the model. Finished images wait.
     """
 
+    adaptive = True
     order = 3
     draws = 0
     blend_after = False
@@ -51,45 +61,50 @@ class DPMAdaptive:
     per_image: bool = True
     limit: int = 1000
 
-    def nodes(
-        self,
-        schedule: Schedule,
-        timesteps: np.ndarray,
-        *,
-        rtol: float = 0.05,
-        atol: float = 0.0078,
-        h_init: float = 0.05,
-        safety: float = 0.81,
-    ) -> AdaptiveNode:
+    def nodes(self, schedule: Schedule, timesteps: np.ndarray, **controls: float) -> AdaptiveNode:
         """From the last of the timesteps to 0; those between do not matter."""
         start, stop = t_to_sigma(schedule, np.array([timesteps[-1], 0.0]))
-        return self.table(
-            start, stop, log_sigmas(schedule), rtol=rtol, atol=atol, h_init=h_init, safety=safety
-        )
+        return self.table(start, stop, log_sigmas(schedule), **controls)
 
     def table(
         self, start: float, stop: float, log_sigmas: np.ndarray, **controls: float
     ) -> AdaptiveNode:
-        """The nodes between two sigmas."""
+        """The row between two sigmas."""
+        check_options(self.options, controls)
         controls = {"rtol": 0.05, "atol": 0.0078, "h_init": 0.05, "safety": 0.81} | controls
         node = AdaptiveNode(np.float64(start), np.float64(stop), log_sigmas, **controls)
-        return jax.tree.map(
-            lambda a: np.asarray(a, jax.dtypes.canonicalize_dtype(np.float64)), node
-        )
+        return to_precision(jax.tree.map(lambda a: np.asarray(a)[None], node))
 
-    def run(self, predict: Predict, x: jax.Array, nodes: AdaptiveNode) -> tuple[jax.Array, State]:
-        """(x at the last sigma, the state with the number of steps) from ``x`` [b, ...] at the first."""
+    def init(self, x: jax.Array) -> None:
+        """Nothing is carried: the single row is the whole run."""
+        return None
+
+    def step(
+        self,
+        carry: Any,
+        node: AdaptiveNode,
+        x: jax.Array,
+        predict: Predict,
+        noise: jax.Array | None,
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """The whole run."""
+        x, _ = self.run(predict, x, node)
+        return carry, x, x
+
+    def run(self, predict: Predict, x: jax.Array, node: AdaptiveNode) -> tuple[jax.Array, State]:
+        """Integrates from `x` [b, ...] at the first sigma of a row (fields [], log_sigmas [T]).
+
+        Returns:
+          (x at the last sigma, the state with the number of steps).
+        """
         axes = tuple(range(1 if self.per_image else 0, x.ndim))
-        end = -jnp.log(nodes.stop)
+        end, times = -jnp.log(node.stop), jnp.arange(node.log_sigmas.shape[0], dtype=x.dtype)
 
         def eps_at(y: jax.Array, lam: jax.Array) -> jax.Array:
-            t = jnp.interp(
-                -lam, nodes.log_sigmas, jnp.arange(nodes.log_sigmas.shape[0], dtype=y.dtype)
-            )
+            t = jnp.interp(-lam, node.log_sigmas, times)
             a = jax.nn.sigmoid(2 * lam) ** 0.5
-            return (y - predict(lift(a, y) * y, t, (a, jnp.exp(-lam) * a)).x0) * lift(
-                jnp.exp(lam), y
-            )
+            x0 = predict(lift(a, y) * y, t, (a, jnp.exp(-lam) * a)).x0
+            return (y - x0) * lift(jnp.exp(lam), y)
 
         def attempt(s: State) -> State:
             h = jnp.minimum(s.h, end - s.lam)
@@ -98,25 +113,23 @@ class DPMAdaptive:
             def psi(k: int, part: float) -> jax.Array:  # z phi_k(z)
                 return part * h * phi(k, part * h, jnp)
 
-            def row(part: float, *w: jax.Array) -> jax.Array:  # y + w m, at lambda + part h
+            def row(
+                part: float, *w: jax.Array
+            ) -> jax.Array:  # weights of m in y at lambda + part h
                 return -jnp.exp(-(s.lam + part * h)) * jnp.stack([*w, *[zero] * (3 - len(w))])
 
-            # Algorithm 2 of the paper: r1 = 1/3, r2 = 2/3. [stage, weight of m_0 .. m_2, b]
+            # Algorithm 2 of the paper, r1 = 1/3 and r2 = 2/3, and DPM-Solver-2 with the same r1.
             third = [
                 row(1 / 3, psi(1, 1 / 3)),
                 row(2 / 3, psi(1, 2 / 3) - 2 * psi(2, 2 / 3), 2 * psi(2, 2 / 3)),
                 row(1.0, psi(1, 1.0) - 1.5 * psi(2, 1.0), zero, 1.5 * psi(2, 1.0)),
             ]
-            second = row(
-                1.0, -0.5 * psi(1, 1.0), 1.5 * psi(1, 1.0)
-            )  # DPM-Solver-2 with the same r1
+            second = row(1.0, -0.5 * psi(1, 1.0), 1.5 * psi(1, 1.0))
 
             def combined(w: jax.Array, m: jax.Array) -> jax.Array:
                 return s.y + sum(lift(w[j], s.y) * m[j] for j in range(3))
 
-            def stage(
-                carry: tuple[jax.Array, jax.Array], inputs: Any
-            ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            def stage(carry: Any, inputs: Any) -> tuple[Any, None]:
                 u, m = carry
                 index, part, w = inputs
                 m = m.at[index].set(eps_at(u, s.lam + part * h))
@@ -125,12 +138,13 @@ class DPMAdaptive:
             parts = (jnp.arange(3), jnp.asarray([0.0, 1 / 3, 2 / 3], h.dtype), jnp.stack(third))
             (high, m), _ = jax.lax.scan(stage, (s.y, jnp.zeros((3, *s.y.shape), s.y.dtype)), parts)
             low = combined(second, m)
-            scale = jnp.maximum(nodes.atol, nodes.rtol * jnp.maximum(jnp.abs(low), jnp.abs(s.low)))
+            scale = jnp.maximum(node.atol, node.rtol * jnp.maximum(jnp.abs(low), jnp.abs(s.low)))
             error = jnp.sqrt(jnp.mean(jnp.square((low - high) / scale), axes))
-            # An integral controller with the limiter of Soederlind & Wang 2006: never more than 1 + pi/2 times the last step.
+            # An integral controller with the limiter of Soederlind & Wang 2006: at most 1 + pi/2
+            # times the last step.
             factor = 1 + jnp.arctan((error + 1e-8) ** (-1 / self.order) - 1)
             done = s.lam >= end - 1e-5
-            accept = (factor >= nodes.safety) & ~done
+            accept = (factor >= node.safety) & ~done
             return State(
                 jnp.where(lift(accept, x), high, s.y),
                 jnp.where(lift(accept, x), low, s.low),
@@ -141,12 +155,12 @@ class DPMAdaptive:
             )
 
         rows = x.shape[:1]
-        y = x * jnp.sqrt(1 + nodes.start**2)
+        y = x * jnp.sqrt(1 + node.start**2)
+        lam, h = jnp.full(rows, -jnp.log(node.start)), jnp.full(rows, node.h_init)
         zero = jnp.zeros(rows, jnp.int32)
-        state = State(
-            y, y, jnp.full(rows, -jnp.log(nodes.start)), jnp.full(rows, nodes.h_init), zero, zero
-        )
         state = jax.lax.while_loop(
-            lambda s: jnp.any((s.lam < end - 1e-5) & (s.attempts < self.limit)), attempt, state
+            lambda s: jnp.any((s.lam < end - 1e-5) & (s.attempts < self.limit)),
+            attempt,
+            State(y, y, lam, h, zero, zero),
         )
-        return state.y / jnp.sqrt(1 + nodes.stop**2), state
+        return state.y / jnp.sqrt(1 + node.stop**2), state

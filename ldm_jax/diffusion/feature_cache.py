@@ -1,4 +1,4 @@
-"""Reusing what a network's deep layers found: DeepCache (Ma et al. 2023, arXiv:2312.00858)."""
+"""Reuse of deep features between steps: DeepCache (Ma et al. 2023, arXiv:2312.00858)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,10 +15,11 @@ Network = Callable[..., tuple[jax.Array, Any]]
 
 @dataclasses.dataclass
 class FeatureCache:
-    """Every ``interval``-th call of a network is a full one; those between take its deep features and run the layers around them alone.
+    """Runs the full network every `interval` calls, and its outer layers alone in between.
 
-    Guidance, the predictor and the samplers lie between `sample`, whose scan carries the features, and the network, and need not know of them: while
-    a step is traced they lie here. So a cache serves one `sample` in one trace, and in a step it must be called once, as it is but in adaptive ones.
+    The scan of `sample` carries the features. Guidance, the predictor and the sampler lie between
+    it and the network and do not know of them: while a step is traced, the features lie here. A
+    cache therefore serves one `sample` in one trace, and each step calls it once.
     """
 
     interval: int
@@ -26,7 +27,7 @@ class FeatureCache:
     fresh: jax.Array | None = dataclasses.field(default=None, init=False)
 
     def empty(self, predict: Predict, x: jax.Array) -> Any:
-        """Zeros in the shape of the features that a call of ``predict`` at ``x`` [b, ...] leaves: what the first step is begun with."""
+        """Zeros in the shape of the features of a call of `predict` at `x` [b, ...]."""
 
         def first(x: jax.Array) -> Any:
             self.deep = None
@@ -36,15 +37,15 @@ class FeatureCache:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(first, x))
 
     def begin(self, deep: Any, call: jax.Array) -> None:
-        """A step with the features ``deep``: the ``call``-th [] of the run, from 0."""
+        """Enters a step with the features `deep`; `call` [] counts the run's calls from 0."""
         self.deep, self.fresh = deep, call % self.interval == 0
 
     def call(self, network: Network, *args: Any) -> jax.Array:
-        """The output of ``network(*args, deep)``, whose features stay here."""
+        """The output of ``network(*args, deep)``; its features stay here."""
         if self.deep is None:
             out, self.deep = network(*args, None)
             return out
-        # One number for the whole batch: only the branch that is taken runs.
+        # A condition on one number for the whole batch, so that only one branch runs.
         out, self.deep = jax.lax.cond(
             self.fresh,
             lambda deep, *args: network(*args, None),

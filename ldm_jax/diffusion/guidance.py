@@ -1,7 +1,7 @@
-"""From a network to the function that samplers call: guidance on its output, then reading x0 and eps off it."""
+"""From a network to the function that samplers call: guidance, then x0 and eps."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,34 @@ import jax.numpy as jnp
 from ldm_jax.diffusion.objective import Prediction, get_objective
 from ldm_jax.diffusion.schedule import Array, Schedule, level, lift
 
-Model = Callable[
-    [jax.Array, jax.Array, Any], jax.Array
-]  # (x [b, ...], t [b], condition pytree) -> output [b, ...]
-Denoiser = Callable[
-    [jax.Array, jax.Array], jax.Array
-]  # (x [b, ...], t [] or [b]) -> output [b, ...]
-Predict = Callable[
-    ..., Prediction
-]  # (x [b, ...], t [] or [b], its (sqrt(abar), sqrt(1 - abar)) or nothing) -> Prediction
+# (x [b, ...], t [b], condition pytree) -> output [b, ...]
+Model = Callable[[jax.Array, jax.Array, Any], jax.Array]
+# (x [b, ...], t [] or [b]) -> output [b, ...]
+Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
+# (eps [b, ...], x [b, ...], t [] or [b]) -> eps
+Correct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-Correct = Callable[
-    [jax.Array, jax.Array, jax.Array], jax.Array
-]  # (eps [b, ...], x [b, ...], t [] or [b]) -> eps
+
+class Predict(Protocol):
+    """What samplers step with; made by `predictor`."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        at: tuple[Array, Array] | None = None,
+        eps: jax.Array | None = None,
+    ) -> Prediction:
+        """Calls the model.
+
+        Args:
+          x: State [b, ...].
+          t: Timestep, [] or [b].
+          at: (sqrt(abar), sqrt(1 - abar)) of x, of samplers that stop between the timesteps; by
+            default the schedule's at `t`.
+          eps: If given, the model is not called: x0 is read off this eps.
+        """
+        ...
 
 
 def unguided(model: Model, cond: Any) -> Denoiser:
@@ -40,12 +55,21 @@ def classifier_free(
     skip: bool = True,
     repeat: bool = True,
 ) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): null + scale * (cond - null), both in one forward of 2 b rows.
+    """Classifier-free guidance, null + scale * (cond - null), in one forward of 2 b rows.
 
-    ``cond`` and ``null`` are pytrees of [b, ...]; ``scale`` is traced, [] or [b], and so are the others. ``interval`` (first, last) guides within
-    these timesteps alone (Kynkaanniemi et al. 2024, arXiv:2404.07724); outside them the forward has b rows, unless ``skip`` is off. ``rescale`` phi
-    brings the result's standard deviation phi of the way back to that of the conditional output (Lin et al. 2023, arXiv:2305.08891, eq. 15-16).
-    Without ``repeat`` the model gets x [b] under conditions [2 b, ...], and repeats it where they begin to matter, as `UNet` does.
+    Ho & Salimans 2022, arXiv:2207.12598.
+
+    Args:
+      model: The network.
+      cond: Condition, a pytree of [b, ...].
+      null: The condition guided away from, of the same shapes.
+      scale: [] or [b], traced.
+      interval: (first, last) timestep that is guided (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+      rescale: phi in [0, 1], [] or [b]: moves the standard deviation of the guided output towards
+        that of the conditional one (Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16).
+      skip: Outside the interval, run a forward of b rows.
+      repeat: Repeat x for both conditions. Otherwise the model gets x [b] under conditions
+        [2 b, ...] and repeats it itself where they first matter, as `UNet` does.
     """
     both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), null, cond)
 
@@ -67,7 +91,7 @@ def classifier_free(
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
         if interval is None or not skip:
             return guided(x, t)
-        # One answer for the whole batch: only the branch that is taken runs, at half the rows where no picture is guided.
+        # One answer for the whole batch, so that lax.cond runs one branch only.
         within = jnp.any((interval[0] <= t) & (t <= interval[1]))
         return jax.lax.cond(within, guided, unguided(model, cond), x, t)
 
@@ -80,22 +104,45 @@ def classifier_gradient(
     scale: Array,
     schedule: Schedule,
 ) -> Correct:
-    """Classifier guidance as a ``correct`` for `predictor`: eps - scale * sqrt(1 - abar_t) * grad_x log p(label | x_t) (Dhariwal & Nichol 2021,
-    arXiv:2105.05233, algorithm 2), whatever the model predicts.
+    """Classifier guidance: eps - scale * sqrt(1 - abar_t) * grad_x log p(label | x_t).
 
-    ``classifier(x [b, ...], t [b])`` -> logits [b, n] was trained on noisy images, as `EncoderUNet` can be; ``labels`` int [b]; ``scale`` [] or [b].
+    Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2, whatever the model predicts.
+
+    Args:
+      classifier: (x [b, ...], t [b]) -> logits [b, n], trained on noisy images as `EncoderUNet`.
+      labels: int [b].
+      scale: [] or [b].
+      schedule: The forward process.
+
+    Returns:
+      A `correct` for `predictor`.
     """
 
     def log_prob(x: jax.Array, t: jax.Array) -> jax.Array:
         logs = jax.nn.log_softmax(classifier(x, jnp.full(x.shape[:1], t)))
-        return jnp.take_along_axis(
-            logs, jnp.asarray(labels)[:, None], axis=1
-        ).sum()  # images do not see each other
+        # Rows are independent, so the gradient of the sum holds the gradient of each.
+        return jnp.take_along_axis(logs, jnp.asarray(labels)[:, None], axis=1).sum()
 
     def correct(eps: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
         return eps - lift(scale, x) * level(schedule, t, x)[1] * jax.grad(log_prob)(x, t)
 
     return correct
+
+
+def dynamic_threshold(ratio: float = 0.995, bound: float = 1.0) -> Callable[[jax.Array], jax.Array]:
+    """Dynamic thresholding of x0 (Saharia et al. 2022, arXiv:2205.11487, section 2.3).
+
+    Args:
+      ratio: Quantile of |x0| of each sample to which it is clipped, and by which it is divided.
+      bound: The least value of that quantile.
+    """
+
+    def threshold(x0: jax.Array) -> jax.Array:
+        axes = tuple(range(1, x0.ndim))
+        limit = jnp.maximum(jnp.quantile(jnp.abs(x0), ratio, axis=axes, keepdims=True), bound)
+        return jnp.clip(x0, -limit, limit) / limit
+
+    return threshold
 
 
 def predictor(
@@ -107,17 +154,31 @@ def predictor(
     correct: Correct | None = None,
     quantize: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Predict:
-    """What samplers step with. ``correct(eps, x, t)`` changes eps before x0 is read off it; ``clip`` bounds x0 to [-1, 1] (pixel-space
-    models) and ``quantize`` maps x0 onto a codebook, both leaving eps as it is.
+    """Reads x0 and eps off a network's output.
 
-    Samplers that stop between the timesteps say what (sqrt(abar), sqrt(1 - abar)) is there; otherwise it is the schedule's at ``t``.
+    Args:
+      denoise: The guided network.
+      schedule: The forward process.
+      objective: What the network predicts, a key of OBJECTIVES.
+      clip: Bound x0 to [-1, 1], for models in pixel space; eps is left alone.
+      correct: Changes eps before x0 is read off it.
+      quantize: Maps x0, e.g. to its nearest codes or by `dynamic_threshold`; eps is left alone.
     """
+    of_model, of_eps = get_objective(objective), get_objective("eps")
 
-    def predict(x: jax.Array, t: jax.Array, at: tuple[Array, Array] | None = None) -> Prediction:
+    def predict(
+        x: jax.Array,
+        t: jax.Array,
+        at: tuple[Array, Array] | None = None,
+        eps: jax.Array | None = None,
+    ) -> Prediction:
         a, s = level(schedule, t, x) if at is None else (lift(at[0], x), lift(at[1], x))
-        eps, x0 = get_objective(objective).read(denoise(x, t), x, a, s)
-        if correct is not None:
-            eps, x0 = get_objective("eps").read(correct(eps, x, t), x, a, s)
+        if eps is None:
+            eps, x0 = of_model.read(denoise(x, t), x, a, s)
+            if correct is not None:
+                eps, x0 = of_eps.read(correct(eps, x, t), x, a, s)
+        else:
+            x0 = of_eps.read(eps, x, a, s).x0
         x0 = jnp.clip(x0, -1.0, 1.0) if clip else x0
         return Prediction(eps, x0 if quantize is None else quantize(x0))
 

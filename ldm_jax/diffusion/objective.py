@@ -1,4 +1,4 @@
-"""What the network predicts (eps, x0 or v), how to read x0 and eps off it, and the losses on it."""
+"""What the network predicts (eps, x0 or v), how x0 and eps follow from it, and the losses."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,99 +7,104 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.schedule import Array, Schedule, at, level
+from ldm_jax.diffusion.schedule import Array, Schedule, level
+from ldm_jax.errors import ConfigError, did_you_mean
 
 
 class Prediction(NamedTuple):
-    """The denoiser's estimate at x_t, in both forms: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps."""
+    """The estimates at x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps."""
 
     eps: jax.Array
     x0: jax.Array
 
 
 class Objective(NamedTuple):
-    """One parameterisation, with a = sqrt(abar_t) and s = sqrt(1 - abar_t).
+    """A parameterisation, with a = sqrt(abar_t), s = sqrt(1 - abar_t) and snr = (a / s)^2.
 
-    ``target(x0, eps, a, s)`` is what the network learns; ``read(out, xt, a, s)`` turns its output into a Prediction.
+    Attributes:
+      target: (x0, eps, a, s) -> what the network learns.
+      read: (out, xt, a, s) -> the Prediction in its output.
+      x0_error: snr -> the squared error of the output in units of that of x0.
     """
 
     target: Callable[[Array, Array, Array, Array], Array]
     read: Callable[[Array, Array, Array, Array], Prediction]
+    x0_error: Callable[[Array], Array]
 
 
+# eps: Ho et al. 2020, arXiv:2006.11239. v = a eps - s x0: Salimans & Ho 2022, arXiv:2202.00512; it
+# divides by nothing, so it holds where abar_t = 0.
 OBJECTIVES = {
-    # Ho et al. 2020
     "eps": Objective(
-        lambda x0, eps, a, s: eps, lambda out, xt, a, s: Prediction(out, (xt - s * out) / a)
+        lambda x0, eps, a, s: eps,
+        lambda out, xt, a, s: Prediction(out, (xt - s * out) / a),
+        lambda snr: snr,
     ),
     "x0": Objective(
-        lambda x0, eps, a, s: x0, lambda out, xt, a, s: Prediction((xt - a * out) / s, out)
+        lambda x0, eps, a, s: x0,
+        lambda out, xt, a, s: Prediction((xt - a * out) / s, out),
+        np.ones_like,
     ),
-    # Salimans & Ho 2022, arXiv:2202.00512: v = a eps - s x0. Needs no division, so it holds where abar_t = 0.
     "v": Objective(
         lambda x0, eps, a, s: a * eps - s * x0,
         lambda out, xt, a, s: Prediction(a * out + s * xt, a * xt - s * out),
+        lambda snr: snr + 1,
     ),
 }
 
 
 def get_objective(name: str) -> Objective:
-    """The Objective of that name; ValueError names what exists."""
+    """Returns OBJECTIVES[name]; ConfigError where there is none."""
     if name not in OBJECTIVES:
-        raise ValueError(f"objective {name!r} does not exist (have {', '.join(OBJECTIVES)})")
+        raise ConfigError(f"objective {name!r} does not exist{did_you_mean(name, OBJECTIVES)}")
     return OBJECTIVES[name]
 
 
 def target(objective: str, schedule: Schedule, x0: Array, eps: Array, t: Array) -> Array:
-    """What the network should return for x_t made of ``x0`` and ``eps`` [b, ...] at ``t`` [b]."""
-    a, s = (
-        at(schedule.sqrt_alphas_cumprod, t, x0),
-        at(schedule.sqrt_one_minus_alphas_cumprod, t, x0),
-    )
-    return get_objective(objective).target(x0, eps, a, s)
+    """What the network should return for x_t made of `x0` and `eps` [b, ...] at `t` [b]."""
+    return get_objective(objective).target(x0, eps, *level(schedule, t, x0))
 
 
 def read(objective: str, schedule: Schedule, out: Array, xt: Array, t: Array) -> Prediction:
-    """The Prediction in the network's output ``out`` at ``xt`` [b, ...] and ``t``, [] or [b], int or float."""
+    """The Prediction in the output `out` at `xt` [b, ...] and `t`, [] or [b], int or float."""
     return get_objective(objective).read(out, xt, *level(schedule, t, xt))
 
 
 def elbo_weights(objective: str, schedule: Schedule) -> np.ndarray:
-    """Weights [T], float32, that turn the mean squared error of step t into its term of the variational bound (the original's lvlb_weights).
+    """Weights [T], float32, of the variational bound's terms (the original's lvlb_weights).
 
-    The x0 form divides by (2 * 1 - abar_t) literally, as the original does; v has weight one. Index 0 repeats index 1, which would be infinite.
+    They multiply the mean squared error of step t. The x0 form divides by (2 * 1 - abar_t)
+    literally, as the original does; other objectives have weight 1. Index 0, which would be
+    infinite, repeats index 1.
     """
+    get_objective(objective)
     betas, abar = np.asarray(schedule.betas), np.asarray(schedule.alphas_cumprod)
+    weights = np.ones_like(betas)
     if objective == "eps":
+        variance = np.asarray(schedule.posterior_variance)
         with np.errstate(divide="ignore"):
-            weights = betas**2 / (
-                2 * np.asarray(schedule.posterior_variance) * (1 - betas) * (1 - abar)
-            )
+            weights = betas**2 / (2 * variance * (1 - betas) * (1 - abar))
     elif objective == "x0":
         weights = 0.5 * np.sqrt(abar) / (2.0 * 1 - abar)
-    elif objective == "v":
-        weights = np.ones_like(betas)
-    else:
-        get_objective(objective)
-        raise AssertionError
-    weights[0] = weights[1]
-    return weights.astype(np.float32)
+    if schedule.timesteps > 1:
+        weights[0] = weights[1]
+    return np.where(np.isfinite(weights), weights, 1.0).astype(np.float32)
 
 
 def min_snr_weights(objective: str, schedule: Schedule, gamma: float) -> np.ndarray:
-    """Weights [T], float32, of Hang et al. 2023 (arXiv:2303.09556): min(SNR, gamma), over SNR for eps and over SNR + 1 for v."""
+    """Weights [T], float32, min(SNR, gamma) on x0's error (Hang et al. 2023, arXiv:2303.09556)."""
     abar = np.asarray(schedule.alphas_cumprod, np.float64)
-    snr = abar / (1 - abar)
-    over = {"eps": snr, "x0": np.ones_like(snr), "v": snr + 1}[objective]
-    return (np.minimum(snr, gamma) / over).astype(np.float32)
+    snr = np.maximum(abar / (1 - abar), 1e-12)
+    return (np.minimum(snr, gamma) / get_objective(objective).x0_error(snr)).astype(np.float32)
 
 
 def pointwise(kind: str, prediction: Array, truth: Array) -> Array:
-    """Mean over everything but the batch of the "l1" or "l2" distance: [b, ...] -> [b], float32."""
+    """Mean "l1" or "l2" distance of every sample: [b, ...] -> [b], float32."""
+    losses = {"l1": jnp.abs, "l2": jnp.square}
+    if kind not in losses:
+        raise ConfigError(f"loss_type {kind!r} is not one of {', '.join(losses)}")
     diff = prediction.astype(jnp.float32) - truth
-    if kind not in ("l1", "l2"):
-        raise ValueError(f"loss_type {kind!r} is not one of l1, l2")
-    return (jnp.abs(diff) if kind == "l1" else jnp.square(diff)).mean(tuple(range(1, diff.ndim)))
+    return losses[kind](diff).mean(tuple(range(1, diff.ndim)))
 
 
 def diffusion_loss(
@@ -112,10 +117,22 @@ def diffusion_loss(
     weights: Array | None = None,
     logvar: Array | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    """The training loss from per-sample errors [b] at timesteps ``t`` [b], with its parts.
+    """The training loss from the errors of a batch.
 
-    loss = simple_weight * mean(w_t e / exp(logvar_t) + logvar_t) + elbo_weight * mean(elbo_t e). ``logvar`` [T] is the (learned) log variance of
-    each timestep, or None for pixel-space DDPM, which ignores it; ``elbo`` [T] are `elbo_weights`; ``weights`` [T] e.g. `min_snr_weights`.
+    simple_weight * mean(w_t e / exp(logvar_t) + logvar_t) + elbo_weight * mean(elbo_t e).
+
+    Args:
+      per_sample: Errors e [b].
+      t: Timesteps [b].
+      elbo: [T], of `elbo_weights`.
+      simple_weight: See the formula.
+      elbo_weight: See the formula.
+      weights: w [T], as of `min_snr_weights`; None is 1.
+      logvar: Log variance [T] of each timestep, learned or constant. None leaves its terms out, as
+        the original's pixel-space DDPM does.
+
+    Returns:
+      (loss, its parts by name).
     """
     parts = {
         "loss_simple": per_sample.mean(),

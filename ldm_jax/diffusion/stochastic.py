@@ -1,17 +1,23 @@
-"""Samplers that add noise at every step. ``eta`` 0 turns them into solvers of the ODE, 1 has the reverse SDE; ``s_noise`` scales the noise."""
+"""Algorithms that add noise at every step.
 
+With `eta` 0 they solve the ODE, with 1 the reverse SDE; `s_noise` scales the noise.
+"""
+
+import dataclasses
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from ldm_jax.diffusion.tableau import Basis, Row, Rule, ancestral, exponential, steps
+from ldm_jax.diffusion.schedule import root
+from ldm_jax.diffusion.solvers import Multistep
+from ldm_jax.diffusion.tableau import Basis, Row, ancestral, exponential, steps
 
 
 def euler_ancestral(
     b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
 ) -> Iterator[Row]:
-    """An Euler step of the ODE beyond the next level, then noise back up to it: ancestral sampling (Ho et al. 2020) in sigma."""
+    """Ancestral sampling (Ho et al. 2020): an Euler step beyond the next level, then noise."""
     for sigma, to in steps(sigmas):
         down, up = ancestral(sigma, to, eta)
         yield Row(sigma, to, b.x + (down - sigma) * (b.x - b.m[0]) / sigma + s_noise * up * b.z)
@@ -20,7 +26,7 @@ def euler_ancestral(
 def dpm_2_ancestral(
     b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
 ) -> Iterator[Row]:
-    """As `euler_ancestral`, with the midpoint method: the middle in log sigma."""
+    """As `euler_ancestral`, by the midpoint method with the middle in log sigma."""
     for sigma, to in steps(sigmas):
         down, up = ancestral(sigma, to, eta)
         d = (b.x - b.m[0]) / sigma
@@ -36,7 +42,7 @@ def dpm_2_ancestral(
 def dpmpp_2s_ancestral(
     b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
 ) -> Iterator[Row]:
-    """As `euler_ancestral`, with DPM-Solver++(2S) (Lu et al. 2022, arXiv:2211.01095, algorithm 1), r = 1/2."""
+    """As `euler_ancestral`, by DPM-Solver++(2S) (arXiv:2211.01095, algorithm 1), r = 1/2."""
     for sigma, to in steps(sigmas):
         down, up = ancestral(sigma, to, eta)
         if down == 0:
@@ -47,59 +53,51 @@ def dpmpp_2s_ancestral(
             keep, w = exponential("x0", sigma, middle)
             yield Row(sigma, middle, keep * b.x + w @ b.m[:1])
             keep, (w0, w1) = exponential("x0", sigma, down, [0.0, 0.5], rule="half")
-            yield Row(
-                middle, to, keep * b.x + w0 * b.m[1] + w1 * b.m[0] + s_noise * up * b.z, step=False
-            )
+            y = keep * b.x + w0 * b.m[1] + w1 * b.m[0]
+            yield Row(middle, to, y + s_noise * up * b.z, step=False)
 
 
+@dataclasses.dataclass(frozen=True)
 class DPMppSDE:
-    """DPM++ SDE (k-diffusion): two stages of the SDE of DPM-Solver++ (arXiv:2211.01095, section 5), the first to the middle (r = 1/2).
+    """DPM++ SDE (k-diffusion): two stages of the SDE of arXiv:2211.01095, section 5.
 
-    Both stages follow one Brownian path: the second takes up the noise of the first, without which the covariance would be of order 1. Noise
-    drawn afresh (``one_path`` False) is what recorded runs have.
+    The first stage goes to a fraction `r` of the step in log sigma.
+
+    Attributes:
+      one_path: Both stages follow one Brownian path: the second takes up the noise of the first,
+        without which the covariance would be of order 1. False draws independent noise, as
+        k-diffusion's recorded runs do.
     """
 
-    def __init__(self, one_path: bool = True):
-        self.one_path = one_path
+    one_path: bool = True
 
     def __call__(
-        self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
+        self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5
     ) -> Iterator[Row]:
+        """The rows."""
         for sigma, to in steps(sigmas):
             if to == 0:
                 yield Row(sigma, to, b.m[0])
                 continue
-            middle = math.sqrt(sigma * to)
+            middle = math.sqrt(sigma * to) if r == 0.5 else sigma ** (1 - r) * to**r
             down, up = ancestral(sigma, middle, eta)
             keep, w = exponential("x0", sigma, down)
             yield Row(sigma, middle, keep * b.x + w @ b.m[:1] + s_noise * up * b.z)
             noise = b.u - keep * b.x - w @ b.m[1:2]  # of the first stage, s_noise included
             down, full = ancestral(sigma, to, eta)
             carried = ancestral(middle, to, eta)[0] / middle if self.one_path else 0.0
-            fresh = math.sqrt(max(full**2 - (carried * up) ** 2, 0.0))
-            keep, w = exponential("x0", sigma, down)  # r = 1/2: the middle's output alone
-            yield Row(
-                middle,
-                to,
-                keep * b.x + w @ b.m[:1] + carried * noise + s_noise * fresh * b.z,
-                step=False,
-            )
+            fresh = float(root(full**2 - (carried * up) ** 2))
+            keep, (w,) = exponential("x0", sigma, down)
+            output = b.m[0] if r == 0.5 else b.m[1] + (b.m[0] - b.m[1]) / (2 * r)
+            y = keep * b.x + w * output + carried * noise + s_noise * fresh * b.z
+            yield Row(middle, to, y, step=False)
 
 
-class DPMppMultistepSDE:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, eq. 18 and its multistep form), and k-diffusion's extension of it to three outputs."""
-
-    def __init__(self, order: int, rule: Rule):
-        self.order = order
-        self.rule: Rule = rule
+class MultistepSDE(Multistep):
+    """SDE-DPM-Solver++(2M) (arXiv:2211.01095, eq. 18), and k-diffusion's form of three outputs."""
 
     def __call__(
         self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0
     ) -> Iterator[Row]:
-        lam = -np.log(np.maximum(sigmas, 1e-30))
-        for i, (sigma, to) in enumerate(steps(sigmas)):
-            order = 1 if to == 0 else min(self.order, i + 1)
-            places = [(lam[i - j] - lam[i]) / (lam[i + 1] - lam[i]) for j in range(order)]
-            keep, w = exponential("x0", sigma, to, places, rule=self.rule, eta=eta)
-            up = to * math.sqrt(max(1 - (to / sigma) ** (2 * eta), 0.0))
-            yield Row(sigma, to, keep * b.x + w @ b.m[:order] + s_noise * up * b.z)
+        """The rows."""
+        return self.rows(b, sigmas, eta, s_noise)

@@ -1,12 +1,14 @@
-"""Samplers as tables: one row for each call of the model, worked out on the host.
+"""Samplers as tables: one row for each call of the model, computed on the host.
 
-Between two calls nearly every sampler forms a linear combination of what it has: the state at which its step began, the state at which the model
-was just called, the model's last outputs, and fresh noise. Only the weights differ, and they depend on nothing but the noise levels. So an
-algorithm here is a short generator that yields rows of weights, in float64, and one function runs the rows of any of them. The model is
-compiled once whether a step calls it once or three times; eta, churn and the grid are numbers in the table, and change no program.
+Between two calls nearly every sampler forms a linear combination of the state at which its step
+began, the state at which the model was just called, the model's last outputs, and fresh noise. The
+weights depend on the noise levels alone. An algorithm is therefore a short generator of rows of
+weights, in float64, and `Tableau` runs the rows of any of them: the model is compiled once whether
+a step calls it once or three times, and eta, churn and the grid are numbers in the table.
 
-The algorithms are written for y = x / sqrt(abar), of noise sigma = sqrt(1 / abar - 1) (Karras et al. 2022): there dy/dsigma = eps, and x0 keeps
-its scale. lambda = -log sigma is half the log SNR of the DPM-Solver papers; h is a step in it. The states themselves stay x.
+Algorithms are written for y = x / sqrt(abar), of noise sigma = sqrt(1 / abar - 1) (Karras et al.
+2022, arXiv:2206.00364): there dy/dsigma = eps, and x0 keeps its scale. lambda = -log sigma is half
+the log SNR of the DPM-Solver papers, and h is a step in it. The states themselves stay x.
 """
 
 import dataclasses
@@ -18,19 +20,26 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.dtypes
 import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion.guidance import Predict
-from ldm_jax.diffusion.schedule import Array, Schedule, lift, sigma_to_t, t_to_sigma
+from ldm_jax.diffusion.schedule import Array, Schedule, lift, root, sigma_to_t, t_to_sigma
+from ldm_jax.errors import RequestError
 
 Form = Literal["x0", "eps"]
+Rule = Literal["exact", "half", "linear", "released"]
+Time = Callable[[np.ndarray], np.ndarray]  # sigmas -> the model's timesteps
 
 
 class Basis(NamedTuple):
-    """Unit vectors, of which a row's weights are made: ``x`` the state where the step began, ``u`` that of the model's call, ``m[j]`` the model's
-    output j calls ago (m[0] the row's own) and ``z`` standard normal noise.
+    """Unit vectors of which the weights of a row are made.
+
+    Attributes:
+      x: State where the step began.
+      u: State at which the model is called.
+      m: m[j], the model's output j calls ago; m[0] is the row's own.
+      z: Standard normal noise.
     """
 
     x: np.ndarray
@@ -40,10 +49,12 @@ class Basis(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Call the model at noise ``at``, then go to ``y``, of noise ``to``.
+    """Call the model at noise `at`, then go to the state `y` (weights) of noise `to`.
 
-    ``step`` says that a step begins here; a row without it is a later stage of one. ``kick`` adds that much noise before the call. ``restart``
-    replaces the state where the step began, at ``at``, by these weights (correctors).
+    Attributes:
+      step: A step begins here; other rows are later stages of one.
+      kick: Noise added before the call.
+      restart: Weights that replace the state where the step began, at `at` (correctors).
     """
 
     at: float
@@ -55,7 +66,7 @@ class Row(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Rows for states x instead of y: [n] each but for the weights, [n, basis]."""
+    """Rows for states x instead of y: [n] each, the weights `next` and `base` [n, basis]."""
 
     t: Array
     a: Array
@@ -68,85 +79,72 @@ class Node(NamedTuple):
     base: Array | None
 
 
-Algorithm = Callable[..., Iterator[Row]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Tableau:
     """A sampler made of rows.
 
-    ``algorithm(basis, sigmas, **options)`` yields them for sigmas [S + 1], descending. ``form`` is what m is: x0, or eps as x0 has it, so that
-    clipping counts. ``history`` earlier outputs are remembered. ``order`` is the order of convergence: of the ODE's solution, or for
-    samplers that draw noise of the result's mean and covariance. ``end`` is the timestep where sampling stops; None is sigma 0.
+    Attributes:
+      algorithm: (basis, sigmas [S + 1] descending, **options) -> rows.
+      order: Order of convergence: of the ODE's solution, or with noise of its mean and covariance.
+      form: What m is: x0, or eps as it follows from x0 once that is clipped.
+      history: Number of earlier outputs that rows refer to.
+      draws: 1 where rows have noise.
+      corrects: Rows have a `restart`.
+      end: Timestep where sampling stops; None is sigma 0.
     """
 
-    algorithm: Algorithm
+    algorithm: Callable[..., Iterator[Row]]
     order: int
     form: Form = "x0"
     history: int = 0
     draws: int = 0
     corrects: bool = False
     end: float | None = None
-    arrange: Callable[[np.ndarray], np.ndarray] | None = (
-        None  # the sigmas of a grid -> those that the algorithm takes
-    )
+    adaptive: bool = dataclasses.field(default=False, init=False)
     blend_after: bool = dataclasses.field(default=False, init=False)
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What `nodes` takes by name: eta, churn ..."""
+        """Keywords of `nodes`: those of the algorithm."""
         return tuple(inspect.signature(self.algorithm).parameters)[2:]
 
     def nodes(self, schedule: Schedule, timesteps: np.ndarray, **options: float) -> Node:
-        """The table over ascending ``timesteps`` (ints, or floats between them)."""
-        sigmas = t_to_sigma(schedule, np.asarray(timesteps, np.float64)[::-1])
-        sigmas = np.append(sigmas, 0.0 if self.end is None else t_to_sigma(schedule, self.end))
-        return self.table(sigmas, partial(sigma_to_t, schedule), **options)
+        """The table over ascending `timesteps`, ints or floats."""
+        return self.table(
+            descending_sigmas(schedule, timesteps, self.end),
+            partial(sigma_to_t, schedule),
+            **options,
+        )
 
-    def table(
-        self, sigmas: np.ndarray, time: Callable[[np.ndarray], np.ndarray], **options: float
-    ) -> Node:
-        """The table over any sigmas [S + 1]; ``time`` is the model's timestep for each sigma."""
-        for name in options:
-            if name not in self.options:
-                raise ValueError(
-                    f"this sampler has no {name!r} (it has {', '.join(self.options) or 'no options'})"
-                )
+    def table(self, sigmas: np.ndarray, time: Time, **options: float) -> Node:
+        """The table over any descending sigmas [S + 1]."""
+        check_options(self.options, options)
         units = np.eye(self.history + 3 + min(self.draws, 1))
         z = units[-1] if self.draws else np.zeros(len(units))
         basis = Basis(units[0], units[1], units[2 : self.history + 3], z)
         sigmas = np.asarray(sigmas, np.float64)
-        sigmas = sigmas if self.arrange is None else self.arrange(sigmas)
-        rows, now, base, columns = [], float(sigmas[0]), float(sigmas[0]), []
-        rebase = True
+        nodes, now, base, rebase = [], float(sigmas[0]), float(sigmas[0]), True
         for row in self.algorithm(basis, sigmas, **options):
-            rows.append(row)
             base = row.at if row.step and rebase else base
             a, a_base, a_to = (1 / math.hypot(1.0, sigma) for sigma in (row.at, base, row.to))
             to_y = np.where(basis.x > 0, 1 / a_base, np.where(basis.u > 0, 1 / a, 1.0))
-            restart = basis.x if row.restart is None else row.restart * to_y * a
-            columns.append(
-                (
-                    a,
-                    row.at * a,
-                    row.step,
-                    row.step and rebase,
-                    a * math.hypot(1.0, now),
-                    row.kick * a,
+            nodes.append(
+                Node(
+                    t=row.at,
+                    a=a,
+                    s=row.at * a,
+                    begin=row.step,
+                    rebase=row.step and rebase,
+                    keep=a * math.hypot(1.0, now),
+                    kick=row.kick * a,
+                    next=row.y * to_y * a_to,
+                    base=row.restart * to_y * a if row.restart is not None else basis.x,
                 )
             )
-            columns[-1] += (row.y * to_y * a_to, restart)
-            rebase, base, now = row.restart is None, base if row.restart is None else row.at, row.to
-        a, s, begin, new, keep, kick, weights, restart = (
-            np.array(column) for column in zip(*columns, strict=True)
-        )
-        node = Node(
-            time(np.array([row.at for row in rows])), a, s, begin, new, keep, kick, weights, restart
-        )
-        real = jax.dtypes.canonicalize_dtype(np.float64)  # float32, unless a test asks jax for more
-        node = jax.tree.map(
-            lambda column: column if column.dtype == bool else column.astype(real), node
-        )
+            rebase, now = row.restart is None, row.to
+            base = base if rebase else row.at
+        node = Node(*(np.array(column) for column in zip(*nodes, strict=True)))
+        node = to_precision(node._replace(t=time(node.t)))
         return node if self.corrects else node._replace(base=None)
 
     def init(self, x: jax.Array) -> Any:
@@ -171,14 +169,37 @@ class Tableau:
 
 
 def combine(weights: jax.Array, values: tuple[jax.Array, ...]) -> jax.Array:
-    """sum_j weights[j] * values[j], elementwise in full precision (a matrix product would round on accelerators); weights [n] or [n, b]."""
+    """sum_j weights[j] * values[j], with weights [n] or [n, b].
+
+    Elementwise, because accelerators would round the operands of a matrix product.
+    """
     return sum(
         (lift(w, v) * v for w, v in zip(weights, values, strict=True)),
         jnp.zeros((), values[0].dtype),
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- what algorithms share
+def to_precision(nodes: Any) -> Any:
+    """Numbers of a table in JAX's widest real type: float32 unless x64 is enabled."""
+    real = jax.dtypes.canonicalize_dtype(np.float64)
+    return jax.tree.map(lambda a: a if a.dtype == bool else np.asarray(a, real), nodes)
+
+
+def check_options(known: tuple[str, ...], given: dict[str, Any]) -> None:
+    """Raises RequestError where an option is not among the known."""
+    for name in given:
+        if name not in known:
+            have = ", ".join(known) or "no options"
+            raise RequestError(f"this sampler has no {name!r} (it has {have})")
+
+
+def descending_sigmas(schedule: Schedule, timesteps: np.ndarray, end: float | None) -> np.ndarray:
+    """Sigmas [S + 1] of ascending timesteps [S], then that of timestep `end`, or 0 for None."""
+    sigmas = t_to_sigma(schedule, np.asarray(timesteps, np.float64)[::-1])
+    return np.append(sigmas, 0.0 if end is None else t_to_sigma(schedule, end))
+
+
+# ------------------------------------------------------------------------- what algorithms share
 
 
 def steps(sigmas: np.ndarray) -> list[tuple[float, float]]:
@@ -186,24 +207,22 @@ def steps(sigmas: np.ndarray) -> list[tuple[float, float]]:
     return list(itertools.pairwise(float(sigma) for sigma in sigmas))
 
 
-def phi(k: int, z: Any, np: Any = np) -> Any:
-    """phi_k(z) = int_0^1 e^{(1 - r) z} r^{k - 1} / (k - 1)! dr, k > 0 (Hochbruck & Ostermann 2010, eq. 2.11); phi_0 = exp.
+def phi(k: int, z: Any, xp: Any = np) -> Any:
+    """phi_k(z) = int_0^1 e^{(1 - r) z} r^{k - 1} / (k - 1)! dr, and phi_0 = exp.
 
-    ``np`` may be jax.numpy. Near 0 by its series, where the recursion would cancel.
+    Hochbruck & Ostermann 2010, eq. 2.11; near 0 by its series, where the recursion would cancel.
+    `xp` is numpy or jax.numpy.
     """
-    near = sum(np.where(abs(z) < 1, z, 0.0) ** j / float(math.factorial(j + k)) for j in range(16))
-    far, safe = np.exp(z), np.where(abs(z) < 1, 1.0, z)
+    near = sum(xp.where(abs(z) < 1, z, 0.0) ** j / float(math.factorial(j + k)) for j in range(16))
+    far, safe = xp.exp(z), xp.where(abs(z) < 1, 1.0, z)
     for j in range(k):
         far = (far - 1 / math.factorial(j)) / safe
-    return np.where(abs(z) < 1, near, far)
+    return xp.where(abs(z) < 1, near, far)
 
 
 def weights(places: list[float], moments: list[float]) -> np.ndarray:
-    """The w with sum_j w_j places_j^n = moments_n: what integrates exactly the polynomial through the outputs at ``places``."""
+    """The w with sum_j w_j places_j^n = moments_n, exact for polynomials through the places."""
     return np.linalg.solve(np.vander(places, increasing=True).T, moments)
-
-
-Rule = Literal["exact", "half", "released"]
 
 
 def exponential(
@@ -215,37 +234,43 @@ def exponential(
     rule: Rule = "exact",
     eta: float = 0.0,
 ) -> tuple[float, np.ndarray]:
-    """(k, w): y' = k y + sum_j w_j m_j, the exponential integrator on the polynomial through the outputs m_j at ``places`` in units of the step h.
+    """Exponential integrator on the polynomial through earlier outputs.
 
-    The variation-of-constants formula of DPM-Solver (Lu et al. 2022, arXiv:2206.00927, eq. 3.4) and, in x0, DPM-Solver++ (arXiv:2211.01095,
-    eq. 8), with its SDE at ``eta`` 1. Of the moments n! z phi_{n+1}(z), z = h or -(1 + eta) h, two outputs by the ``rule`` "half" have (e^z - 1) / 2
-    for the second, as both papers do (equal to leading order); three by "released" have half of the third, as the authors' code and
-    k-diffusion's do, which costs the third order.
+    The variation-of-constants formula of DPM-Solver (Lu et al. 2022, arXiv:2206.00927, eq. 3.4)
+    and, in x0, of DPM-Solver++ (arXiv:2211.01095, eq. 8) and its SDE. Its moments are
+    n! z phi_{n+1}(z) with z = h or -(1 + eta) h.
+
+    Args:
+      form: What the outputs are.
+      sigma: Noise where the step begins.
+      to: Noise where it ends.
+      places: Where the outputs m_j lie, from the beginning, in units of h. Default [0].
+      rule: "exact"; "half" takes (e^z - 1) / 2 for the second of two moments, as both papers do
+        (B_2(h) of UniPC); "linear" takes z / 2 (its B_1(h)); "released" halves the third of three,
+        as the authors' code and k-diffusion do, which costs the third order.
+      eta: 1 for the reverse SDE.
+
+    Returns:
+      (k, w) of y' = k y + sum_j w_j m_j.
     """
     places = places or [0.0]
-    if len(places) == 1:  # also at sigma' = 0, where h is infinite
+    if len(places) == 1:  # also where to = 0, and h infinite
         ratio = (to / sigma) ** (1 + eta)
         return (ratio, np.array([1 - ratio])) if form == "x0" else (1.0, np.array([to - sigma]))
     h = math.log(sigma / to)
     z, gain = (-(1 + eta) * h, -1.0) if form == "x0" else (h, -to)
     moments = [math.factorial(n) * z * float(phi(n + 1, z)) for n in range(len(places))]
-    if len(places) == 2 and rule == "half":
-        moments[1] = moments[0] / 2
+    if len(places) == 2 and rule in ("half", "linear"):
+        moments[1] = (moments[0] if rule == "half" else z) / 2
     if len(places) == 3 and rule == "released":
         moments[2] /= 2
     return math.exp(z) if form == "x0" else 1.0, gain * weights(places, moments)
 
 
 def ancestral(sigma: float, to: float, eta: float) -> tuple[float, float]:
-    """(down, up) with down^2 + up^2 = to^2: go by the ODE to ``down``, then add noise ``up``. At ``eta`` 1 the DDPM posterior's variance."""
-    up = min(to, eta * math.sqrt(max(to**2 * (sigma**2 - to**2) / sigma**2, 0.0)))
-    return math.sqrt(max(to**2 - up**2, 0.0)), up
+    """(down, up) with down^2 + up^2 = to^2: solve the ODE to `down`, then add noise `up`.
 
-
-def churned(
-    sigma: float, count: int, churn: float, tmin: float, tmax: float, s_noise: float
-) -> tuple[float, float]:
-    """(sigma hat, kick): the noise added before a step (Karras et al. 2022, algorithm 2, lines 4-6) of ``count``."""
-    gamma = min(churn / count, math.sqrt(2) - 1) if tmin <= sigma <= tmax else 0.0
-    hat = sigma * (1 + gamma)
-    return hat, math.sqrt(max(hat**2 - sigma**2, 0.0)) * s_noise
+    At `eta` 1 `up` has the variance of the DDPM posterior.
+    """
+    up = min(to, eta * float(root(to**2 * (sigma**2 - to**2) / sigma**2)))
+    return float(root(to**2 - up**2)), up

@@ -51,7 +51,7 @@ def by_hand(
         null, prompted = np.split(np.asarray(out), 2)
         eps = null + guidance * (prompted - null)
         x0 = (x - np.sqrt(1 - abar[t]) * eps) / np.sqrt(abar[t])
-        x = nodes.sqrt_abar_prev[i] * x0 + nodes.direction[i] * eps
+        x = nodes.x0[i] * x0 + nodes.eps[i] * eps
     return np.asarray(jax.jit(model.first_stage.decode)(x))
 
 

@@ -59,24 +59,23 @@ def test_more_steps_come_closer_to_the_distribution(sampler, eta):
 def test_ddpm_over_all_steps_is_the_posterior_of_the_schedule():
     nodes = DDPM.nodes(SCHEDULE, np.arange(1000))
     assert nodes.t.tolist() == list(range(999, -1, -1))
+    # The tables are of float32.
+    np.testing.assert_allclose(nodes.x0[::-1], SCHEDULE.posterior_mean_coef1, rtol=2e-3)
+    np.testing.assert_allclose(nodes.xt[::-1], SCHEDULE.posterior_mean_coef2, rtol=2e-3)
     np.testing.assert_allclose(
-        nodes.coef_x0[::-1], SCHEDULE.posterior_mean_coef1, rtol=2e-3
-    )  # from tables in float32
-    np.testing.assert_allclose(nodes.coef_xt[::-1], SCHEDULE.posterior_mean_coef2, rtol=2e-3)
-    np.testing.assert_allclose(nodes.std[::-1][1:] ** 2, SCHEDULE.posterior_variance[1:], rtol=2e-3)
-    assert nodes.std[-1] == 0
+        nodes.noise[::-1][1:] ** 2, SCHEDULE.posterior_variance[1:], rtol=2e-3
+    )
+    assert nodes.noise[-1] == 0
 
 
 def test_ddim_with_eta_1_has_the_variance_of_ddpm():
     timesteps = step_grid("uniform", 50, 1000)
     ddim, ddpm = DDIM.nodes(SCHEDULE, timesteps, eta=1.0), DDPM.nodes(SCHEDULE, timesteps)
-    np.testing.assert_allclose(ddim.sigma[:-1], ddpm.std[:-1], rtol=1e-5)
+    np.testing.assert_allclose(ddim.noise[:-1], ddpm.noise[:-1], rtol=1e-5)
 
 
 def test_an_eta_above_1_stays_finite():
-    assert np.isfinite(
-        DDIM.nodes(SCHEDULE, step_grid("uniform", 10, 1000), eta=3.0).direction
-    ).all()
+    assert np.isfinite(DDIM.nodes(SCHEDULE, step_grid("uniform", 10, 1000), eta=3.0).eps).all()
 
 
 def test_ddpm_has_no_eta_but_its_own():

@@ -1,7 +1,6 @@
 """Schedules, losses and samplers: the original's LatentDiffusion and DDPM objects, with the recorded noise handed
 in."""
 
-import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from ldm_jax.convert.compvis.whole import schedule_buffers
 from ldm_jax.convert.tables import Entry, Table, to_ours, to_theirs, under
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.adaptive import DPMAdaptive
+from ldm_jax.diffusion.discrete import PLMS
 from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Known, Trace, sample, step_grid
 from ldm_jax.diffusion.schedule import (
@@ -33,8 +33,8 @@ from ldm_jax.diffusion.schedule import (
     sigma_to_t,
     t_to_sigma,
 )
-from ldm_jax.diffusion.solvers import Multistep, Singlestep, dpm_fast_sigmas, split
-from ldm_jax.diffusion.stochastic import DPMppMultistepSDE, DPMppSDE
+from ldm_jax.diffusion.solvers import Multistep, Singlestep, split
+from ldm_jax.diffusion.stochastic import DPMppSDE, MultistepSDE
 from ldm_jax.diffusion.tableau import Tableau
 from ldm_jax.errors import TargetError
 from ldm_jax.models.ldm import FirstStage, LatentDiffusion
@@ -163,9 +163,9 @@ def ddim_schedules(case: Case) -> Results:
         abar, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
         values = {
             "timesteps": nodes.t,
-            "sigmas": nodes.sigma,
+            "sigmas": nodes.noise,
             "alphas": abar[grid],
-            "alphas_prev": nodes.sqrt_abar_prev.astype(np.float64) ** 2,
+            "alphas_prev": nodes.x0.astype(np.float64) ** 2,
             "sqrt_one_minus_alphas": np.sqrt(1 - abar[grid]),
             "sigmas_for_original_num_steps": np.float32(eta)
             * np.sqrt((1 - prev) / (1 - abar) * (1 - abar / prev)),
@@ -388,7 +388,7 @@ def img2img(case: Case, model: LatentDiffusion) -> Results:
 
 
 def rows_from(
-    node: Any, sampler: Tableau, recorded: np.ndarray | None, shape: tuple[int, ...]
+    node: Any, sampler: Any, recorded: np.ndarray | None, shape: tuple[int, ...]
 ) -> np.ndarray:
     """Recorded noise [draws, b, c, h, w] at the rows that draw it, [n, 1, b, h, w, c], zeros elsewhere.
 
@@ -407,7 +407,7 @@ def rows_from(
 def run_tableau(
     case: Case,
     model: LatentDiffusion,
-    sampler: Tableau,
+    sampler: Any,
     node: Any,
     x: np.ndarray,
     *,
@@ -448,13 +448,10 @@ def run_tableau(
 def plms_sampler(case: Case) -> Results:
     """PLMS; the x0 that it reports is that of the combined eps, hence of the step that was made."""
     kwargs, (model, _) = case.kwargs, model_of(case)
-    if kwargs.get("quantize_x0"):
-        raise NotYet("a quantising first stage")
     grid = step_grid(
         kwargs.get("ddim_discretize", "uniform"), kwargs["S"], model.schedule.timesteps, compat=True
     )
-    sampler, x = SAMPLERS["plms"], case.image("x_T")
-    assert isinstance(sampler, Tableau)
+    sampler, x = PLMS(), case.image("x_T")
     node = sampler.nodes(model.schedule, grid)
     begin = np.flatnonzero(node.begin)
     known = known_of(case)
@@ -464,17 +461,10 @@ def plms_sampler(case: Case) -> Results:
         drawn[begin] = known.noise
         known = known._replace(noise=jnp.asarray(drawn))
     scale = kwargs.get("unconditional_guidance_scale", 1.0)
-    states, _ = run_tableau(case, model, sampler, node, x, scale=scale, known=known)
+    states, trace = run_tableau(case, model, sampler, node, x, scale=scale, known=known)
     x_inter = states[[*begin, len(states) - 1]]
-    sigmas = t_to_sigma(model.schedule, np.append(grid[::-1], 0))
-    pred_x0 = [x]
-    for i, (start, end) in enumerate(itertools.pairwise(x_inter.astype(np.float64))):
-        if known is not None:
-            assert known.noise is not None
-            original = q_sample(model.schedule, known.x0, int(grid[::-1][i]), known.noise[begin[i]])
-            start = known.mask * original + (1 - known.mask) * start
-        y, y_next = np.asarray(start) * np.hypot(1, sigmas[i]), end * np.hypot(1, sigmas[i + 1])
-        pred_x0.append(y - sigmas[i] * (y_next - y) / (sigmas[i + 1] - sigmas[i]))
+    ends = [*(begin[1:] - 1), -1]  # the last row of each step
+    pred_x0 = [x, *np.asarray(trace.x0)[ends]]
     return {
         "x_final": nchw(states[-1]),
         "x_inter": nchw(x_inter),
@@ -532,7 +522,12 @@ def dpm_solver(case: Case) -> Results:
     sigmas = sigma_of_time(schedule, grid)
     if method == "multistep":
         lower = steps < 15 and kwargs.get("lower_order_final", True)
-        sampler = Tableau(Multistep(order, form, "released", lower), order, form, history=order - 1)
+        sampler = Tableau(
+            Multistep(order, form, third="released", lower_final=lower),
+            order,
+            form,
+            history=order - 1,
+        )
     elif method == "singlestep":
         sampler = Tableau(Singlestep(order, form), order, form, history=order - 1)
         if skip == "logSNR":  # steps of one length, with their calls evenly within them
@@ -584,9 +579,13 @@ K_SAMPLERS = [
 # What recorded runs have otherwise than the registry: fresh noise in both stages, the authors' third moment, the batch's error.
 RECORDED = {
     "dpmpp_sde": Tableau(DPMppSDE(one_path=False), 1, history=1, draws=1),
-    "dpmpp_3m_sde": Tableau(DPMppMultistepSDE(3, "released"), 2, history=2, draws=1),
+    "dpmpp_3m_sde": Tableau(
+        MultistepSDE(3, second="exact", third="released", lower_final=False),
+        2,
+        history=2,
+        draws=1,
+    ),
     "dpm_adaptive": DPMAdaptive(per_image=False),
-    "dpm_fast": Tableau(Singlestep(3, "eps"), 3, "eps", history=2),
 }
 
 
@@ -612,16 +611,15 @@ def k_sampler(case: Case) -> Results:
         node = sampler.table(sigmas[0], sigmas[-1] or sigmas[-2], logs, **options)
         x = case.image("x_T") * sigmas[0] / np.hypot(1, sigmas[0])
         predict = predictor(denoiser_of(case, model, scale), schedule, model.objective)
-        last, _ = sampler.run(predict, jnp.asarray(x, jnp.float32), node)
+        row = jax.tree.map(lambda a: a[0], node)
+        last, _ = sampler.run(predict, jnp.asarray(x, jnp.float32), row)
         return results | {"x_final": nchw(last * np.hypot(1, sigmas[-1] or sigmas[-2]))}
     if name == "dpm_fast":
-        sigmas = dpm_fast_sigmas(
-            np.append(np.full(kwargs["n"], sigmas[0]), sigmas[-1] or sigmas[-2])
-        )
+        sigmas = np.append(np.full(kwargs["n"], sigmas[0]), sigmas[-1] or sigmas[-2])
     theirs = {"churn": "s_churn"}
     options = {o: kwargs[theirs.get(o, o)] for o in sampler.options if theirs.get(o, o) in kwargs}
     if name == "dpmpp_2m_sde" and kwargs.get("solver_type") == "heun":
-        sampler = Tableau(DPMppMultistepSDE(2, "exact"), 2, history=1, draws=1)
+        sampler = Tableau(MultistepSDE(2, second="exact", lower_final=False), 2, history=1, draws=1)
     node = sampler.table(sigmas, lambda sigma: sigma_to_t(schedule, sigma), **options)
     x = case.image("x_T") * (sigmas[0] / np.hypot(1, sigmas[0]))
     states, trace = run_tableau(
