@@ -1,7 +1,8 @@
-"""The latent cache: what a frozen first stage and a tokenizer make of a data set, kept in ArrayRecord shards.
+"""The latent cache: encoded pictures and tokenized captions of a data set, in ArrayRecord shards.
 
-A folder with ``cache.json`` (its key, the arrays of a record, the parts) and ``PART-00000-of-00010.array_record``. A record is one
-picture: its arrays, one after another, and its caption in UTF-8. A shard appears under its name when it is whole.
+A folder with cache.json (`CacheInfo`) and PART-00000-of-00010.array_record. A record is one
+picture: its arrays, one after another, then its caption in UTF-8 (format 1), or a JSON object of
+its caption and its text columns (format 2). A shard appears under its name when it is whole.
 """
 
 import dataclasses
@@ -16,151 +17,196 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
 import numpy as np
 
+from ldm_jax.data.captions import CAPTION_SETTINGS, Captions, make_captions
 from ldm_jax.data.sources import Source, Subset
+from ldm_jax.data.sources.base import Handles
 from ldm_jax.data.stream import Batches, Stream
 from ldm_jax.errors import DataError
+from ldm_jax.io.atomic import atomic_path, write_atomic
 
-FORMAT = 1
 _NAME = "cache.json"
-_AGAIN = "run the encode command again, it goes on where it stopped"
+_RESUME = "run the encode command again to complete it"
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheInfo:
-    """What ``cache.json`` says.
+    """The content of cache.json.
 
     Attributes:
-      key: what the latents depend on: setting -> value, or hash. Another value means other latents.
-      fields: name -> {"dtype", "shape"} of a record's arrays, in their order.
-      parts: name -> how many pictures.
-      shard_size: pictures per shard; the last of a part has the rest.
+      key: What the latents depend on: setting -> value, or hash. Another value: other latents.
+      fields: Name -> {"dtype", "shape"} of a record's arrays, in their order.
+      parts: Name -> number of pictures.
+      shard_size: Pictures in a shard; the last one of a part has the rest.
+      format: 2 where records have text columns, else 1.
+      columns: The text columns of a record, from which other captions can be made.
     """
 
     key: dict[str, Any]
     fields: dict[str, dict[str, Any]]
     parts: dict[str, int]
     shard_size: int
-    format: int = FORMAT
+    format: int = 1
+    columns: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", tuple(self.columns))  # JSON has lists
 
     def shards(self, part: str) -> list[tuple[str, range]]:
-        """(file name, the pictures in it) of each shard of a part."""
-        count = self.parts[part]
-        total = math.ceil(count / self.shard_size)
-        starts = range(0, count, self.shard_size)
+        """Returns (file name, indices of the pictures in it) of each shard of a part."""
+        count, size = self.parts[part], self.shard_size
+        total = math.ceil(count / size)
         return [
-            (
-                f"{part}-{i:05d}-of-{total:05d}.array_record",
-                range(start, min(start + self.shard_size, count)),
-            )
-            for i, start in enumerate(starts)
+            (f"{part}-{i:05d}-of-{total:05d}.array_record", range(count)[i * size : (i + 1) * size])
+            for i in range(total)
         ]
 
 
 def read_info(folder: str | os.PathLike[str]) -> CacheInfo:
-    """The description of a cache; DataError where there is none, or of another format."""
+    """Reads the description of a cache; DataError where there is none, or of another format."""
     file = Path(folder, _NAME)
     try:
-        told = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except FileNotFoundError:
         raise DataError(
             f"{folder} is no latent cache: make one with python -m ldm_jax.data encode"
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): encode into a new folder") from None
-    if not isinstance(told, dict) or told.get("format") != FORMAT:
-        raise DataError(f"{file} is not of format {FORMAT}: encode into a new folder")
-    return CacheInfo(**told)
+    if not isinstance(content, dict) or content.get("format") not in (1, 2):
+        raise DataError(f"{file} is not of format 1 or 2: encode into a new folder")
+    return CacheInfo(**content)
 
 
 def claim(folder: str | os.PathLike[str], info: CacheInfo) -> None:
-    """Begins a cache, or goes on with one of the same description; DataError where the folder holds anything else."""
+    """Begins a cache, or resumes one of the same description.
+
+    Raises:
+      DataError: The folder holds anything else.
+    """
     folder, info = Path(folder), CacheInfo(**json.loads(json.dumps(dataclasses.asdict(info))))
     if (folder / _NAME).exists():
-        there = read_info(folder)
-        check_key(folder, there, info.key)
-        if there != info:
+        found = read_info(folder)
+        check_key(folder, found, info.key)
+        if found != info:
             raise DataError(
-                f"{folder} was begun with another dtype, shard size or data: encode into a new folder"
+                f"{folder} was begun with another dtype, shard size or data: "
+                "encode into a new folder"
             )
         return
-    if folder.exists() and any(path.suffix != ".part" for path in folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty and holds no latent cache: give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{_NAME}.part"
-    partial.write_text(json.dumps(dataclasses.asdict(info), indent=1) + "\n")
-    partial.replace(folder / _NAME)
+    content = dataclasses.asdict(info)
+    if info.format == 1:
+        del content["columns"]
+    write_atomic(folder / _NAME, json.dumps(content, indent=1) + "\n")
 
 
 def check_key(folder: str | os.PathLike[str], info: CacheInfo, key: Mapping[str, Any]) -> None:
-    """DataError that names what differs, if the cache was made from anything but ``key``; only entries of ``key`` are compared."""
-    key = json.loads(json.dumps(key))
-    for name, value in key.items():
-        if info.key.get(name) != value:
-            what = name.removesuffix(" sha256")
-            told = (
-                f"another {what}"
-                if what != name
-                else f"{name}={info.key.get(name)!r}, not {value!r}"
-            )
+    """Compares the entries of ``key`` with what a cache was made from.
+
+    Settings of captions need not agree where the cache has text columns to make them from.
+
+    Raises:
+      DataError: Names the first entry that differs.
+    """
+    free = {f"data.{name}" for name in CAPTION_SETTINGS} if info.columns else set()
+    for name, value in json.loads(json.dumps(dict(key))).items():
+        if name not in free and info.key.get(name) != value:
+            subject = name.removesuffix(" sha256")
+            difference = f"{name}={info.key.get(name)!r}, not {value!r}"
+            difference = difference if subject == name else f"another {subject}"
             raise DataError(
-                f"the latent cache {folder} was made with {told}: encode into a new folder"
+                f"the latent cache {folder} was made with {difference}: encode into a new folder"
             )
+
+
+def text_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the columns that a cache keeps: of texts, numbers, or lists of them."""
+    plain = str, int, float, bool, type(None)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [
+        column
+        for column in columns
+        if all(
+            isinstance(value := row.get(column), plain)
+            or (isinstance(value, list) and all(isinstance(item, plain) for item in value))
+            for row in rows
+        )
+    ]
 
 
 def write_shard(
-    file: Path, records: Iterable[tuple[Mapping[str, np.ndarray], str]], info: CacheInfo
+    file: Path,
+    records: Iterable[tuple[Mapping[str, np.ndarray], str | Mapping[str, Any]]],
+    info: CacheInfo,
 ) -> None:
-    """Writes (arrays, caption) of one shard; the file appears when it is whole."""
+    """Writes a shard, which appears when it is whole.
+
+    Args:
+      file: The shard.
+      records: (arrays, text) of each picture; the text is its caption, or for a cache of format 2
+        its row, with the caption under "caption".
+      info: The description of the cache.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = file.with_name(f"{file.name}.part")
-    # Groups of one record: training reads single pictures in random order.
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
-    for arrays, caption in records:
-        parts = [
-            np.ascontiguousarray(arrays[name], field["dtype"])
-            for name, field in info.fields.items()
-        ]
-        writer.write(b"".join(part.tobytes() for part in parts) + caption.encode())
-    writer.close()
-    partial.replace(file)
+    with atomic_path(file) as temporary:
+        # Groups of one record: training reads single pictures in random order.
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        for arrays, text in records:
+            parts = [
+                np.ascontiguousarray(arrays[name], field["dtype"]).tobytes()
+                for name, field in info.fields.items()
+            ]
+            if not isinstance(text, str):
+                kept = {name: text.get(name) for name in info.columns}
+                text = json.dumps({"caption": text["caption"], "columns": kept})
+            writer.write(b"".join(parts) + text.encode())
+        writer.close()
 
 
 def count_records(file: Path) -> int | None:
-    """How many records a shard holds; None where it is missing or damaged."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
+    """Returns the number of records in a shard; None where it is missing or damaged."""
     if not file.is_file():
         return None
     try:
-        reader = ArrayRecordReader(str(file))
+        reader = _open_shard(str(file))
         count = reader.num_records()
         reader.close()
         return count
-    except Exception:  # its errors are of many kinds
+    except Exception:  # array_record raises several classes on damaged files
         return None
 
 
+def _open_shard(file: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(file, "readahead_buffer_size:0")
+
+
 class LatentSource:
-    """One part of a cache by index: ``source[i]`` is {"moments" [flips, h, w, c], any further field, "caption"}. Picklable.
+    """One part of a cache: an item has "moments" [flips, h, w, c], further fields and "caption".
+
+    In a cache of format 2 it has also "columns", the dict of the row's text columns. Picklable.
 
     Raises:
-      DataError: a shard is missing or damaged.
+      DataError: A shard is missing or damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], part: str):
         self.path, self.info = os.fspath(folder), read_info(folder)
         if part not in self.info.parts:
             raise DataError(
-                f"the latent cache {folder} has no part {part!r}: it has {', '.join(self.info.parts)}"
+                f"the latent cache {folder} has no part {part!r}: it has "
+                f"{', '.join(self.info.parts)}"
             )
-        self._shards = self.info.shards(part)
-        self._readers: dict[tuple[int, int], Any] = {}
-        lost = [n for n, places in self._shards if count_records(Path(folder, n)) != len(places)]
+        self._shards, self._readers = self.info.shards(part), Handles(_open_shard)
+        lost = [n for n, rows in self._shards if count_records(Path(folder, n)) != len(rows)]
         if lost:
             raise DataError(
-                f"the latent cache {folder} is not whole: {len(lost)} of {len(self._shards)} shards of {part!r} are "
-                f"missing or damaged (first: {lost[0]}): {_AGAIN}"
+                f"the latent cache {folder} is not whole: {len(lost)} of {len(self._shards)} "
+                f"shards of {part!r} are missing or damaged (first: {lost[0]}): {_RESUME}"
             )
 
     def __len__(self) -> int:
@@ -168,95 +214,103 @@ class LatentSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, place = divmod(index, self.info.shard_size)
-        data = self._reader(shard).read([place])[0]
+        data = self._readers(os.path.join(self.path, self._shards[shard][0])).read([place])[0]
         row: dict[str, Any] = {}
         at = 0
         for name, field in self.info.fields.items():
             dtype, shape = np.dtype(field["dtype"]), tuple(field["shape"])
-            size = dtype.itemsize * math.prod(shape)
             row[name] = np.frombuffer(data, dtype, math.prod(shape), at).reshape(shape)
-            at += size
-        return row | {"caption": data[at:].decode()}
-
-    def _reader(self, shard: int) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        key = os.getpid(), shard  # as with zip archives, every process opens its own
-        if key not in self._readers:
-            self._readers[key] = ArrayRecordReader(
-                os.path.join(self.path, self._shards[shard][0]), "readahead_buffer_size:0"
-            )
-        return self._readers[key]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
+            at += dtype.itemsize * math.prod(shape)
+        text = data[at:].decode()
+        return row | ({"caption": text} if self.info.format == 1 else json.loads(text))
 
 
 class LatentLoader(Stream):
-    """Reads batches of a latent cache in the very order in which ``Loader`` reads the pictures; see `Stream`.
+    """Reads batches of a latent cache in the order in which `Loader` reads the pictures.
 
-    A batch has "moments" [B, h, w, c], "caption" list of B str, "index" int64 [B] and the cache's further fields.
+    A batch has "moments" [B, h, w, c], "caption" list of B str, "index" int64 [B] and the further
+    fields of the cache.
 
     Args:
-      folder: of the cache.
-      part: of the data.
-      flip: take every second picture mirrored, on average, the same ones as ``ImageTransform(flip=True)``.
-      options: those of `Stream`.
+      folder: The cache.
+      part: The part of the data.
+      flip: Mirror every second picture, on average: the same ones as ``ImageTransform(flip=True)``.
+      caption: As of `Loader`; None uses the captions of the cache. Where other captions are drawn
+        or made, a batch has no "encoded" tokens.
+      **options: Those of `Stream`.
 
     Raises:
-      DataError: the cache is not whole, or holds no mirrored pictures.
+      DataError: The cache is not whole, or has no mirrored pictures or not the captions' columns.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], part: str, *, flip: bool = False, **options: Any
+        self,
+        folder: str | os.PathLike[str],
+        part: str,
+        *,
+        flip: bool = False,
+        caption: str | Sequence[str] | Captions | None = None,
+        **options: Any,
     ):
-        self.source = LatentSource(folder, part)
-        if flip and self.source.info.fields["moments"]["shape"][0] != 2:
+        self.source, self._flip = LatentSource(folder, part), flip
+        info = self.source.info
+        if flip and info.fields["moments"]["shape"][0] != 2:
             raise DataError(
-                f"the latent cache {folder} was made without data.flip: encode into a new folder with it"
+                f"the latent cache {folder} was made without data.flip: "
+                "encode into a new folder with it"
             )
+        self.captions = make_captions(caption)
+        if self.captions is not None and not self.captions.random:
+            cached = info.key.get("data.caption")
+            if cached == self.captions.templates[0] or not info.columns:
+                self.captions = None
+        if self.captions is not None and not info.columns:
+            raise DataError(
+                f"the latent cache {folder} has no columns to draw captions from: "
+                "encode into a new folder"
+            )
+        super().__init__(path=self.source.path, count=len(self.source), **options)
 
-        def make(finite: bool = False, **rest: Any) -> Batches:
-            return _LatentBatches(self.source, flip and not finite, finite=finite, **rest)
-
-        super().__init__(make, path=self.source.path, count=len(self.source), **options)
+    def _make_batches(self, *, finite: bool, **options: Any) -> Batches:
+        flip = self._flip and not finite
+        return _LatentBatches(self.source, flip, self.captions, finite=finite, **options)
 
 
 class _LatentBatches(Batches):
-    def __init__(self, source: LatentSource, flip: bool, **options: Any):
+    def __init__(self, source: LatentSource, flip: bool, captions: Captions | None, **options: Any):
         super().__init__(**options)
-        self._source, self._flip = source, flip
+        self._source, self._flip, self._captions = source, flip, captions
 
-    def sample(self, wanted: int, rng: np.random.Generator) -> dict[str, Any]:
+    def sample(
+        self, wanted: int, rng: np.random.Generator, text_rng: np.random.Generator | None
+    ) -> dict[str, Any]:
         row = self._source[wanted]
+        columns = row.pop("columns", {})
+        if self._captions is not None:
+            row["caption"] = self._captions(columns, text_rng)
+            row.pop("encoded", None)
         mirror = self._flip and rng.random(4)[3] < 0.5  # the draws of ImageTransform
-        return row | {
-            "moments": row["moments"][int(mirror)],
-            "index": wanted,
-            "valid": bool(row.pop("valid")[0]),
-        }
+        moments, valid = row["moments"][int(mirror)], bool(row.pop("valid")[0])
+        return row | {"moments": moments, "index": wanted, "valid": valid}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        arrays = {
-            name: np.stack([s[name] for s in samples])
-            for name in samples[0]
-            if name not in ("caption", "valid")
-        }
-        return arrays | {"caption": [s["caption"] for s in samples]}
+        names = [name for name in samples[0] if name not in ("caption", "valid")]
+        batch: dict[str, Any] = {name: np.stack([s[name] for s in samples]) for name in names}
+        return batch | {"caption": [s["caption"] for s in samples]}
 
 
 def fingerprint(source: Source) -> str:
-    """sha256 of a source's metadata and, for folders and archives, of its files' sizes or checksums: what can be had without reading pictures."""
+    """Returns a sha256 of a source's metadata and of its files' sizes, times or checksums.
+
+    Pictures are not read.
+    """
     digest = hashlib.sha256()
-    inner, indices = (
-        (source.source, source.indices)
-        if isinstance(source, Subset)
-        else (source, range(len(source)))
-    )
+    inner, indices = source, range(len(source))
+    if isinstance(source, Subset):
+        inner, indices = source.source, source.indices
     stamp = getattr(inner, "stamp", None)
     rows: Sequence[dict[str, Any]] = inner.rows
     for i in indices:
-        digest.update(
-            json.dumps([rows[i], stamp(i) if stamp else None], sort_keys=True, default=str).encode()
-        )
+        item = [rows[i], stamp(i) if stamp else None]
+        digest.update(json.dumps(item, sort_keys=True, default=str).encode())
     return digest.hexdigest()

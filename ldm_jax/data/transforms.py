@@ -1,16 +1,15 @@
-"""Decoding to RGB, resizing and cropping, and captions from metadata."""
+"""Cropping and resizing, and the interface of what else is made of a picture."""
 
 import dataclasses
-import io
 import math
-import string
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from ldm_jax.errors import DataError, UnreadablePicture
+from ldm_jax.data.decode import to_rgb
+from ldm_jax.errors import DataError
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -21,81 +20,8 @@ _RESAMPLE = {
 }
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """Decodes an encoded picture (PNG, JPEG, WebP, ...; the first frame of an animation).
-
-    Returns:
-      uint8 RGB [H, W, 3], upright by its EXIF orientation, transparency laid over white.
-
-    Raises:
-      UnreadablePicture: the bytes are empty, truncated, or no picture.
-    """
-    if not data:
-        raise UnreadablePicture("empty file")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return np.asarray(_rgb(_upright(image)))
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        raise UnreadablePicture("not a picture that Pillow knows") from None
-    except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadablePicture(reason) from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data are no reason to lose a good picture
-        return image
-
-
-def to_rgb(picture: bytes | np.ndarray | Image.Image) -> np.ndarray:
-    """Brings encoded bytes, an array ([H, W], [H, W, 1/3/4], uint8 or uint16) or a PIL image to uint8 RGB [H, W, 3]."""
-    if isinstance(picture, bytes):
-        return decode_image(picture)
-    if isinstance(picture, Image.Image):
-        return np.asarray(_rgb(picture))
-    array = np.asarray(picture)
-    if array.dtype == np.uint16:
-        array = _to_8_bit(array)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.size == 0:
-        raise UnreadablePicture(
-            f"an array of {array.dtype} {array.shape} is no picture: give uint8 [H, W, 3]"
-        )
-    if array.ndim == 3 and array.shape[2] == 3:
-        return array
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim == 3 and array.shape[2] not in (2, 4):
-        raise UnreadablePicture(
-            f"an array with {array.shape[2]} channels is no picture: give uint8 [H, W, 3]"
-        )
-    return np.asarray(_rgb(Image.fromarray(array)))
-
-
-def _to_8_bit(array: np.ndarray) -> np.ndarray:
-    # 65535 / 255 = 257: rounds to the nearest 8-bit level
-    return ((np.clip(array, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits in all of Pillow's spellings: convert() would clip them at 255
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    if image.mode == "F":
-        raise UnreadablePicture("pixels are floating-point numbers: save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
 class Crop(NamedTuple):
-    """What a transform keeps of a picture: a rectangle in pixels, perhaps mirrored."""
+    """The rectangle that a transform keeps of a picture, in pixels, and whether it is mirrored."""
 
     top: int
     left: int
@@ -106,18 +32,18 @@ class Crop(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """Crops to the target's aspect ratio and resizes; picklable.
+    """Crops to the target's aspect ratio and resizes. Picklable.
 
-    The crop is the largest rectangle of the target's aspect ratio, that is, the short side fits. The result equals
-    resizing the short side and then cropping, with one resampling of only the pixels that are kept.
+    The crop is the largest rectangle of the target's aspect ratio. The result equals resizing the
+    short side and then cropping, with one resampling of only the pixels that are kept.
 
     Attributes:
       size: (H, W) of the result.
-      crop: where to crop: "center", "random", or "none" (the whole picture is stretched to the size).
-      flip: mirror every second picture, on average, left to right.
-      resample: "nearest", "box" (area average), "bilinear", "bicubic" or "lanczos"; all but "nearest" smooth
-        when shrinking.
-      min_crop: below 1 the crop's sides shrink by a random factor in [min_crop, 1].
+      crop: Where to crop: "center", "random", or "none" (the whole picture is stretched).
+      flip: Mirror every second picture, on average, left to right.
+      resample: "nearest", "box" (area average), "bilinear", "bicubic" or "lanczos"; all but
+        "nearest" smooth when shrinking.
+      min_crop: Below 1 the crop's sides shrink by a random factor in [min_crop, 1].
     """
 
     size: tuple[int, int]
@@ -139,12 +65,12 @@ class ImageTransform:
             raise DataError(f"min_crop is {self.min_crop}: give a number above 0 and up to 1")
 
     def deterministic(self) -> "ImageTransform":
-        """The same without anything random: centre crop of full size, no flip."""
+        """Returns the same transform without draws: centre crop of full size, no flip."""
         crop = "center" if self.crop == "random" else self.crop
         return dataclasses.replace(self, crop=crop, flip=False, min_crop=1.0)
 
     def choose(self, size: tuple[int, int], rng: np.random.Generator) -> Crop:
-        """What to keep of a picture of ``size`` (h, w). ``rng`` draws four numbers, whatever the settings are."""
+        """Draws the crop of a picture of ``size`` (h, w); always four numbers of ``rng``."""
         height, width = self.size
         shrink, down, right, mirror = rng.random(4)
         h, w = size
@@ -159,9 +85,10 @@ class ImageTransform:
         return Crop(top, left, ch, cw, bool(self.flip and mirror < 0.5))
 
     def apply(self, image: np.ndarray, crop: Crop, resample: str | None = None) -> np.ndarray:
-        """That part of a picture or of a map of labels ([h, w] or [h, w, c], whole numbers), at the target size, C-contiguous.
+        """Cuts and resizes a picture or a label map ([h, w] or [h, w, c] of integers).
 
-        What has the target size already is not resampled. Only "nearest" resamples other than 8-bit numbers.
+        Only "nearest" resamples other than 8-bit numbers. A crop of the target size is not
+        resampled. The result is C-contiguous.
         """
         height, width = self.size
         image = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
@@ -174,25 +101,18 @@ class ImageTransform:
         """Transforms one picture.
 
         Args:
-          image: uint8 RGB [h, w, 3]; any other picture that ``to_rgb`` takes is converted.
-          rng: draws four numbers, whatever the settings are.
+          image: uint8 RGB [h, w, 3]; any other picture that `to_rgb` takes is converted.
+          rng: Draws four numbers, whatever the settings are.
 
         Returns:
-          uint8 RGB [H, W, 3], C-contiguous. A picture of the target size is not resampled.
+          uint8 RGB [H, W, 3], C-contiguous.
         """
         image = to_rgb(image)
         return self.apply(image, self.choose((image.shape[0], image.shape[1]), rng))
 
 
-class _Joined(list):
-    """A list column that a template prints as "a, b", and can still index."""
-
-    def __format__(self, spec: str) -> str:
-        return format(", ".join(map(str, self)), spec)
-
-
 class View(NamedTuple):
-    """How the picture was cut: ``crop`` of its original ``size`` (h, w), by ``transform``."""
+    """How a picture was cut: ``crop`` of its original ``size`` (h, w), by ``transform``."""
 
     transform: ImageTransform
     crop: Crop
@@ -200,39 +120,17 @@ class View(NamedTuple):
 
 
 class Condition(Protocol):
-    """Makes one row's condition. ``column`` is the row's column that it needs, if any."""
+    """Makes one row's condition. ``column`` is the row's column that it needs, or ""."""
 
     @property
-    def column(self) -> str: ...
+    def column(self) -> str: ...  # noqa: D102
 
     def read(self, row: dict[str, Any]) -> None:
-        """Decodes what the row holds as bytes, in place; UnreadablePicture where that fails."""
+        """Decodes the row's encoded bytes in place; UnreadablePicture where that fails."""
         ...
 
     def __call__(
         self, row: Mapping[str, Any], image: np.ndarray, view: View, rng: np.random.Generator
     ) -> np.ndarray | int:
-        """The condition of the transformed ``image`` uint8 [H, W, 3]: an array of the same shape for every row."""
+        """Returns the condition of the transformed ``image`` uint8 [H, W, 3], of fixed shape."""
         ...
-
-
-def caption_template(template: str, row: Mapping[str, Any]) -> str:
-    """Fills a caption such as "{text}, {style} style" from a row; list columns are joined with ", ".
-
-    Raises:
-      DataError: the template is malformed or names a column that the row does not have.
-    """
-    columns = {
-        key: _Joined(value) if isinstance(value, list) else value for key, value in row.items()
-    }
-    try:
-        return string.Formatter().vformat(template, (), columns)
-    except KeyError as error:
-        known = ", ".join(key for key in row if key != "image")
-        raise DataError(
-            f"caption {template!r}: there is no column {error.args[0]!r}: there are {known}"
-        ) from None
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
-        raise DataError(
-            f"caption {template!r} does not fit: {error}; write columns as {{text}}"
-        ) from None

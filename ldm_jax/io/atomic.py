@@ -27,6 +27,6 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Writes ``data`` (text as UTF-8) so that ``path`` holds either all of it or its old content."""
+    """Writes ``data`` (text as UTF-8); ``path`` holds either all of it or its old content."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -297,7 +297,7 @@ def test_finite_pass(damaged, pictures):
         ({"batch_size": 5, "process_count": 2}, "batch_size 5 must be a positive multiple"),
         ({"process_index": 1}, "process_index 1 must lie in"),
         ({"seed": -1}, "seed is -1"),
-        ({"columns": ("caption",)}, "column 'caption' cannot be asked for"),
+        ({"columns": ("caption",)}, "column 'caption' is not available"),
     ],
 )
 def test_loader_settings_are_checked(pictures, options, message):

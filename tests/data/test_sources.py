@@ -98,6 +98,7 @@ def test_folder_and_zip_with_metadata(tmp_path, write, top):
         files | {top + "metadata.jsonl": b"\xef\xbb\xbf" + lines(*rows) + b"\n\n"},
     )
     source = ImageFolder(path)
+    rows = [rows[0] | {"n": None}, rows[1] | {"style": None}]  # all rows have all columns
     assert source.rows == rows
     assert len(source) == 2
     assert [decode_image(source[i]["image"])[0, 0, 0] for i in range(2)] == [2, 1]
@@ -134,9 +135,9 @@ def test_metadata_without_any_text_gets_empty_text(tmp_path):
     ("metadata", "message"),
     [
         (b'{"file_name": "1.png"}\n{"file_name": ', r"metadata\.jsonl: line 2 is not JSON"),
-        (b'\n{"file_name": "\xff.png"}', r"line 2 is not JSON"),
-        (b"[1, 2]", r"line 1 is not a JSON object"),
-        (b'{"file_name": "1.png"}\n\n{"text": "x"}', r"line 3 has no file_name"),
+        (b'\n{"file_name": "\xff.png"}', r"line 2 is not UTF-8"),
+        (b"[1, 2]", r"row 1 is not a JSON object"),
+        (b'{"file_name": "1.png"}\n\n{"text": "x"}', r"row 2 has no file_name"),
         (
             lines(*({"file_name": n} for n in ("1.png", "no.png", "../1.png"))),
             r"2 of 3 files .*\(first: no\.png\)",
@@ -261,7 +262,7 @@ def test_make_source_parts_and_package_path():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"path": "x", "hold_out": 0.1}, "unknown data setting 'hold_out' .did you mean 'holdout'"),
+        ({"path": "x", "hold_out": 0.1}, "unknown data setting 'hold_out'; did you mean 'holdout'"),
         ({"path": "x", "source": "imagefolder"}, "did you mean 'image_folder'"),
         ({"source": "image_folder"}, "'path' is missing"),
         ({"path": "x", "part": "test"}, "unknown part 'test'"),
@@ -330,7 +331,7 @@ def test_tfds_round_trip_without_tensorflow(tmp_path):
     for i in range(6):
         row = source[i]
         assert decode_image(row["image"])[0, 0, 0] == 10 * int(row["caption"].split()[1])
-        assert source.rows[i] == {"caption": row["caption"]}
+        assert source.rows[i] == {"caption": row["caption"], "text": row["caption"]}
     with pytest.raises(DataError, match="no feature 'text': it has"):
         TFDS("ldm_jax_tiny", data_dir=data_dir, columns=["text"])
     with pytest.raises(DataError, match="Unknown split 'test'"):

@@ -69,7 +69,7 @@ def test_every_fault_is_a_line(folder, tmp_path):
             "train: 1 of 12 captions are empty (00.png)",
             "train: 1 of 12 captions are cut after 4 tokens, model.conditioner.max_seq_len - 2 ('one two three four five')",
             "train: 1 of 12 captions have tokens that the model does not know ('☃ x')",
-            "train: 1 of 12 pictures cannot be read and are skipped (03.png: not a picture that Pillow knows)",
+            "train: 1 of 12 pictures cannot be read and are skipped (03.png: not a picture that Pillow can read)",
             "train: 1 of 12 pictures are smaller than 16x16 and are enlarged (04.png 9x16)",
         ],
         strict=True,

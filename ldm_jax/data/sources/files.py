@@ -1,20 +1,34 @@
-"""Names and bytes of a folder, a zip or a tar, read at random; and the base of the sources that are lists of such files."""
+"""Random access to the files of a folder, a zip or a tar, and the base of sources of files."""
 
-import glob
+import logging
 import os
 import posixpath
 import tarfile
+import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ldm_jax.data.sources.base import PICTURE_SUFFIXES
+from ldm_jax.data.decode import PICTURE_SUFFIXES, describe
+from ldm_jax.data.sources.base import Handles, Rows
 from ldm_jax.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+
+MAX_BYTES = 2**29  # of one file
+# Pictures that no decoder here reads: a folder of them is not silently half read.
+_UNREAD_SUFFIXES = (
+    *(".svg", ".psd", ".jxl", ".eps", ".pdf", ".exr", ".hdr", ".raw", ".cr2", ".cr3", ".nef"),
+    *(".arw", ".dng", ".ico", ".mp4", ".webm", ".zip", ".tar", ".gz"),
+)
+# Encodings of names in zip archives that were written without the UTF-8 flag.
+_NAME_ENCODINGS = ("utf-8", "cp932", "gbk", "big5", "euc-kr", "cp1252", "cp1251")
 
 
 class Member(NamedTuple):
-    """A file inside a tar: where its bytes are, and what changes with them."""
+    """A file inside a tar: where its bytes are, and its modification time."""
 
     offset: int
     size: int
@@ -22,182 +36,316 @@ class Member(NamedTuple):
 
 
 def tar_members(path: str) -> Iterator[tuple[str, Member]]:
-    """(name, where) of each file in a tar, in its order, read once from end to end; of tars inside the tar, their files, under "inner/name".
+    """Yields (name, member) of each file in a tar, in its order, reading only the headers.
 
-    A compressed tar has no random access: DataError.
+    The files of a tar inside the tar are named "inner/name". Links are the file they point to.
+
+    Raises:
+      DataError: The file is no tar, or a compressed one, which has no random access.
     """
+    count = 0
     try:
         with open(path, "rb") as file:
-            yield from _scan(file, path, 0, "")
-    except tarfile.TarError as error:
-        raise DataError(
-            f"{path} is not a plain tar archive ({error}): unpack it first if it is compressed"
-        ) from None
+            for found in _scan_tar(file, path, 0, os.path.getsize(path), ""):
+                count += 1
+                yield found
+    except (DataError, MemoryError, GeneratorExit):
+        raise
+    except Exception as error:  # tarfile raises several classes on damaged headers
+        if not count:
+            raise DataError(
+                f"{path} is not a plain tar archive ({describe(error)}): "
+                "unpack it first if it is compressed"
+            ) from None
+        _LOG.warning("%s is damaged after %d files (%s)", path, count, describe(error))
 
 
-def _scan(file: IO[bytes], path: str, start: int, prefix: str) -> Iterator[tuple[str, Member]]:
+def _scan_tar(
+    file: IO[bytes], path: str, start: int, end: int, prefix: str
+) -> Iterator[tuple[str, Member]]:
     file.seek(start)
-    with tarfile.open(
-        fileobj=file, mode="r:"
-    ) as archive:  # tarfile counts offsets from the file's beginning
+    seen: dict[str, Member] = {}
+    # tarfile counts offsets from the beginning of the file object.
+    with tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
-            if not info.isfile():
-                continue
-            name = prefix + posixpath.normpath(info.name)
-            if name.endswith(".tar"):
-                yield from _scan(file, path, info.offset_data, f"{name.removesuffix('.tar')}/")
-            else:
-                yield name, Member(info.offset_data, info.size, int(info.mtime))
-            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (it keeps every header otherwise)
+            name = posixpath.normpath(info.name)
+            if info.islnk() or info.issym():
+                folder = posixpath.dirname(name) if info.issym() else ""
+                target = posixpath.normpath(posixpath.join(folder, info.linkname))
+                if target in seen:
+                    yield prefix + name, seen[target]
+                elif name.lower().endswith(PICTURE_SUFFIXES):
+                    _LOG.warning("%s: %s links to no file before it: skipped", path, name)
+            elif info.issparse():
+                _LOG.warning("%s: %s is stored as a sparse file: skipped", path, name)
+            elif info.isfile() and name.endswith(".tar"):
+                inside = info.offset_data, min(end, info.offset_data + info.size)
+                yield from _scan_tar(file, path, *inside, f"{prefix}{name.removesuffix('.tar')}/")
+            elif info.isfile():
+                seen[name] = Member(info.offset_data, info.size, int(info.mtime))
+                yield prefix + name, seen[name]
+            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (bounds its memory)
+        # tarfile ends at a damaged header as it does at the end of the archive.
+        at: int = archive.offset  # pyright: ignore[reportAttributeAccessIssue]
+        file.seek(at)
+        if file.read(max(0, min(512, end - at))).strip(b"\0"):
+            _LOG.warning("%s is damaged at byte %d: its other files are lost", path, at)
+
+
+def read_at(file: Any, member: Member, path: str) -> bytes:
+    """Reads a tar member; threads may share the file. Raises OSError."""
+    if member.size > MAX_BYTES:
+        raise OSError(f"{member.size} bytes are too large for one file")
+    if member.offset + member.size > os.fstat(file.fileno()).st_size:
+        raise OSError(f"{path} ends before this file does")
+    return os.pread(file.fileno(), member.size, member.offset)
+
+
+def open_raw(path: str) -> Any:
+    """Opens a file for `read_at`."""
+    return open(path, "rb", buffering=0)
+
+
+def _open_zip(path: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # zipfile raises several classes on damaged directories
+        raise DataError(f"{path} is a damaged zip archive ({describe(error)})") from None
 
 
 class Files:
-    """The files of a folder, a .zip or a .tar: ``names``, ``read``, ``stamp``. Picklable; every process opens its own handle.
+    """The files of a folder, a .zip or a .tar. Picklable.
+
+    Attributes:
+      names: Names of the files, with "/", relative to ``path``; without hidden ones.
 
     Raises:
-      DataError: the path is missing, or neither of them.
+      DataError: The path is missing, or neither of them.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
-        self._handle: tuple[int, Any] | None = None
-        self._tar: dict[str, Member] = {}
         if not os.path.exists(self.path):
             raise DataError(
                 f"{self.path} does not exist: give the path of a folder or .zip archive of pictures"
             )
-        self.kind = (
-            "folder"
-            if os.path.isdir(self.path)
-            else "zip"
-            if zipfile.is_zipfile(self.path)
-            else "tar"
-        )
-        if self.kind == "tar" and not tarfile.is_tarfile(self.path):
+        if os.path.isdir(self.path):
+            self.kind, self._handles, listed = "folder", None, _walk(self.path)
+        elif zipfile.is_zipfile(self.path):
+            self.kind, self._handles = "zip", Handles(_open_zip)
+            listed = _zip_names(self._handles(self.path))
+        elif tarfile.is_tarfile(self.path):
+            self.kind, self._handles, listed = "tar", Handles(open_raw), tar_members(self.path)
+        else:
             raise DataError(
-                f"{self.path} is not a zip archive (nor a folder): give a folder or .zip of pictures"
+                f"{self.path} is not a zip archive (nor a folder): "
+                "give a folder or .zip of pictures"
             )
-        self.names = {
-            n
-            for n in self._list()
-            if not n.startswith("__MACOSX/") and not posixpath.basename(n).startswith(".")
-        }
-
-    def _list(self) -> list[str]:
-        if self.kind == "zip":
-            return [info.filename for info in self._open().infolist() if not info.is_dir()]
-        if self.kind == "tar":
-            self._tar = dict(tar_members(self.path))
-            return list(self._tar)
-        return [n.replace(os.sep, "/") for n in glob.glob("**", root_dir=self.path, recursive=True)]
+        self.names: dict[str, Any] = {}
+        self._aliases: dict[str, str | None] | None = None
+        for name, member in listed:
+            if not name.startswith("__MACOSX/") and not posixpath.basename(name).startswith("."):
+                if name in self.names:
+                    _LOG.warning("%s: %s is there twice: the later one is read", path, name)
+                self.names[name] = member
 
     def pictures(self, under: str = "") -> list[str]:
-        """Names of the pictures in a folder of it, sorted."""
+        """Returns the names of the pictures in one of its folders, sorted."""
         under = f"{under.strip('/')}/" if under.strip("./") else ""
-        return sorted(
-            n for n in self.names if n.startswith(under) and n.lower().endswith(PICTURE_SUFFIXES)
-        )
+        inside = [name for name in self.names if name.startswith(under)]
+        unread = Counter(posixpath.splitext(name)[1].lower() for name in inside)
+        if others := [f"{n} {s}" for s, n in unread.items() if s in _UNREAD_SUFFIXES]:
+            _LOG.warning("%s: files that are not read: %s", self.path, ", ".join(others))
+        return sorted(name for name in inside if name.lower().endswith(PICTURE_SUFFIXES))
+
+    def find(self, name: str) -> str | None:
+        """Returns the file that a list means by ``name``.
+
+        That is the file of exactly this name, else the only one of this name when Unicode
+        composition, case, backslashes and the encoding of an archive are disregarded. In a folder
+        it may also be an absolute path, or one that leads out of the folder.
+        """
+        exact = posixpath.normpath(name)
+        if exact in self.names:
+            return exact
+        if self.kind == "folder" and os.path.isfile(os.path.join(self.path, name)):
+            self.names[name] = name
+            return name
+        if self._aliases is None:
+            self._aliases = {}
+            for known, member in self.names.items():
+                for key in {_fold(known), *(_fold(n) for n in _decodings(known, member))}:
+                    self._aliases[key] = known if key not in self._aliases else None
+        return self._aliases.get(_fold(name))
 
     def read(self, name: str) -> bytes:
-        """The file's bytes; raises OSError and zip errors."""
-        if self.kind == "folder":
-            return Path(self.path, name).read_bytes()
-        if self.kind == "zip":
-            return self._open().read(name)
-        return read_at(self._open(), self._tar[name], self.path)
+        """Reads a file; OSError where it is damaged, encrypted, too large or not there."""
+        try:
+            if self.kind == "folder":
+                path = os.path.join(self.path, self.names.get(name, name))
+                if os.path.exists(path) and not os.path.isfile(path):
+                    raise OSError("not a regular file")
+                if os.path.getsize(path) > MAX_BYTES:
+                    raise OSError(f"{os.path.getsize(path)} bytes are too large for one file")
+                return Path(path).read_bytes()
+            assert self._handles is not None
+            if self.kind == "tar":
+                return read_at(self._handles(self.path), self.names[name], self.path)
+            info = self._handles(self.path).getinfo(self.names[name])
+            if info.file_size > MAX_BYTES:
+                raise OSError(f"{info.file_size} bytes are too large for one file")
+            return self._handles(self.path).read(info.filename)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # zipfile and its decompressors raise nearly every class
+            raise OSError(describe(error)) from error
+
+    def read_table(self, name: str) -> bytes:
+        """Reads a file that the whole data set depends on; raises DataError."""
+        try:
+            return self.read(name)
+        except OSError as error:
+            reason = error.strerror or describe(error)
+            raise DataError(f"{self.path}: {name} cannot be read: {reason}") from None
 
     def stamp(self, name: str) -> int:
-        """What changes with the file: its checksum in a zip, its time in a tar, its size in a folder."""
-        if self.kind == "folder":
-            return os.path.getsize(os.path.join(self.path, name))
-        return self._open().getinfo(name).CRC if self.kind == "zip" else self._tar[name].time
-
-    def _open(self) -> Any:
-        # A handle inherited through fork shares its file offset with the parent, so each process opens its own.
-        if self._handle is None or self._handle[0] != os.getpid():
-            opened = (
-                zipfile.ZipFile(self.path)
-                if self.kind == "zip"
-                else open(self.path, "rb", buffering=0)
-            )
-            self._handle = (os.getpid(), opened)
-        return self._handle[1]
+        """Returns what changes with the file: its checksum in a zip, time in a tar, else size."""
+        if self.kind == "tar":
+            return self.names[name].time
+        if self._handles is not None:
+            return self._handles(self.path).getinfo(self.names[name]).CRC
+        return os.path.getsize(os.path.join(self.path, name))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_aliases": None}
 
 
-def read_at(file: Any, member: Member, path: str) -> bytes:
-    """A tar member's bytes; threads may share the file."""
-    data = os.pread(file.fileno(), member.size, member.offset)
-    if len(data) != member.size:
-        raise OSError(f"{path} ends before this file does")
-    return data
+def _walk(top: str) -> Iterator[tuple[str, str]]:
+    """Yields the files of a folder, through links, each folder once."""
+    seen = set()
+    for folder, folders, files in os.walk(top, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inner = os.path.relpath(folder, top).replace(os.sep, "/")
+        for name in files:
+            name = posixpath.normpath(f"{inner}/{name}")
+            yield name, name
 
 
-class FileRows:
-    """The base of sources whose rows name files of one `Files`: "file_name", and in ``_columns`` further ones whose bytes take the names' place.
+def _zip_names(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
+    for info in archive.infolist():
+        name = info.filename.replace("\\", "/")  # as old Windows programs write it
+        if not name.endswith("/"):
+            yield posixpath.normpath(name), info.filename
 
-    A subclass sets ``path``, ``rows``, ``_files`` and perhaps ``_columns``, ``_prefix``.
+
+def _decodings(name: str, member: Any) -> Iterator[str]:
+    """Yields what a name of a zip without the UTF-8 flag reads as in other encodings."""
+    if name.isascii() or not isinstance(member, str):
+        return
+    try:
+        raw = member.encode("cp437")
+    except UnicodeEncodeError:
+        return
+    for encoding in _NAME_ENCODINGS:
+        try:
+            yield raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+
+
+def _fold(name: str) -> str:
+    name = unicodedata.normalize("NFC", name).replace("\\", "/").casefold()
+    return posixpath.normpath(name).lstrip("/")
+
+
+class FileRows(Rows):
+    """Base of sources whose rows name files of one `Files`.
+
+    A subclass sets ``path``, ``_files`` and ``rows`` and then calls ``_resolve``. "file_name" names
+    the picture; the ``_columns`` name further files, whose bytes replace the name in an item.
     """
 
-    path: str
-    rows: list[dict[str, Any]]
     _files: Files
     _columns: tuple[str, ...] = ()
-    _prefix: str = ""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name(self, index: int) -> str:
-        """The picture's name, for messages."""
-        return self.rows[index]["file_name"]
+    _prefix: str = ""  # of the names in the rows
 
     def stamp(self, index: int) -> int:
-        """What changes with the picture's file: see `Files.stamp`."""
+        """Returns a number that changes with the picture's file."""
         return self._files.stamp(self._member(self.rows[index]["file_name"]))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns the row with the picture's encoded bytes as "image"; raises OSError and zip errors."""
+        """Returns the row with the picture's encoded bytes as "image"; raises OSError."""
         row = self.rows[index]
         others = {column: self._files.read(self._member(row[column])) for column in self._columns}
         return {**row, **others, "image": self._files.read(self._member(row["file_name"]))}
 
     def _member(self, file_name: str) -> str:
-        return posixpath.normpath(self._prefix + file_name)
+        return self._renamed.get(file_name) or posixpath.normpath(self._prefix + file_name)
 
-    def _check_there(self, listed_in: str) -> None:
-        """DataError where a row names no file, or one that is not there, or there is no row."""
+    def _resolve(self, listed_in: str = "", missing: str = "error") -> None:
+        """Finds the files that the rows name.
+
+        Args:
+          listed_in: The list of the files, for messages.
+          missing: "error", or "skip" to leave out rows whose files are missing, with a warning.
+
+        Raises:
+          DataError: There is no row, or a row names no file or one that is missing.
+        """
+        if missing not in ("error", "skip"):
+            raise DataError(f"data.missing is {missing!r}: choose 'error' or 'skip'")
+        self._renamed: dict[str, str] = {}
+        columns, lost = ("file_name", *self._columns), []
+        for number, row in enumerate(self.rows, start=1):
+            for column in columns:
+                name = row.get(column)
+                if not isinstance(name, str) or not name.strip():
+                    raise DataError(
+                        f"{self.path}: row {number} of {listed_in or 'its files'} has "
+                        f"{column}={name!r}, which names no file"
+                    )
+                absolute = posixpath.isabs(name)
+                found = self._files.find(name if absolute else self._prefix + name)
+                if found is None:
+                    lost.append((number - 1, name))
+                elif found != posixpath.normpath(self._prefix + name):
+                    self._renamed[name] = found
+        if lost:
+            total = len(self.rows) * len(columns)
+            message = f"{len(lost)} of {total} files listed in {listed_in} are missing"
+            first = f"(first: {lost[0][1]})"
+            if missing == "error":
+                raise DataError(
+                    f"{self.path}: {message} {first}: add them, or set data.missing='skip'"
+                )
+            _LOG.warning("%s: %s %s: skipped", self.path, message, first)
+            gone = {index for index, _ in lost}
+            self.rows = [row for index, row in enumerate(self.rows) if index not in gone]
         if not self.rows:
             raise DataError(
                 f"{self.path}: no picture found ({', '.join(s[1:] for s in PICTURE_SUFFIXES)})"
             )
-        wanted = [(row, column) for column in ("file_name", *self._columns) for row in self.rows]
-        unnamed = next(
-            (row for row, column in wanted if not isinstance(row.get(column), str)), None
-        )
-        if unnamed is not None:
-            raise DataError(
-                f"{self.path}: {unnamed['file_name']} has no file in every one of {', '.join(self._columns)}"
-            )
-        missing = [
-            row[column]
-            for row, column in wanted
-            if self._member(row[column]) not in self._files.names
-        ]
-        if missing:
-            raise DataError(
-                f"{self.path}: {len(missing)} of {len(wanted)} files listed in {listed_in} are missing "
-                f"(first: {missing[0]}): add them or remove their lines"
-            )
 
 
 def stem(name: str) -> str:
-    """A file's path without its last suffix."""
+    """Returns a file's path without its last suffix."""
     return posixpath.splitext(name)[0]
 
 
-def beside(names: Sequence[str], suffix: str) -> dict[str, str]:
-    """Stem -> the file of that suffix."""
-    return {stem(name): name for name in names if name.lower().endswith(suffix)}
+def read_texts(files: Files, names: Sequence[str]) -> list[str]:
+    """Returns the captions in the .txt or .caption files beside pictures, "" without one."""
+    texts: list[str] = []
+    for name in names:
+        beside = (f"{stem(name)}{suffix}" for suffix in (".txt", ".caption"))
+        found = next((each for each in beside if each in files.names), None)
+        data = files.read_table(found) if found else b""
+        texts.append(data.decode("utf-8-sig", errors="replace").strip())
+    if 0 < (without := texts.count("")) < len(texts):
+        _LOG.warning("%s: %d of %d pictures have no caption", files.path, without, len(texts))
+    return texts

@@ -1,105 +1,139 @@
-"""Folders and archives of pictures: described by a metadata.jsonl, sorted into class folders, or with maps of labels beside."""
+"""Folders and archives of pictures: with metadata, in class folders, or with label maps."""
 
-import json
+import logging
 import os
 import posixpath
 from collections.abc import Sequence
 from typing import Any
 
-from ldm_jax.data.sources.base import PICTURE_SUFFIXES
-from ldm_jax.data.sources.files import FileRows, Files, stem
+from ldm_jax.data.decode import PICTURE_SUFFIXES
+from ldm_jax.data.sources.files import FileRows, Files, read_texts, stem
+from ldm_jax.data.sources.tables import (
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
+    decode_text,
+    find_columns,
+    parse_table,
+    read_bytes,
+    with_text,
+)
 from ldm_jax.errors import DataError
 
-METADATA_NAME = "metadata.jsonl"
+_LOG = logging.getLogger(__name__)
+_METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".tsv", ".parquet"))
 
 
 class ImageFolder(FileRows):
-    """Pictures of a folder, a .zip or a .tar, optionally described by a ``metadata.jsonl``. (CelebA-HQ, FFHQ: plain folders.)
+    """Pictures of a folder, a .zip or a .tar, as CelebA-HQ and FFHQ are published.
 
-    Each line of ``metadata.jsonl`` (at the root, or in the one top folder) is a JSON object with ``file_name``,
-    relative to the metadata file, usually ``text``, and any further columns; pictures it does not list are left out.
-    Without it every picture is found recursively, sorted by name, with text "".
+    Metadata are read from each metadata.jsonl, metadata.csv, .tsv or .parquet in it. A row names a
+    picture, relative to the metadata file, and has a caption and any further columns; pictures that
+    no row names are left out. Without metadata every picture is found recursively, sorted by name;
+    its caption is that of a .txt file beside it, or "".
 
     Args:
-      path: the folder or the archive.
-      files: columns that name further files of a row, maps of labels say: ``source[i]`` has their bytes instead.
+      path: The folder or archive.
+      files: Columns that name further files of a row, such as label maps; an item has their bytes.
+      image: The column of the pictures' names; "" finds "file_name" and other usual names.
+      text: The column of captions; "" finds "text", "caption", "prompt" and other usual names.
+      missing: "error", or "skip" to leave out rows whose files are missing.
 
     Raises:
-      DataError: the path is missing or no archive, there is no picture, or the metadata is wrong.
+      DataError: The path is missing or no archive, there is no picture, or the metadata are wrong.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, files: Sequence[str] = ()):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        files: Sequence[str] = (),
+        image: str = "",
+        text: str = "",
+        missing: str = "error",
+    ):
         self.path, self._columns, self._files = os.fspath(path), tuple(files), Files(path)
-        self.rows = []
-        metadata = _find_metadata(self._files.names)
-        if metadata is None:
-            self.rows = [{"file_name": name, "text": ""} for name in self._files.pictures()]
-        else:
-            self._prefix = metadata[: -len(METADATA_NAME)]
-            self.rows = parse_json_lines(self._files.read(metadata), f"{self.path}: {metadata}")
-        self._check_there(metadata or "")
+        metadata = self._find_metadata()
+        if not metadata:
+            names = self._files.pictures()
+            texts = read_texts(self._files, names)
+            pairs = zip(names, texts, strict=True)
+            self.rows = [{"file_name": name, "text": caption} for name, caption in pairs]
+            self._resolve()
+            return
+        top = posixpath.commonpath([posixpath.dirname(name) or "." for name in metadata])
+        self._prefix = "" if top in ("", ".") else f"{top}/"
+        rows = [row for name in metadata for row in self._read_metadata(name, image)]
+        where = f"{self.path}: {metadata[0]}"
+        self.rows = with_text(rows, where, text)
+        self._resolve(", ".join(metadata), missing)
+        if not text and not any(row.get(c) for row in rows for c in (*CAPTION_COLUMNS, "text")):
+            names = [self._member(row["file_name"]) for row in self.rows]
+            for row, caption in zip(self.rows, read_texts(self._files, names), strict=True):
+                row["text"] = caption
+        named = {self._member(row[c]) for row in self.rows for c in ("file_name", *files)}
+        if unnamed := [name for name in self._files.pictures() if name not in named]:
+            message = "%s: %d pictures are not in %s and are left out (first: %s)"
+            _LOG.warning(message, self.path, len(unnamed), ", ".join(metadata), unnamed[0])
+
+    def _find_metadata(self) -> list[str]:
+        """Returns the metadata files, one for each folder, outer folders first."""
+        found: dict[str, str] = {}
+        for name in sorted(self._files.names, key=lambda n: (n.count("/"), n)):
+            folder, base = posixpath.split(name)
+            if base.casefold() in _METADATA:
+                best = min(found.get(folder, name), name, key=_metadata_rank)
+                if folder in found:
+                    _LOG.warning(
+                        "%s: of the metadata in %r only %s is read", self.path, folder, best
+                    )
+                found[folder] = best
+        return list(found.values())
+
+    def _read_metadata(self, name: str, image: str) -> list[dict[str, Any]]:
+        where = f"{self.path}: {name}"
+        rows = parse_table(self._files.read_table(name), where)
+        columns = dict.fromkeys(key for row in rows for key in row)
+        column = (find_columns(columns, "image", image, FILE_COLUMNS, where) or ["file_name"])[0]
+        folder = f"{posixpath.dirname(name)}/".removeprefix(self._prefix).lstrip("/")
+        for number, row in enumerate(rows, start=1):
+            for source, target in ((column, "file_name"), *((c, c) for c in self._columns)):
+                value = row.get(source)
+                if not isinstance(value, str):
+                    raise DataError(f"{where}: row {number} has no {source}: every row needs one")
+                row[target] = value if posixpath.isabs(value) else folder + value
+        return rows
 
 
-def _find_metadata(names: set[str]) -> str | None:
-    if METADATA_NAME in names:
-        return METADATA_NAME
-    tops = {name.split("/")[0] for name in names}
-    nested = f"{next(iter(tops))}/{METADATA_NAME}" if len(tops) == 1 else ""
-    return nested if nested in names else None
-
-
-def parse_json_lines(
-    data: bytes, where: str, key: str | None = "file_name"
-) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, each with a string under ``key`` unless that is None; DataError names the line that is not as it should be."""
-    rows = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:  # of JSON or of UTF-8
-            raise DataError(
-                f"{where}: line {number} is not JSON ({error}): one JSON object per line"
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{where}: line {number} is not a JSON object: write {{'file_name': ..., 'text': ...}}"
-            )
-        if key is not None and not isinstance(row.get(key), str):
-            raise DataError(f"{where}: line {number} has no {key}: every row needs one")
-        rows.append(row)
-    if (
-        key is not None and rows and not any("text" in row for row in rows)
-    ):  # pictures described, but without captions
-        rows = [{**row, "text": ""} for row in rows]
-    return rows
+def _metadata_rank(name: str) -> int:
+    return _METADATA.index(posixpath.basename(name).casefold())
 
 
 class ClassFolders(FileRows):
-    """A folder for each class, as ImageNet has them; in a folder, a .zip, a .tar, or ImageNet's tar of one tar for each class.
+    """A folder for each class, as in ImageNet, also as its tar of one tar for each class.
 
-    Columns: "class", the folder's name; "label", its number in sorted order (ImageNet's own numbers); "text", its name in ``names``.
+    Columns: "class", the folder's name; "label", its number in sorted order (ImageNet's own
+    numbers); "text", its name in ``names``.
 
     Args:
-      path: the folder or archive that holds the class folders.
-      names: a text file of lines like "n01440764 tench, Tinca tinca"; without it "text" is the folder's name.
+      path: The folder or archive that holds the class folders.
+      names: A text file of lines like "n01440764 tench, Tinca tinca"; without it "text" is the
+        folder's name.
 
     Raises:
-      DataError: the path is missing or no archive, or a picture lies outside of a class folder.
+      DataError: The path is missing or no archive, or a picture lies outside of a class folder.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, names: str = ""):
         self.path, self._files = os.fspath(path), Files(path)
-        # What all of them lie in, a top folder of an archive say, is no class.
         pictures = self._files.pictures()
         folders = [posixpath.dirname(name) for name in pictures]
+        # The folder that holds all of them, such as an archive's top folder, is no class.
         top = posixpath.commonpath(folders) if len(set(folders)) > 1 and all(folders) else ""
         classes = [folder.removeprefix(top).strip("/").split("/")[0] for folder in folders]
-        if any(not c for c in classes):
-            outside = pictures[next(i for i, c in enumerate(classes) if not c)]
+        if "" in classes:
             raise DataError(
-                f"{self.path}: {outside} lies in no class folder: use the source image_folder for plain folders"
+                f"{self.path}: {pictures[classes.index('')]} lies in no class folder: "
+                "use the source image_folder for plain folders"
             )
         numbers = {name: i for i, name in enumerate(sorted(set(classes)))}
         texts = _class_texts(names) if names else {}
@@ -107,32 +141,31 @@ class ClassFolders(FileRows):
             {"file_name": name, "class": c, "label": numbers[c], "text": texts.get(c, c)}
             for name, c in zip(pictures, classes, strict=True)
         ]
-        self._check_there("")
+        self._resolve()
 
 
 def _class_texts(file: str) -> dict[str, str]:
-    try:
-        with open(file, encoding="utf-8") as opened:
-            pairs = [line.split(maxsplit=1) for line in opened if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.names {file} cannot be read: {error}") from None
+    where = f"data.names {file}"
+    lines = decode_text(read_bytes(file), where).splitlines()
+    pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
     if any(len(pair) != 2 for pair in pairs):
-        raise DataError(f"data.names {file}: write lines like 'n01440764 tench, Tinca tinca'")
+        raise DataError(f"{where}: write lines like 'n01440764 tench, Tinca tinca'")
     return {folder: text.strip() for folder, text in pairs}
 
 
 class LabelMaps(FileRows):
-    """Pictures and maps of labels in two folders, as ADE20K's SceneParsing has them: images/training/a.jpg, annotations/training/a.png.
+    """Pictures and label maps in two folders, as in ADE20K: images/a.jpg, annotations/a.png.
 
     Columns: "map", the map's bytes; "text" "".
 
     Args:
-      path: the folder or archive that holds both.
-      images: the pictures' folder in it.
-      maps: the maps' folder, with files of the same names but for the suffix; maps without a picture are left out.
+      path: The folder or archive that holds both.
+      images: The folder of the pictures in it.
+      maps: The folder of the maps, with files of the same names but for the suffix; maps without a
+        picture are left out.
 
     Raises:
-      DataError: the path is missing or no archive, a folder is empty, or a picture has no map.
+      DataError: The path is missing or no archive, a folder is empty, or a picture has no map.
     """
 
     def __init__(
@@ -141,16 +174,16 @@ class LabelMaps(FileRows):
         self.path, self._columns, self._files = os.fspath(path), ("map",), Files(path)
         pictures = self._files.pictures(images)
         found = {stem(name[len(maps.strip("/")) :]): name for name in self._files.pictures(maps)}
-        missing = [name for name in pictures if stem(name[len(images.strip("/")) :]) not in found]
-        if missing:
+        pairs = {name: found.get(stem(name[len(images.strip("/")) :])) for name in pictures}
+        if lost := [name for name, label_map in pairs.items() if label_map is None]:
             raise DataError(
-                f"{self.path}: {len(missing)} of {len(pictures)} pictures in {images} have no map in {maps} (first: {missing[0]})"
+                f"{self.path}: {len(lost)} of {len(pictures)} pictures in {images} have no map in "
+                f"{maps} (first: {lost[0]})"
             )
+        if not pairs:
+            suffixes = ", ".join(s[1:] for s in PICTURE_SUFFIXES)
+            raise DataError(f"{self.path}: no picture found in {images} ({suffixes})")
         self.rows = [
-            {"file_name": name, "map": found[stem(name[len(images.strip("/")) :])], "text": ""}
-            for name in pictures
+            {"file_name": n, "map": found_map, "text": ""} for n, found_map in pairs.items()
         ]
-        if not self.rows:
-            raise DataError(
-                f"{self.path}: no picture found in {images} ({', '.join(s[1:] for s in PICTURE_SUFFIXES)})"
-            )
+        self._resolve()

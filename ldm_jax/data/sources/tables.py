@@ -1,136 +1,225 @@
-"""Lists of pictures: text files, CSV, JSONL and Parquet tables."""
+"""Tables of metadata: reading them, and finding their columns of captions and of file names."""
 
 import csv
 import io
+import json
+import logging
 import os
-import posixpath
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.data.sources.files import FileRows, Files, stem
-from ldm_jax.data.sources.folder import parse_json_lines
+from ldm_jax.data.decode import describe
 from ldm_jax.errors import DataError
 
+_LOG = logging.getLogger(__name__)
 
-class TextList(FileRows):
-    """A text file with a picture's path in each line, as the splits of CelebA-HQ, FFHQ and LSUN are; a caption may follow after a tab.
-
-    Args:
-      path: the text file.
-      root: the folder or archive that the paths are relative to; "" is the folder of the text file.
-      captions: "column" reads them after the tab (none is ""), "beside" from a .txt file beside the picture.
-
-    Raises:
-      DataError: a file is missing or unreadable.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, root: str = "", captions: str = "column"):
-        self.path = os.fspath(path)
-        if captions not in ("column", "beside"):
-            raise DataError(f"data.captions is {captions!r}: choose 'column' or 'beside'")
-        lines = [line.rstrip("\r") for line in _text(self.path).split("\n") if line.strip()]
-        pairs = [line.partition("\t") for line in lines]
-        self.rows = [{"file_name": name.strip(), "text": text.strip()} for name, _, text in pairs]
-        self._files = Files(root or os.path.dirname(os.path.abspath(self.path)))
-        if captions == "beside":
-            for row in self.rows:
-                text = self._member(f"{stem(row['file_name'])}.txt")
-                if text in self._files.names:
-                    row["text"] = self._files.read(text).decode("utf-8", errors="replace").strip()
-        self._check_there(posixpath.basename(self.path))
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "prompts", "description")
+FILE_COLUMNS = (
+    *("file_name", "filename", "file", "image", "image_path", "image_file", "img", "path"),
+    *("file_path", "filepath", "picture"),
+)
+PICTURE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "png", "webp", "image_bytes", "bytes")
+# What other programs write for a missing value into a table that has no type for it.
+_MISSING_WORDS = ("nan", "NaN", "None", "null", "NULL", "<NA>")
+_MAX_DEPTH = 64
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_CSV_LOCK = threading.Lock()
 
 
-class Table(FileRows):
-    """A table with a row for each picture: .csv, .tsv, .jsonl or .parquet (where pyarrow is installed; for files with the pictures in them, see
-    `Parquet`).
-
-    Columns keep their names, but for those of the picture's path and of the caption, which become "file_name" and "text".
+def find_columns(
+    columns: Iterable[str], setting: str, wanted: str, candidates: Sequence[str], where: str
+) -> list[str]:
+    """Finds the columns that a source reads for a purpose: the one rule for all sources.
 
     Args:
-      path: the table.
-      root: the folder or archive that the paths are relative to; "" is the folder of the table.
-      image: the column of paths.
-      text: the column of captions; it may be missing.
+      columns: The columns of the table.
+      setting: Name of the source's argument, for messages.
+      wanted: Its value; "" finds those of ``candidates`` that exist, in upper or lower case.
+      candidates: Usual names, best first.
+      where: The table, for messages.
+
+    Returns:
+      The columns, best first; [] where ``wanted`` is "" and there is none.
 
     Raises:
-      DataError: a file is missing or unreadable, or there is no column of paths.
+      DataError: The column ``wanted`` does not exist.
     """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        root: str = "",
-        image: str = "file_name",
-        text: str = "text",
-    ):
-        self.path = os.fspath(path)
-        reader = TABLES.get(os.path.splitext(self.path)[1].lower())
-        if reader is None:
-            raise DataError(f"{self.path}: a table ends in {', '.join(TABLES)}")
-        rows = reader(self.path)
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row.get(image), str):
-                what = (
-                    f"{image}={row[image]!r}"
-                    if image in row
-                    else f"no column {image!r} but {', '.join(row)}"
-                )
-                raise DataError(
-                    f"{self.path}: row {number} has {what}: set data.image to the column of paths"
-                )
-        self.rows = [
-            {"file_name": row[image], "text": row.get(text) or ""}
-            | {k: v for k, v in row.items() if k not in (image, text)}
-            for row in rows
-        ]
-        self._files = Files(root or os.path.dirname(os.path.abspath(self.path)))
-        self._check_there(posixpath.basename(self.path))
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    columns = list(columns)
+    if wanted and wanted not in columns:
         raise DataError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+            f"{where}: there is no column {wanted!r} but {', '.join(map(str, columns))}: "
+            f"set data.{setting} to one of them"
+        )
+    folded = {str(c).casefold().replace(" ", "_"): c for c in reversed(columns)}
+    found = [wanted] if wanted else [folded[c] for c in candidates if c in folded]
+    if found and found[0] not in (wanted, candidates[0]):
+        _LOG.info("%s: data.%s is the column %r", where, setting, found[0])
+    return found
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a table is empty: None, NaN, or a missing value of pandas."""
+    kind = type(value).__name__
+    return value is None or (kind == "float" and value != value) or kind in ("NAType", "NaTType")
+
+
+def caption_text(value: Any, where: str = "") -> str:
+    """Returns the caption in a cell: numbers as text, the first of a list, "" for a missing one."""
+    if isinstance(value, list | tuple):
+        return next((text for text in (caption_text(v, where) for v in value) if text), "")
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, Mapping):
+        raise DataError(f"{where}: the caption {value!r} is no text: set data.text to a column")
+    return "" if is_missing(value) else str(value)
+
+
+def with_text(rows: list[dict[str, Any]], where: str, text: str = "") -> list[dict[str, Any]]:
+    """Gives all rows the same columns, and "text": the caption in the column ``text``.
+
+    Args:
+      rows: The metadata, in which a row may lack some columns.
+      where: The table, for messages.
+      text: The column of captions; "" takes the first of `CAPTION_COLUMNS` that the row has.
+    """
+    columns = dict.fromkeys(key for row in rows for key in row)
+    usable = find_columns(columns, "text", text, CAPTION_COLUMNS, where)
+    untyped = where.lower().endswith((".csv", ".tsv"))
+
+    def caption(row: Mapping[str, Any], number: int) -> str:
+        cell = next((row[c] for c in usable if not is_missing(row.get(c))), None)
+        found = caption_text(cell, f"{where}: row {number}")
+        return "" if untyped and found.strip() in _MISSING_WORDS else found
+
+    blank = dict.fromkeys(columns)
+    return [blank | row | {"text": caption(row, i)} for i, row in enumerate(rows, start=1)]
+
+
+def read_bytes(path: str) -> bytes:
+    """Reads a file; DataError where that fails."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """Decodes UTF-8, or UTF-16 with a byte order mark; the mark is not part of the text."""
+    encoding = "utf-16" if data[:2] in _UTF16_MARKS else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where} is not {encoding[:6].upper()} ({error}): save it as UTF-8"
         ) from None
 
 
-def _delimited(path: str) -> list[dict[str, Any]]:
-    tab = "\t" if path.lower().endswith(".tsv") else ","
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=tab)
-    rows = list(reader)
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():  # DictReader's sign of too many or too few fields
-            raise DataError(
-                f"{path}: row {number} has not {len(reader.fieldnames or [])} fields, as the first line has"
-            )
+def parse_json(data: bytes | str, where: str) -> Any:
+    """Parses JSON; DataError where it is malformed or nested more than 64 levels deep."""
+    text = data if isinstance(data, str) else decode_text(data, where)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({describe(error)})") from None
+    if text.count("[") + text.count("{") > _MAX_DEPTH and _deeper(value, _MAX_DEPTH):
+        raise DataError(f"{where} is nested more than {_MAX_DEPTH} levels deep")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(item, levels - 1) for item in items)
+
+
+def _json_lines(data: bytes, where: str) -> list[dict[str, Any]]:
+    text_start = data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if text_start == b"[":  # an array, where lines of objects are usual
+        found = parse_json(data, where)
+        numbered = [(f"row {i}", row) for i, row in enumerate(found, start=1)]
+    else:
+        if data[:2] in _UTF16_MARKS:
+            data = decode_text(data, where).encode()
+        numbered = [
+            (f"line {i}", parse_json(line, f"{where}: line {i}"))
+            for i, line in enumerate(data.split(b"\n"), start=1)
+            if line.strip(b"\xef\xbb\xbf \t\r")
+        ]
+    for place, row in numbered:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: {place} is not a JSON object like {{'file_name': ...}}")
+    return [row for _, row in numbered]
+
+
+def _delimited(data: bytes, where: str) -> list[dict[str, Any]]:
+    text = decode_text(data, where)
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count) if not where.lower().endswith(".tsv") else "\t"
+    rows: list[dict[str, Any]] = []
+    names: list[str] = []
+    with _CSV_LOCK:  # the limit is global; its default refuses long captions
+        limit = csv.field_size_limit(2**31 - 1)
+        reader = csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=delimiter,
+            skipinitialspace=f"{delimiter} " in header,
+            strict=True,  # else an unpaired quote swallows all rows up to the next one
+        )
+        try:
+            for fields in reader:
+                if not fields:
+                    continue
+                if not names:
+                    names = [name.strip() for name in fields]
+                    if twice := [n for n in names if names.count(n) > 1]:
+                        raise DataError(f"{where}: the column {twice[0]!r} is there twice")
+                    continue
+                if len(fields) > len(names) and not any(fields[len(names) :]):
+                    fields = fields[: len(names)]  # trailing delimiters
+                if len(fields) != len(names):
+                    raise DataError(
+                        f"{where}: the row in line {reader.line_num} has {len(fields)} fields, "
+                        f"the header has {len(names)}"
+                    )
+                rows.append(dict(zip(names, fields, strict=True)))
+        except csv.Error as error:
+            raise DataError(f"{where}: line {reader.line_num} is damaged ({error})") from None
+        finally:
+            csv.field_size_limit(limit)
     return rows
 
 
-def _json_lines(path: str) -> list[dict[str, Any]]:
-    return parse_json_lines(_text(path).encode(), path, key=None)
-
-
-def _parquet(path: str) -> list[dict[str, Any]]:
+def _parquet(data: bytes, where: str) -> list[dict[str, Any]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DataError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
+        raise DataError(f"{where}: Parquet needs pyarrow: pip install pyarrow") from None
     try:
-        return parquet.read_table(path).to_pylist()
-    except Exception as error:  # its errors are of many kinds
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        raise DataError(f"{path} cannot be read: {reason}") from None
+        return parquet.read_table(io.BytesIO(data)).to_pylist()
+    except Exception as error:  # pyarrow raises nearly every class on damaged files
+        raise DataError(f"{where} cannot be read: {describe(error)}") from None
 
 
-TABLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
+# suffix -> (bytes, name in messages) -> rows
+TABLES: dict[str, Callable[[bytes, str], list[dict[str, Any]]]] = {
     ".csv": _delimited,
     ".tsv": _delimited,
     ".jsonl": _json_lines,
+    ".json": _json_lines,
     ".parquet": _parquet,
 }
+
+
+def parse_table(data: bytes, where: str) -> list[dict[str, Any]]:
+    """Parses a table of metadata in the format that the suffix of ``where`` names.
+
+    Raises:
+      DataError: The suffix is not in `TABLES`, or the table is malformed; names the row.
+    """
+    suffix = os.path.splitext(where)[1].lower()
+    if suffix not in TABLES:
+        raise DataError(f"{where}: a table ends in {', '.join(TABLES)}")
+    return TABLES[suffix](data, where)

@@ -1,123 +1,147 @@
 """WebDataset: samples as files of one name in tar shards."""
 
-import glob
-import json
+import logging
 import os
 import posixpath
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-from ldm_jax.data.sources.base import PICTURE_SUFFIXES
-from ldm_jax.data.sources.files import Member, read_at, tar_members
+from ldm_jax.data.decode import PICTURE_SUFFIXES
+from ldm_jax.data.sources.base import Handles, Rows, find_shards
+from ldm_jax.data.sources.files import Member, open_raw, read_at, tar_members
+from ldm_jax.data.sources.tables import parse_json, with_text
 from ldm_jax.errors import DataError
 
+_LOG = logging.getLogger(__name__)
+_METADATA = (".json", ".txt", ".cls", ".caption")
 
-class WebDataset:
-    """Tar shards in which the files of a sample follow one another: 000.jpg, 000.txt, 000.json ... Read at random by an index, made once by
-    scanning the shards' headers.
+_Sample = tuple[str, dict[str, Member]]  # key, extension -> file
 
-    Columns: "text" from .txt (or the JSON's "text" or "caption"), "label" from .cls, and those of .json. Samples without a picture are left out.
+
+class WebDataset(Rows):
+    """Tar shards in which the files of a sample follow one another: 000.jpg, 000.txt, 000.json ...
+
+    Reading is random access through an index, made once from the headers of the shards. Columns:
+    "text" from .txt or the JSON's caption, "label" from .cls, and those of the .json. Samples
+    without a picture are left out, with a warning. A key ends at the first dot of the file's name,
+    as in WebDataset, or at the last one where the rest would not be the extension of a picture.
 
     Args:
-      path: a shard, a folder of shards, or a pattern such as "data/train-*.tar".
-      image: the picture's extension, "jpg" say; "" takes the first that is a picture.
+      path: A shard, a folder of shards, or a pattern such as "data/train-*.tar".
+      image: The picture's extension, such as "jpg"; "" takes the first that is a picture.
+      text: The column of captions in the .json; "" finds "text", "caption" and other usual names.
 
     Raises:
-      DataError: there is no shard or no picture, or a shard is compressed.
+      DataError: There is no shard or no picture, a shard is compressed, or a .json is malformed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, image: str = ""):
-        self.path = os.fspath(path)
-        pattern = (
-            os.path.join(glob.escape(self.path), "*.tar") if os.path.isdir(self.path) else self.path
-        )
-        self._shards = sorted(glob.glob(pattern)) or (
-            [self.path] if os.path.isfile(self.path) else []
-        )
-        if not self._shards:
-            raise DataError(
-                f"{self.path}: there is no .tar there: give a shard, their folder, or a pattern like 'train-*.tar'"
-            )
-        self._handles: dict[tuple[int, int], Any] = {}
-        self._pictures: list[tuple[int, Member]] = []
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, path: str | os.PathLike[str], *, image: str = "", text: str = ""):
+        self.path, self._handles = os.fspath(path), Handles(open_raw)
+        self._pictures: list[tuple[str, Member]] = []
+        rows: list[dict[str, Any]] = []
+        captions: list[str] = []
         wanted = (f".{image.lower().lstrip('.')}",) if image else PICTURE_SUFFIXES
-        for number, shard in enumerate(self._shards):
-            self._read_shard(number, shard, wanted)
-        if not self.rows:
+        for shard in find_shards(self.path, ".tar"):
+            samples = _samples(shard, wanted)
+            pictures = [next((s for s in files if s in wanted), None) for _, files in samples]
+            if without := pictures.count(None):
+                first = next(k for (k, _), p in zip(samples, pictures, strict=True) if p is None)
+                message = "%s: %d samples without a picture (%s) are left out (first: %s)"
+                _LOG.warning(message, shard, without, image or "data.image", first)
+            for (key, files), picture in zip(samples, pictures, strict=True):
+                if picture is not None:
+                    row, caption = self._read_columns(shard, key, files)
+                    name = f"{os.path.basename(shard)}/{key}{picture}"
+                    rows.append(row | {"file_name": name})
+                    captions.append(caption)
+                    self._pictures.append((shard, files[picture]))
+        if not rows:
             raise DataError(f"{self.path}: no picture found ({', '.join(s[1:] for s in wanted)})")
-        self._close()  # handles of scanning: pickles and forks have none
+        self.rows = with_text(rows, self.path, text)
+        for row, caption in zip(self.rows, captions, strict=True):
+            row["text"] = caption or row["text"]
 
-    def _read_shard(self, number: int, shard: str, wanted: tuple[str, ...]) -> None:
-        samples: dict[str, dict[str, Member]] = {}
-        for name, member in tar_members(shard):
-            folder, file = posixpath.split(name)
-            key, _, extension = file.partition(".")  # all after the first dot, as WebDataset has it
-            samples.setdefault(posixpath.join(folder, key), {})[f".{extension.lower()}"] = member
-        for key, files in samples.items():
-            picture = next((suffix for suffix in files if suffix in wanted), None)
-            if picture is None:
-                continue
-            texts = {
-                s: read_at(self._open(number), files[s], shard)
-                for s in (".json", ".txt", ".cls")
-                if s in files
+    def _read_columns(
+        self, shard: str, key: str, files: dict[str, Member]
+    ) -> tuple[dict[str, Any], str]:
+        """Returns the columns of a sample's .json and .cls, and the caption of its .txt."""
+        where = f"{os.path.basename(shard)}/{key}"
+        try:
+            data = {
+                s: read_at(self._handles(shard), files[s], shard) for s in _METADATA if s in files
             }
-            where = f"{os.path.basename(shard)}/{key}"
-            self.rows.append({"file_name": where + picture, **_columns(texts, where)})
-            self._pictures.append((number, files[picture]))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name(self, index: int) -> str:
-        """shard/key.extension, for messages."""
-        return self.rows[index]["file_name"]
+        except OSError as error:
+            raise DataError(f"{where} cannot be read: {error}") from None
+        texts = {s: d.decode("utf-8-sig", errors="replace").strip() for s, d in data.items()}
+        row = parse_json(data[".json"], f"{where}.json") if ".json" in data else {}
+        if not isinstance(row, dict):
+            raise DataError(f"{where}.json is not a JSON object")
+        row = {k: v for k, v in row.items() if k not in ("file_name", "image")}
+        if label := texts.get(".cls"):
+            row["label"] = int(label) if label.isdecimal() else label
+        return row, texts.get(".txt") or texts.get(".caption") or ""
 
     def stamp(self, index: int) -> int:
-        """The file's time in its shard."""
+        """Returns the file's time in its shard."""
         return self._pictures[index][1].time
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns the row with the picture's encoded bytes as "image"; raises OSError."""
-        number, member = self._pictures[index]
-        return {
-            **self.rows[index],
-            "image": read_at(self._open(number), member, self._shards[number]),
-        }
-
-    def _open(self, number: int) -> Any:
-        key = os.getpid(), number  # as with zip archives, every process opens its own
-        if key not in self._handles:
-            self._handles[key] = open(self._shards[number], "rb", buffering=0)  # noqa: SIM115  (kept open)
-        return self._handles[key]
-
-    def _close(self) -> None:
-        for handle in self._handles.values():
-            handle.close()
-        self._handles = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        shard, member = self._pictures[index]
+        return {**self.rows[index], "image": read_at(self._handles(shard), member, shard)}
 
 
-def _columns(texts: dict[str, bytes], where: str) -> dict[str, Any]:
-    """The columns that a sample's .json, .txt and .cls make."""
-    row: dict[str, Any] = {}
-    if ".json" in texts:
-        try:
-            row = json.loads(texts[".json"])
-        except ValueError as error:
-            raise DataError(f"{where}.json is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}.json is not a JSON object")
-        row = {k: v for k, v in row.items() if k not in ("file_name", "image")}
-    caption = (
-        texts[".txt"].decode("utf-8", errors="replace").strip()
-        if ".txt" in texts
-        else row.get("text", row.get("caption"))
+def _samples(shard: str, wanted: tuple[str, ...]) -> list[_Sample]:
+    """Groups the files of a shard into samples, in the order of their first files."""
+    files = [(*_split(name), member) for name, member in tar_members(shard)]
+    whole = {key for key, extension, _ in files if extension in wanted}
+    suffixes = {*wanted, *_METADATA}
+    longer = [_at_last_dot(key, extension) for key, extension, _ in files]
+    companions = Counter(key for key, extension in longer if extension in suffixes)
+    split: list[tuple[str, str, Member]] = []
+    for (key, extension, member), (long_key, last) in zip(files, longer, strict=True):
+        # "photo.v1.jpg" and "photo.v1.txt" are a sample "photo.v1"; "1.seg.png" is a part of "1".
+        own = last in suffixes and (key not in whole or companions[long_key] > 1)
+        own = own and extension not in wanted
+        split.append((long_key, last, member) if own else (key, extension, member))
+    samples = _group(split, shard)
+    parts = Counter(
+        extension
+        for _, extensions in samples
+        for extension in extensions
+        if extension not in wanted and extension.endswith(PICTURE_SUFFIXES)
     )
-    row["text"] = caption or ""
-    if ".cls" in texts:
-        label = texts[".cls"].decode("utf-8", errors="replace").strip()
-        row["label"] = int(label) if label.isdecimal() else label
-    return row
+    if parts:
+        listed = ", ".join(f"{n} {extension}" for extension, n in parts.items())
+        _LOG.warning("%s: pictures of other extensions are not read: %s", shard, listed)
+    return samples
+
+
+def _at_last_dot(key: str, extension: str) -> tuple[str, str]:
+    """Splits "key" + ".v1.jpg" into "key.v1", ".jpg"."""
+    rest, last = posixpath.splitext(extension)
+    return key + rest, last
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Splits "folder/key.extension" at the first dot of its base name."""
+    folder, file = posixpath.split(name)
+    key, _, extension = file.partition(".")
+    return posixpath.join(folder, key), f".{extension.lower()}"
+
+
+def _group(files: Iterable[tuple[str, str, Member]], shard: str) -> list[_Sample]:
+    samples: list[_Sample] = []
+    latest: dict[str, dict[str, Member]] = {}
+    twins = []
+    for key, extension, member in files:
+        if key not in latest or extension in latest[key]:
+            twins += [key] if key in latest else []
+            latest[key] = {}
+            samples.append((key, latest[key]))
+        latest[key][extension] = member
+    if twins:
+        message = "%s: %d keys are there twice (first: %s): each is a sample of its own"
+        _LOG.warning(message, shard, len(twins), twins[0])
+    return samples
