@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.kernels.attention import choose, plain
+from ldm_jax.kernels import for_platform
+from ldm_jax.kernels.reference import attention as plain
 
 SHAPES = [
     *(f"1x4096x{m}x8x{d}" for d in (10, 40) for m in (4096, 77)),
@@ -57,9 +58,10 @@ def measure(shape: str, dtype: str, repeats: int) -> dict[str, Any]:
     q, k, v, dy = (
         jnp.asarray(rng.standard_normal((b, length, h, d)), dtype) for length in (n, m, m, n)
     )
-    form = choose(jax.default_backend(), q, k, v)
+    kernels: Any = for_platform(jax.default_backend())
+    form = kernels.attention
     forms = {"plain": programs(plain, d**-0.5), "chosen": programs(form, d**-0.5)}
-    result: dict[str, Any] = {"shape": shape, "form": form.__name__}
+    result: dict[str, Any] = {"shape": shape, "form": type(kernels).__name__}
     for what in ("forward", "both"):
         times: dict[str, list[float]] = {name: [] for name in forms}
         for repeat in range(repeats + 1):  # the first compiles

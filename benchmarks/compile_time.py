@@ -24,16 +24,17 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
 
     from benchmarks.models import bare
     from ldm_jax.diffusion.grids import time_grid
     from ldm_jax.diffusion.samplers import SAMPLERS
-    from ldm_jax.kernels import cores
+    from ldm_jax.kernels import cores, for_platform
     from ldm_jax.sampling.program import Form, Plan, Rows, generate
 
     imported = time.perf_counter()
     cores.use_cores()
-    count = cores.enough(2 * batch, len(cores.devices()) or 1)
+    count = cores.fewest(2 * batch, len(cores.devices()) or 1)
     model, size = bare(case, dtype)
     sampler = SAMPLERS["ddim"]
     schedule = jax.device_get(model.schedule)
@@ -45,14 +46,14 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     )
     shaped = time.perf_counter()
 
-    def run(model: Any, plan: Plan, rows: Rows) -> Any:
-        return generate(model, sampler, plan, rows, Form(size))
+    mesh = None if count == 1 else cores.mesh_of(cores.devices()[:count])
+    kernels = for_platform(jax.default_backend(), differentiable=False, cores=mesh)
 
-    step = (
-        jax.jit(run)
-        if count == 1
-        else cores.compile_step(run, cores.mesh_of(cores.devices()[:count]))
-    )
+    def run(model: Any, plan: Plan, rows: Rows) -> Any:
+        return generate(model.with_kernels(kernels), sampler, plan, rows, Form(size))
+
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(run, in_shardings=whole, out_shardings=whole)
     lowered = step.lower(*shapes)
     traced = time.perf_counter()
     lowered.compile()

@@ -30,7 +30,7 @@ import numpy as np
 from ldm_jax.convert.compvis.whole import whole_from_config
 from ldm_jax.convert.tables import Duplicate, Unused, source_shapes
 from ldm_jax.io.checkpoint import load_model
-from ldm_jax.models.ldm import build
+from ldm_jax.models.build import build
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ROOT / "tests" / "golden" / "architectures.json.gz"

@@ -26,6 +26,7 @@ from benchmarks.side_by_side import (
 )
 from benchmarks.torch_twin import TorchDecoder, decoder_params, fill
 from benchmarks.unets import random_like
+from ldm_jax.kernels import for_platform
 from ldm_jax.models.autoencoder import AutoencoderKL, init_autoencoder
 
 SHARED = {"in_channels": 3, "out_ch": 3, "attn_resolutions": ()}
@@ -52,7 +53,8 @@ def main() -> None:
     kind, results = getattr(torch, args.dtype), []
     for name in args.case:
         fields, side = CASES[name]
-        module = AutoencoderKL(**fields, dtype=args.dtype)
+        kernels = for_platform(jax.default_backend(), differentiable=False)
+        module = AutoencoderKL(**fields, dtype=args.dtype, kernels=kernels)
         params = random_like(
             jax.eval_shape(lambda key, m=module: init_autoencoder(m, key), jax.random.key(0)),
             "float32",

@@ -32,7 +32,9 @@ def child(part: str, name: str, folder: Path) -> dict[str, Any]:
     """Makes or restores, and says what it took."""
     import jax
 
-    from ldm_jax.distributed.parallel import make_mesh, make_placed, shardings
+    from ldm_jax.distributed.compile import make_placed
+    from ldm_jax.distributed.mesh import make_mesh
+    from ldm_jax.distributed.shardings import shardings
     from ldm_jax.io.checkpoint import TrainingCheckpoints
     from ldm_jax.train.tasks.diffusion import DiffusionTask
 

@@ -12,8 +12,8 @@ import numpy as np
 import ldm_jax
 from ldm_jax.kernels import cores
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.models.ldm import LatentDiffusion, build, init_params
-from ldm_jax.nn.layers import shapes_of
+from ldm_jax.models.build import build, init_params
+from ldm_jax.models.ldm import LatentDiffusion
 from ldm_jax.sampling.pipeline import Pipeline, load
 
 SD = {
@@ -69,9 +69,9 @@ def config_of(case: str) -> dict[str, Any]:
 def bare(case: str, dtype: str) -> tuple[LatentDiffusion, tuple[int, int]]:
     """A model whose parameters are shapes, and the size of its pictures."""
     model, key = build(config_of(case), None, None, dtype), jax.random.key(0)
-    params = _cast(shapes_of(lambda key: init_params(model, key), key), dtype)
+    params = _cast(jax.eval_shape(lambda key: init_params(model, key), key), dtype)
     module: Any = model.first_stage.module
-    stage = _cast(shapes_of(lambda key: init_autoencoder(module, key), key), dtype)
+    stage = _cast(jax.eval_shape(lambda key: init_autoencoder(module, key), key), dtype)
     height, width = config_of(case)["sampling"]["size"]
     first_stage = dataclasses.replace(model.first_stage, params=stage)
     return dataclasses.replace(model, params=params, first_stage=first_stage), (height, width)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+from jax.sharding import PartitionSpec
 
-from ldm_jax.distributed.parallel import Target, compiled_for
 from ldm_jax.kernels import cores
 from ldm_jax.plan.flops import PRODUCTS, count_flops
 
@@ -136,14 +136,18 @@ def jitted(
       (side, FLOPs of its products, result).
     """
     params, *rows = args
-    count = cores.enough(len(rows[0]), len(cores.devices()) or 1) if by_rows else 1
+    count = cores.fewest(len(rows[0]), len(cores.devices()) or 1) if by_rows else 1
     if len(rows[0]) % count or count == 1:
         count = 1
         step: Any = jax.jit(function)
     else:
         mesh = cores.mesh_of(cores.devices()[:count])
-        step = cores.compile_step(function, mesh, (False, *(True for _ in rows)))
-        args = (cores.shared(params, mesh), *(np.asarray(a) for a in rows))
+        split = PartitionSpec(cores.AXIS)
+        specs = (PartitionSpec(), *(split for _ in rows))
+        step = jax.jit(
+            jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+        )
+        args = (cores.replicate(params, mesh), *(np.asarray(a) for a in rows))
     compiled = step.lower(*args).compile()
     memory = compiled.memory_analysis()
     temporary = None if memory is None else float(count * memory.temp_size_in_bytes)
@@ -156,10 +160,7 @@ def jitted(
 
 def products(function: Callable[..., Any], *args: Any) -> float:
     """Returns FLOPs of convolutions and products, from the trace: compilers count loops once."""
-    with compiled_for(
-        Target("")
-    ):  # without kernels, whose backward pass computes some of them twice
-        counted = count_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    counted = count_flops(jax.make_jaxpr(function)(*args).jaxpr)
     return float(sum(counted[kind] for kind in PRODUCTS))
 
 

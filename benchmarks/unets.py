@@ -10,6 +10,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from benchmarks.models import SD, random_like
 from benchmarks.side_by_side import as_torch
 from benchmarks.torch_twin import TorchUNet, fill
+from ldm_jax.kernels import for_platform
 from ldm_jax.models.unet import UNet
 
 EMOJI = {
@@ -56,7 +57,8 @@ class Pair(NamedTuple):
 def pair(name: str, batch: int, dtype: str) -> Pair:
     """Returns both sides of a case; float32 weights, cast for PyTorch if ``dtype`` is bfloat16."""
     case, rng = CASES[name], np.random.default_rng(0)
-    unet = UNet(**case.fields, dtype=jnp.dtype(dtype))
+    kernels = for_platform(jax.default_backend())
+    unet = UNet(**case.fields, dtype=jnp.dtype(dtype), kernels=kernels)
     x = rng.standard_normal((batch, case.side, case.side, case.fields["in_channels"])).astype(
         np.float32
     )

@@ -35,11 +35,11 @@ import numpy as np
 import pytest
 from absl import app, flags
 
-from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.io.checkpoint import save_model
 from ldm_jax.kernels import heap
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.models.ldm import build, init_params
+from ldm_jax.models.build import build, init_params
 from ldm_jax.sampling import pipeline
 from ldm_jax.sampling import program as generation
 from ldm_jax.sampling.pipeline import Pipeline, load

@@ -22,7 +22,8 @@ import numpy as np
 
 from ldm_jax.io.checkpoint import load_model
 from ldm_jax.io.png import labelled_grid, save_png
-from ldm_jax.models.ldm import build_first_stage, to_float, to_uint8
+from ldm_jax.models.build import build_first_stage
+from ldm_jax.models.ldm import to_float, to_uint8
 from ldm_jax.train.loaders import first_batches, make_loader
 
 ROWS = 5

@@ -12,7 +12,7 @@ from ldm_jax.convert.conversion import EXPORTS, Converted, convert, export
 from ldm_jax.convert.describe import describe
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.verify import verify
-from ldm_jax.models.ldm import DTYPES
+from ldm_jax.models.build import DTYPES
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm_jax.models.ldm import DTYPES
+from ldm_jax.models.build import DTYPES
 from ldm_jax.sampling.export import __doc__ as description
 from ldm_jax.sampling.export import export
 

@@ -18,20 +18,20 @@ from ldm_jax.cli.config import define_config_flag, with_config_path
 
 def train(args: Any) -> None:
     """Runs a training as the flags say."""
-    from ldm_jax.distributed import parallel
+    from ldm_jax.distributed import preemption, processes
     from ldm_jax.errors import TrainingStopped
     from ldm_jax.kernels import heap
     from ldm_jax.train.loop import train
 
     if args.distributed or args.coordinator:
-        parallel.start(args.coordinator, args.processes, args.process_index)
-        if not parallel.is_first():
+        processes.start(args.coordinator, args.processes, args.process_index)
+        if not processes.is_first():
             logging.getLogger("ldm_jax").setLevel(logging.WARNING)
     heap.keep_large_blocks()
     try:
         train(args.config, args.workdir, restore_step=args.restore_step)
     except TrainingStopped as error:
-        sys.exit(cli._fail(error, parallel.STOPPED))
+        sys.exit(cli._fail(error, preemption.STOPPED))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from ldm_jax.conditioning.class_label import class_numbers
 from ldm_jax.conditioning.text import BertText
 from ldm_jax.errors import DataError, RequestError
 from ldm_jax.io.png import palette
-from ldm_jax.models.text import TransformerEncoder
+from ldm_jax.models.bert import TransformerEncoder
 
 LOG = logging.getLogger(__name__)
 Box = tuple[float, float, float, float]  # left, top, width, height, as parts of the picture

@@ -9,8 +9,8 @@ import numpy as np
 
 from ldm_jax.conditioning.base import Cond, Conditioner, Rows, some
 from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer, tokens_of
+from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.text import TransformerEncoder
 
 LOG = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from ldm_jax.convert.tables import Duplicate, Entry, Unused, as_ours, check, nes
 from ldm_jax.convert.tables import Path as ParamPath
 from ldm_jax.errors import CheckpointError, ReaderError, TargetError
 from ldm_jax.io.checkpoint import load_model, save_model
-from ldm_jax.models.ldm import DTYPES, build, check_params
+from ldm_jax.models.build import DTYPES, build, check_params
 from ldm_jax.models.perceptual import VGG16_WIDTHS
 
 

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from ldm_jax.conditioning.base import Cond
 from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import AutoencoderKL
-from ldm_jax.models.ldm import FirstStage, LatentDiffusion, apply, build, build_first_stage
+from ldm_jax.models.build import build, build_first_stage
+from ldm_jax.models.ldm import FirstStage, LatentDiffusion, apply
 from ldm_jax.models.vqgan import VQModel
 
 Arrays = Mapping[str, np.ndarray]

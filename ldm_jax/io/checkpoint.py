@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.distributed.parallel import barrier, is_first
+from ldm_jax.distributed.processes import barrier, is_first
 from ldm_jax.errors import CheckpointError, did_you_mean
 
 FORMAT = 1

@@ -1,8 +1,8 @@
-"""The cores of a CPU as devices of jax, among which the rows of a batch are divided.
+"""The cores of a CPU as devices of JAX that divide the rows of a batch between them.
 
-XLA computes small products, convolutions with small weights, and most of what lies between, on one core of a CPU. A program of several devices
-computes on as many: each takes some rows (a guided picture has two) through the network, and all have the results. The weights are not copied for it:
-they share their memory.
+XLA computes small products, convolutions with small weights and most of what lies between on one
+core. A program of several devices computes on as many: each takes some rows (a guided picture has
+two) through the network, and all get the results. The weights are not copied: they share memory.
 """
 
 import os
@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ldm_jax.distributed.parallel import Target, compiled_for
-
-AXIS = "core"
+AXIS = "data"
 _used = False
 
 
@@ -26,9 +24,13 @@ def available() -> int:
 
 
 def use_cores() -> None:
-    """Makes each core that this process may use a device of jax's CPU backend, for the pipelines that are made after it without ``devices``.
+    """Makes each core that this process may use a device of JAX's CPU backend.
 
-    To be called before anything has asked jax for its devices, else RuntimeError. Where jax computes on something else than a CPU, nothing changes.
+    Pipelines made after it without ``devices`` compute on all of them. Where JAX computes on
+    something else than a CPU, nothing changes.
+
+    Raises:
+      RuntimeError: JAX has its devices already.
     """
     global _used
     if _used:
@@ -36,29 +38,27 @@ def use_cores() -> None:
     try:
         jax.config.update("jax_num_cpu_devices", available())
     except RuntimeError:
-        raise RuntimeError(
-            "use_cores() comes too late: call it before anything else of jax"
-        ) from None
+        raise RuntimeError("use_cores() must be called before any other use of JAX") from None
     _used = True
 
 
 def devices() -> list[Any]:
-    """The cores, where `use_cores` has made them devices and jax computes on them; else none."""
+    """The cores if `use_cores` made them devices and JAX computes on them, else none."""
     return jax.local_devices() if _used and jax.default_backend() == "cpu" else []
 
 
-def enough(rows: int, most: int) -> int:
-    """The fewest of at most ``most`` cores that are done with so many rows as soon as all would be: of 5 rows on 4 cores one has 2, so 3 suffice."""
+def fewest(rows: int, most: int) -> int:
+    """The fewest of ``most`` cores with the same longest share: 3 of 4 for 5 rows."""
     return -(-rows // -(-rows // most))
 
 
 def mesh_of(chosen: list[Any]) -> Mesh:
-    """Those cores as a mesh of one axis."""
+    """Devices as a mesh of one axis, over which rows are split."""
     return Mesh(np.array(chosen), (AXIS,))
 
 
-def shared(tree: Any, mesh: Mesh) -> Any:
-    """A pytree's arrays on all cores of the mesh, without a copy."""
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A pytree's arrays on all cores of a mesh, without a copy."""
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(array: Any) -> jax.Array:
@@ -69,32 +69,14 @@ def shared(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, tree)
 
 
-def compile_step(step: Callable[..., Any], mesh: Mesh, by_rows: tuple[bool, ...] = ()) -> Any:
-    """``step`` as a program of all cores of the mesh.
+def divide_rows(call: Callable[[Any, Any], Any], mesh: Mesh, params: Any, rows: Any) -> Any:
+    """``call(params, rows)``, each core with its part of the rows; inside a program of all cores.
 
-    ``by_rows`` says of which arguments, pytrees of arrays [b, ...] with a multiple of the cores for b, each core has its part: it then does its part
-    of ``step``, whose result has rows too, without the others. Without it arguments and results are the same on each, and what calls `over_rows` is
-    divided.
-    """
-    whole, part = PartitionSpec(), PartitionSpec(AXIS)
-    told = Target("cpu", cores=None if by_rows else mesh)
-
-    def traced(*args: Any) -> Any:
-        with compiled_for(told):
-            return step(*args)
-
-    if not by_rows:
-        same = NamedSharding(mesh, whole)
-        return jax.jit(traced, in_shardings=same, out_shardings=same)
-    places = tuple(part if flag else whole for flag in by_rows)
-    return jax.jit(
-        jax.shard_map(traced, mesh=mesh, in_specs=places, out_specs=part, check_vma=False)
-    )
-
-
-def over_rows(call: Callable[[Any, Any], Any], mesh: Mesh, params: Any, rows: Any) -> Any:
-    """``call(params, rows)``, each core with its part of ``rows``, a pytree of arrays [b, ...], as is the result. Where b does not divide, the last
-    row is computed more than once.
+    Args:
+      call: A function of parameters and a pytree of arrays [b, ...], whose result has rows too.
+      mesh: The cores.
+      params: The same on each core.
+      rows: Arrays [b, ...]. Where the cores do not divide b the last row is computed repeatedly.
     """
     b = len(jax.tree.leaves(rows)[0])
     missing = -b % mesh.size

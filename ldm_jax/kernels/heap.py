@@ -1,4 +1,4 @@
-"""The C library's memory, set up for programs on a CPU."""
+"""The C library's heap, configured for programs on a CPU."""
 
 import ctypes
 import os
@@ -7,21 +7,21 @@ from importlib.util import find_spec
 
 import jax
 
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX, _MADV_HUGEPAGE = (
-    -1,
-    -4,
-    -8,
-    14,
-)  # of glibc's malloc.h and Linux's mman.h
+# Of glibc's malloc.h and Linux's mman.h.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX, _MADV_HUGEPAGE = -1, -4, -8, 14
 _HUGE_PAGE = 2 << 20
 
 
 def keep_large_blocks() -> bool:
-    """Lets this process keep the large blocks that it has used, on huge pages; whether it does: only on CPU, under Linux with glibc.
+    """Keeps the large memory blocks of this process for reuse, on huge pages.
 
-    XLA's programs for CPU ask for all their temporary memory anew at every call. glibc takes such blocks from the system and gives them back, so that
-    every page of a training step was met for the first time: about a twentieth of its time. A program calls this, once and
-    before anything is computed; a library should not, for it holds for everything in the process, whose memory from then on does not shrink.
+    XLA's programs for CPU allocate all their temporary memory at every call. glibc takes such
+    blocks from the system and returns them, so that every page of a training step is touched for
+    the first time again. Call this once in a program, before anything is computed; not in a
+    library: it holds for everything in the process, whose memory no longer shrinks.
+
+    Returns:
+      Whether it is done: only on CPU, under Linux with glibc.
     """
     if sys.platform != "linux":
         return False
@@ -29,8 +29,8 @@ def keep_large_blocks() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     if _surely_cpu():
-        # The threads of XLA are to share one heap: a block that is too large for a thread's own is taken from the system, whatever is said below.
-        # They have theirs as soon as the backend has started.
+        # XLA's threads must share one heap, before the backend starts them: a block too large for
+        # a thread's own heap comes from the system, whatever is configured below.
         libc.mallopt(_ARENA_MAX, 1)
     if jax.default_backend() != "cpu":
         return False
@@ -38,7 +38,7 @@ def keep_large_blocks() -> bool:
     libc.free.argtypes = (ctypes.c_void_p,)
     libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     kept = libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, -1)
-    # The heap is made long once, which takes addresses and no memory, because only pages that exist can be told to be huge.
+    # Reserving a long heap once takes addresses but no memory: only existing pages can be huge.
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     if start := libc.malloc(size):
         libc.free(start)
@@ -48,7 +48,7 @@ def keep_large_blocks() -> bool:
 
 
 def _surely_cpu() -> bool:
-    """Whether no other backend can start, as far as can be told before one has."""
-    if platforms := jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
+    """Whether no other backend can start, decided before any has."""
+    if platforms := jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
         return platforms == "cpu"
     return not any(find_spec(name) for name in ("jax_plugins", "libtpu"))

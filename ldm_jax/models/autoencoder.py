@@ -1,4 +1,4 @@
-"""The KL autoencoder (Esser et al. 2021; Rombach et al. 2022) and the diagonal Gaussian that is its posterior."""
+"""The KL autoencoder (Rombach et al. 2022, arXiv:2112.10752) and its Gaussian posterior."""
 
 from typing import Any, Literal
 
@@ -7,16 +7,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.attention import apply_maybe, autoencoder_attention
-from ldm_jax.nn.layers import Array, Dtype, GroupNorm, conv, init
+from ldm_jax.kernels import REFERENCE
+from ldm_jax.nn.attention import AttnBlock, LinearAttention
+from ldm_jax.nn.layers import Array, Conv, Dense, GroupNorm, Module
 from ldm_jax.nn.resnet import Downsample, ResnetBlock, Upsample
+
+AttnType = Literal["vanilla", "linear", "none"]
+lecun_normal = nn.initializers.lecun_normal()
 
 
 @flax.struct.dataclass
 class DiagonalGaussian:
-    """A Gaussian with diagonal covariance over arrays [b, h, w, c]; ``logvar`` is clamped to [-30, 20].
+    """A Gaussian with diagonal covariance over arrays [b, h, w, c]; ``logvar`` is in [-30, 20].
 
-    ``deterministic`` is the original's switch: no spread, and zero divergence.
+    ``deterministic`` is the original's switch: no variance, and zero divergence.
     """
 
     mean: Array
@@ -31,10 +35,12 @@ class DiagonalGaussian:
 
     @property
     def var(self) -> Array:
+        """The variance [b, h, w, c]."""
         return jnp.zeros_like(self.mean) if self.deterministic else jnp.exp(self.logvar)
 
     @property
     def std(self) -> Array:
+        """The standard deviation [b, h, w, c]."""
         return jnp.zeros_like(self.mean) if self.deterministic else jnp.exp(0.5 * self.logvar)
 
     def sample(self, noise: Array) -> Array:
@@ -42,10 +48,11 @@ class DiagonalGaussian:
         return self.mean + self.std * noise
 
     def mode(self) -> Array:
+        """The mode, which is the mean."""
         return self.mean
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Array:
-        """KL divergence [b] in nats to ``other`` (a standard normal when None), summed over height, width and channels."""
+        """KL divergence [b] in nats, summed over pixels; to a standard normal without ``other``."""
         if self.deterministic:
             return jnp.zeros(1)
         if other is None:
@@ -61,7 +68,7 @@ class DiagonalGaussian:
         return 0.5 * terms.sum((1, 2, 3))
 
     def nll(self, x: Array) -> Array:
-        """Negative log-likelihood [b] of ``x`` in nats, summed over height, width and channels."""
+        """Negative log-likelihood [b] of ``x`` in nats, summed over pixels."""
         if self.deterministic:
             return jnp.zeros(1)
         return 0.5 * (
@@ -80,12 +87,13 @@ def normal_kl(mean1: Array, logvar1: Array, mean2: Array, logvar2: Array) -> Arr
     )
 
 
-class Coder(nn.Module):
-    """The fields that encoder and decoder share; names and defaults are the original's ``ddconfig``.
+class Coder(Module):
+    """The fields that encoder and decoder share: the original's ``ddconfig`` with its defaults.
 
-    ``attn_resolutions`` are sizes in pixels, counted down from ``resolution`` whatever size the input really has. The middle block always has
-    attention of the kind ``attn_type``. ``norm_groups`` is not the original's, which always has 32: on 32 channels that is instance normalisation,
-    which takes every picture's overall colour away, so a network as narrow as that needs fewer groups.
+    ``attn_resolutions`` are sizes in pixels, counted down from ``resolution`` whatever size the
+    input has. The middle block always has attention of the kind ``attn_type``. ``norm_groups`` is
+    not of the original, which always has 32: of 32 channels that is instance normalisation, which
+    removes the overall colour of a picture, so that a network as narrow needs fewer groups.
     """
 
     ch: int
@@ -98,93 +106,103 @@ class Coder(nn.Module):
     attn_resolutions: tuple[int, ...] = ()
     dropout: float = 0.0
     resamp_with_conv: bool = True
-    attn_type: Literal["vanilla", "linear", "none"] = "vanilla"
+    attn_type: AttnType = "vanilla"
     norm_groups: int = 32
     remat: bool = False
-    dtype: Dtype = jnp.float32
 
     def res(self, features: int, name: str) -> ResnetBlock:
+        """A residual block; called inside ``__call__``."""
         block: Any = nn.remat(ResnetBlock, static_argnums=(2,)) if self.remat else ResnetBlock
-        return block(
-            features, self.dropout, norm_groups=self.norm_groups, dtype=self.dtype, name=name
-        )
+        return self.layer(block)(features, self.dropout, norm_groups=self.norm_groups, name=name)
 
     def attends(self, level: int) -> bool:
-        """Whether the blocks of a level have attention: the size is counted down (in the decoder back up) by whole halvings."""
+        """Whether the blocks of a level have attention; sizes are counted by whole halvings."""
         return self.resolution // 2**level in self.attn_resolutions
 
-    def attn(self, channels: int, name: str) -> nn.Module | None:
-        return autoencoder_attention(
-            self.attn_type, channels, norm_groups=self.norm_groups, name=name, dtype=self.dtype
-        )
+    def attend(self, h: Array, name: str) -> Array:
+        """The attention of one place, applied; called inside ``__call__``."""
+        match self.attn_type:
+            case "vanilla":
+                return self.layer(AttnBlock)(self.norm_groups, name=name)(h)
+            case "linear":
+                return self.layer(LinearAttention)(1, h.shape[-1], name=name)(h)
+            case "none":
+                return h
+        raise ValueError(f"attn_type {self.attn_type!r} is not one of vanilla, linear, none")
 
     def middle(self, h: Array, train: bool) -> Array:
+        """The middle block; called inside ``__call__``."""
         c = h.shape[-1]
         h = self.res(c, "mid_block_1")(h, train)
-        h = apply_maybe(self.attn(c, "mid_attn_1"), h)
+        h = self.attend(h, "mid_attn_1")
         return self.res(c, "mid_block_2")(h, train)
+
+    def head(self, h: Array, features: int) -> Array:
+        """The last normalisation and convolution; called inside ``__call__``."""
+        h = self.layer(GroupNorm)(1e-6, self.norm_groups, silu=True, name="norm_out")(h)
+        return self.layer(Conv)(features, name="conv_out")(h)
 
 
 class Encoder(Coder):
-    """x [b, H, W, in_channels] -> [b, H / f, W / f, 2 z_channels] with f = 2^(levels - 1); z_channels when ``double_z`` is off."""
+    """x [b, H, W, in_channels] -> [b, H / f, W / f, 2 z_channels] with f = 2^(levels - 1).
+
+    z_channels when ``double_z`` is off.
+    """
 
     double_z: bool = True
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        h = conv(self.ch, 3, x, name="conv_in", dtype=self.dtype)(x)
+        h = self.layer(Conv)(self.ch, name="conv_in")(x)
         for level, mult in enumerate(self.ch_mult):
-            features = mult * self.ch
             for i in range(self.num_res_blocks):
-                h = self.res(features, f"down_{level}_block_{i}")(h, train)
+                h = self.res(mult * self.ch, f"down_{level}_block_{i}")(h, train)
                 if self.attends(level):
-                    h = apply_maybe(self.attn(features, f"down_{level}_attn_{i}"), h)
+                    h = self.attend(h, f"down_{level}_attn_{i}")
             if level != len(self.ch_mult) - 1:
-                h = Downsample(
-                    self.resamp_with_conv, "right", self.dtype, name=f"down_{level}_downsample"
-                )(h)
-        h = self.middle(h, train)
-        h = GroupNorm(1e-6, self.norm_groups, silu=True, dtype=self.dtype, name="norm_out")(h)
-        return conv(
-            self.z_channels * (2 if self.double_z else 1), 3, h, name="conv_out", dtype=self.dtype
-        )(h)
+                down = self.layer(Downsample)
+                h = down(self.resamp_with_conv, "right", name=f"down_{level}_downsample")(h)
+        return self.head(self.middle(h, train), self.z_channels * (2 if self.double_z else 1))
 
 
 class Decoder(Coder):
     """z [b, h, w, z_channels] -> [b, h f, w f, out_ch] with f = 2^(levels - 1).
 
-    ``give_pre_end`` stops before the last normalisation and convolution; ``tanh_out`` bounds the result.
+    ``give_pre_end`` stops before the last normalisation and convolution; ``tanh_out`` bounds the
+    result.
     """
 
     give_pre_end: bool = False
     tanh_out: bool = False
 
     def attends(self, level: int) -> bool:
+        """As in the encoder, counted back up from the smallest size."""
         last = len(self.ch_mult) - 1
         return self.resolution // 2**last * 2 ** (last - level) in self.attn_resolutions
 
     @nn.compact
     def __call__(self, z: Array, train: bool = False) -> Array:
         last = len(self.ch_mult) - 1
-        h = conv(self.ch * self.ch_mult[last], 3, z, name="conv_in", dtype=self.dtype)(z)
+        h = self.layer(Conv)(self.ch * self.ch_mult[last], name="conv_in")(z)
         h = self.middle(h, train)
         for level in reversed(range(last + 1)):
-            features = self.ch_mult[level] * self.ch
             for i in range(self.num_res_blocks + 1):
-                h = self.res(features, f"up_{level}_block_{i}")(h, train)
+                h = self.res(self.ch_mult[level] * self.ch, f"up_{level}_block_{i}")(h, train)
                 if self.attends(level):
-                    h = apply_maybe(self.attn(features, f"up_{level}_attn_{i}"), h)
+                    h = self.attend(h, f"up_{level}_attn_{i}")
             if level != 0:
-                h = Upsample(self.resamp_with_conv, self.dtype, name=f"up_{level}_upsample")(h)
+                h = self.layer(Upsample)(self.resamp_with_conv, name=f"up_{level}_upsample")(h)
         if self.give_pre_end:
             return h
-        h = GroupNorm(1e-6, self.norm_groups, silu=True, dtype=self.dtype, name="norm_out")(h)
-        h = conv(self.out_ch, 3, h, name="conv_out", dtype=self.dtype)(h)
+        h = self.head(h, self.out_ch)
         return jnp.tanh(h) if self.tanh_out else h
 
 
-class Autoencoder(nn.Module):
-    """The fields that the KL and the VQ autoencoder share: the original's ``ddconfig`` beside ``embed_dim``, the channels of a latent."""
+class Autoencoder(Module):
+    """The fields of the KL and the VQ autoencoder: the original's ``ddconfig`` and ``embed_dim``.
+
+    ``embed_dim`` are the channels of a latent.
+    """
 
     embed_dim: int
     ch: int
@@ -197,11 +215,10 @@ class Autoencoder(nn.Module):
     attn_resolutions: tuple[int, ...] = ()
     dropout: float = 0.0
     resamp_with_conv: bool = True
-    attn_type: Literal["vanilla", "linear", "none"] = "vanilla"
+    attn_type: AttnType = "vanilla"
     norm_groups: int = 32
     remat: bool = False
     tanh_out: bool = False
-    dtype: Dtype = jnp.float32
 
     @property
     def downsampling(self) -> int:
@@ -209,37 +226,46 @@ class Autoencoder(nn.Module):
         return 2 ** (len(self.ch_mult) - 1)
 
     def coder_fields(self) -> dict[str, Any]:
-        """The fields that go to encoder and decoder alike."""
-        return {
-            f: getattr(self, f) for f in Coder.__dataclass_fields__ if f not in ("parent", "name")
-        }
+        """The fields that encoder and decoder share."""
+        names = (f for f in Coder.__dataclass_fields__ if f not in ("parent", "name"))
+        return {name: getattr(self, name) for name in names}
+
+    def make_coders(self, moments: int) -> None:
+        """Makes encoder and decoder, and 1x1 convolutions between; called in ``setup``.
+
+        Args:
+          moments: Arrays of latents that the encoder gives: 2 with a log variance.
+        """
+        fields, dense = self.coder_fields(), self.layer(Dense)
+        init = {"kernel_init": lecun_normal, "bias_init": nn.initializers.zeros}
+        self.encoder = Encoder(**fields, double_z=moments == 2)
+        self.decoder = Decoder(**fields, tanh_out=self.tanh_out)
+        self.quant_conv = dense(moments * self.embed_dim, **init)
+        self.post_quant_conv = dense(self.z_channels, **init)
 
 
 class AutoencoderKL(Autoencoder):
-    """The KL autoencoder. Pixels are float in [-1, 1]; latents are [b, H / f, W / f, embed_dim] with f = 2^(levels - 1), unscaled.
+    """The KL autoencoder: pixels in [-1, 1] to unscaled latents [b, H / f, W / f, embed_dim].
 
-    Methods: ``encode``, ``decode``; calling it reconstructs (and initialises).
+    f = 2^(levels - 1). Methods: ``encode``, ``decode``; calling it reconstructs (and initialises).
     """
 
     def setup(self) -> None:
-        shared = self.coder_fields()
-        self.encoder = Encoder(**shared, double_z=True)
-        self.decoder = Decoder(**shared, tanh_out=self.tanh_out)
-        self.quant_conv = nn.Dense(2 * self.embed_dim, dtype=self.dtype)
-        self.post_quant_conv = nn.Dense(self.z_channels, dtype=self.dtype)
+        """Makes the submodules."""
+        self.make_coders(2)
 
     def encode(self, x: Array, train: bool = False) -> DiagonalGaussian:
-        """X [b, H, W, in_channels] in [-1, 1] -> the posterior over latents [b, H / f, W / f, embed_dim]."""
+        """``x`` [b, H, W, in_channels] -> the posterior over latents [b, h, w, c]."""
         return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(x, train)))
 
     def decode(self, z: Array, train: bool = False) -> Array:
-        """Z [b, h, w, embed_dim] -> pixels [b, h f, w f, out_ch], float32, about [-1, 1]."""
+        """``z`` [b, h, w, embed_dim] -> pixels [b, h f, w f, out_ch], float32, about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z), train).astype(jnp.float32)
 
     def __call__(
         self, x: Array, noise: Array | None = None, train: bool = False
     ) -> tuple[Array, DiagonalGaussian]:
-        """(reconstruction, posterior); from the posterior's sample with ``noise``, else from its mode."""
+        """(reconstruction, posterior); decodes a sample with ``noise``, else the mode."""
         posterior = self.encode(x, train)
         z = posterior.mode() if noise is None else posterior.sample(noise)
         return self.decode(z, train), posterior
@@ -252,11 +278,11 @@ def latent_shape(model: Autoencoder, height: int, width: int) -> tuple[int, int,
 
 
 def init_variables(model: Autoencoder, key: jax.Array) -> dict[str, Any]:
-    """All collections: float32 "params", and "codebook" where a codebook is averaged, not trained."""
-    side = 2 * model.downsampling
-    return dict(init(model, key, jnp.zeros((1, side, side, model.in_channels))))
+    """All collections: float32 "params", and "codebook" if the codebook is a moving average."""
+    side, plain = 2 * model.downsampling, model.clone(kernels=REFERENCE)
+    return dict(plain.init(key, jnp.zeros((1, side, side, model.in_channels))))
 
 
 def init_autoencoder(model: Autoencoder, key: jax.Array) -> dict:
-    """Fresh float32 parameters."""
+    """Initial float32 parameters."""
     return init_variables(model, key)["params"]

@@ -1,4 +1,4 @@
-"""The PatchGAN discriminator (Isola et al. 2017) of the autoencoders' adversarial loss, with its two normalisations."""
+"""The PatchGAN discriminator (Isola et al. 2017, arXiv:1611.07004), with its two normalisations."""
 
 from typing import NamedTuple
 
@@ -6,22 +6,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.kernels.convolution import convolve
-from ldm_jax.nn.layers import Array, Dtype, torch_bias_init
+from ldm_jax.nn.layers import Array, Conv, Module
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation over all but the last axis, as PyTorch keeps it: x [b, h, w, c] -> same.
+class BatchNorm(Module):
+    """Batch normalisation over all but the last axis, as in PyTorch: x [b, h, w, c] -> the same.
 
-    Training normalises by the batch's biased variance, and moves the running variance towards the unbiased one; the
-    collection "batch_stats" (mean, var [c], and count, the number of training passes) must then be mutable.
-    ``axis_name`` takes the statistics over all devices of a pmap; under jit the batch is whole anyway.
+    Training normalises by the biased variance of the batch, and moves the running variance towards
+    the unbiased one; the collection "batch_stats" (mean, var [c], and count, the number of training
+    passes) must then be mutable. ``axis_name`` takes the statistics over a mapped axis of devices.
     """
 
     momentum: float = 0.1
     eps: float = 1e-5
     axis_name: str | None = None
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -47,20 +45,21 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (var * n / (n - 1) - running_var.value)
-                count.value = count.value + 1  # not in place: it may be the caller's numpy array
+                # Not in place: it may be the caller's numpy array.
+                count.value = count.value + 1
         return ((x - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
 
 
-class ActNorm(nn.Module):
-    """scale * (x + loc) per channel (Kingma & Dhariwal 2018), fitted to the first batch: x [b, h, w, c] -> same.
+class ActNorm(Module):
+    """scale * (x + loc) per channel, fitted to the first batch: x [b, h, w, c] -> the same.
 
-    In training, while the flag ``initialized`` of "batch_stats" is 0 and both collections are mutable, loc and scale
-    are set to whiten this batch (unbiased deviation, + 1e-6). `fit_actnorm` does this; a pass that may not write
-    parameters uses them as they are. ``axis_name`` takes the batch over all devices of a pmap.
+    Kingma & Dhariwal 2018, arXiv:1807.03039. In training, while the flag ``initialized`` of
+    "batch_stats" is 0 and both collections are mutable, loc and scale are set to whiten this batch
+    (unbiased deviation, + 1e-6). `fit_actnorm` does this; a pass that may not write parameters uses
+    the present ones. ``axis_name`` takes the batch over a mapped axis of devices.
     """
 
     axis_name: str | None = None
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -85,20 +84,15 @@ class ActNorm(nn.Module):
             fitted = {"loc": -mean, "scale": 1 / (jnp.sqrt(var * n / (n - 1)) + 1e-6)}
             for name, value in fitted.items():
                 old = self.get_variable("params", name)
-                self.put_variable(
-                    "params",
-                    name,
-                    jnp.where(initialized.value == 0, jax.lax.stop_gradient(value), old),
-                )
+                new = jnp.where(initialized.value == 0, jax.lax.stop_gradient(value), old)
+                self.put_variable("params", name, new)
             initialized.value = jnp.ones_like(initialized.value)
         loc, scale = self.get_variable("params", "loc"), self.get_variable("params", "scale")
         return (scale * (x + loc)).astype(self.dtype)
 
 
 class Place(NamedTuple):
-    """One layer of the discriminator: its index in the original's Sequential, that of its normalisation, and what it
-    is.
-    """
+    """One convolution: its index in the original's Sequential, and that of its normalisation."""
 
     conv: int
     norm: int | None
@@ -107,12 +101,12 @@ class Place(NamedTuple):
     bias: bool
 
 
-class PatchDiscriminator(nn.Module):
-    """Logits of patches, real against generated: [b, h, w, input_nc] -> float32 [b, h', w', 1]; sides of 24 and more at
-    n_layers 2.
+class PatchDiscriminator(Module):
+    """Logits of patches, real against generated: [b, h, w, input_nc] -> float32 [b, h', w', 1].
 
-    Fields carry the original's names (NLayerDiscriminator). Needs the collections "params" and "batch_stats"; in
-    training, with BatchNorm, the latter must be mutable, in the generator's pass as well.
+    Pictures need sides of 24 at n_layers 2, see `patches`. Fields carry the original's names
+    (NLayerDiscriminator). Needs the collections "params" and "batch_stats"; in training, with
+    BatchNorm, the latter must be mutable, also in the generator's pass.
     """
 
     input_nc: int = 3
@@ -120,20 +114,18 @@ class PatchDiscriminator(nn.Module):
     n_layers: int = 3
     use_actnorm: bool = False
     axis_name: str | None = None
-    dtype: Dtype = jnp.float32
 
     def places(self) -> list[Place]:
-        """The convolutions in order; only the inner ones are normalised, and BatchNorm makes their bias superfluous."""
+        """The convolutions in order; inner ones are normalised, without bias under BatchNorm."""
         places = [Place(0, None, self.ndf, 2, True)]
         for i in range(1, self.n_layers + 1):
             features = self.ndf * min(2**i, 8)
-            places.append(
-                Place(3 * i - 1, 3 * i, features, 2 if i < self.n_layers else 1, self.use_actnorm)
-            )
+            stride = 2 if i < self.n_layers else 1
+            places.append(Place(3 * i - 1, 3 * i, features, stride, self.use_actnorm))
         return [*places, Place(3 * self.n_layers + 2, None, 1, 1, True)]
 
     def patches(self, side: int) -> int:
-        """How many logits there are along a side of so many pixels; below 1 the picture is too small."""
+        """The number of logits along a side of pixels; below 1 the picture is too small."""
         for place in self.places():
             side = (side - 2) // place.stride + 1
         return side
@@ -142,33 +134,25 @@ class PatchDiscriminator(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         places = self.places()
         for i, place in enumerate(places):
-            x = nn.Conv(
+            x = self.layer(Conv)(
                 place.features,
-                (4, 4),
-                strides=place.stride,
+                4,
+                place.stride,
                 padding=1,
                 use_bias=place.bias,
-                dtype=self.dtype,
                 kernel_init=nn.initializers.normal(0.02),
-                bias_init=torch_bias_init(16 * x.shape[-1]),
-                conv_general_dilated=convolve,
                 name=f"conv_{i}",
             )(x)
-            if place.norm is not None:
-                norm = (
-                    ActNorm(self.axis_name, self.dtype, name=f"norm_{i}")
-                    if self.use_actnorm
-                    else BatchNorm(axis_name=self.axis_name, name=f"norm_{i}")
-                )
-                x = norm(x, train)
+            if place.norm is not None and self.use_actnorm:
+                x = self.layer(ActNorm)(self.axis_name, name=f"norm_{i}")(x, train)
+            elif place.norm is not None:
+                x = BatchNorm(axis_name=self.axis_name, name=f"norm_{i}")(x, train)
             if i < len(places) - 1:
                 x = nn.leaky_relu(x, 0.2)
         return x.astype(jnp.float32)
 
 
 def fit_actnorm(model: PatchDiscriminator, variables: dict, x: Array) -> dict:
-    """Variables whose ActNorm layers are fitted to the batch x [b, h, w, c], the first of training; unchanged once they
-    are.
-    """
+    """Fits the ActNorm layers to a first batch x [b, h, w, c], unless they are already."""
     _, written = model.apply(variables, x, train=True, mutable=["params", "batch_stats"])
     return {**variables, **written}

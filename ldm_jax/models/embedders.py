@@ -1,39 +1,34 @@
-"""The small conditioning networks of the original: class labels and rescaled maps (Rombach et al. 2022)."""
+"""The small conditioning networks of the original (Rombach et al. 2022, arXiv:2112.10752)."""
 
 from typing import Literal
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Array, Dtype, dense, keep_rows, look_up
+from ldm_jax.nn.layers import Array, Dense, Embed, Module
 from ldm_jax.nn.resize import resize
 
 
-class ClassEmbedder(nn.Module):
+class ClassEmbedder(Module):
     """Labels int [b] in [0, n_classes) -> one context token each, [b, 1, embed_dim]."""
 
     embed_dim: int
     n_classes: int = 1000
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, labels: Array) -> Array:
-        # PyTorch's default for embeddings.
-        normal = nn.initializers.normal(1.0)
-        embed = nn.Embed(
-            self.n_classes,
-            self.embed_dim,
-            embedding_init=normal,
-            dtype=self.dtype,
-            name="embedding",
+        normal = nn.initializers.normal(1.0)  # PyTorch's default
+        embed = self.layer(Embed)(
+            self.n_classes, self.embed_dim, embedding_init=normal, name="embedding"
         )
-        return keep_rows(look_up(embed, labels))[:, None]
+        return self.kernels.keep_rows(embed(labels))[:, None]
 
 
-class SpatialRescaler(nn.Module):
-    """A map resized ``n_stages`` times by ``multiplier`` (see `ldm_jax.nn.resize`), then its channels mapped to ``out_channels`` if that is given.
+class SpatialRescaler(Module):
+    """Resizes a map ``n_stages`` times by ``multiplier``, then maps its channels.
 
-    x [b, h, w, in_channels] -> [b, h', w', out_channels]; each stage leaves floor(size * multiplier). Fields carry the original's names.
+    x [b, h, w, in_channels] -> [b, h', w', out_channels]; each stage leaves
+    floor(size * multiplier), see `ldm_jax.nn.resize`. Without ``out_channels`` the channels stay.
+    Fields carry the original's names.
     """
 
     n_stages: int = 1
@@ -42,7 +37,6 @@ class SpatialRescaler(nn.Module):
     in_channels: int = 3
     out_channels: int | None = None
     bias: bool = False
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -50,6 +44,4 @@ class SpatialRescaler(nn.Module):
             x = resize(x, self.multiplier, self.method)
         if self.out_channels is None:
             return x
-        return dense(
-            self.out_channels, x, use_bias=self.bias, name="channel_mapper", dtype=self.dtype
-        )(x)
+        return self.layer(Dense)(self.out_channels, use_bias=self.bias, name="channel_mapper")(x)

@@ -1,4 +1,4 @@
-"""minGPT as taming-transformers uses it over codebook indices (Esser et al. 2021), with a cache to sample from."""
+"""minGPT over codebook indices (taming-transformers, Esser et al. 2021, arXiv:2012.09841)."""
 
 from typing import NamedTuple, cast
 
@@ -6,14 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nn.attention import attention, merge_heads, split_heads
-from ldm_jax.nn.layers import Array, Dtype, gelu, layer_norm
+from ldm_jax.nn.attention import merge_heads, split_heads
+from ldm_jax.nn.layers import Array, Dense, Embed, LayerNorm, Module
+
+NORMAL = nn.initializers.normal(0.02)
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far: k, v [layers, b, block_size, heads, d], and how many positions that
-    is.
-    """
+    """Keys and values [layers, b, block_size, heads, d] of the first ``length`` positions."""
 
     k: Array
     v: Array
@@ -21,58 +21,53 @@ class Cache(NamedTuple):
 
 
 def causal_mask(size: int, n_unmasked: int = 0) -> Array:
-    """Boolean [size, size]: whether position i sees position j, which it does when j <= i or both are among the first
-    ``n_unmasked``.
-    """
+    """Boolean [size, size]: position i sees j if j <= i or both are of the first ``n_unmasked``."""
     i, j = jnp.arange(size)[:, None], jnp.arange(size)[None]
     return (j <= i) | ((i < n_unmasked) & (j < n_unmasked))
 
 
-class GPTBlock(nn.Module):
-    """Causal self-attention and an MLP, each pre-normalised and residual. x [b, n, c] -> same, with the keys and values
-    it attended to.
+class GPTBlock(Module):
+    """Causal self-attention and an MLP, each pre-normalised and residual.
 
-    ``past`` holds (k, v) [b, block_size, heads, d] into which this call's are written from position ``start``; ``mask``
-    is [n, keys].
+    x [b, n, c], mask [n, keys] -> the same shape, with the keys and values. ``past`` holds (k, v)
+    [b, block_size, heads, d] into which those of this call are written from position ``start``.
     """
 
     heads: int
     resid_dropout: float = 0.0
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Array, mask: Array, past: tuple[Array, Array] | None, start: Array, train: bool
     ) -> tuple[Array, tuple[Array, Array]]:
-        c = x.shape[-1]
+        c, norm = x.shape[-1], self.layer(LayerNorm)
 
-        def linear(features: int, name: str) -> nn.Dense:
-            return nn.Dense(
-                features, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype, name=name
-            )
+        def dense(features: int, name: str) -> Dense:
+            zeros = nn.initializers.zeros
+            return self.layer(Dense)(features, kernel_init=NORMAL, bias_init=zeros, name=name)
 
-        h = layer_norm("ln1", self.dtype)(x)
-        q, k, v = (
-            split_heads(linear(c, name)(h), self.heads) for name in ("query", "key", "value")
-        )
+        h = norm(name="ln1")(x)
+        q, k, v = (split_heads(dense(c, name)(h), self.heads) for name in ("query", "key", "value"))
         if past is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
                 for old, new in zip(past, (k, v), strict=True)
             )
-        h = linear(c, "proj")(merge_heads(attention(q, k, v, mask=mask)))
+        y = self.kernels.attention(q, k, v, q.shape[-1] ** -0.5, mask)
+        h = dense(c, "proj")(merge_heads(y))
         x = x + nn.Dropout(self.resid_dropout, deterministic=not train)(h)
-        h = linear(c, "mlp_out")(gelu(linear(4 * c, "mlp_in")(layer_norm("ln2", self.dtype)(x))))
+        h = self.kernels.gelu(dense(4 * c, "mlp_in")(norm(name="ln2")(x)))
+        h = dense(c, "mlp_out")(h)
         return x + nn.Dropout(self.resid_dropout, deterministic=not train)(h), (k, v)
 
 
-class GPT(nn.Module):
-    """tokens int [b, n], after ``embeddings`` [b, m, n_embd] if given -> logits float32 [b, m + n, vocab_size]; at most
-    ``block_size`` positions.
+class GPT(Module):
+    """tokens int [b, n] -> logits float32 [b, n, vocab_size]; at most ``block_size`` positions.
 
-    Fields carry the original's names. With a ``cache`` (`GPT.empty_cache`) the call continues the sequence in it, and
-    returns (logits, cache). The first ``n_unmasked`` positions see each other whole. ``embd_pdrop``, ``resid_pdrop``
-    need a "dropout" rng when ``train``.
+    ``embeddings`` [b, m, n_embd] precede the tokens; the logits are then [b, m + n, vocab_size].
+    With a ``cache`` (`GPT.empty_cache`) the call continues the sequence in it, and returns (logits,
+    cache). The first ``n_unmasked`` positions see each other whole. ``embd_pdrop``, ``resid_pdrop``
+    need a "dropout" rng when ``train``. Fields carry the original's names.
     """
 
     vocab_size: int
@@ -83,7 +78,6 @@ class GPT(nn.Module):
     n_unmasked: int = 0
     embd_pdrop: float = 0.0
     resid_pdrop: float = 0.0
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -93,10 +87,10 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         train: bool = False,
     ) -> Array | tuple[Array, Cache]:
-        normal = nn.initializers.normal(0.02)
-        x = nn.Embed(
-            self.vocab_size, self.n_embd, embedding_init=normal, dtype=self.dtype, name="tok_emb"
-        )(tokens)
+        embed = self.layer(Embed)(
+            self.vocab_size, self.n_embd, embedding_init=NORMAL, name="tok_emb"
+        )
+        x = embed(tokens)
         if embeddings is not None:
             x = jnp.concatenate([embeddings.astype(x.dtype), x], axis=1)
         n = x.shape[1]
@@ -112,27 +106,25 @@ class GPT(nn.Module):
         seen = []
         for i in range(self.n_layer):
             past = None if cache is None else (cache.k[i], cache.v[i])
-            x, kv = GPTBlock(self.n_head, self.resid_pdrop, self.dtype, name=f"blocks_{i}")(
-                x, mask, past, start, train
-            )
+            block = self.layer(GPTBlock)(self.n_head, self.resid_pdrop, name=f"blocks_{i}")
+            x, kv = block(x, mask, past, start, train)
             seen.append(kv)
-        x = layer_norm("ln_f", self.dtype)(x)
-        logits = nn.Dense(
-            self.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype, name="head"
-        )(x).astype(jnp.float32)
+        x = self.layer(LayerNorm)(name="ln_f")(x)
+        head = self.layer(Dense)(self.vocab_size, use_bias=False, kernel_init=NORMAL, name="head")
+        logits = head(x).astype(jnp.float32)
         if cache is None:
             return logits
         k, v = (jnp.stack(part) for part in zip(*seen, strict=True))
         return logits, Cache(k, v, start + n)
 
     def empty_cache(self, batch: int) -> Cache:
-        """A cache of no positions."""
+        """A cache without positions."""
         shape = (self.n_layer, batch, self.block_size, self.n_head, self.n_embd // self.n_head)
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), jnp.int32(0))
 
 
 def keep_top_k(logits: Array, k: int) -> Array:
-    """Logits [..., vocab] with all below the k-th largest set to -inf."""
+    """Sets all logits [..., vocab] below the k-th largest to -inf."""
     return jnp.where(logits < jax.lax.top_k(logits, k)[0][..., -1:], -jnp.inf, logits)
 
 
@@ -146,10 +138,10 @@ def generate(
     temperature: float | Array = 1.0,
     top_k: int | None = None,
 ) -> Array:
-    """``tokens`` [b, n] continued by ``steps`` more, int32 [b, n + steps]: sampled with ``key``, the likeliest each
-    time without.
+    """Continues ``tokens`` [b, n] by ``steps`` more -> int32 [b, n + steps].
 
-    n + steps may not exceed block_size. One `jax.lax.scan`, so that a step costs one position.
+    They are sampled with ``key``; without it each is the likeliest. n + steps may not exceed
+    block_size. One `jax.lax.scan`, so that a step costs one position.
     """
     b, n = tokens.shape
     if n + steps > model.block_size:

@@ -1,7 +1,7 @@
-"""Orders in which a transformer may read the codes of a picture (taming-transformers' permuters), as index arrays.
+"""Orders in which a transformer reads the codes of a picture (taming-transformers' permuters).
 
-Each function takes the size (h, w) of the code map and returns (forward, back), int arrays [h * w]: ``x[:, forward]`` reads rows of codes x
-[b, h * w] in the new order, and ``[:, back]`` undoes it.
+Each function takes the size (h, w) of the code map and returns (forward, back), int arrays [h * w]:
+``x[:, forward]`` reads codes x [b, h * w] in the new order, and ``[:, back]`` restores it.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def identity(h: int, w: int) -> Order:
 
 
 def subsample(h: int, w: int) -> Order:
-    """Coarse to fine: the four pictures of every other pixel, one after the other, each again so, while the sides are even."""
+    """Coarse to fine: the four pictures of every other pixel in turn, recursively."""
     blocks = np.arange(h * w).reshape(1, h, w)
     while min(blocks.shape[1:]) > 1 and blocks.shape[1] % 2 == 0 and blocks.shape[2] % 2 == 0:
         b, height, width = blocks.shape
@@ -40,17 +40,14 @@ def z_curve(h: int, w: int) -> Order:
 
 
 def spiral_out(h: int, w: int) -> Order:
-    """From the middle outwards, clockwise; what lies outside the map is passed over."""
+    """From the middle outwards, clockwise; positions outside the map are skipped."""
     if w < 2:
         return identity(h, w)
     row, column, length, forward = h // 2, w // 2 - 1, 1, [h // 2 * w + w // 2 - 1]
     while len(forward) < h * w:
-        for down, right, steps in (
-            (-1, 0, length),
-            (0, 1, length),
-            (1, 0, length + 1),
-            (0, -1, length + 1),
-        ):
+        longer = length + 1
+        sides = (-1, 0, length), (0, 1, length), (1, 0, longer), (0, -1, longer)
+        for down, right, steps in sides:
             for _ in range(steps):
                 row, column = row + down, column + right
                 if 0 <= row < h and 0 <= column < w:
@@ -60,17 +57,17 @@ def spiral_out(h: int, w: int) -> Order:
 
 
 def spiral_in(h: int, w: int) -> Order:
-    """`spiral_out` from its end."""
+    """`spiral_out` reversed."""
     return _with_inverse(spiral_out(h, w)[0][::-1])
 
 
 def random(h: int, w: int) -> Order:
-    """One fixed shuffle for each size, numpy's legacy generator with seed 1."""
+    """One fixed shuffle for each size, by numpy's legacy generator with seed 1."""
     return _with_inverse(np.random.RandomState(1).permutation(h * w))
 
 
 def alternate(h: int, w: int) -> Order:
-    """Row by row, every second one backwards."""
+    """Row by row, every second one reversed."""
     indices = np.arange(h * w).reshape(h, w)
     indices[1::2] = indices[1::2, ::-1]
     return _with_inverse(indices.reshape(-1))

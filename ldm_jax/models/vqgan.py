@@ -1,23 +1,28 @@
-"""The VQ autoencoder (VQGAN, Esser et al. 2021, arXiv:2012.09841) and the form in which latent diffusion uses it."""
+"""The VQ autoencoder (VQGAN, Esser et al. 2021, arXiv:2012.09841), also as a first stage."""
 
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ldm_jax.models.autoencoder import Autoencoder, Decoder, Encoder
+from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
 from ldm_jax.nn.layers import Array
 
 
 class VQModel(Autoencoder, kw_only=True):
-    """The VQ autoencoder. Pixels are float in [-1, 1]; codes are [b, H / f, W / f, embed_dim] with f = 2^(levels - 1).
+    """The VQ autoencoder. Pixels are float in [-1, 1], codes [b, H / f, W / f, embed_dim].
 
-    Fields are the original's ``ddconfig``, ``embed_dim`` and ``n_embed``, and those of the quantiser (`ldm_jax.models.quantize`): ``quantizer`` "vq",
-    "gumbel" (``kl_weight``; evaluation takes its noise from the rng "gumbel") or "ema" (whose state is in the collection "codebook").
-    ``n_labels``: of a model of label maps, whose parameters then hold a colour for each ("colorize" [n_labels, 3], not trained; see ``to_rgb``).
-    ``axis_name``: of a pmap, over whose devices the EMA quantiser then takes its statistics.
-    Methods: ``prequant``, ``encode``, ``decode``, ``codes``, ``decode_code``, ``reconstruct``; calling it reconstructs (and initialises).
+    f = 2^(levels - 1). Fields are the original's ``ddconfig``, ``embed_dim`` and ``n_embed``, and
+    those of the quantiser (`ldm_jax.models.quantize`). Calling it reconstructs (and initialises).
+
+    Attributes:
+      quantizer: "vq"; "gumbel", with ``kl_weight``, whose evaluation draws from the rng "gumbel";
+      or
+        "ema", whose state is in the collection "codebook".
+      n_labels: For a model of label maps: the parameters then hold a colour for each label
+        ("colorize" [n_labels, 3], not trained; see `to_rgb`).
+      axis_name: The mapped axis of devices over which the EMA quantiser takes its statistics.
     """
 
     n_embed: int
@@ -39,6 +44,7 @@ class VQModel(Autoencoder, kw_only=True):
             "remap": self.remap,
             "unknown_index": self.unknown_index,
             "sane_index_shape": self.sane_index_shape,
+            "kernels": self.kernels,
             "parent": None,
         }
         match self.quantizer:
@@ -51,17 +57,14 @@ class VQModel(Autoencoder, kw_only=True):
         raise ValueError(f"quantizer {self.quantizer!r} is not one of vq, gumbel, ema")
 
     def setup(self) -> None:
-        shared = self.coder_fields()
-        self.encoder = Encoder(**shared, double_z=False)
-        self.decoder = Decoder(**shared, tanh_out=self.tanh_out)
-        self.quant_conv = nn.Dense(self.embed_dim, dtype=self.dtype)
-        self.post_quant_conv = nn.Dense(self.z_channels, dtype=self.dtype)
+        """Makes the submodules and variables."""
+        self.make_coders(1)
         self.quantize = self.make_quantizer()
         if self.n_labels is not None:
             self.colorize = self.param("colorize", nn.initializers.normal(1.0), (self.n_labels, 3))
 
     def prequant(self, x: Array, train: bool = False) -> Array:
-        """X [b, H, W, in_channels] in [-1, 1] -> what is then quantised, float32 [b, H / f, W / f, embed_dim]."""
+        """``x`` [b, H, W, in_channels] -> encodings float32 [b, h, w, embed_dim]."""
         return self.quant_conv(self.encoder(x, train)).astype(jnp.float32)
 
     def quantized(
@@ -71,7 +74,7 @@ class VQModel(Autoencoder, kw_only=True):
         gumbels: Array | None = None,
         temperature: float | Array | None = None,
     ) -> Quantized:
-        """H [b, h, w, embed_dim] -> codes, loss and indices. ``gumbels`` and ``temperature`` are the Gumbel quantiser's."""
+        """``h`` [b, h, w, embed_dim] -> codes; the options are those of the Gumbel quantiser."""
         match self.quantize:
             case VectorQuantizer():
                 return self.quantize(h)
@@ -80,7 +83,7 @@ class VQModel(Autoencoder, kw_only=True):
         return self.quantize(h, train=train)
 
     def encode(self, x: Array, train: bool = False) -> Quantized:
-        """X [b, H, W, in_channels] in [-1, 1] -> codes, loss and indices."""
+        """``x`` [b, H, W, in_channels] -> codes, loss and indices."""
         return self.quantized(self.prequant(x, train), train)
 
     def decode(self, z: Array, train: bool = False) -> Array:
@@ -96,7 +99,7 @@ class VQModel(Autoencoder, kw_only=True):
         return VQModel.decode(self, self.codes(indices))
 
     def to_rgb(self, x: Array) -> Array:
-        """Label maps [b, h, w, n_labels], one-hot or scores -> pictures of them [b, h, w, 3] that span [-1, 1]."""
+        """Label maps [b, h, w, n_labels], one-hot or scores -> pictures [b, h, w, 3] in [-1, 1]."""
         x = x.astype(jnp.float32) @ self.colorize
         return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
 
@@ -107,7 +110,7 @@ class VQModel(Autoencoder, kw_only=True):
         gumbels: Array | None = None,
         temperature: float | Array | None = None,
     ) -> tuple[Array, Quantized, Array]:
-        """(reconstruction, codes, what was quantised); see `quantized`."""
+        """(reconstruction, codes, encodings before quantisation); see `quantized`."""
         h = self.prequant(x, train)
         code = self.quantized(h, train, gumbels, temperature)
         return VQModel.decode(self, code.z, train), code, h
@@ -119,7 +122,7 @@ class VQModel(Autoencoder, kw_only=True):
 
 
 class VQModelInterface(VQModel, kw_only=True):
-    """The VQ autoencoder as a first stage: latents are what comes before quantisation, and decoding quantises them.
+    """The VQ autoencoder as a first stage: latents are not quantised, decoding quantises them.
 
     It needs no random numbers: a Gumbel quantiser takes the likeliest code.
     """
@@ -131,15 +134,15 @@ class VQModelInterface(VQModel, kw_only=True):
         gumbels: Array | None = None,
         temperature: float | Array | None = None,
     ) -> Quantized:
-        """As `VQModel.quantized`, and outside of training without noise unless that is given."""
+        """As `VQModel.quantized`, but outside of training without noise unless that is given."""
         if gumbels is None and not train:
             gumbels = jnp.zeros(())
         return super().quantized(h, train, gumbels, temperature)
 
     def encode(self, x: Array, train: bool = False) -> Array:  # type: ignore[override]
-        """X [b, H, W, in_channels] in [-1, 1] -> latents float32 [b, H / f, W / f, embed_dim], unscaled, not quantised."""
+        """``x`` [b, H, W, in_channels] -> unscaled latents [b, h, w, c], not quantised."""
         return self.prequant(x, train)
 
     def decode(self, z: Array, train: bool = False, quantize: bool = True) -> Array:
-        """Latents [b, h, w, embed_dim], quantised first unless ``quantize`` is off -> pixels [b, h f, w f, out_ch]."""
+        """Latents [b, h, w, c], quantised first if ``quantize`` -> pixels [b, h f, w f, 3]."""
         return super().decode(self.quantized(z, train).z if quantize else z, train)

@@ -1,4 +1,7 @@
-"""Resizing by a scale factor as PyTorch's interpolate does it: no antialiasing, corners not aligned. Arrays are NHWC."""
+"""Resizing by a scale factor as PyTorch's interpolate does: no antialiasing, corners not aligned.
+
+Arrays are NHWC.
+"""
 
 from typing import Literal
 
@@ -11,13 +14,13 @@ Method = Literal["nearest", "bilinear", "bicubic", "area"]
 
 
 def _source(n: int, m: int, scale: float) -> np.ndarray:
-    """Where in an axis of ``n`` pixels the centres of ``m`` output pixels lie: by the given scale, not by m / n."""
+    """Positions of ``m`` output centres in an axis of ``n`` pixels, from the scale alone."""
     step = np.float32(1.0 / scale)
     return step * (np.arange(m, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
 
 
 def _taps(at: np.ndarray, weights: dict[int, np.ndarray], n: int) -> np.ndarray:
-    """Matrix [m, n] that gives input floor(at) + offset, clamped to the edge, its weight."""
+    """Matrix [m, n] with the weight of input floor(at) + offset, clamped to the edge."""
     matrix, base = np.zeros((len(at), n), np.float32), np.floor(at).astype(int)
     for offset, weight in weights.items():
         np.add.at(matrix, (np.arange(len(at)), np.clip(base + offset, 0, n - 1)), weight)
@@ -57,10 +60,12 @@ _MATRICES = {"bilinear": _linear, "bicubic": _cubic, "area": _area}
 
 
 def resize(x: Array, scale: float, method: Method = "bilinear") -> Array:
-    """X [b, h, w, c] -> [b, floor(h scale), floor(w scale), c]; float32 arithmetic, x's dtype.
+    """``x`` [b, h, w, c] -> [b, floor(h scale), floor(w scale), c], computed in float32.
 
-    Source coordinates follow ``scale`` itself, also where it does not divide the size. Raises ValueError for another method, or when nothing would
-    be left.
+    Source coordinates follow ``scale`` itself, also where it does not divide the size.
+
+    Raises:
+      ValueError: The method does not exist, or no pixel would be left.
     """
     _, h, w, _ = x.shape
     sizes = [int(np.floor(n * scale)) for n in (h, w)]

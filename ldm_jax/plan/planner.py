@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from jax.sharding import AbstractMesh
 
-from ldm_jax.distributed.parallel import AXES, make_mesh, mesh_sizes, row_shards
+from ldm_jax.distributed.mesh import AXES, make_mesh, mesh_sizes, row_shards
 from ldm_jax.errors import PlanError, did_you_mean
 from ldm_jax.plan.chips import Topology, find_devices
 from ldm_jax.plan.flops import KINDS, PRODUCTS, count_flops, peak_bytes

@@ -14,24 +14,19 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from ldm_jax.distributed.parallel import (
-    ROWS,
-    Target,
-    compile_step,
-    compiled_for,
-    row_shards,
-    shardings,
-    state_shardings,
-    target,
-)
+from ldm_jax.distributed.compile import compile_step
+from ldm_jax.distributed.mesh import ROWS, row_shards
+from ldm_jax.distributed.shardings import shardings, state_shardings
 from ldm_jax.errors import ConfigError, PlanError
-from ldm_jax.models.ldm import DTYPES, to_uint8
+from ldm_jax.kernels import for_platform
+from ldm_jax.models.build import DTYPES
+from ldm_jax.models.ldm import to_uint8
+from ldm_jax.nn.layers import with_kernels
 from ldm_jax.plan.chips import GIB, Topology
 from ldm_jax.plan.flops import count_flops, nbytes
 from ldm_jax.plan.hlo import Collective, collectives, parse
 from ldm_jax.plan.roofline import Kernel, kernels
 from ldm_jax.sampling.program import Form, decode, decode_part
-from ldm_jax.train.loop import over_rows
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import task_class
@@ -100,8 +95,11 @@ class Program:
         """Shapes of the arguments of `function` for ``rows`` pictures."""
         raise NotImplementedError
 
-    def function(self, parts: int) -> Callable[..., Any]:
-        """The function to compile; a training step takes its batch in ``parts``."""
+    def function(self, parts: int, platform: str, mesh: Mesh | None = None) -> Callable[..., Any]:
+        """The function to compile for a platform and a mesh.
+
+        A training step takes its batch in ``parts``.
+        """
         raise NotImplementedError
 
     def parameters(self) -> dict[str, int]:
@@ -124,8 +122,8 @@ class Program:
         for the gradient of the last layer alone.
         """
         device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else None
-        with compiled_for(Target(platform)), capability_of(device):
-            jaxpr = jax.make_jaxpr(self.function(1))(*self.arguments(rows)).jaxpr
+        with capability_of(device):
+            jaxpr = jax.make_jaxpr(self.function(1, platform))(*self.arguments(rows)).jaxpr
         return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
     def compile(self, rows: int, topology: Topology) -> Compiled:
@@ -133,7 +131,7 @@ class Program:
         parts, mesh = self.config.optim.accumulate, self.mesh
         assert isinstance(mesh, Mesh)
         program: Any = compile_step(
-            over_rows(self.function(parts), mesh),
+            self.function(parts, mesh.devices.flat[0].platform, mesh),
             mesh,
             "jit",
             shared=self.in_shardings,
@@ -189,9 +187,9 @@ class Step(Program):
         """The state, the frozen weights and a batch."""
         return self.state, self.frozen, self.batch(rows)
 
-    def function(self, parts: int) -> Callable[..., Any]:
+    def function(self, parts: int, platform: str, mesh: Mesh | None = None) -> Callable[..., Any]:
         """The task's step."""
-        return self.task.make_step(self.tx, parts)
+        return with_kernels(self.task, for_platform(platform, mesh)).make_step(self.tx, parts)
 
     def parameters(self) -> dict[str, int]:
         """Those that are trained, and those that are frozen."""
@@ -280,9 +278,10 @@ class Forward(Sampling):
         z = jax.ShapeDtypeStruct((rows, *self.latent), jnp.float32)
         return {"unet": self.weights()}, z, jax.ShapeDtypeStruct((rows,), jnp.float32), cond
 
-    def function(self, parts: int) -> Callable[..., Any]:
+    def function(self, parts: int, platform: str, mesh: Mesh | None = None) -> Callable[..., Any]:
         """The UNet."""
-        return lambda params, z, t, cond: self.model.apply(params, z, t, cond)
+        model = self.model.with_kernels(for_platform(platform, mesh))
+        return lambda params, z, t, cond: model.apply(params, z, t, cond)
 
 
 class Decode(Sampling):
@@ -295,15 +294,14 @@ class Decode(Sampling):
         """The first stage and z."""
         return self.stage, jax.ShapeDtypeStruct((rows, *self.latent), jnp.float32)
 
-    def function(self, parts: int) -> Callable[..., Any]:
+    def function(self, parts: int, platform: str, mesh: Mesh | None = None) -> Callable[..., Any]:
         """The decoder."""
+        chips, forms = 1 if mesh is None else row_shards(mesh), for_platform(platform, mesh)
 
         def run(stage: Any, z: jax.Array) -> jax.Array:
-            told = target()
-            assert told is not None
-            chips = 1 if told.mesh is None else row_shards(told.mesh)
-            part = decode_part(told.platform, self.size, z.shape[0] // chips)
-            return to_uint8(decode(stage, z, Form(self.size, decode_batch=chips * part)))
+            part = decode_part(platform, self.size, z.shape[0] // chips)
+            form = Form(self.size, decode_batch=chips * part)
+            return to_uint8(decode(stage.with_kernels(forms), z, form))
 
         return run
 

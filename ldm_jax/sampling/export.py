@@ -26,6 +26,7 @@ from jax import export as jax_export
 import ldm_jax
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import RequestError
+from ldm_jax.kernels import PORTABLE
 from ldm_jax.sampling.pipeline import Pipeline, load
 from ldm_jax.sampling.program import Rows, generate
 from ldm_jax.sampling.requests import (
@@ -121,7 +122,7 @@ def program_of(pipe: Pipeline, chosen: Settings) -> tuple[Callable[..., jax.Arra
                 None if interval is None else jnp.broadcast_to(interval, (n, 2)),
                 jnp.broadcast_to(rescale, n) if rescale.any() else None,
             )
-        return generate(whole, sampler, plan, rows, form).images
+        return generate(whole.with_kernels(PORTABLE), sampler, plan, rows, form).images
 
     return program, arguments
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from ldm_jax.convert.conversion import is_foreign, read_model
 from ldm_jax.convert.diffusers.hub import fetched
 from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
-from ldm_jax.distributed.parallel import Mode, compile_step, make_mesh
 from ldm_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -28,8 +27,9 @@ from ldm_jax.errors import (
     did_you_mean,
 )
 from ldm_jax.io.checkpoint import find_model, load_model
-from ldm_jax.kernels import cores
-from ldm_jax.models.ldm import DTYPES, LatentDiffusion, build, check_params, construct
+from ldm_jax.kernels import Kernels, cores, for_platform
+from ldm_jax.models.build import DTYPES, build, check_params, construct
+from ldm_jax.models.ldm import LatentDiffusion
 from ldm_jax.models.unet import layout
 from ldm_jax.sampling.program import Form, Made, Plan, Rows, decode_part, generate
 from ldm_jax.sampling.requests import Given, Settings, arrays, checked
@@ -40,6 +40,8 @@ __all__ = ["OFFERED", "Batch", "Given", "Pipeline", "RequestError", "Settings", 
 
 # Names of samplers; inversion leads from pictures to noise.
 OFFERED = [name for name, sampler in SAMPLERS.items() if not isinstance(sampler, Inversion)]
+
+Mode = Literal["jit", "pmap"]
 
 
 def load(
@@ -129,7 +131,7 @@ class Pipeline:
                 f"parallel {parallel!r} does not exist{did_you_mean(parallel, get_args(Mode))}"
             )
         self.cores = cores.devices() if devices is None and parallel == "jit" else []
-        self.mesh = make_mesh(1 if self.cores else devices)
+        self.mesh = cores.mesh_of(jax.devices()[: 1 if self.cores else devices])
         self.model = jax.device_put(model, NamedSharding(self.mesh, PartitionSpec()))
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
@@ -318,7 +320,7 @@ class Pipeline:
         network, two for a guided picture.
         """
         n = len(rows.seeds)
-        count = cores.enough(n if rows.null is None else 2 * n, len(self.cores) or 1)
+        count = cores.fewest(n if rows.null is None else 2 * n, len(self.cores) or 1)
         if apart := count > 1 and n % count == 0:
             each = math.gcd(-(-form.decode_batch // count), n // count)  # 0 is all
             form = dataclasses.replace(form, decode_batch=each if form.decode_batch else 0)
@@ -329,7 +331,7 @@ class Pipeline:
         if count == 1:
             return self.model
         if count not in self._shared:
-            self._shared[count] = cores.shared(self.model, cores.mesh_of(self.cores[:count]))
+            self._shared[count] = cores.replicate(self.model, cores.mesh_of(self.cores[:count]))
         return self._shared[count]
 
     def program(
@@ -340,16 +342,30 @@ class Pipeline:
         """
         key = sampler, form, count, apart
         if key not in self._programs:
+            mesh = self.mesh if count == 1 else cores.mesh_of(self.cores[:count])
+            whole, rows = PartitionSpec(), PartitionSpec(cores.AXIS)
+            platform = mesh.devices.flat[0].platform
+            kernels = partial(for_platform, platform, differentiable=False)
             step = partial(_generate, sampler=sampler, form=form)
-            whole, rows = True, False
-            if count == 1:
-                shared, made = (whole, whole, rows), Made(rows, rows)
-                program = compile_step(
-                    step, self.mesh, self.parallel, shared=shared, out_shared=made
+            if apart or (count == 1 and self.parallel == "pmap"):
+                each = jax.shard_map(
+                    partial(step, kernels=kernels()),
+                    mesh=mesh,
+                    in_specs=(whole, whole, rows),
+                    out_specs=rows,
+                    check_vma=False,
+                )
+                program = jax.jit(each)
+            elif count == 1:
+                program = jax.jit(
+                    partial(step, kernels=kernels(mesh)),
+                    in_shardings=tuple(NamedSharding(mesh, spec) for spec in (whole, whole, rows)),
+                    out_shardings=NamedSharding(mesh, rows),
                 )
             else:
-                by_rows = (False, False, True) if apart else ()
-                program = cores.compile_step(step, cores.mesh_of(self.cores[:count]), by_rows)
+                same = NamedSharding(mesh, whole)
+                step = partial(step, kernels=kernels(cores=mesh))
+                program = jax.jit(step, in_shardings=same, out_shardings=same)
             self._programs[key] = program
         return self._programs[key]
 
@@ -375,6 +391,6 @@ def noise_of(chosen: Settings) -> dict[str, float]:
 
 
 def _generate(
-    model: Any, plan: Plan, rows: Rows, *, sampler: str, form: Form, axis_name: str | None = None
+    model: Any, plan: Plan, rows: Rows, *, sampler: str, form: Form, kernels: Kernels
 ) -> Made:
-    return generate(model, SAMPLERS[sampler], plan, rows, form)
+    return generate(model.with_kernels(kernels), SAMPLERS[sampler], plan, rows, form)

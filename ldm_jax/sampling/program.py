@@ -16,7 +16,6 @@ from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.guidance import Predict, predictor
 from ldm_jax.diffusion.samplers import SAMPLERS, AnySampler, Known, initial_noise, sample
 from ldm_jax.diffusion.schedule import lift, q_sample
-from ldm_jax.kernels.vjp import forward_only
 from ldm_jax.models.ldm import FirstStage, LatentDiffusion, to_float, to_uint8
 
 Array = Any  # jax.Array or np.ndarray
@@ -88,7 +87,6 @@ class Made(NamedTuple):
     progress: Array | None
 
 
-@forward_only()
 def generate(
     model: LatentDiffusion, sampler: AnySampler, plan: Plan, rows: Rows, form: Form
 ) -> Made:

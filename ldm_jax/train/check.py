@@ -16,7 +16,7 @@ from ldm_jax.data import Loader, caption_template
 from ldm_jax.data.loader import UNREADABLE, fit_row, read_row
 from ldm_jax.errors import DataError
 from ldm_jax.io import png
-from ldm_jax.models.ldm import DTYPES
+from ldm_jax.models.build import DTYPES
 from ldm_jax.train.config import complete
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.tasks.base import plain

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax.errors import ConfigError
 from ldm_jax.io.atomic import write_atomic
-from ldm_jax.models.ldm import DTYPES, REMATS
+from ldm_jax.models.build import DTYPES, REMATS
 from ldm_jax.train.optim import KINDS
 from ldm_jax.train.report import find_wandb
 from ldm_jax.train.tasks import task_class

@@ -19,8 +19,11 @@ from ldm_jax.data.latents import (
     read_info,
     write_shard,
 )
-from ldm_jax.distributed.parallel import compile_step, make_mesh
+from ldm_jax.distributed.compile import compile_step
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import ConfigError, did_you_mean
+from ldm_jax.kernels import for_platform
+from ldm_jax.nn.layers import with_kernels
 from ldm_jax.train.config import complete
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.tasks import task_class
@@ -82,12 +85,14 @@ def encode(
         return cache.encode(params, image)
 
     mesh, shared = make_mesh(devices), (True, False)
+    kernels = for_platform(devices[0].platform, mesh, differentiable=False)
+    params = with_kernels(cache.params, kernels)
     compiled = compile_step(program, mesh, "jit", shared=shared, out_shared=False)
 
     def records(loader: Loader, places: range) -> Iterator[tuple[dict[str, np.ndarray], str]]:
         left = len(places)
         for batch in loader.batches(-(-left // BATCH), start=places.start // BATCH):
-            moments = np.asarray(compiled(cache.params, batch["image"]))
+            moments = np.asarray(compiled(params, batch["image"]))
             if not np.isfinite(moments.astype(np.float32)).all():
                 raise ConfigError(
                     f"the first stage gives values that {dtype} cannot hold: try --dtype=bfloat16"

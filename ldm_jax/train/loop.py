@@ -9,21 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
-from ldm_jax.distributed.parallel import (
-    ROWS,
-    Preemption,
-    barrier,
-    compile_step,
-    global_rows,
-    is_first,
-    make_mesh,
-    make_placed,
-    row_shards,
-    shardings,
-    state_shardings,
-)
+from ldm_jax.distributed.compile import compile_step, make_placed
+from ldm_jax.distributed.mesh import make_mesh, row_shards
+from ldm_jax.distributed.preemption import Preemption
+from ldm_jax.distributed.processes import barrier, global_rows, is_first
+from ldm_jax.distributed.shardings import shardings, state_shardings
 from ldm_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -32,7 +23,8 @@ from ldm_jax.errors import (
     did_you_mean,
 )
 from ldm_jax.io.checkpoint import BestCheckpoints, TrainingCheckpoints, read_config, save_model
-from ldm_jax.nn.layers import rows_over, shapes_of
+from ldm_jax.kernels import for_platform
+from ldm_jax.nn.layers import with_kernels
 from ldm_jax.train.config import check_config, check_rows, check_workdir, claim_workdir, complete
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
@@ -94,7 +86,7 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
     def init(key: jax.Array) -> TrainState:
         return create_state(task.init(key), tx, ema=config.ema > 0, extra=task.extra(key))
 
-    shapes = shapes_of(init, jax.random.key(config.seed))
+    shapes = jax.eval_shape(init, jax.random.key(config.seed))
     placed = state_shardings(shapes, mesh, config.mesh.zero1)
     if config.best.keep:
         batch = task.host_batch(first_batches(eval_loader, 1)[0])
@@ -127,7 +119,8 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
     else:
         state, measured = checkpoints.restore(start, like)
         LOG.info("resuming from step %d", start)
-    task = task.with_measured(measured)
+    platform = mesh.devices.flat[0].platform
+    task = with_kernels(task.with_measured(measured), for_platform(platform, mesh))
     frozen_placed = shardings(task.frozen, mesh)
     frozen = jax.device_put(task.frozen, frozen_placed)
     parts = {k: sum(leaf.size for leaf in jax.tree.leaves(v)) for k, v in state.params.items()}
@@ -135,14 +128,16 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
     LOG.info(describe_rate(config.optim, config.batch_size))
     by_part = ", ".join(f"{name} {size / 1e6:.2f}" for name, size in parts.items())
     LOG.info("%.2f M parameters (%s)", total, by_part)
-    step = task.make_step(tx, config.optim.accumulate)
-    if config.parallel == "pmap":
+    stepper = task
+    if config.parallel == "pmap":  # each device has a program of its own
         shared, out = (True, True, False), (True, True)
+        stepper = with_kernels(task, for_platform(platform))
     else:
-        shared, out, step = (placed, frozen_placed, False), (placed, True), over_rows(step, mesh)
+        shared, out = (placed, frozen_placed, False), (placed, True)
+    step = stepper.make_step(tx, config.optim.accumulate)
     step_fn = compile_step(step, mesh, config.parallel, shared=shared, donate=(0,), out_shared=out)
     shared = task.weights(placed), frozen_placed, False
-    evaluate = compile_step(over_rows(task.evaluate, mesh), mesh, "jit", shared=shared)
+    evaluate = compile_step(task.evaluate, mesh, "jit", shared=shared)
 
     # ------------------------------------------------------------------------------------ loop
     first_row = process[0] * config.batch_size // process[1]
@@ -283,16 +278,3 @@ def mesh_of(config: Any) -> jax.sharding.Mesh:
     mesh = make_mesh(**axes)
     check_rows(config, row_shards(mesh))
     return mesh
-
-
-def over_rows(step: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-    """Returns ``step``, traced with its activations split by rows."""
-    if mesh.size == 1:
-        return step
-    rows = NamedSharding(mesh, ROWS)
-
-    def traced(*args: Any, **options: Any) -> Any:
-        with rows_over(rows):
-            return step(*args, **options)
-
-    return traced

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from ldm_jax.distributed.parallel import is_first
+from ldm_jax.distributed.processes import is_first
 from ldm_jax.errors import ConfigError, TrainingDiverged
 from ldm_jax.io import png
 from ldm_jax.train.tasks.base import Task

@@ -31,9 +31,9 @@ from ldm_jax.convert.diffusers.tables import join_qkv, split_qkv
 from ldm_jax.convert.tables import flatten
 from ldm_jax.errors import CheckpointError, ConversionError, TargetError
 from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.models.bert import TransformerEncoder
+from ldm_jax.models.build import build, init_params
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.ldm import build, init_params
-from ldm_jax.models.text import TransformerEncoder
 from ldm_jax.models.unet import UNet, layout
 from ldm_jax.sampling.pipeline import load
 

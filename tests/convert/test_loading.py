@@ -19,7 +19,7 @@ from ldm_jax.convert.conversion import read_model
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import RequestError
 from ldm_jax.io.png import read_settings
-from ldm_jax.models.ldm import build
+from ldm_jax.models.build import build
 from ldm_jax.sampling.pipeline import Given, Pipeline
 from ldm_jax.sampling.program import Form, Rows, generate
 

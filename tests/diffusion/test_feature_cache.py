@@ -11,8 +11,9 @@ import pytest
 from ldm_jax.conditioning.base import Cond
 from ldm_jax.diffusion.guidance import classifier_free
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise
-from ldm_jax.distributed.parallel import Target, compiled_for, make_mesh
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import RequestError
+from ldm_jax.kernels import for_platform
 from ldm_jax.models.unet import layout
 from ldm_jax.plan.flops import count_flops
 from ldm_jax.sampling.program import Form
@@ -216,15 +217,14 @@ def test_a_guided_call_computes_less_than_two_where_its_rows_stay_together(pipe)
 def test_rows_that_devices_divide_or_other_conditions_tell_apart_are_repeated_at_once(pipe):
     model, devices = pipe.model, make_mesh(2)
     context, picture = jnp.ones((2, 12, 16)), jnp.ones((2, 8, 8, 4))
-    assert model.attends_alone(Cond(crossattn=context))
+    assert model.shares_rows(Cond(crossattn=context))
     for cond in (
         Cond(concat=picture),
         Cond(context, concat=picture),
         Cond(context, vector=jnp.zeros(2, jnp.int32)),
     ):
-        assert not model.attends_alone(cond)
-    for told in (Target("cpu", mesh=devices), Target("cpu", cores=devices)):
-        with compiled_for(told):
-            assert not model.attends_alone(Cond(crossattn=context))
-    with compiled_for(Target("gpu")):
-        assert model.attends_alone(Cond(crossattn=context))
+        assert not model.shares_rows(cond)
+    for options in ({"mesh": devices}, {"cores": devices}):
+        divided = model.with_kernels(for_platform("cpu", **options))
+        assert not divided.shares_rows(Cond(crossattn=context))
+    assert model.with_kernels(for_platform("gpu")).shares_rows(Cond(crossattn=context))

@@ -9,7 +9,6 @@ import socket
 import time
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,20 +17,13 @@ from conftest import child
 from jax.sharding import NamedSharding, PartitionSpec
 from test_loop import assert_identical, final, first_stage, make_config, metrics, pictures  # noqa: F401
 
-from ldm_jax.distributed.parallel import (
-    ROWS,
-    TENSOR,
-    compile_step,
-    make_mesh,
-    make_placed,
-    row_shards,
-    shardings,
-    spec,
-)
+from ldm_jax.distributed.compile import compile_step, make_placed
+from ldm_jax.distributed.mesh import ROWS, make_mesh, row_shards
+from ldm_jax.distributed.shardings import TENSOR, shardings, spec
 from ldm_jax.errors import MeshError
+from ldm_jax.kernels import Kernels
 from ldm_jax.models.unet import UNet
-from ldm_jax.nn.layers import keep_rows, look_up, rows_over
-from ldm_jax.plan.hlo import collectives
+from ldm_jax.plan.hlo import collectives, parse
 from ldm_jax.train import loop
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
@@ -138,7 +130,7 @@ def test_looking_up_words_in_a_split_table_reduces_no_activations(fsdp):
             in_shardings=(NamedSharding(mesh, where), rows),
             out_shardings=rows,
         )
-        found = collectives(take.lower(table, tokens).compile().as_text(), 8)
+        found = collectives(parse(take.lower(table, tokens).compile().as_text()), 8)
         return {c.kind for c in found if c.size >= 4 * 16 * 77 * channels // 8}
 
     assert "all-reduce" not in kinds(where)
@@ -155,27 +147,17 @@ def test_the_gradient_of_a_split_table_is_summed_by_channels(fsdp):
 
     def gradient(find):
         def loss(values, places):
-            with rows_over(rows):
-                return jnp.sin(
-                    keep_rows(
-                        find(
-                            nn.Embed(*values.shape).bind({"params": {"embedding": values}}), places
-                        )
-                    )
-                ).mean()
+            return jnp.sin(Kernels(mesh).keep_rows(find(values, places))).mean()
 
-        return (
-            jax.jit(jax.grad(loss), in_shardings=(split, rows), out_shardings=split)
-            .lower(values, places)
-            .compile()
-        )
+        program = jax.jit(jax.grad(loss), in_shardings=(split, rows), out_shardings=split)
+        return program.lower(values, places).compile()
 
     def summed(compiled):
-        sizes = [c.size for c in collectives(compiled.as_text(), 8) if c.kind == "all-reduce"]
+        sizes = [c.size for c in collectives(parse(compiled.as_text()), 8) if c.kind == "all-reduce"]
         return max(sizes, default=0) / values.nbytes
 
-    alone = gradient(lambda table, places: table(places))
-    ours = gradient(look_up)
+    alone = gradient(Kernels().look_up)
+    ours = gradient(Kernels(mesh).look_up)
     assert summed(alone) == 1
     assert summed(ours) == (1 / fsdp if fsdp < 8 else 0)  # over the data axis
     placed = jax.device_put(values, split), jax.device_put(places, rows)

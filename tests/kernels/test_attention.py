@@ -8,21 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from ldm_jax.distributed.parallel import ROWS, Target, compile_step, compiled_for, make_mesh
-from ldm_jax.kernels.attention import (
-    SAVED,
-    batched,
-    choose,
-    chunked,
-    compact,
-    cudnn,
-    over_mesh,
-    plain,
-    splash,
-)
-from ldm_jax.nn.attention import attention
-from ldm_jax.nn.layers import geglu
-from ldm_jax.plan.hlo import collectives
+from ldm_jax.distributed.compile import compile_step
+from ldm_jax.distributed.mesh import ROWS, make_mesh
+from ldm_jax.kernels import REFERENCE, SAVED, Kernels, for_platform
+from ldm_jax.kernels.cpu import batched, chunked
+from ldm_jax.kernels.gpu import cudnn
+from ldm_jax.kernels.reference import attention as plain
+from ldm_jax.kernels.tpu import compact, splash
+from ldm_jax.plan.hlo import collectives, parse
 
 
 def arrays(
@@ -114,6 +107,7 @@ def test_the_tpu_kernel_is_plain_attention(dtype, tolerance):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_geglu_is_its_formula_and_on_a_cpu_keeps_its_argument_alone(platform):
+    geglu = for_platform(platform).geglu
     rng = np.random.default_rng(0)
     h, dy = (
         jnp.asarray(4 * rng.standard_normal((3, 5, 16))),
@@ -123,8 +117,7 @@ def test_geglu_is_its_formula_and_on_a_cpu_keeps_its_argument_alone(platform):
     def formula(h):
         return h[..., :8] * jax.nn.gelu(h[..., 8:], approximate=False)
 
-    with compiled_for(Target(platform)):
-        (y, pull), half = jax.vjp(geglu, h), geglu(h.astype(jnp.bfloat16))
+    (y, pull), half = jax.vjp(geglu, h), geglu(h.astype(jnp.bfloat16))
     expected, expected_pull = jax.vjp(formula, h)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(pull(dy)[0], expected_pull(dy)[0], rtol=1e-5, atol=2e-6)
@@ -152,7 +145,7 @@ def test_a_mesh_changes_nothing(form, tensor, heads):
     rows = NamedSharding(mesh, ROWS)
 
     def both(q, k, v, dy):
-        y, pull = jax.vjp(lambda *qkv: over_mesh(form, mesh, *qkv, 0.2), q, k, v)
+        y, pull = jax.vjp(partial(Kernels(mesh).per_device, lambda *qkv: form(*qkv, 0.2)), q, k, v)
         return y, *pull(dy)
 
     step = (
@@ -164,13 +157,14 @@ def test_a_mesh_changes_nothing(form, tensor, heads):
     ):
         np.testing.assert_allclose(got, expected, atol=3e-6)
     if tensor == 1:
-        assert collectives(step.as_text(), 8) == []
+        assert collectives(parse(step.as_text()), 8) == []
 
 
 def test_rows_that_a_mesh_does_not_divide_are_plain():
-    mesh = make_mesh(8, data=8)
-    given = arrays(3, 64, 64, 1, 8)[:3]
-    np.testing.assert_array_equal(over_mesh(chunked, mesh, *given, 0.3), plain(*given, 0.3))
+    given = arrays(3, 256, 256, 1, 8)[:3]
+    kernels = for_platform("cpu", make_mesh(8, data=8))
+    assert kernels.attention_form(*given) is chunked  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(kernels.attention(*given, 0.3), plain(*given, 0.3))
 
 
 # --------------------------------------------------------------------------------------------------------------- the choice
@@ -186,28 +180,37 @@ def shapes(n, m, d, dtype="bfloat16", heads=8):
     [
         ("cpu", (1024, 1024, 40, "float32"), chunked),
         ("cpu", (1024, 77, 40, "float32"), batched),
-        ("cpu", (64, 77, 160, "float32"), plain),
-        ("cpu", (64, 64, 160, "float32"), plain),
-        ("cpu", (1000, 1000, 40, "float32"), plain),  # divides into no chunks
+        ("cpu", (64, 77, 160, "float32"), None),
+        ("cpu", (64, 64, 160, "float32"), None),
+        ("cpu", (1000, 1000, 40, "float32"), None),  # divides into no chunks
         ("gpu", (4096, 4096, 40), cudnn),
         ("gpu", (1024, 1024, 20), cudnn),  # filled up to 24
-        ("gpu", (4096, 77, 40), plain),
-        ("gpu", (4096, 4096, 40, "float32"), plain),
-        ("gpu", (256, 256, 160), plain),
+        ("gpu", (4096, 77, 40), None),
+        ("gpu", (4096, 4096, 40, "float32"), None),
+        ("gpu", (256, 256, 160), None),
         ("tpu", (4096, 4096, 40), splash),
         ("tpu", (1024, 1024, 80), splash),
         ("tpu", (4096, 77, 40), compact),
         ("tpu", (256, 256, 160), compact),
         ("tpu", (4096, 4096, 512), compact),
-        ("rocm", (4096, 4096, 64), plain),
     ],
 )
 def test_forms_are_chosen_by_platform_and_shape(platform, shape, form):
-    assert choose(platform, *shapes(*shape)) is form
+    q, k, v = shapes(*shape)
+    assert for_platform(platform).attention_form(q, k, v) is form
 
 
-def long(q, k, v):
-    return jax.grad(lambda q: attention(q, k, v).sum())(q)
+def test_an_unknown_platform_is_plain():
+    assert for_platform("rocm") == REFERENCE
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, *map(for_platform, ("cpu", "gpu", "tpu"))])
+def test_a_mask_or_values_of_another_size_are_plain(kernels):
+    q, k, v, _ = arrays(1, 256, 256, 2, 8, 16)
+    np.testing.assert_array_equal(kernels.attention(q, k, v, 0.3), plain(q, k, v, 0.3))
+    mask = jnp.tril(jnp.ones((256, 256), bool))
+    expected = plain(q, k, k, 0.3, mask)
+    np.testing.assert_array_equal(kernels.attention(q, k, k, 0.3, mask), expected)
 
 
 def weights_of(text: str) -> bool:
@@ -215,50 +218,47 @@ def weights_of(text: str) -> bool:
     return "4x512x512" in text or "[2,4,512,512]" in text
 
 
-def test_a_program_of_which_nothing_is_said_gets_the_form_of_the_platform_it_is_lowered_for():
-    given = arrays(2, 512, 512, 4, 8)[:3]
-    assert not weights_of(jax.jit(long).lower(*given).compile().as_text())
-    assert weights_of(jax.jit(long).trace(*given).lower(lowering_platforms=("tpu",)).as_text())
-    assert weights_of(jax.jit(lambda *a: plain(*a, 1.0)).lower(*given).compile().as_text())
+def gradient(kernels):
+    return lambda q, k, v: jax.grad(lambda q: kernels.attention(q, k, v, 0.3).sum())(q)
 
 
-def test_a_compiled_step_gets_the_form_of_its_mesh():
+def test_the_cpu_form_has_no_array_of_all_weights():
     given = arrays(2, 512, 512, 4, 8)[:3]
-    mesh = make_mesh(2, data=2)
-    step = compile_step(
-        lambda *a, **_: long(*a), mesh, "jit", shared=(False,) * 3, out_shared=False
-    )
+    plainly, by_chunks = gradient(REFERENCE), gradient(for_platform("cpu"))
+    assert weights_of(jax.jit(plainly).lower(*given).compile().as_text())
+    assert not weights_of(jax.jit(by_chunks).lower(*given).compile().as_text())
+
+
+def test_over_a_mesh_each_device_has_the_form():
+    given = arrays(2, 512, 512, 4, 8)[:3]
+    mesh, expected = make_mesh(2, data=2), gradient(REFERENCE)(*given)
+
+    def compiled(mode, kernels):
+        step = lambda *a, **_: gradient(kernels)(*a)  # noqa: E731
+        return compile_step(step, mesh, mode, shared=(False,) * 3, out_shared=False)
+
+    step = compiled("jit", for_platform("cpu", mesh))
     text = step.lower(*given).compile().as_text()
     assert not weights_of(text)
     assert "[1,4,512,512]" not in text
-    assert collectives(text, 2) == []
-    np.testing.assert_allclose(step(*given), long(*given), atol=1e-6)
-    pmapped = compile_step(
-        lambda *a, **_: long(*a), mesh, "pmap", shared=(False,) * 3, out_shared=False
-    )
-    np.testing.assert_allclose(pmapped(*given), long(*given), atol=1e-6)
+    assert collectives(parse(text), 2) == []
+    np.testing.assert_allclose(step(*given), expected, atol=1e-6)
+    np.testing.assert_allclose(compiled("pmap", for_platform("cpu"))(*given), expected, atol=1e-6)
 
 
 def test_the_tpu_kernel_is_lowered_within_a_mesh_and_kept_by_rematerialisation():
     given = [jax.ShapeDtypeStruct((8, 1024, 2, 40), jnp.bfloat16)] * 3
     mesh = make_mesh(8, data=8)
+    kernels = for_platform("tpu", mesh)
 
     def step(q, k, v):
         keep = jax.checkpoint_policies.save_only_these_names(SAVED)
-        run = jax.checkpoint(lambda q: attention(q, k, v).astype(jnp.float32).sum(), policy=keep)
-        return jax.grad(run)(q)
-
-    def traced(*args):
-        with compiled_for(Target("tpu", mesh)):
-            return step(*args)
+        total = lambda q: kernels.attention(q, k, v, 0.2).astype(jnp.float32).sum()  # noqa: E731
+        return jax.grad(jax.checkpoint(total, policy=keep))(q)
 
     rows = NamedSharding(mesh, ROWS)
-    lowered = (
-        jax.jit(traced, in_shardings=(rows,) * 3)
-        .trace(*given)
-        .lower(lowering_platforms=("tpu",))
-        .as_text()
-    )
+    traced = jax.jit(step, in_shardings=(rows,) * 3).trace(*given)
+    lowered = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert lowered.count("tpu_custom_call") == 2  # forwards once, backwards once
 
 

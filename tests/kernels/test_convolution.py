@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.distributed.parallel import Target, compiled_for, make_mesh
-from ldm_jax.kernels.convolution import banded_pays, convolve, products_pay
-from ldm_jax.nn.layers import conv
+from ldm_jax.distributed.mesh import make_mesh
+from ldm_jax.kernels import Kernels, for_platform
+from ldm_jax.kernels.cpu_convolution import is_banded, is_product
+from ldm_jax.kernels.reference import conv
+from ldm_jax.nn.layers import Conv
 
 SAME = ((1, 1), (1, 1))
-NHWC = ("NHWC", "HWIO", "NHWC")
+CPU = for_platform("cpu")
 
 
 def arrays(
@@ -25,35 +27,35 @@ def arrays(
 @pytest.mark.parametrize(
     ("pays", "shape", "stride", "padding"),
     [
-        (banded_pays, (2, 32, 48, 8, 5, 3), 1, SAME),  # four bands a picture
+        (is_banded, (2, 32, 48, 8, 5, 3), 1, SAME),  # four bands a picture
         (
-            banded_pays,
+            is_banded,
             (1, 65, 67, 34, 3, 3),
             2,
             ((0, 1), (0, 1)),
         ),  # a downsampling, unevenly padded
         (
-            banded_pays,
+            is_banded,
             (1, 71, 64, 3, 6, 4),
             2,
             SAME,
         ),  # the discriminator's; no band divides 35 rows but 5, 7 and one
         (
-            banded_pays,
+            is_banded,
             (7, 16, 16, 5, 7, 3),
             1,
             SAME,
         ),  # bands of one small picture: no two divide seven
-        (banded_pays, (48, 16, 24, 5, 7, 3), 2, SAME),  # of five or less, of 96 pixels: four
-        (banded_pays, (16, 16, 16, 5, 7, 3), 1, SAME),  # of two
-        (products_pay, (2, 16, 16, 248, 240, 3), 1, SAME),  # products
+        (is_banded, (48, 16, 24, 5, 7, 3), 2, SAME),  # of five or less, of 96 pixels: four
+        (is_banded, (16, 16, 16, 5, 7, 3), 1, SAME),  # of two
+        (is_product, (2, 16, 16, 248, 240, 3), 1, SAME),  # products
         (
-            products_pay,
+            is_product,
             (1, 9, 8, 200, 240, 4),
             1,
             ((1, 2), (2, 1)),
         ),  # of an even kernel, unevenly padded
-        (products_pay, (3, 5, 4, 248, 240, 3), 1, ((0, 0), (0, 0))),  # without padding
+        (is_product, (3, 5, 4, 248, 240, 3), 1, ((0, 0), (0, 0))),  # without padding
     ],
     ids=[
         "four",
@@ -69,51 +71,43 @@ def arrays(
 )
 def test_values_and_gradients_are_those_of_xla(pays, shape, stride, padding):
     x, w = arrays(*shape)
-    assert [
-        form for form in (banded_pays, products_pay) if form(x, w, (stride, stride), padding)
-    ] == [pays]
+    strides = (stride, stride)
+    assert [form for form in (is_banded, is_product) if form(x, w, strides, padding)] == [pays]
 
     def results(form, x, w):
-        y, pull = jax.vjp(lambda x, w: form(x, w, (stride, stride), padding), x, w)
+        y, pull = jax.vjp(lambda x, w: form(x, w, strides, padding), x, w)
         return y, *pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
-    def by_xla(x, w, strides, padding):
-        return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=NHWC)
-
-    expected = jax.jit(lambda x, w: results(by_xla, x, w))(x, w)
-    for told in (None, Target("cpu")):
-        with compiled_for(told):
-            got = jax.jit(lambda x, w: results(convolve, x, w))(x, w)
-        for name, a, b in zip(("values", "dx", "dw"), got, expected, strict=True):
-            assert a.shape == b.shape
-            assert float(jnp.abs(a - b).max()) < 3e-6 * float(jnp.abs(b).max()), name
+    expected = jax.jit(lambda x, w: results(conv, x, w))(x, w)
+    got = jax.jit(lambda x, w: results(CPU.conv, x, w))(x, w)
+    for name, a, b in zip(("values", "dx", "dw"), got, expected, strict=True):
+        assert a.shape == b.shape
+        assert float(jnp.abs(a - b).max()) < 3e-6 * float(jnp.abs(b).max()), name
 
 
-def uses_bands(told: Target | None, side: int = 32, dtype: str = "float32", batch: int = 2) -> bool:
-    """Whether the gradient of a layer's loss has the loop over bands, for a program of ``told``."""
+def uses_bands(kernels: Kernels, side: int = 32, dtype: str = "float32", batch: int = 2) -> bool:
+    """Whether the gradient of a layer's loss has the loop over bands."""
     x = jnp.ones((batch, side, side, 4), dtype)
-    layer = conv(4, 3, x, name="conv", dtype=jnp.dtype(dtype))
+    layer = Conv(4, dtype=jnp.dtype(dtype), kernels=kernels)
     params = layer.init(jax.random.key(0), x)
-    with compiled_for(told):
-        # A function of its own: jit remembers what it traced.
-        text = jax.jit(jax.grad(lambda p: layer.apply(p, x).sum())).lower(params).as_text()
+    text = jax.jit(jax.grad(lambda p: layer.apply(p, x).sum())).lower(params).as_text()
     return "while" in text
 
 
 def test_the_bands_are_for_many_pixels_in_float32_on_one_cpu():
-    assert uses_bands(Target("cpu"), batch=1)
-    assert uses_bands(None)
-    assert not uses_bands(Target("cpu"), side=31, batch=1)
-    assert uses_bands(Target("cpu"), side=16, batch=4)
-    assert not uses_bands(Target("cpu"), side=16, batch=3)
-    assert not uses_bands(Target("cpu"), dtype="bfloat16")
-    assert not uses_bands(Target("cpu", make_mesh(8)))
-    assert not uses_bands(Target("tpu"))
+    assert uses_bands(CPU, batch=1)
+    assert not uses_bands(Kernels())
+    assert not uses_bands(CPU, side=31, batch=1)
+    assert uses_bands(CPU, side=16, batch=4)
+    assert not uses_bands(CPU, side=16, batch=3)
+    assert not uses_bands(CPU, dtype="bfloat16")
+    assert not uses_bands(for_platform("cpu", make_mesh(8)))
+    assert not uses_bands(for_platform("tpu"))
 
 
 def test_products_are_for_few_pixels_and_many_weights_in_float32_on_one_cpu():
     def uses_products(
-        told: Target | None,
+        kernels: Kernels = CPU,
         batch: int = 2,
         c: int = 124,
         o: int = 120,
@@ -121,21 +115,21 @@ def test_products_are_for_few_pixels_and_many_weights_in_float32_on_one_cpu():
         backward: bool = True,
     ) -> bool:
         def run(x, w):
-            return convolve(x, w, (1, 1), SAME, dimension_numbers=NHWC).astype("float32").sum()
+            return kernels.conv(x, w, (1, 1), SAME).astype("float32").sum()
 
         x, w = jnp.ones((batch, 16, 16, c), dtype), jnp.ones((3, 3, c, o), dtype)
-        with compiled_for(told):
-            text = jax.jit(jax.grad(run, (0, 1)) if backward else run).lower(x, w).as_text()
+        text = jax.jit(jax.grad(run, (0, 1)) if backward else run).lower(x, w).as_text()
         return "dot_general" in text
 
-    assert uses_products(Target("cpu"))
-    assert uses_products(None)
-    assert not uses_products(Target("cpu"), batch=3)
-    assert not uses_products(Target("cpu"), c=120)
-    assert not uses_products(Target("cpu"), dtype="bfloat16")
-    assert not uses_products(Target("cpu", make_mesh(8)))
-    assert not uses_products(Target("tpu"))
+    assert uses_products()
+    assert not uses_products(Kernels())
+    assert not uses_products(batch=3)
+    assert not uses_products(c=120)
+    assert not uses_products(dtype="bfloat16")
+    assert not uses_products(for_platform("cpu", make_mesh(8)))
+    assert not uses_products(for_platform("tpu"))
     # Where nothing is differentiated, of more weights.
-    assert not uses_products(Target("cpu"), backward=False)
-    assert uses_products(Target("cpu"), c=248, o=240, backward=False)
-    assert not uses_products(Target("cpu"), c=248, o=240, batch=3, backward=False)
+    for kernels in (CPU, for_platform("cpu", differentiable=False)):
+        assert not uses_products(kernels, backward=False)
+        assert uses_products(kernels, c=248, o=240, backward=False)
+        assert not uses_products(kernels, c=248, o=240, batch=3, backward=False)

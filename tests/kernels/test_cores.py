@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.kernels import cores
 from ldm_jax.sampling.pipeline import Pipeline
@@ -26,7 +27,7 @@ def four(monkeypatch):
     [(1, 8, 1), (2, 8, 2), (8, 2, 2), (5, 4, 3), (16, 8, 8), (9, 8, 5), (3, 1, 1)],
 )
 def test_as_many_cores_as_are_done_soonest(rows, most, count):
-    assert cores.enough(rows, most) == count
+    assert cores.fewest(rows, most) == count
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
@@ -39,14 +40,14 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
 
 def test_using_cores_after_devices_were_asked_for_says_so():
     assert jax.device_count() == 8
-    with pytest.raises(RuntimeError, match="before anything else of jax"):
+    with pytest.raises(RuntimeError, match="before any other use of JAX"):
         cores.use_cores()
     assert cores.devices() == []
 
 
 def test_arrays_are_shared_without_a_copy(four):
     array = jax.device_put(jnp.arange(4096.0), jax.devices()[0])
-    made = cores.shared({"a": array}, four)["a"]
+    made = cores.replicate({"a": array}, four)["a"]
     assert len(made.addressable_shards) == 4
     for shard in made.addressable_shards:
         assert shard.data.unsafe_buffer_pointer() == array.unsafe_buffer_pointer()
@@ -63,7 +64,12 @@ def test_rows_are_divided_and_come_back_in_order(four, rows):
             "core": jnp.full(a.shape[0], jax.lax.axis_index(cores.AXIS)),
         }
 
-    step = cores.compile_step(lambda scale, tree: cores.over_rows(call, four, scale, tree), four)
+    whole = NamedSharding(four, PartitionSpec())
+    step = jax.jit(
+        lambda scale, tree: cores.divide_rows(call, four, scale, tree),
+        in_shardings=whole,
+        out_shardings=whole,
+    )
     tree = {"a": np.arange(3.0 * rows).reshape(rows, 3), "b": np.arange(rows) * 100.0}
     made = step(2.0, tree)
     np.testing.assert_array_equal(made["sum"], 2 * (tree["a"].sum(1) + tree["b"]))

@@ -7,9 +7,10 @@ import pytest
 
 from ldm_jax.conditioning import CONDITIONERS
 from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.models.build import build_first_stage
 from ldm_jax.models.clip import CLIPVision
 from ldm_jax.models.encoder_unet import EncoderUNet
-from ldm_jax.models.ldm import FirstStage, build_first_stage
+from ldm_jax.models.ldm import FirstStage
 from ldm_jax.models.permuter import PERMUTERS
 from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, VectorQuantizer
 from ldm_jax.nn.resize import resize

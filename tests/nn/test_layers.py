@@ -1,13 +1,17 @@
 """Layers that every network shares."""
 
+import dataclasses
+from typing import Any
+
 import flax.errors
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.distributed.parallel import Target, compiled_for
-from ldm_jax.nn.layers import Conv, Dense, GroupNorm, LayerNorm, as_many
+from ldm_jax.kernels import REFERENCE, for_platform
+from ldm_jax.nn.layers import Conv, Dense, GroupNorm, LayerNorm, repeat_batch, with_kernels
 from ldm_jax.nn.resnet import Upsample
 
 X = jnp.ones((2, 4, 4, 32))
@@ -15,7 +19,7 @@ X = jnp.ones((2, 4, 4, 32))
 
 @pytest.mark.parametrize(
     "layer",
-    [Dense(8), Conv(8, (3, 3)), GroupNorm(1e-5), LayerNorm()],
+    [Dense(8), Conv(8), GroupNorm(1e-5), LayerNorm()],
     ids=["dense", "conv", "group_norm", "layer_norm"],
 )
 def test_given_parameters_have_their_shapes_compared_without_an_initialiser(layer, monkeypatch):
@@ -27,10 +31,27 @@ def test_given_parameters_have_their_shapes_compared_without_an_initialiser(laye
     assert layer.apply(variables, X).shape[:3] == X.shape[:3]
 
 
-def test_as_many_repeats_whole_batches():
+def test_repeat_batch_repeats_whole_batches():
     a = jnp.arange(3)
-    assert as_many(a, jnp.zeros((6, 2))).tolist() == [0, 1, 2, 0, 1, 2]
-    assert as_many(a, jnp.zeros((3, 2))) is a
+    assert repeat_batch(a, jnp.zeros((6, 2))).tolist() == [0, 1, 2, 0, 1, 2]
+    assert repeat_batch(a, jnp.zeros((3, 2))) is a
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """As a conditioner holds a module, in another one perhaps."""
+
+    inner: Any
+    size: int = 3
+
+
+def test_kernels_reach_every_module_and_leave_the_rest():
+    cpu, norm = for_platform("cpu"), nn.LayerNorm()
+    changed = with_kernels(Holder(Holder(Dense(8))), cpu)
+    assert changed == Holder(Holder(Dense(8, kernels=cpu)))
+    assert with_kernels(changed, REFERENCE) == Holder(Holder(Dense(8)))
+    for other in (Holder(norm), norm, None, 3):
+        assert with_kernels(other, cpu) is other
 
 
 @pytest.mark.parametrize("size", [(8, 8), (2, 3)], ids=["many pixels", "few"])
@@ -39,13 +60,13 @@ def test_doubling_and_convolving_is_one_convolution_for_a_tpu(size):
     variables = module.init(jax.random.key(1), x)
     dy = jax.random.normal(jax.random.key(2), (2, 2 * size[0], 2 * size[1], 8))
 
-    def results(told):
-        with compiled_for(told):
-            y, back = jax.vjp(module.apply, variables, x)
-            traced = str(jax.make_jaxpr(module.apply)(variables, x))
+    def results(kernels):
+        apply = module.clone(kernels=kernels).apply
+        y, back = jax.vjp(apply, variables, x)
+        traced = str(jax.make_jaxpr(apply)(variables, x))
         return jax.tree.leaves((y, back(dy))), "lhs_dilation=(2, 2)" in traced
 
-    (plain, never), (ours, dilated) = results(None), results(Target("tpu"))
+    (plain, never), (ours, dilated) = results(REFERENCE), results(for_platform("tpu"))
     assert (never, dilated) == (False, size == (8, 8))
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)

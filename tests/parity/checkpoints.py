@@ -16,7 +16,8 @@ from ldm_jax.diffusion.grids import step_grid
 from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import DDIM, sample
 from ldm_jax.diffusion.schedule import Schedule
-from ldm_jax.models.ldm import LatentDiffusion, build
+from ldm_jax.models.build import build
+from ldm_jax.models.ldm import LatentDiffusion
 from ldm_jax.models.vqgan import VQModel
 
 from .golden import Case, NotYet, nchw

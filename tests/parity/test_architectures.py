@@ -15,7 +15,7 @@ from ldm_jax.convert.compvis.infer import Original, infer
 from ldm_jax.convert.compvis.original import conditioning_key, config_of, fields_of, original_of
 from ldm_jax.convert.compvis.targets import module_from_config
 from ldm_jax.convert.tables import Duplicate, Entry, flatten, source_shapes
-from ldm_jax.models.ldm import build, build_first_stage
+from ldm_jax.models.build import build, build_first_stage
 from ldm_jax.models.unet import layout
 
 from .golden import golden_folder

@@ -28,7 +28,7 @@ from ldm_jax.convert.tables import (
 from ldm_jax.errors import ConversionError, TargetError
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.gpt import GPT
-from ldm_jax.models.text import TransformerEncoder
+from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.unet import UNet
 
 SMALL = {

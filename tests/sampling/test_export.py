@@ -89,7 +89,7 @@ def test_it_is_for_three_platforms_and_says_what_it_takes(exported, tiny_dir):
 def test_the_tokenizer_beside_it_gives_the_same_ids(text):
     from tokenizers import Tokenizer
 
-    from ldm_jax.models.ldm import build_conditioner
+    from ldm_jax.models.build import build_conditioner
 
     tiny_clip = {
         "kind": "clip",

@@ -7,7 +7,8 @@ from conftest import KL, random_params
 
 from ldm_jax.conditioning.masked import filled, masked_condition
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.models.ldm import FirstStage, build_first_stage, to_float
+from ldm_jax.models.build import build_first_stage
+from ldm_jax.models.ldm import FirstStage, to_float
 
 
 def first_stage():

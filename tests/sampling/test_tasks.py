@@ -18,7 +18,8 @@ from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise, sample, step_grid
 from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.errors import ConfigError, RequestError
-from ldm_jax.models.ldm import build_conditioner, to_float, to_uint8
+from ldm_jax.models.build import build_conditioner
+from ldm_jax.models.ldm import to_float, to_uint8
 from ldm_jax.sampling.program import (
     Form,
     decode,

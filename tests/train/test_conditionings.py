@@ -14,11 +14,11 @@ from ldm_jax.conditioning import CONDITIONERS
 from ldm_jax.conditioning.config import frozen_conditioner
 from ldm_jax.conditioning.hybrid import Hybrid
 from ldm_jax.configs.common import base
-from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import ConfigError, DataError
 from ldm_jax.io.checkpoint import load_model, save_model
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.models.ldm import build_first_stage
+from ldm_jax.models.build import build_first_stage
 from ldm_jax.train import loop
 from ldm_jax.train.check import check
 from ldm_jax.train.encode import check_cache, encode

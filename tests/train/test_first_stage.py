@@ -12,10 +12,11 @@ from conftest import SMALL_KL, random_params, worst
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.configs.common import base
-from ldm_jax.distributed.parallel import compile_step, make_mesh
+from ldm_jax.distributed.compile import compile_step
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.models.build import build_first_stage
 from ldm_jax.models.discriminator import PatchDiscriminator
-from ldm_jax.models.ldm import build_first_stage
 from ldm_jax.train.start import with_parameters
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import adversarial, autoencoder

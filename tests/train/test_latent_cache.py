@@ -10,7 +10,7 @@ from test_loop import first_stage, make_config, metrics, pictures  # noqa: F401
 
 from ldm_jax.data import LatentSource
 from ldm_jax.data import latents as cache_format
-from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import ConfigError, DataError
 from ldm_jax.io.checkpoint import load_model, save_model
 from ldm_jax.train import encode as encoding

@@ -22,11 +22,12 @@ from PIL import Image
 
 import ldm_jax
 from ldm_jax.configs.common import base
-from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import CheckpointError, ConfigError, TrainingDiverged
 from ldm_jax.io.checkpoint import BestCheckpoints, TrainingCheckpoints, load_model, save_model
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.models.ldm import FirstStage, build, build_first_stage, init_params
+from ldm_jax.models.build import build, build_first_stage, init_params
+from ldm_jax.models.ldm import FirstStage
 from ldm_jax.train import loop
 from ldm_jax.train.loop import run_evaluation, train
 from ldm_jax.train.report import Report

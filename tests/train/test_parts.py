@@ -11,10 +11,14 @@ from conftest import SMALL, random_params, worst
 from ml_collections import ConfigDict
 
 from ldm_jax.configs.common import base
-from ldm_jax.distributed.parallel import compile_step, make_mesh, shardings, state_shardings
+from ldm_jax.distributed.compile import compile_step
+from ldm_jax.distributed.mesh import make_mesh
+from ldm_jax.distributed.shardings import shardings, state_shardings
+from ldm_jax.kernels import for_platform
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.models.ldm import FirstStage, build, build_first_stage, init_params
-from ldm_jax.train.loop import over_rows
+from ldm_jax.models.build import build, build_first_stage, init_params
+from ldm_jax.models.ldm import FirstStage
+from ldm_jax.nn.layers import with_kernels
 from ldm_jax.train.optim import describe_rate, learning_rate, make_optimizer, with_scaled_rate
 from ldm_jax.train.state import apply_gradients, create_state, scan_parts
 from ldm_jax.train.tasks import diffusion
@@ -162,7 +166,7 @@ def setups():
     first_stage = random_params(jax.eval_shape(lambda: init_autoencoder(module, key)), 1)
     of_autoencoder = AutoencoderTask(config_of("autoencoder", kind="l2", kl_weight=1e-3), module)
     autoencoder = Setup(
-        step=lambda parts: of_autoencoder.make_step(tx, parts),
+        step=lambda parts, kernels: with_kernels(of_autoencoder, kernels).make_step(tx, parts),
         state=create_state(first_stage, tx, ema=True),
         frozen={},
         batch={"image": images, "row": rows},
@@ -174,7 +178,7 @@ def setups():
     of_diffusion = DiffusionTask(loss, model, {}, None)
     diffusion = Setup(
         model=model,
-        step=lambda parts: of_diffusion.make_step(tx, parts),
+        step=lambda parts, kernels: with_kernels(of_diffusion, kernels).make_step(tx, parts),
         state=create_state(params, tx, ema=True),
         frozen={"first_stage": model.first_stage, "null": model.conditioner.encode_null(1)},
         batch={
@@ -220,12 +224,16 @@ def run_steps(setup, devices, mode, parts, n, zero1=False, **axes):
     placed, frozen = state_shardings(setup.state, mesh, zero1), shardings(setup.frozen, mesh)
     if mode == "pmap":
         step = compile_step(
-            setup.step(parts), mesh, mode, shared=(True, True, False), out_shared=(True, True)
+            setup.step(parts, for_platform("cpu")),
+            mesh,
+            mode,
+            shared=(True, True, False),
+            out_shared=(True, True),
         )
     else:
         given, out = (placed, frozen, False), (placed, True)
         step = compile_step(
-            over_rows(setup.step(parts), mesh), mesh, mode, shared=given, out_shared=out
+            setup.step(parts, for_platform("cpu", mesh)), mesh, mode, shared=given, out_shared=out
         )
     state, losses = jax.device_put(setup.state, placed), []
     for _ in range(n):

@@ -15,10 +15,11 @@ from test_loop import metrics, pictures  # noqa: F401
 import ldm_jax
 from ldm_jax.configs.common import base
 from ldm_jax.diffusion.schedule import q_sample
-from ldm_jax.distributed.parallel import make_mesh
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import ConfigError
 from ldm_jax.io import png
-from ldm_jax.models.ldm import build, init_params, to_float
+from ldm_jax.models.build import build, init_params
+from ldm_jax.models.ldm import to_float
 from ldm_jax.sampling.export import export
 from ldm_jax.sampling.pipeline import Pipeline
 from ldm_jax.train import loop

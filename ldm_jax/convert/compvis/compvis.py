@@ -47,6 +47,7 @@ from ldm_jax.convert.tables import (
     unused,
 )
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL, Decoder, Encoder
+from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText, CLIPVision
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
@@ -54,7 +55,6 @@ from ldm_jax.models.encoder_unet import EncoderUNet, encoder_layout
 from ldm_jax.models.gpt import GPT, causal_mask
 from ldm_jax.models.perceptual import LPIPS, SCALE, SHIFT, VGG16_LAYERS
 from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantizer, VectorQuantizer
-from ldm_jax.models.text import TransformerEncoder
 from ldm_jax.models.unet import Layout, Trunk, UNet, layout
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
 

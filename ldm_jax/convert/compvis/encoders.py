@@ -15,9 +15,9 @@ from ldm_jax.convert.tables import (
     norm,
     unused,
 )
+from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText, CLIPVision
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
-from ldm_jax.models.text import TransformerEncoder
 
 
 def bert_table(model: TransformerEncoder, prefix: str = "cond_stage_model.transformer.") -> Table:

@@ -16,7 +16,7 @@ from ldm_jax.convert.compvis.infer import INPAINTING, LATENT_DIFFUSION, Original
 from ldm_jax.convert.compvis.whole import IDENTITIES, IS_FIRST_STAGE, UNCONDITIONAL
 from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL
-from ldm_jax.models.ldm import build, build_first_stage
+from ldm_jax.models.build import build, build_first_stage
 from ldm_jax.models.vqgan import VQModel
 
 _EMBEDDERS = "ldm.modules.encoders.modules"

@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import AutoencoderKL, Decoder, Encoder
+from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText, CLIPVision
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
@@ -20,7 +21,6 @@ from ldm_jax.models.encoder_unet import EncoderUNet
 from ldm_jax.models.gpt import GPT
 from ldm_jax.models.perceptual import LPIPS, VGG16_WIDTHS
 from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, VectorQuantizer
-from ldm_jax.models.text import TransformerEncoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
 

@@ -11,8 +11,8 @@ from ldm_jax.convert.diffusers.configs import Config
 from ldm_jax.convert.reader.reader import MAX_JSON
 from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import Autoencoder
+from ldm_jax.models.build import build_first_stage, construct
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.ldm import build_first_stage, construct
 from ldm_jax.models.unet import UNet
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from ldm_jax.convert.compvis.targets import clip_text_from_params, pick_params
 from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import Autoencoder, Decoder, Encoder
+from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.text import TransformerEncoder
 from ldm_jax.models.vqgan import VQModelInterface
 
 Config = dict[str, Any]

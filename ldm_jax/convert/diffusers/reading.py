@@ -26,7 +26,7 @@ from ldm_jax.convert.reader.lazy import LazyTensor
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.tables import Entry, source_shapes, to_ours
 from ldm_jax.errors import ConfigError, TargetError
-from ldm_jax.models.ldm import DTYPES
+from ldm_jax.models.build import DTYPES
 from ldm_jax.models.unet import UNet
 
 _INPAINTING = "StableDiffusionInpaintPipeline"

@@ -16,8 +16,8 @@ from ldm_jax.convert.compvis.encoders import clip_text_table
 from ldm_jax.convert.reader.lazy import LazyTensor
 from ldm_jax.convert.tables import CONV1X1, Entry, Path, Table, conv, dense, embedding, norm, unused
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL, Coder, Decoder, Encoder
+from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.text import TransformerEncoder
 from ldm_jax.models.unet import Block, UNet, layout
 from ldm_jax.models.vqgan import VQModelInterface
 

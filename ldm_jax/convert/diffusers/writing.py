@@ -16,7 +16,8 @@ from ldm_jax.convert.diffusers.tables import TABLES, split_qkv
 from ldm_jax.convert.diffusers.vocabulary import TOKENIZERS, save_tokenizer
 from ldm_jax.convert.tables import to_theirs
 from ldm_jax.errors import TargetError
-from ldm_jax.models.ldm import LatentDiffusion, build
+from ldm_jax.models.build import build
+from ldm_jax.models.ldm import LatentDiffusion
 from ldm_jax.models.unet import UNet
 
 

@@ -10,20 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ldm_jax.distributed.parallel import fetch
+from ldm_jax.distributed.processes import fetch
 from ldm_jax.errors import ConfigError
 from ldm_jax.io import png
+from ldm_jax.kernels import for_platform
 from ldm_jax.models.autoencoder import (
     AutoencoderKL,
     init_autoencoder,
     init_variables,
     latent_shape,
 )
+from ldm_jax.models.build import DTYPES, build_first_stage
 from ldm_jax.models.discriminator import PatchDiscriminator
-from ldm_jax.models.ldm import DTYPES, apply, build_first_stage, to_float, to_uint8
+from ldm_jax.models.ldm import apply, to_float, to_uint8
 from ldm_jax.models.perceptual import LPIPS, load_lpips
 from ldm_jax.models.quantize import perplexity, share_of
 from ldm_jax.models.vqgan import VQModelInterface
+from ldm_jax.nn.layers import with_kernels
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import (
     TrainState,
@@ -200,7 +203,8 @@ class AutoencoderTask(Task):
         elif config.loss.perceptual_weight:
             LOG.warning("without loss.vgg16 and loss.lpips_heads there is no perceptual term")
         disc_tx = None if adversary is None else make_optimizer(config.optim, config.steps)
-        return cls(config, module, adversary, disc_tx, lpips, params)
+        task = cls(config, module, adversary, disc_tx, lpips, params)
+        return with_kernels(task, for_platform(jax.default_backend()))
 
     def on_axis(self, axis_name: str | None) -> "AutoencoderTask":
         """Returns the task with statistics over the devices of a pmap."""

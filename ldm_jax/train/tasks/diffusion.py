@@ -22,19 +22,14 @@ from ldm_jax.conditioning.config import (
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.diffusion.schedule import q_sample
-from ldm_jax.distributed.parallel import fetch
+from ldm_jax.distributed.processes import fetch
 from ldm_jax.errors import CheckpointError, ConfigError
 from ldm_jax.io import png
 from ldm_jax.io.checkpoint import find_model, load_model, read_config
+from ldm_jax.kernels import for_platform
 from ldm_jax.models.autoencoder import init_autoencoder
-from ldm_jax.models.ldm import (
-    LatentDiffusion,
-    build,
-    build_first_stage,
-    init_params,
-    to_float,
-    to_uint8,
-)
+from ldm_jax.models.build import build, build_first_stage, init_params
+from ldm_jax.models.ldm import LatentDiffusion, to_float, to_uint8
 from ldm_jax.models.vqgan import VQModelInterface
 from ldm_jax.sampling.program import Form, Made, Plan, Rows, generate
 from ldm_jax.train.state import normal_rows, row_keys
@@ -124,6 +119,7 @@ class DiffusionTask(Task):
             )
         model = {"kind": "latent_diffusion", **model}
         built = build(model, None, first_stage, config.dtype, config.remat)
+        built = built.with_kernels(for_platform(jax.default_backend()))
         check_sizes(built, tuple(config.data.size))
         return cls(config, built, model, condition, frozen)
 
@@ -189,7 +185,8 @@ class DiffusionTask(Task):
           train: With dropout of conditions and of activations. An evaluation draws all timesteps
             alike.
         """
-        model, config, first_stage = self.model, self.config.loss, frozen["first_stage"]
+        model, config = self.model, self.config.loss
+        first_stage = frozen["first_stage"].with_kernels(model.unet.kernels)
         schedule, seed = model.schedule, self.config.seed + (not train)
         keys = row_keys(seed, step, batch["row"])
         moments = jax.lax.stop_gradient(read_moments(first_stage, batch))
@@ -327,11 +324,12 @@ class DiffusionTask(Task):
         nodes = SAMPLERS["ddim"].nodes(self.model.schedule, grid, **noise)
         guidance = np.full(n, sampling["guidance"], np.float32)
         rows = Rows(np.arange(n, dtype=np.uint32), encoded, null, guidance, image=image, mask=mask)
-        model = dataclasses.replace(self.model, params=params, first_stage=frozen["first_stage"])
+        stage = frozen["first_stage"].with_kernels(self.model.unet.kernels)
+        model = dataclasses.replace(self.model, params=params, first_stage=stage)
         shown = np.linspace(0, steps - 1, min(steps, columns)).round().astype(int).tolist()
         form = Form(tuple(sampling["size"]), progress=tuple(shown), progress_rows=1)
         made = sample_preview(model, nodes, rows, form)
-        samples, stage, kept = fetch(made.images), frozen["first_stage"], None
+        samples, kept = fetch(made.images), None
         if self.model.first_stage.module is not None:
             pixels = {name: raw[name] for name in ("image", "moments") if name in raw}
             kept = fetch(reconstruct(stage, pixels))

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.distributed.parallel import Target, compiled_for, make_mesh
-from ldm_jax.nn import norms
-from ldm_jax.nn.layers import GroupNorm, dense, layer_norm
+from ldm_jax.distributed.mesh import make_mesh
+from ldm_jax.kernels import REFERENCE, for_platform
+from ldm_jax.nn.layers import Dense, LayerNorm
 
 GROUPS, EPS = 4, 1e-5
 DEVICES = {
-    "one cpu": None,
-    "cpus": Target("cpu", make_mesh()),
-    "gpu": Target("gpu"),
-    "tpu": Target("tpu"),
+    "reference": REFERENCE,
+    "one cpu": for_platform("cpu"),
+    "cpus": for_platform("cpu", make_mesh()),
+    "gpu": for_platform("gpu"),
+    "tpu": for_platform("tpu"),
 }
 
 
@@ -29,16 +30,23 @@ def plain_group_norm(x, scale, bias, *, silu):
     return nn.silu(y) if silu else y
 
 
+def plain_layer_norm(x, scale, bias):
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x / jnp.sqrt(x.var(-1, keepdims=True) + EPS) * scale + bias
+
+
+# name -> (the form of some kernels, the plain formula)
 FORMS = {
     "group": (
-        lambda *a: norms.group_norm(*a, GROUPS, EPS, False),
+        lambda kernels: lambda *a: kernels.group_norm(*a, GROUPS, EPS, False),
         partial(plain_group_norm, silu=False),
     ),
     "group and silu": (
-        lambda *a: norms.group_norm(*a, GROUPS, EPS, True),
+        lambda kernels: lambda *a: kernels.group_norm(*a, GROUPS, EPS, True),
         partial(plain_group_norm, silu=True),
     ),
-    "layer": (lambda *a: norms._layer_norm(*a, EPS), lambda *a: norms._plain_layer_norm(*a, EPS)),
+    "layer": (lambda kernels: lambda *a: kernels.layer_norm(*a, EPS), plain_layer_norm),
 }
 
 
@@ -65,8 +73,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(device, name, shape, d
         return y, *back(dy)
 
     ours, plain = FORMS[name]
-    with compiled_for(DEVICES[device]):
-        found = results(ours)
+    found = results(ours(DEVICES[device]))
     for a, b in zip(found, results(plain), strict=True):
         assert a.dtype == b.dtype
         close = (
@@ -79,8 +86,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(device, name, shape, d
 def test_a_broken_group_does_not_spread_to_others(device):
     x, scale, bias, _ = inputs(2, 5, 6, 16)
     x[0, 0, 0, 5] = np.nan
-    with compiled_for(DEVICES[device]):
-        broken = np.isnan(norms.group_norm(x, scale, bias, GROUPS, EPS, False))
+    broken = np.isnan(DEVICES[device].group_norm(x, scale, bias, GROUPS, EPS, False))
     assert broken[0, :, :, 4:8].all()
     assert broken.sum() == broken[0, :, :, 4:8].size
 
@@ -101,10 +107,8 @@ def test_statistics_do_not_cancel(device, change):
     expected = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(
         groups.var((1, 3), keepdims=True) + EPS
     )
-    with compiled_for(DEVICES[device]):
-        found = norms.group_norm(
-            x, np.ones(16, np.float32), np.zeros(16, np.float32), GROUPS, EPS, False
-        )
+    scale, bias = np.ones(16, np.float32), np.zeros(16, np.float32)
+    found = DEVICES[device].group_norm(x, scale, bias, GROUPS, EPS, False)
     np.testing.assert_allclose(
         found, expected.reshape(x.shape), rtol=1e-5, atol=1e-6 * np.abs(x).max()
     )
@@ -112,7 +116,7 @@ def test_statistics_do_not_cancel(device, change):
 
 def test_layer_norm_is_flax_s():
     x, *_ = inputs(3, 7, 16)
-    ours, flax = layer_norm("norm", jnp.float32), nn.LayerNorm(epsilon=1e-5)
+    ours, flax = LayerNorm(), nn.LayerNorm(epsilon=1e-5)
     variables = ours.init(jax.random.key(0), x)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
         jnp.shape, flax.init(jax.random.key(0), x)
@@ -131,51 +135,18 @@ def test_a_backward_pass_keeps_the_input_and_little_else(name):
         _, back = jax.vjp(form, jnp.asarray(x), scale, bias)
         return sum(a.nbytes for a in jax.tree.leaves(back))
 
-    ours, plain = map(kept, FORMS[name])
+    ours, plain = FORMS[name]
+    ours, plain = kept(ours(for_platform("cpu"))), kept(plain)
     assert x.nbytes <= ours < 1.1 * x.nbytes < 2 * x.nbytes <= plain
-
-
-class Layers(nn.Module):
-    """A normalisation of each kind and a linear layer, one after the other."""
-
-    @nn.compact
-    def __call__(self, x):
-        y = GroupNorm(1e-5, 4, silu=True, name="group")(x)
-        return dense(8, y, name="dense", dtype=jnp.float32)(layer_norm("layer", jnp.float32)(y))
-
-
-def test_others_than_a_single_cpu_have_flax_s_layer_norm_and_plain_products():
-    x, *_ = inputs(8, 4, 4, 16)
-    module = Layers()
-    variables = module.init(jax.random.key(0), x)
-
-    def traced(told):
-        with compiled_for(told):
-            return str(jax.make_jaxpr(lambda v, x: module.apply(v, x))(variables, x)).count(
-                "custom_vjp_call"
-            )
-
-    assert traced(None) == traced(Target("cpu")) == 3
-    assert traced(Target("tpu")) == traced(Target("gpu")) == traced(Target("cpu", make_mesh())) == 1
 
 
 def test_a_linear_layer_has_the_gradients_of_xla():
     x, *_ = inputs(2, 5, 6, 16)
     variables = nn.Dense(8).init(jax.random.key(0), x)
 
-    class Ours(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return dense(8, x, name="dense", dtype=jnp.float32)(x)
+    def gradients(module):
+        return jax.grad(lambda v, x: jnp.sin(module.apply(v, x)).sum(), (0, 1))(variables, x)
 
-    def gradients(module, scope):
-        return jax.grad(
-            lambda v, x: jnp.sin(module.apply({"params": scope(v["params"])}, x)).sum(), (0, 1)
-        )(variables, x)
-
-    both = (
-        gradients(Ours(), lambda params: {"dense": params}),
-        gradients(nn.Dense(8), lambda params: params),
-    )
+    both = gradients(Dense(8, kernels=for_platform("cpu"))), gradients(nn.Dense(8))
     for a, b in zip(*map(jax.tree.leaves, both), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
