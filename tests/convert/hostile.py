@@ -207,9 +207,9 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
         "__subclasses__",
     )
     yield "globals", text("torch") + text("Tensor.__init__.__globals__") + b"\x93", "__globals__"
-    yield "extension registry", b"\x82\x01", "EXT1"
-    yield "persistent name", b"Pos.system\n", "PERSID"
-    yield "out of band", b"\x97", "NEXT_BUFFER"
+    yield "extension registry", b"\x82\x01", "opcode 0x82"
+    yield "persistent name", b"Pos.system\n", "outside of it"
+    yield "out of band", b"\x97", "opcode 0x97"
     yield "result of a call", call(call(name("torch", "Size"), tup())), "no class"
     rebuild = name("torch._tensor", "_rebuild_from_type_v2")
     yield "tensor of a type", call(rebuild, function, b"N", tup(argument), b"N"), "posix.system"
@@ -239,18 +239,18 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
 
 def _pickles() -> Iterator[tuple[str, bytes, str]]:
     """Values that are damaged, endless, or far larger than they look."""
-    yield "underflow", b"0", "not there"
-    yield "no mark", b"t", "mark is missing"
-    yield "memo miss", b"h\x07", "never kept"
+    yield "underflow", b"0", "damaged"
+    yield "no mark", b"t", "damaged"
+    yield "memo miss", b"h\x07", "damaged"
     yield "unknown opcode", b"\xff", "damaged"
     yield "left over", b"NN", "left over"
-    yield "odd dict", b"}(Nu", "lacks its value"
+    yield "odd dict", b"}(Nu", "damaged"
     yield "append to a dict", b"}Na", "no list"
-    yield "item of a list", b"]NNs", "has none"
+    yield "item of a list", b"]NNs", "no dict"
     yield "call without arguments", name("a", "B") + b"]R", "no arguments"
     yield "huge text", b"\x8d" + struct.pack("<Q", 1 << 62), "damaged|too soon"
     yield "huge bytes", b"\x8e" + struct.pack("<Q", 1 << 40), "damaged|too soon"
-    yield "huge number", b"\x8b" + struct.pack("<i", 1 << 30), "damaged|too soon"
+    yield "huge number", b"\x8b" + struct.pack("<i", 1 << 30), "4096 bits"
     yield "long number", b"\x8b" + struct.pack("<i", 100_000) + b"\x55" * 100_000, "4096 bits"
     yield "decimal number", b"L" + b"9" * 100_000 + b"L\n", "damaged"
     yield "no line end", b"I123", "damaged"
@@ -266,7 +266,7 @@ def _pickles() -> Iterator[tuple[str, bytes, str]]:
     yield "large number as a key", b"}" + number(1 << 80) + b"Ns", "as a key"
     yield "key twice", b"}(" + (text("a") + b"N") * 2 + b"u", "occurs twice"
     yield "no name", name("os;import x", "y"), "which is no name"
-    yield "no text as name", b"NN\x93", "no text"
+    yield "no text as name", b"NN\x93", "damaged"
     make = name("collections", "OrderedDict") + b"q\x010](" + tup(text("k"), b"N") + b"eq\x020]("
     copies = (
         b"]("
@@ -464,6 +464,8 @@ def _legacies() -> Iterator[tuple[str, bytes, str]]:
     yield "legacy keys twice", legacy(value, keys=b"](" + text("0") * 2 + b"e"), "does not fit"
     yield "legacy keys other", legacy(value, keys=b"](" + text("1") + b"e"), "does not fit"
     yield "legacy keys nested", legacy(value, keys=b"](]e"), "does not fit"
+    doubled = b"]q\x00" + b"0]h\x00ah\x00aq\x00" * 80  # each list holds the one before it twice
+    yield "legacy keys that laugh", legacy(value, keys=doubled), "does not fit"
     yield "legacy count", legacy(value, raw=struct.pack("<q", 5) + bytes(16)), "has 5 elements"
     yield (
         "legacy negative count",

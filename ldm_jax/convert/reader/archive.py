@@ -1,7 +1,8 @@
-"""The directory of a zip archive, read without trusting it; nothing is ever unpacked to disk.
+"""Reads the directory of a zip archive without trusting it; nothing is ever unpacked to disk.
 
-The standard library's zipfile takes memory and time in proportion to what a directory says, warns where names repeat,
-and lets entries share bytes. The format: PKWARE's APPNOTE.TXT, 4.3 to 4.5.
+The standard library's zipfile is not used: it allocates what the directory announces, accepts
+repeated names and entries that share bytes, and has no random access to stored entries from several
+threads. The format: PKWARE's APPNOTE.TXT, 4.3 to 4.5.
 """
 
 import struct
@@ -17,7 +18,7 @@ MAX_ENTRIES = 100_000  # a full training checkpoint has about 6,000
 
 
 class Entry(NamedTuple):
-    """A file in a zip archive: where its bytes lie, how many they are packed and unpacked."""
+    """A file in a zip archive: the offset of its bytes, their number packed and unpacked."""
 
     start: int
     packed: int
@@ -26,6 +27,7 @@ class Entry(NamedTuple):
 
 
 def read_entry(file: File, entry: Entry, start: int, out: np.ndarray) -> None:
+    """Reads into ``out`` (uint8 [n]) the unpacked bytes of an entry from ``start`` on."""
     if start + out.size > entry.size:
         raise ReaderError("a tensor reaches beyond its storage")
     if entry.deflated:
@@ -36,7 +38,7 @@ def read_entry(file: File, entry: Entry, start: int, out: np.ndarray) -> None:
 
 
 def zip_entries(file: File) -> dict[str, Entry]:
-    """The directory of a zip archive, checked: names, methods, sizes, and that no two entries share bytes."""
+    """Returns the entries by name; names, methods and sizes are checked, and that none overlap."""
     tail_start = max(0, file.size - 22 - 65535)
     tail = file.read(tail_start, file.size - tail_start)
     at = tail.rfind(b"PK\x05\x06")
@@ -79,13 +81,13 @@ def zip_entries(file: File) -> dict[str, Entry]:
         raise ReaderError("a zip archive whose entries overlap")
     if total > 2 * file.size + 512 * MIB:
         raise ReaderError(
-            f"a zip archive that expands to {total // MIB} MiB, its file has {file.size // MIB}: refused"
+            f"a zip archive that expands to {total // MIB} MiB from {file.size // MIB}: refused"
         )
     return entries
 
 
 def _zip_entry(file: File, directory: bytes, at: int) -> tuple[int, str, int, Entry]:
-    """(where the next one begins, name, where its local header begins, entry) of one record of the directory."""
+    """Returns (offset of the next record, name, offset of the local header, entry)."""
     if directory[at : at + 4] != b"PK\x01\x02" or at + 46 > len(directory):
         raise ReaderError("a zip archive with a damaged directory")
     _, _, flags, method, _, _, _, packed, size, *lengths, _, _, _, begin = struct.unpack_from(
@@ -126,7 +128,7 @@ def _zip_entry(file: File, directory: bytes, at: int) -> tuple[int, str, int, En
 
 
 def _zip64_fields(extra: bytes) -> tuple[int, ...]:
-    """The wide numbers of a directory record: its extra field 1."""
+    """The 64-bit numbers of a directory record: its extra field 1."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
@@ -137,7 +139,7 @@ def _zip64_fields(extra: bytes) -> tuple[int, ...]:
 
 
 def _safe_name(raw: bytes) -> str:
-    """An entry's name; ReaderError for one that would leave the folder if somebody unpacked the archive."""
+    """Returns an entry's name; raises ReaderError for one that unpacking would put elsewhere."""
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:

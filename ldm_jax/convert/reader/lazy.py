@@ -1,7 +1,7 @@
-"""Arrays that stay in a file until they are asked for: a storage is a run of bytes, a tensor a strided view of one.
+"""Lazy arrays of a file: a storage is a run of bytes, a tensor a strided view of one.
 
-Reading goes through ``seek`` and ``readinto`` and not through a memory map, because mapped pages count as the
-process's memory as long as the map lives: a conversion would hold the file beside its own arrays.
+Reading uses ``seek`` and ``readinto`` instead of a memory map: mapped pages count as the process's
+memory as long as the map lives, so a conversion would hold the file beside its own arrays.
 """
 
 import os
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """A value out of a file as it may stand in a message: printable ASCII on one line, cut at ``limit`` characters."""
+    """Formats a value of a file for a message: printable ASCII, one line, ``limit`` characters."""
     if isinstance(value, int) and abs(value) >> 70:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, str | bytes):
@@ -33,7 +33,7 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-# Names as PyTorch spells them: of a dtype (torch.float32), and of the storage class that the older pickles name.
+# PyTorch's names of dtypes (torch.float32) and of the storage classes in pickles.
 TORCH_DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -69,12 +69,12 @@ STORAGE_CLASSES: dict[str, np.dtype | None] = {
     "BoolStorage": TORCH_DTYPES["bool"],
     "ComplexFloatStorage": TORCH_DTYPES["complex64"],
     "ComplexDoubleStorage": TORCH_DTYPES["complex128"],
-    "UntypedStorage": None,  # counted in bytes; each tensor on it says its own dtype
+    "UntypedStorage": None,  # counted in bytes; each tensor on it has its own dtype
 }
 
 
 class File:
-    """A regular file that is read piece by piece, from any thread. Raises ReaderError where the file ends too soon."""
+    """A regular file, read in pieces from any thread. A short read raises ReaderError."""
 
     def __init__(self, path: Path):
         if not path.exists():
@@ -90,13 +90,14 @@ class File:
         self._expanded: tuple[int, bytes] = (-1, b"")
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def fill(self, start: int, out: np.ndarray) -> None:
-        """Reads into ``out`` (uint8 [n]) the bytes from ``start`` on."""
+        """Reads the bytes from ``start`` on into ``out`` (uint8 [n])."""
         if start < 0 or start + out.size > self.size:
             raise ReaderError(
-                f"the file ends at byte {self.size}, {shown(start + out.size)} are needed: truncated?"
+                f"the file ends at byte {self.size}, {shown(start + out.size)} are needed: cut?"
             )
         with self._lock:
             try:
@@ -112,8 +113,8 @@ class File:
             raise ReaderError(f"the file ended {out.size - done} bytes too soon while it was read")
 
     def read(self, start: int, count: int) -> bytes:
-        """The ``count`` bytes from ``start`` on."""
-        if count > self.size:  # before memory is taken for it
+        """Returns the ``count`` bytes from ``start`` on."""
+        if count > self.size:  # checked before the allocation
             raise ReaderError(
                 f"{shown(count)} bytes are announced, the file has {self.size}: truncated?"
             )
@@ -122,11 +123,11 @@ class File:
         return out.tobytes()
 
     def inflate(self, start: int, packed: int, size: int) -> bytes:
-        """A deflated run of ``packed`` bytes that must expand to ``size``, no more and no less. The last one is kept."""
+        """Expands ``packed`` deflated bytes to exactly ``size``; the last result is cached."""
         if self._expanded[0] != start:
             decompressor = zlib.decompressobj(-15)
             try:
-                # One byte beyond the announced size is asked for: a bomb shows itself without being unpacked.
+                # One byte more than announced: a bomb is detected without being expanded.
                 data = decompressor.decompress(self.read(start, packed), size + 1)
             except zlib.error:
                 raise ReaderError("a compressed entry is damaged") from None
@@ -140,7 +141,10 @@ class File:
 
 @dataclass(eq=False)
 class Storage:
-    """A run of ``numel`` elements of ``dtype`` (None: of bytes); ``read(start, out)`` fills ``out`` from byte ``start``."""
+    """A run of ``numel`` elements of ``dtype`` (None: bytes).
+
+    ``read(start, out)`` fills ``out`` from byte ``start`` on.
+    """
 
     dtype: np.dtype | None
     numel: int
@@ -149,26 +153,28 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes."""
         return self.numel * (self.dtype.itemsize if self.dtype else 1)
 
     def part(self, offset: int, numel: int) -> "Storage":
-        """The ``numel`` elements from ``offset`` on, as a storage of its own that reads through this one."""
+        """Returns elements ``offset`` to ``offset + numel`` as a storage that reads this one."""
         if offset + numel > self.numel:
             raise ReaderError("a view reaches beyond its storage")
         skip = offset * (self.dtype.itemsize if self.dtype else 1)
-        # Looked up when reading: in the legacy format the bytes' place is known only after the whole pickle.
+        # Looked up when reading: the legacy format locates the bytes only after the pickle.
         return Storage(
             self.dtype, numel, lambda start, out: self.fill(skip + start, out), self.swapped
         )
 
     def fill(self, start: int, out: np.ndarray) -> None:
+        """Reads the bytes from ``start`` on into ``out`` (uint8 [n])."""
         if self.read is None:
             raise ReaderError("a storage has no bytes in the file")
         self.read(start, out)
 
 
 class LazyTensor:
-    """An array in a checkpoint: ``shape`` and ``dtype`` (numpy's; bfloat16 of ml_dtypes) are known, values are not yet read."""
+    """An array in a checkpoint, its values not yet read; ``dtype`` is NumPy's or ml_dtypes'."""
 
     __slots__ = ("_read", "dtype", "shape")
 
@@ -177,18 +183,19 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
+        """The size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     def numpy(self) -> np.ndarray:
-        """The values, read anew: an own array in C order and this machine's byte order. ReaderError if the file fails."""
+        """Reads the values: a new array in C order and native byte order."""
         return self._read()
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        """What `numpy.asarray` takes."""
+        """Reads the values, for `numpy.asarray`."""
         return self._read().astype(dtype or self.dtype, copy=False)
 
     def become(self, other: "LazyTensor") -> None:
-        """Takes the place of a tensor that was announced before its contents (numpy pickles arrays so)."""
+        """Takes over another tensor's contents: NumPy pickles an array before its contents."""
         self.shape, self.dtype, self._read = other.shape, other.dtype, other._read
 
     def __repr__(self) -> str:
@@ -196,12 +203,12 @@ class LazyTensor:
 
 
 def sizes(values: Any, what: str) -> tuple[int, ...]:
-    """``values`` as a tuple of at most 64 sizes (numpy's and PyTorch's limit); ReaderError otherwise."""
+    """Returns ``values`` as a tuple of at most 64 sizes (NumPy's limit), else ReaderError."""
     if not isinstance(values, tuple | list) or len(values) > 64:
         raise ReaderError(f"a tensor's {what} is no list of sizes")
     if not all(type(value) is int and 0 <= value < 1 << 48 for value in values):
         raise ReaderError(f"a tensor's {what} holds something else than sizes")
-    # Zero sizes do not make an array's other sizes free: numpy multiplies the rest.
+    # A zero size does not allow any other size: NumPy multiplies the rest.
     if what == "shape" and prod(value for value in values if value) >= 1 << 48:
         raise ReaderError("a tensor's shape is too large")
     return tuple(values)
@@ -210,9 +217,10 @@ def sizes(values: Any, what: str) -> tuple[int, ...]:
 def strided(
     storage: Storage, offset: Any, shape: Any, strides: Any, dtype: np.dtype | None
 ) -> LazyTensor:
-    """The tensor at element ``offset`` of a storage, sizes and strides in elements of ``dtype`` as in PyTorch.
+    """Returns the tensor at element ``offset`` of a storage; strides count elements of ``dtype``.
 
-    Raises ReaderError if it reaches beyond the storage, or repeats its elements (strides of zero) beyond all measure.
+    Raises:
+      ReaderError: It reaches beyond the storage, or strides of zero repeat it to a huge size.
     """
     shape, strides = sizes(shape, "shape"), sizes(strides, "strides")
     if dtype is None:
@@ -247,9 +255,9 @@ def strided(
 
 
 def decoded(raw: np.ndarray, dtype: np.dtype, swapped: bool = False) -> np.ndarray:
-    """Bytes (uint8 [n]) as values of ``dtype`` in this machine's byte order."""
+    """Returns bytes (uint8 [n]) as values of ``dtype`` in native byte order."""
     if swapped:
         word = dtype.itemsize // (2 if dtype.kind == "c" else 1)  # a complex number is two words
         raw = np.ascontiguousarray(raw.reshape(-1, word)[:, ::-1]).reshape(-1)
-    # A bool other than 0 and 1 is true in PyTorch; numpy's own would be neither equal to True nor to False.
+    # Any byte but 0 is true in PyTorch; as a NumPy bool it would equal neither True nor False.
     return raw != 0 if dtype.kind == "b" else raw.view(dtype)

@@ -1,18 +1,21 @@
-"""Checkpoints without PyTorch: zip and legacy .ckpt/.pth/.bin files, .safetensors, sharded files and the folders they lie in.
+"""Reads checkpoints without PyTorch: zip and legacy .ckpt/.pth/.bin, .safetensors, sharded ones.
 
-What a file is, is told by its first bytes, never by its ending. Nothing in it is run, imported or unpacked to disk, and
-every length in it is checked against the file before memory is taken. The formats, where they are defined:
+The first bytes of a file decide its format, not its name. Nothing in it is run, imported or
+unpacked to disk, and every length is checked against the file before memory is allocated. Formats:
 
-- zip: torch.save since 1.6. ``ROOT/data.pkl`` is a pickle whose persistent ids ("storage", class, key, device, numel)
-  stand for the bytes of ``ROOT/data/KEY``; ``ROOT/byteorder`` is "little" or "big" (torch/serialization.py). The
-  container itself is read by archive.
-- legacy: torch.save before 1.6. Pickles of a magic number, a protocol number, system facts, the object and the list of
-  storage keys; then for each key its element count (int64) and its bytes.
-- safetensors: a length (uint64), that many bytes of JSON, the arrays (huggingface.co/docs/safetensors).
-- an index (``*.index.json`` of diffusers and transformers): {"weight_map": {tensor name: file beside it}}.
+- zip: torch.save since 1.6. ``ROOT/data.pkl`` is a pickle whose persistent ids ("storage", class,
+  key, device, numel) stand for the bytes of ``ROOT/data/KEY``; ``ROOT/byteorder`` is "little" or
+  "big" (torch/serialization.py). `ldm_jax.convert.reader.archive` reads the container.
+- legacy: torch.save before 1.6. Pickles of a magic number, a protocol number, system facts, the
+  object and the list of storage keys; then for each key its element count (int64) and its bytes.
+- safetensors: a length (uint64), that many bytes of JSON, the arrays
+  (huggingface.co/docs/safetensors). The safetensors library is not used: it maps the file, and
+  mapped pages count as memory of the process, and its NumPy side lacks bfloat16 and float8.
+- an index (``*.index.json`` of diffusers and transformers): {"weight_map": {name: file beside it}}.
 """
 
 import json
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -34,7 +37,7 @@ from ldm_jax.convert.reader.lazy import (
     shown,
     sizes,
 )
-from ldm_jax.convert.reader.pickles import MAX_OPS, MAX_PICKLE, Interpreter
+from ldm_jax.convert.reader.pickles import MAX_OPS, MAX_PICKLE, Unpickler
 from ldm_jax.convert.reader.rebuild import Standin, StorageClass
 from ldm_jax.errors import ReaderError
 
@@ -46,7 +49,7 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch/serialization.py
 
 # What people take for a checkpoint by mistake.
 _MISTAKEN = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with git lfs pull",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run git lfs pull",
     b"\x1f\x8b": "compressed with gzip; unpack it first",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"\x89HDF": "an HDF5 file, which is not supported",
@@ -57,11 +60,15 @@ _MISTAKEN = {
 class Checkpoint:
     """An open checkpoint; close it, or use it in a ``with`` statement.
 
-    format: "zip", "legacy" or "safetensors" (of a sharded one, its shards').
-    tensors: the state dict, from the top level or under "state_dict" or "model": name -> LazyTensor.
-    tree: the whole of what was saved, in plain containers (epoch, global_step, ...); {} for safetensors.
-    standins: "module.Class" -> how many inert stand-ins took the place of that class or its objects.
-    metadata: what the container says of itself (byte order, version; the __metadata__ of safetensors).
+    Attributes:
+      format: "zip", "legacy" or "safetensors" (for a sharded one, its shards').
+      tensors: The state dict: name -> LazyTensor.
+      place: The key under which the state dict was found; "" at the top level.
+      averages: A second state dict of averaged weights under "ema" or "params_ema", or {}.
+      tree: All that was saved, in plain containers (epoch, global_step, ...); {} for safetensors.
+      standins: "module.Class" -> number of inert stand-ins for that class or its objects.
+      metadata: The container's own facts (byte order, version; safetensors' __metadata__).
+      variant: The variant in the file's name ("fp16"), where a folder was opened; else "".
     """
 
     def __init__(
@@ -69,6 +76,8 @@ class Checkpoint:
     ):
         self.path, self.format, self.tensors = path, format, tensors
         self.tree: Any = {}
+        self.place, self.variant = "", ""
+        self.averages: Mapping[str, LazyTensor] = {}
         self.standins: dict[str, int] = {}
         self.metadata: dict[str, Any] = {}
         self._files = files
@@ -88,44 +97,74 @@ class Checkpoint:
         return f"<{self.format} checkpoint {self.path.name}: {len(self.tensors)} tensors>"
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a checkpoint file, a sharded checkpoint's index, or a folder that holds one of either.
+def open_checkpoint(path: str | Path, *, variant: str | None = None) -> Checkpoint:
+    """Opens a checkpoint file, the index of a sharded one, or a folder that holds one of either.
 
-    Reads names, shapes and whatever is not a tensor; values are read by `LazyTensor.numpy`. Raises ReaderError, and
-    nothing else, if the file cannot be read, is damaged, is of no known kind, or would run code when unpickled.
+    Names, shapes and all that is not a tensor are read; `LazyTensor.numpy` reads values.
+
+    Args:
+      path: The file or folder.
+      variant: Which of a folder's variants to open ("fp16", "non_ema"); None takes full precision,
+        or the only variant there is.
+
+    Raises:
+      ReaderError: The file cannot be read, is damaged, is of no known kind, or would run code when
+        unpickled. No other error is raised.
     """
     path = Path(path)
     try:
-        return _open(_inside(path) if path.is_dir() else path)
+        file, found = _inside(path, variant) if path.is_dir() else (path, "")
+        checkpoint = _open(file)
+        checkpoint.variant = found
+        return checkpoint
     except ReaderError as error:
         raise ReaderError(f"{shown(str(path), 1000)[1:-1]}: {error}") from None
     except OSError as error:  # a path that the system does not take, a folder that may not be read
         raise ReaderError(f"{shown(str(path))[1:-1]}: cannot be opened: {error.strerror}") from None
 
 
-def _inside(folder: Path) -> Path:
-    """The one checkpoint in a folder: an index before single files, safetensors before pickles."""
+# model.safetensors, model.fp16.safetensors, model.safetensors.index.json,
+# model.safetensors.index.fp16.json, model.fp16.safetensors.index.json; and a shard of one of them.
+_FILE = re.compile(
+    r".+?(?:\.(?P<variant>[\w-]+?))?(?P<shard>-\d+-of-\d+)?"
+    r"\.(?P<ending>safetensors|bin|ckpt|pt|pth)(?P<index>\.index(?:\.(?P<late>[\w-]+))?\.json)?"
+)
+
+
+def _inside(folder: Path, wanted: str | None) -> tuple[Path, str]:
+    """Returns (the checkpoint of a folder, its variant).
+
+    Safetensors come before pickles, then full precision before variants, then indexes before single
+    files.
+    """
     if (folder / "model_index.json").is_file():
         raise ReaderError(
             "a pipeline folder; open one of its components (unet, vae, text_encoder, ...)"
         )
-    for pattern in (
-        "*.safetensors.index.json",
-        "*.bin.index.json",
-        "*.safetensors",
-        "*.bin",
-        "*.ckpt",
-        "*.pt",
-        "*.pth",
-    ):
-        found = sorted(file for file in folder.glob(pattern) if file.is_file())
-        usual = [
-            file for file in found if file.name.count(".") == pattern.count(".")
-        ]  # not model.fp16.safetensors
-        if len(found) == 1 or len(usual) == 1:
-            return found[0] if len(found) == 1 else usual[0]
-        if found:
-            raise ReaderError(f"holds {len(found)} files {pattern}; open one of them")
+    found: dict[tuple[int, bool], dict[str, list[Path]]] = {}
+    variants: set[str] = set()
+    endings = ("safetensors", "bin", "ckpt", "pt", "pth")
+    for file in sorted(folder.iterdir()):
+        match = _FILE.fullmatch(file.name)
+        if not match or match["shard"] or not file.is_file():
+            continue
+        variant = match["variant"] or match["late"] or ""
+        variants.add(variant)
+        key = (endings.index(match["ending"]), not match["index"])
+        found.setdefault(key, {}).setdefault(variant, []).append(file)
+    if wanted is not None and wanted not in variants:
+        names = ", ".join(sorted(variants - {""})) or "none"
+        raise ReaderError(f"has no variant {shown(wanted)} (variants: {names})")
+    for choice in ([""] if wanted is None else [wanted], sorted(variants - {""})):
+        for key in sorted(found):
+            files = [file for name in choice for file in found[key].get(name, [])]
+            if len(files) > 1:
+                ending = "*.index.json" if not key[1] else f"*.{endings[key[0]]}"
+                raise ReaderError(f"holds {len(files)} files {ending}; open one of them")
+            if files:
+                return files[0], next(name for name in choice if found[key].get(name))
+        if wanted is not None:
+            break
     raise ReaderError("a folder without a checkpoint")
 
 
@@ -165,39 +204,56 @@ def _reader_of(file: File, shard: bool) -> Callable[[Path, File], Checkpoint]:
 
 
 def _check_total(file: File, checkpoint: Checkpoint) -> None:
-    """ReaderError if the tensors, shared storages counted each time, would take far more memory than the file."""
-    if (
-        total := sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    ) > 4 * file.size + 512 * MIB:
+    """Raises ReaderError if the tensors would take far more memory than the file has bytes."""
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    if total > 4 * file.size + 512 * MIB:
         raise ReaderError(
             f"its tensors would take {total // MIB} MiB, the file has {file.size // MIB}"
         )
 
 
-def _state_dict(tree: Any) -> dict[str, LazyTensor]:
-    """The tensors by name, where training code puts them."""
+# Where training code puts a state dict, the most usual first; averages come after the weights.
+_PLACES = ("state_dict", "model_state_dict", "model", "net", "network", "params", "module")
+_AVERAGES = ("ema", "params_ema", "model_ema", "ema_state_dict", "ema_model")
+
+
+def _find_state_dict(checkpoint: Checkpoint, tree: Any) -> None:
+    """Sets the tensors by name, and what lies beside them, from the tree that was saved."""
     if not isinstance(tree, dict):
-        saved = (
-            f"an object of {tree.name}" if isinstance(tree, Standin) else f"a {type(tree).__name__}"
-        )
+        saved = f"a {type(tree).__name__}"
+        if isinstance(tree, Standin):
+            saved = f"an object of {tree.name}"
         raise ReaderError(f"holds {saved}, not a state dict; save model.state_dict() instead")
-    for place in (tree.get("state_dict"), tree.get("model"), tree):
-        if isinstance(place, dict) and (
-            place is tree.get("state_dict")
-            or any(isinstance(value, LazyTensor) for value in place.values())
-        ):
-            tensors = {
-                name: value for name, value in place.items() if isinstance(value, LazyTensor)
-            }
-            if names := [name for name in tensors if not isinstance(name, str)]:
-                raise ReaderError(f"a tensor's name is no text but {shown(names[0])}")
-            return tensors
-    raise ReaderError(
-        "holds no state dict: no tensors at the top level, under 'state_dict' or under 'model'"
-    )
+    if any(isinstance(key, int) and isinstance(tree[key], list | tuple) for key in tree):
+        raise ReaderError("a hypernetwork, which is not a model and is not supported")
+    checkpoint.tree = tree
+    checkpoint.averages = next(filter(None, map(_tensors_of, map(tree.get, _AVERAGES))), {})
+    for place in (*_PLACES, *_AVERAGES, "string_to_param"):
+        if tensors := _tensors_of(tree.get(place)):
+            checkpoint.tensors, checkpoint.place = tensors, place
+            break
+    else:
+        checkpoint.tensors = _tensors_of(tree)
+        if not checkpoint.tensors and "state_dict" not in tree:
+            raise ReaderError(
+                "holds no state dict: no tensors at the top level or under one of "
+                + ", ".join(map(repr, (*_PLACES, *_AVERAGES)))
+            )
+    if checkpoint.averages is checkpoint.tensors:
+        checkpoint.averages = {}
+    if names := [name for name in checkpoint.tensors if not isinstance(name, str)]:
+        raise ReaderError(f"a tensor's name is no text but {shown(names[0])}")
 
 
-# -------------------------------------------------------------------------------------------------------------- zip
+def _tensors_of(value: Any) -> dict[str, LazyTensor]:
+    """The tensors of a dict, or of a module that holds parameters by name."""
+    if isinstance(value, Standin) and isinstance(value.state, dict):
+        value = value.state.get("_parameters")
+    items = value.items() if isinstance(value, dict) else ()
+    return {name: item for name, item in items if isinstance(item, LazyTensor)}
+
+
+# ---------------------------------------------------------------------------------------------- zip
 
 
 def _open_zip(path: Path, file: File) -> Checkpoint:
@@ -236,35 +292,36 @@ def _open_zip(path: Path, file: File) -> Checkpoint:
                 raise ReaderError("its pickle refers to something that is no storage")
         if key in storages and (storages[key].dtype, storages[key].numel) == (dtype, numel):
             return storages[key]
-        if key in storages or (entry := entries.get(f"{root}/data/{key}")) is None:
-            raise ReaderError(
-                f"the storage {shown(key)} is {'used in two ways' if key in storages else 'missing'}"
-            )
+        if key in storages:
+            raise ReaderError(f"the storage {shown(key)} is used in two ways")
+        if (entry := entries.get(f"{root}/data/{key}")) is None:
+            raise ReaderError(f"the storage {shown(key)} is missing")
         storage = Storage(dtype, numel, partial(read_entry, file, entry), order == "big")
         if storage.nbytes != entry.size:
             raise ReaderError(
-                f"the storage {shown(key)} has {entry.size} bytes, its tensors need {storage.nbytes}"
+                f"storage {shown(key)} has {entry.size} bytes, its tensors need {storage.nbytes}"
             )
         storages[key] = storage
         return storage
 
     standins: Counter[str] = Counter()
     pickle = _Bounded(content("data.pkl", MAX_PICKLE))
-    tree = Interpreter(pickle, persistent, standins).load()
+    tree = Unpickler(pickle, persistent, standins).load()
     if pickle.left:
         raise ReaderError(f"its pickle is followed by {pickle.left} bytes that belong to nothing")
-    checkpoint = Checkpoint(path, "zip", [file], _state_dict(tree))
-    checkpoint.tree, checkpoint.standins = tree, dict(standins)
+    checkpoint = Checkpoint(path, "zip", [file], {})
+    _find_state_dict(checkpoint, tree)
+    checkpoint.standins = dict(standins)
     version = content("version", 64).decode("ascii", "replace").strip()
     checkpoint.metadata = {"version": version, "byteorder": order}
     return checkpoint
 
 
-# ----------------------------------------------------------------------------------------------------------- legacy
+# ------------------------------------------------------------------------------------------- legacy
 
 
 class _Bounded:
-    """A stream over bytes or a file that ends after MAX_PICKLE bytes, and never hands out less than it is asked for."""
+    """A stream over bytes or a file that ends after MAX_PICKLE bytes and never reads short."""
 
     def __init__(self, source: bytes | File, start: int = 0):
         self.source, self.at = source, start
@@ -291,7 +348,7 @@ class _Bounded:
         return self._buffer[begin : begin + n]
 
     def readline(self) -> bytes:
-        # Only protocol 0 has lines, and all that it writes as lines (names, numbers, short texts) fits into 1 MiB.
+        # Only protocol 0 has lines: names, numbers and short texts, which fit into 1 MiB.
         end = self._buffer.find(b"\n", self.at - self._buffer_start)
         if end < 0:
             self._look_ahead(MIB)
@@ -315,7 +372,7 @@ def _open_legacy(path: Path, file: File) -> Checkpoint:
     def pickled(persistent: Callable[[tuple], Any] | None = None, max_ops: int = 1000) -> Any:
         # Each pickle has the whole limit of bytes for itself.
         stream.limit = min(stream.size, stream.at + MAX_PICKLE + 1)
-        return Interpreter(stream, persistent, standins, max_ops).load()
+        return Unpickler(stream, persistent, standins, max_ops).load()
 
     if (magic := pickled()) != MAGIC:
         raise ReaderError(f"a plain pickle ({shown(magic)}), not a checkpoint of torch.save")
@@ -351,7 +408,9 @@ def _open_legacy(path: Path, file: File) -> Checkpoint:
         raise ReaderError(f"the storage {shown(key)} is cut in an unknown way")
 
     tree, keys = pickled(persistent, MAX_OPS), pickled(max_ops=MAX_OPS // 4)
-    if not isinstance(keys, list) or Counter(map(repr, keys)) != Counter(map(repr, storages)):
+    # Only texts are compared: comparing shared nested lists could take for ever.
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or sorted(keys) != sorted(storages):
         raise ReaderError("a legacy checkpoint whose list of storages does not fit its tensors")
     at, order = stream.at, "<" if system.get("little_endian") is not False else ">"
     for key in keys:
@@ -370,8 +429,9 @@ def _open_legacy(path: Path, file: File) -> Checkpoint:
             else "is longer than its storages"
         )
         raise ReaderError(f"the file {problem}")
-    checkpoint = Checkpoint(path, "legacy", [file], _state_dict(tree))
-    checkpoint.tree, checkpoint.standins, checkpoint.metadata = tree, dict(standins), system
+    checkpoint = Checkpoint(path, "legacy", [file], {})
+    _find_state_dict(checkpoint, tree)
+    checkpoint.standins, checkpoint.metadata = dict(standins), system
     return checkpoint
 
 
@@ -381,7 +441,7 @@ def _read_run(file: File, begin: int, length: int, start: int, out: np.ndarray) 
     file.fill(begin + start, out)
 
 
-# ------------------------------------------------------------------------------------------------------ safetensors
+# -------------------------------------------------------------------------------------- safetensors
 
 _SAFETENSORS = {
     "F64": "float64",
@@ -457,7 +517,7 @@ def _open_safetensors(path: Path, file: File) -> Checkpoint:
             or end - begin != prod(shape) * dtype.itemsize
         ):
             raise ReaderError(
-                f"the tensor {shown(name)} has {shown(end - begin)} bytes, which do not fit its shape {list(shape)}"
+                f"the {shown(end - begin)} bytes of tensor {shown(name)} do not fit {list(shape)}"
             )
         spans.append((begin, end, name))
         tensors[name] = LazyTensor(
@@ -467,13 +527,12 @@ def _open_safetensors(path: Path, file: File) -> Checkpoint:
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:
-            raise ReaderError(
-                f"the tensor {shown(name)} {'overlaps another' if begin < at else 'leaves a hole before it'}"
-            )
+            problem = "overlaps another" if begin < at else "leaves a hole before it"
+            raise ReaderError(f"the tensor {shown(name)} {problem}")
         at = end
     if 8 + length + at != file.size:
         raise ReaderError(
-            f"its tensors take {shown(at)} bytes, the file has {file.size - 8 - length}: truncated or damaged"
+            f"its tensors take {shown(at)} bytes, the file has {file.size - 8 - length}: truncated"
         )
     checkpoint = Checkpoint(path, "safetensors", [file], tensors)
     checkpoint.metadata = metadata
@@ -520,8 +579,8 @@ def _open_index(path: Path, file: File) -> Checkpoint:
         ]
         if missing or extra:
             raise ReaderError(
-                f"index and shards differ: {len(missing)} tensors missing, {len(extra)} not in the index"
-                f" (first: {shown((missing + extra)[0])})"
+                f"index and shards differ: {len(missing)} tensors missing, {len(extra)} not in the"
+                f" index (first: {shown((missing + extra)[0])})"
             )
     except BaseException:
         checkpoint.close()

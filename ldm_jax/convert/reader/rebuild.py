@@ -1,26 +1,36 @@
-"""What the known names of a pickle rebuild: tensors, containers and numpy's values. Every argument is checked, none is called.
+"""The functions for known names of a pickle: they rebuild tensors, containers and NumPy values.
 
-The functions rebuild what their namesakes make in torch/_utils.py, torch/_tensor.py, numpy/_core/multiarray.py and the
-standard library; each returns NotImplemented where the arguments do not fit.
+They rebuild what their namesakes make in torch/_utils.py, torch/_tensor.py,
+numpy/_core/multiarray.py and the standard library, from checked arguments; each returns
+NotImplemented where the arguments do not fit.
 """
 
 import re
 from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ldm_jax.convert.reader.lazy import TORCH_DTYPES, LazyTensor, Storage, decoded, sizes, strided
 from ldm_jax.errors import ReaderError
 
-if TYPE_CHECKING:
-    from ldm_jax.convert.reader.pickles import Interpreter
-
-Rebuild = Callable[["Interpreter", tuple], Any]
+ITEM = 512  # the cost of handling one item, in bytes copied: about 1 µs
 
 
-ITEM = 512  # what handling one item counts as, in bytes copied: about 1 µs
+class Machine(Protocol):
+    """The part of the unpickler that rebuilding uses."""
+
+    classes: dict[str, Any]
+    unfilled: dict[int, LazyTensor]
+
+    def spend(self, cost: int) -> None: ...  # noqa: D102
+    def set_items(self, target: Any, flat: list) -> None: ...  # noqa: D102
+    def call(self, function: Any, args: Any) -> Any: ...  # noqa: D102
+    def instance(self, cls: Any, args: Any) -> Any: ...  # noqa: D102
+
+
+Rebuild = Callable[[Any, tuple], Any]
 
 
 def words(text: str) -> frozenset[str]:
@@ -29,9 +39,13 @@ def words(text: str) -> frozenset[str]:
 
 
 class Standin:
-    """What a class of the pickle became, or an object of it: inert, hashable by identity.
+    """A class of the pickle (``is_class``), or an object of one: inert, hashable by identity.
 
-    ``name`` is the dotted name; ``args``, ``state`` and ``contents`` are what the pickle would have given it.
+    Attributes:
+      name: The dotted name of the class.
+      args: The arguments of its constructor.
+      state: The state that BUILD would set.
+      contents: The items appended, or (key, value) pairs set, or None.
     """
 
     __slots__ = ("args", "contents", "is_class", "name", "state")
@@ -41,12 +55,22 @@ class Standin:
         self.state: Any = None
         self.contents: list | None = None
 
+    @property
+    def is_object(self) -> bool:
+        """Whether it stands for an object, not for a class."""
+        return not self.is_class
+
+    def append(self, item: Any) -> None:
+        """Adds an item to the contents."""
+        self.contents = self.contents or []
+        self.contents.append(item)
+
     def __repr__(self) -> str:
         return f"<stand-in for {'' if self.is_class else 'an object of '}{self.name}>"
 
 
 class Known:
-    """A name that this file knows how to rebuild data by; ``call`` takes (interpreter, arguments)."""
+    """A name with a function of this file; ``call`` takes (unpickler, arguments)."""
 
     __slots__ = ("call", "name")
 
@@ -55,7 +79,7 @@ class Known:
 
 
 class StorageClass:
-    """torch.FloatStorage and its kind."""
+    """torch.FloatStorage and its kind; ``dtype`` None is an untyped one."""
 
     __slots__ = ("dtype",)
 
@@ -72,22 +96,23 @@ class NumpyType:
         self.dtype = dtype
 
 
-def checked(key: Any) -> Any:
-    """``key`` if it may be a key: scalars, stand-ins and short flat tuples of them. Hashing any other could take for ever."""
+def check_key(key: Any) -> Any:
+    """Returns ``key`` if it may be a key, else raises ReaderError.
+
+    Keys are scalars, stand-ins and short flat tuples of them: hashing others could take for ever.
+    """
     flat = key if isinstance(key, tuple | frozenset) and len(key) <= 16 else (key,)
-    if not all(
-        isinstance(part, str | float | bool | bytes | complex | None | Standin | int)
-        for part in flat
-    ):
-        raise ReaderError(f"its pickle uses a {type(key).__name__} as a key")
-    if any(part.bit_length() > 64 for part in flat if isinstance(part, int)):
-        raise ReaderError("its pickle uses a number of over 64 bits as a key")
-    if any(len(part) > 10_000 for part in flat if isinstance(part, str | bytes)):
-        raise ReaderError("its pickle uses a text of over 10,000 characters as a key")
+    for part in flat:
+        if not isinstance(part, str | float | bool | bytes | complex | None | Standin | int):
+            raise ReaderError(f"its pickle uses a {type(key).__name__} as a key")
+        if isinstance(part, int) and part.bit_length() > 64:
+            raise ReaderError("its pickle uses a number of over 64 bits as a key")
+        if isinstance(part, str | bytes) and len(part) > 10_000:
+            raise ReaderError("its pickle uses a text of over 10,000 characters as a key")
     return key
 
 
-def _ordered_dict(m: "Interpreter", args: tuple) -> Any:
+def _ordered_dict(m: Machine, args: tuple) -> Any:
     new: dict = {}
     match args:
         case () | (None,):
@@ -97,7 +122,7 @@ def _ordered_dict(m: "Interpreter", args: tuple) -> Any:
             for pair in pairs:
                 if not isinstance(pair, list | tuple) or len(pair) != 2:
                     return NotImplemented
-                m.set_item(new, *pair)
+                m.set_items(new, list(pair))
         case (dict() as other,):
             m.spend(ITEM * len(other))
             new.update(other)
@@ -106,11 +131,11 @@ def _ordered_dict(m: "Interpreter", args: tuple) -> Any:
     return new
 
 
-def _default_dict(m: "Interpreter", args: tuple) -> Any:
+def _default_dict(m: Machine, args: tuple) -> Any:
     return _ordered_dict(m, args[1:])  # the factory is a name, and is never called
 
 
-def _deque(m: "Interpreter", args: tuple) -> Any:
+def _deque(m: Machine, args: tuple) -> Any:
     match args:
         case () | ([],) | ([], int() | None):
             return []
@@ -118,17 +143,17 @@ def _deque(m: "Interpreter", args: tuple) -> Any:
 
 
 def _set(make: Callable[[Any], Any]) -> Rebuild:
-    def rebuild(m: "Interpreter", args: tuple) -> Any:
+    def rebuild(m: Machine, args: tuple) -> Any:
         match args:
             case ([*items],):
                 m.spend(ITEM * len(items))
-                return make(checked(item) for item in items)
+                return make(check_key(item) for item in items)
         return make(()) if args == () else NotImplemented
 
     return rebuild
 
 
-def _bytearray(m: "Interpreter", args: tuple) -> Any:
+def _bytearray(m: Machine, args: tuple) -> Any:
     match args:
         case ():
             return bytearray()
@@ -141,7 +166,7 @@ def _bytearray(m: "Interpreter", args: tuple) -> Any:
     return NotImplemented
 
 
-def _encode(m: "Interpreter", args: tuple) -> Any:
+def _encode(m: Machine, args: tuple) -> Any:
     """_codecs.encode: how protocol 2 spells bytes."""
     match args:
         case (str() as text, "latin1" | "latin-1"):
@@ -157,7 +182,7 @@ def _latin1(data: str | bytes | bytearray) -> bytes:
         raise ReaderError("its pickle is damaged: bytes are none") from None
 
 
-def _reconstructor(m: "Interpreter", args: tuple) -> Any:
+def _reconstructor(m: Machine, args: tuple) -> Any:
     """copyreg._reconstructor(class, base, state): protocols 0 and 1's NEWOBJ."""
     match args:
         case (Standin() as cls, _, state):
@@ -165,14 +190,14 @@ def _reconstructor(m: "Interpreter", args: tuple) -> Any:
     return NotImplemented
 
 
-def _newobj_call(m: "Interpreter", args: tuple) -> Any:
+def _newobj_call(m: Machine, args: tuple) -> Any:
     match args:
         case (cls, *rest):
             return m.instance(cls, tuple(rest))
     return NotImplemented
 
 
-def _size(m: "Interpreter", args: tuple) -> Any:
+def _size(m: Machine, args: tuple) -> Any:
     return sizes(args[0], "shape") if len(args) == 1 else NotImplemented
 
 
@@ -180,8 +205,8 @@ def _axes(*values: Any) -> int:
     return sum(len(value) for value in values if isinstance(value, tuple | list))
 
 
-def _tensor(m: "Interpreter", args: tuple) -> Any:
-    """torch._utils._rebuild_tensor and _rebuild_tensor_v2: storage, offset, sizes, strides, and nothing that we need."""
+def _tensor(m: Machine, args: tuple) -> Any:
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2: storage, offset, sizes, strides, ..."""
     match args:
         case (Storage() as storage, offset, shape, strides, *rest) if len(rest) <= 3:
             m.spend(ITEM + ITEM // 8 * _axes(shape, strides))
@@ -189,8 +214,8 @@ def _tensor(m: "Interpreter", args: tuple) -> Any:
     return NotImplemented
 
 
-def _tensor_v3(m: "Interpreter", args: tuple) -> Any:
-    """torch._utils._rebuild_tensor_v3: as v2, with the dtype; how the newer dtypes are saved."""
+def _tensor_v3(m: Machine, args: tuple) -> Any:
+    """torch._utils._rebuild_tensor_v3: v2 with the dtype, for the newer dtypes."""
     match args:
         case (Storage() as storage, offset, shape, strides, _, _, Standin(name=name), *rest) if (
             len(rest) <= 1
@@ -202,16 +227,16 @@ def _tensor_v3(m: "Interpreter", args: tuple) -> Any:
     return NotImplemented
 
 
-def _parameter(m: "Interpreter", args: tuple) -> Any:
-    """torch._utils._rebuild_parameter and _rebuild_parameter_with_state: the tensor, and nothing that we need."""
+def _parameter(m: Machine, args: tuple) -> Any:
+    """torch._utils._rebuild_parameter and _rebuild_parameter_with_state: the tensor, ..."""
     match args:
         case (LazyTensor() as tensor, *rest) if len(rest) <= 3:
             return tensor
     return NotImplemented
 
 
-def _from_type(m: "Interpreter", args: tuple) -> Any:
-    """torch._tensor._rebuild_from_type_v2(function, type, arguments, state): tensors with attributes or of a subclass."""
+def _from_type(m: Machine, args: tuple) -> Any:
+    """torch._tensor._rebuild_from_type_v2(function, type, args, state): tensors with attributes."""
     match args:
         case (Known() as function, _, tuple() as inner, _) if function.call in (
             _tensor,
@@ -226,7 +251,7 @@ _NUMPY_CODES = words("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16 bool int8 int16
 _NUMPY_CODES |= words("uint16 uint32 uint64 float16 float32 float64 complex64 complex128")
 
 
-def _numpy_dtype(m: "Interpreter", args: tuple) -> Any:
+def _numpy_dtype(m: Machine, args: tuple) -> Any:
     match args:
         case (str() as code, *_) if re.sub("^[<>|=]", "", code) in _NUMPY_CODES:
             return NumpyType(np.dtype(code))
@@ -238,9 +263,7 @@ def _numpy_dtype(m: "Interpreter", args: tuple) -> Any:
     return NotImplemented
 
 
-def _numpy_array(
-    m: "Interpreter", shape: Any, dtype: NumpyType, data: Any, order: Any
-) -> LazyTensor:
+def _numpy_array(m: Machine, shape: Any, dtype: NumpyType, data: Any, order: Any) -> LazyTensor:
     shape, kind = sizes(shape, "shape"), dtype.dtype
     if not isinstance(data, bytes | bytearray | str):
         raise ReaderError("its pickle is damaged: a numpy array has no bytes")
@@ -256,7 +279,7 @@ def _numpy_array(
     return LazyTensor(shape, kind.newbyteorder("="), read)
 
 
-def _numpy_scalar(m: "Interpreter", args: tuple) -> Any:
+def _numpy_scalar(m: Machine, args: tuple) -> Any:
     match args:
         case (NumpyType() as dtype, bytes() | str() as data):
             return _numpy_array(m, (), dtype, data, "C").numpy().item()
@@ -265,7 +288,7 @@ def _numpy_scalar(m: "Interpreter", args: tuple) -> Any:
     return NotImplemented
 
 
-def _numpy_reconstruct(m: "Interpreter", args: tuple) -> Any:
+def _numpy_reconstruct(m: Machine, args: tuple) -> Any:
     def unread() -> np.ndarray:
         raise ReaderError("a numpy array of objects holds no numbers")
 
@@ -276,7 +299,8 @@ def _numpy_reconstruct(m: "Interpreter", args: tuple) -> Any:
     return array
 
 
-def fill_array(m: "Interpreter", array: LazyTensor, state: Any) -> None:
+def fill_array(m: Machine, array: LazyTensor, state: Any) -> None:
+    """Fills an array that ``_reconstruct`` has announced with the state that BUILD gives it."""
     match state:
         case (int(), shape, NumpyType() as dtype, bool() | int() as fortran, data):
             array.become(_numpy_array(m, shape, dtype, data, "F" if fortran else "C"))
@@ -286,7 +310,7 @@ def fill_array(m: "Interpreter", array: LazyTensor, state: Any) -> None:
             raise ReaderError("its pickle is damaged: the state of a numpy array is none")
 
 
-def _numpy_buffer(m: "Interpreter", args: tuple) -> Any:
+def _numpy_buffer(m: Machine, args: tuple) -> Any:
     match args:
         case (data, NumpyType() as dtype, shape, "C" | "F" as order):
             return _numpy_array(m, shape, dtype, data, order)
