@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LdmJaxError(Exception):
@@ -45,7 +46,7 @@ class TargetError(LdmJaxError, ValueError):
 
 
 class ConversionError(LdmJaxError, ValueError):
-    """Weights whose names or shapes do not match the table of the network they are converted to.
+    """Weights that do not match the table of the network they are converted to.
 
     Attributes:
       missing: Names that the table has and the file lacks.
@@ -53,49 +54,35 @@ class ConversionError(LdmJaxError, ValueError):
       duplicate: Names that occur more than once.
       misshapen: (name, shape found, shape expected).
       different: Names of constants and duplicates whose values are not what they must be.
+      not_finite: Names of weights that hold NaN or infinity.
     """
 
-    def __init__(
-        self,
-        where: str,
-        *,
-        missing: Iterable[str] = (),
-        unexpected: Iterable[str] = (),
-        duplicate: Iterable[str] = (),
-        misshapen: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]] = (),
-        different: Iterable[str] = (),
-    ):
-        self.missing, self.unexpected = sorted(missing), sorted(unexpected)
-        self.duplicate, self.different = sorted(duplicate), sorted(different)
-        self.misshapen = sorted(misshapen)
-        lists = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "duplicate": self.duplicate,
-            "misshapen": [
-                f"{n}: found {found}, expected {want}" for n, found, want in self.misshapen
-            ],
-            "different": self.different,
-        }
-        lines = [f"{where}: the names and shapes do not fit"]
-        for kind, names in lists.items():
-            if names:
-                lines += [f"  {kind} ({len(names)}):", *(f"    {name}" for name in names)]
+    _KINDS = ("missing", "unexpected", "duplicate", "misshapen", "different", "not_finite")
+
+    def __init__(self, where: str, **lists: Iterable[Any]):
+        for kind in self._KINDS:
+            setattr(self, kind, sorted(lists.get(kind, ())))
+        self.misshapen: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+        head = "the names and shapes do not fit"
+        if self.any() == ["not_finite"]:
+            head = "its weights hold NaN or infinity, so the model makes no pictures"
+        lines = [f"{where}: {head}"]
+        for kind in self.any():
+            names = getattr(self, kind)
+            if kind == "misshapen":
+                names = [f"{name}: found {found}, expected {want}" for name, found, want in names]
+            lines += [f"  {kind.replace('_', ' ')} ({len(names)}):", *(f"    {n}" for n in names)]
         super().__init__("\n".join(lines))
 
+    def any(self) -> list[str]:
+        """The kinds of mismatch that were found."""
+        return [kind for kind in self._KINDS if getattr(self, kind)]
+
     @classmethod
-    def check(cls, where: str, **lists: Iterable) -> None:
+    def check(cls, where: str, **lists: Iterable[Any]) -> None:
         """Raises ConversionError when any of the lists is not empty."""
         problem = cls(where, **lists)
-        if any(
-            (
-                problem.missing,
-                problem.unexpected,
-                problem.duplicate,
-                problem.misshapen,
-                problem.different,
-            )
-        ):
+        if problem.any():
             raise problem
 
 

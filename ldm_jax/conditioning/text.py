@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ldm_jax.conditioning.base import Cond, Conditioner, Rows, some
-from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer, tokens_of
+from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer_with, expand, tokens_of
 from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText
 
@@ -37,6 +37,11 @@ class Text(Conditioner):
         """The number of tokens, padding included."""
         raise NotImplementedError
 
+    @property
+    def padding(self) -> int:
+        """The token of the padding."""
+        return self.tokenizer.pad_token_id
+
     def encode(self, values: Sequence[str]) -> np.ndarray:
         """Tokenizes captions: start, words, end, padding.
 
@@ -46,7 +51,7 @@ class Text(Conditioner):
           int32 [b, max_length].
         """
         first, last = (getattr(self.tokenizer, name) for name in self.markers)
-        return tokens_of(self.tokenizer, values, self.max_length, first, last)
+        return tokens_of(self.tokenizer, values, self.max_length, first, last, self.padding)
 
     def encode_null(self, n: int) -> np.ndarray:
         """Returns the tokens of the empty caption, ``n`` times."""
@@ -58,8 +63,8 @@ class Text(Conditioner):
 
         tokenizer = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         tokenizer.enable_truncation(self.max_length)
-        padding = {"pad_id": self.tokenizer.pad_token_id, "pad_token": self.tokenizer.pad_token}
-        tokenizer.enable_padding(length=self.max_length, **padding)
+        pad_token = self.tokenizer.convert_ids_to_tokens(self.padding)
+        tokenizer.enable_padding(length=self.max_length, pad_id=self.padding, pad_token=pad_token)
         return tokenizer.to_str()
 
     def encode_rows(self, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,17 +131,35 @@ class BertText(Text):
 
 @dataclasses.dataclass(frozen=True)
 class ClipText(Text):
-    """CLIP's tokenizer and text tower, as in Stable Diffusion v1 (FrozenCLIPEmbedder)."""
+    """CLIP's tokenizer and text tower, as in Stable Diffusion v1 (FrozenCLIPEmbedder).
+
+    Attributes:
+      module: The text tower.
+      pad_token_id: The token of the padding; None: the end token. Stable Diffusion 2.x pads with 0.
+      added_tokens: Entries after CLIP's vocabulary, with rows of their own in the tower's table
+        (textual inversion).
+    """
 
     module: CLIPText
+    pad_token_id: int | None = None
+    added_tokens: tuple[str, ...] = ()
 
     network = CLIPText
     markers = ("bos_token_id", "eos_token_id")
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of CLIP."""
-        return clip_tokenizer()
+        """The tokenizer of CLIP, with the added tokens."""
+        return clip_tokenizer_with(self.added_tokens)
+
+    @property
+    def padding(self) -> int:
+        """The token of the padding."""
+        return self.tokenizer.pad_token_id if self.pad_token_id is None else self.pad_token_id
+
+    def encode(self, values: Sequence[str]) -> np.ndarray:
+        """Tokenizes captions, as `Text.encode`; an added token may stand for several vectors."""
+        return super().encode([expand(value, self.added_tokens) for value in values])
 
     @property
     def max_length(self) -> int:

@@ -56,18 +56,53 @@ def clip_tokenizer(
     return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=merges)  # type: ignore[arg-type]
 
 
+@lru_cache(maxsize=8)
+def clip_tokenizer_with(added_tokens: tuple[str, ...]) -> Any:
+    """Returns CLIP's tokenizer with further entries, numbered from 49408."""
+    if not added_tokens:
+        return clip_tokenizer()
+    tokenizer = clip_tokenizer.__wrapped__()  # not the shared one
+    tokenizer.add_tokens(list(added_tokens))
+    return tokenizer
+
+
+def expand(caption: str, added_tokens: Sequence[str]) -> str:
+    """Replaces an added token of several vectors, "x", by "x x_1 x_2 ...", as diffusers does."""
+    for token in added_tokens:
+        names, i = [token], 1
+        while f"{token}_{i}" in added_tokens:
+            names.append(f"{token}_{i}")
+            i += 1
+        if len(names) > 1 and token in caption:
+            caption = caption.replace(token, " ".join(names))
+    return caption
+
+
 def tokens_of(
-    tokenizer: Any, captions: Sequence[str], length: int, start: int, end: int
+    tokenizer: Any,
+    captions: Sequence[str],
+    length: int,
+    start: int,
+    end: int,
+    pad: int | None = None,
 ) -> np.ndarray:
     """Tokenizes captions: start, words, end, padding.
 
     Captions that are too long are cut, with a warning that names the part cut off.
 
+    Args:
+      tokenizer: A tokenizer of `transformers`.
+      captions: The captions.
+      length: The number of tokens, padding included.
+      start: The first token.
+      end: The token after the words.
+      pad: The token of the padding; None: the tokenizer's.
+
     Returns:
       int32 [b, length].
     """
     rows = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
-    tokens = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    tokens = np.full((len(rows), length), tokenizer.pad_token_id if pad is None else pad, np.int32)
     room = length - 2
     for i, row in enumerate(rows):
         if len(row) > room:

@@ -1,17 +1,19 @@
-"""What a checkpoint is, told from its names and shapes alone."""
+"""Describes a checkpoint from its names and shapes, for ``ldm-convert inspect``."""
 
 from collections import Counter
 from math import prod
 from typing import Any
 
 from ldm_jax.convert.compvis.infer import infer
-from ldm_jax.convert.compvis.whole import EMA
+from ldm_jax.convert.compvis.names import EMA
 from ldm_jax.convert.reader.reader import Checkpoint
 from ldm_jax.errors import TargetError
 
-# Names that only one family has, the most telling first.
+# A name that only one family has; the first match wins.
 FAMILIES = {
-    "Stable Diffusion v1 (CompVis)": "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+    "Stable Diffusion v1 (CompVis)": (
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+    ),
     "latent diffusion (CompVis)": "model.diffusion_model.time_embed.0.weight",
     "VQGAN (taming-transformers) or VQ first stage": "quantize.embedding.weight",
     "KL first stage (CompVis)": "post_quant_conv.weight",
@@ -21,18 +23,18 @@ FAMILIES = {
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, str]:
-    """What `inspect` prints: label -> text."""
+    """Returns {label: text}, the lines of ``inspect``."""
     names, tree = checkpoint.tensors, checkpoint.tree if isinstance(checkpoint.tree, dict) else {}
     shadows = sum(name.startswith(EMA) for name in names)
     values = Counter[str]()
     for name, tensor in names.items():
         if not name.startswith(EMA):
             values[str(tensor.dtype)] += prod(tensor.shape)
-    told = {
+    lines = {
         "file": f"{checkpoint.path.name} ({checkpoint.format})",
         "family": next((family for family, name in FAMILIES.items() if name in names), "unknown"),
         **_architecture(checkpoint),
-        "values": f"{sum(values.values()):,} in {len(names) - shadows} tensors, EMA and optimizer aside",
+        "values": f"{sum(values.values()):,} in {len(names) - shadows} tensors without EMA",
         "dtype": ", ".join(f"{dtype} {n:,}" for dtype, n in values.most_common()),
         "EMA": f"{shadows} tensors" if shadows else "none",
         "step": ", ".join(
@@ -43,14 +45,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         or "-",
     }
     if checkpoint.standins:
-        told["not loaded"] = ", ".join(
+        lines["not loaded"] = ", ".join(
             f"{name} ({n})" for name, n in sorted(checkpoint.standins.items())
         )
-    return told
+    return lines
 
 
 def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
-    """The parts of a model of the original with their sizes; {} where it is of another family."""
+    """Returns the parts of a model of the original with their sizes, or {}."""
     try:
         original = infer(checkpoint.tensors)
     except TargetError:
@@ -69,14 +71,14 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
         "in_channels",
         "context_dim",
     )
-    told = {
+    lines = {
         "UNet": ", ".join(
             f"{name} {unet['params'][name]}" for name in shown if name in unet["params"]
         ),
         "condition": _named(conditioner),
         "schedule": f"{params['beta_schedule']}, {params['timesteps']} steps",
     }
-    return told | (
+    return lines | (
         {"first stage": _autoencoder(stage["target"], stage["params"])}
         if stage.get("params")
         else {}

@@ -1,9 +1,9 @@
-"""Name tables: which array of a PyTorch checkpoint is which of our parameters, and how its axes turn. One table runs
-both ways.
+"""Name tables: which array of a PyTorch checkpoint is which parameter, and how its axes permute.
 
-A table is a list of entries that a walker over a model's configuration yields (`ldm_jax.convert.compvis.compvis` has the
-walkers). It is total: reading or writing with it either accounts for every array on both sides or raises a
-ConversionError that lists all that does not fit.
+A table is a list of entries that a walker over a network's configuration yields
+(`ldm_jax.convert.compvis.networks` has walkers). One table serves both directions, and it is total:
+reading or writing accounts for every array on both sides or raises a ConversionError that lists
+all that does not match.
 """
 
 from collections import Counter
@@ -19,9 +19,7 @@ Path = tuple[str, ...]
 
 
 class Op(NamedTuple):
-    """How one array turns between PyTorch's layout and ours. Axes move and values stay, so a round trip is exact to the
-    bit.
-    """
+    """The permutation of one array between PyTorch's layout and ours; a round trip is exact."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
@@ -30,30 +28,33 @@ class Op(NamedTuple):
 COPY = Op(lambda a: a, lambda a: a)
 CONV = Op(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
 DENSE = Op(lambda w: w.T, lambda w: w.T)  # [out, in] <-> [in, out]
-CONV1X1 = Op(
-    lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None]
-)  # a 1x1 Conv2d is a dense layer here
-CONV1D = Op(lambda w: w[:, :, 0].T, lambda w: w.T[:, :, None])  # ... and so is a Conv1d of width 1
+# 1x1 Conv2d and Conv1d of width 1 are dense layers here.
+CONV1X1 = Op(lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])
+CONV1D = Op(lambda w: w[:, :, 0].T, lambda w: w.T[:, :, None])
 CHANNELS = Op(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])  # [1, c, 1, 1] <-> [c]
-COUNT = Op(
-    lambda a: a.astype(np.int32), lambda a: a.astype(np.int64)
-)  # our counters are 32 bits wide
 LEADING = Op(lambda a: a[0], lambda a: a[None])  # [1, ...] <-> [...]
+COUNT = Op(lambda a: a.astype(np.int32), lambda a: a.astype(np.int64))  # int32 counters here
 
 
 class Entry(NamedTuple):
-    """The array ``source`` of the checkpoint is our parameter at ``path``, turned by ``op``."""
+    """The array ``source`` of the checkpoint is the parameter at ``path``, permuted by ``op``.
+
+    ``part`` (i, n): the parameter is the i-th of n equal parts of the array's first axis, as where
+    q, k and v are stored in one array.
+    """
 
     source: str
     path: Path
     op: Op = COPY
+    part: tuple[int, int] = (0, 1)
 
 
 class Unused(NamedTuple):
-    """An array that the original stores and no computation needs (a constant buffer, a layer that is never called).
+    """An array that the original stores and no computation needs: a constant, an uncalled layer.
 
-    It may be there or not when a checkpoint is read; it is written as ``value()``. Where ``fixed``, the checkpoint's must
-    be that (to the rounding of float16), since the network here has it built in.
+    It may be absent when a checkpoint is read; it is written as ``value()``. Where ``fixed``, the
+    checkpoint's must equal that to the rounding of float16, because the network here has it built
+    in.
     """
 
     source: str
@@ -62,9 +63,9 @@ class Unused(NamedTuple):
 
 
 class Duplicate(NamedTuple):
-    """The array of another name once more, as PyTorch stores a module that is held twice.
+    """A copy of the array ``of``, as PyTorch stores a module that is held twice.
 
-    It may be there or not when a checkpoint is read, and must then be the same; it is written.
+    It may be absent when a checkpoint is read, and must be equal where present; it is written.
     """
 
     source: str
@@ -74,23 +75,23 @@ class Duplicate(NamedTuple):
 Table = list[Entry | Unused | Duplicate]
 
 
-# ----------------------------------------------------------------------------------------------------- pieces of tables
+# ------------------------------------------------------------------------------- pieces of tables
 
 
 def conv(source: str, path: Path, *, bias: bool = True, op: Op = CONV) -> Iterator[Entry]:
-    """A layer of one kernel and perhaps one bias: convolution, or with another ``op`` dense."""
+    """A convolution, or with another ``op`` a dense layer: a kernel and possibly a bias."""
     yield Entry(f"{source}.weight", (*path, "kernel"), op)
     if bias:
         yield Entry(f"{source}.bias", (*path, "bias"))
 
 
 def dense(source: str, path: Path, *, bias: bool = True, op: Op = DENSE) -> Iterator[Entry]:
-    """A linear layer; ``op`` CONV1X1 or CONV1D where the original spells it as a convolution."""
+    """A dense layer; ``op`` CONV1X1 or CONV1D where the original stores a convolution."""
     yield from conv(source, path, bias=bias, op=op)
 
 
 def norm(source: str, path: Path) -> Iterator[Entry]:
-    """The gain and offset of a GroupNorm, LayerNorm or BatchNorm."""
+    """The scale and bias of a GroupNorm, LayerNorm or BatchNorm."""
     yield Entry(f"{source}.weight", (*path, "scale"))
     yield Entry(f"{source}.bias", (*path, "bias"))
 
@@ -106,23 +107,23 @@ def unused(source: str, *shape: int) -> Unused:
 
 
 def constant(source: str, value: np.ndarray) -> Unused:
-    """An array that has to be ``value``."""
+    """An array that must equal ``value``."""
     return Unused(source, lambda: value, fixed=True)
 
 
 def under(path: Path, table: Iterable[Entry | Unused | Duplicate]) -> Table:
-    """The same table for parameters that live at ``path`` of a larger tree."""
+    """Returns the table with every parameter moved under ``path``."""
     return [
         entry._replace(path=(*path, *entry.path)) if isinstance(entry, Entry) else entry
         for entry in table
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ running a table
+# -------------------------------------------------------------------------------- running a table
 
 
 def flatten(tree: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
-    """Nested mappings -> {path: leaf}."""
+    """Nested mappings to {path: leaf}."""
     flat: dict[Path, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -133,7 +134,7 @@ def flatten(tree: Mapping[str, Any], path: Path = ()) -> dict[Path, Any]:
 
 
 def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """{path: leaf} -> nested dicts."""
+    """{path: leaf} to nested dicts."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         node = tree
@@ -146,53 +147,55 @@ def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
 def source_shapes(
     table: Table, shapes: Mapping[str, Any], where: str = "table"
 ) -> dict[str, tuple[int, ...]]:
-    """{source name: shape in the original's layout} of everything a table names.
+    """Returns {source name: shape in the original's layout} of everything in a table.
 
-    ``shapes`` is our parameter tree with leaves that have a ``shape`` (of `jax.eval_shape`, say). Raises
-    ConversionError unless table and tree name the same parameters, each once.
+    Args:
+      table: The table.
+      shapes: The parameter tree with leaves that have a ``shape`` (of `jax.eval_shape`, say).
+      where: Opens the error message.
+
+    Raises:
+      ConversionError: Table and tree do not have the same parameters, each once.
     """
     leaves = flatten(shapes)
     entries = [entry for entry in table if isinstance(entry, Entry)]
-    paths, names = (
-        Counter(entry.path for entry in entries),
-        Counter(entry.source for entry in table),
-    )
+    paths = Counter(entry.path for entry in entries)
+    names = Counter((entry.source, getattr(entry, "part", (0, 1))) for entry in table)
     ConversionError.check(
         f"{where}, table against parameters",
         missing=("/".join(path) for path in leaves.keys() - paths.keys()),
         unexpected=("/".join(path) for path in paths.keys() - leaves.keys()),
         duplicate=[
             *("/".join(path) for path, n in paths.items() if n > 1),
-            *(name for name, n in names.items() if n > 1),
+            *(name for (name, _), n in names.items() if n > 1),
         ],
     )
-    # Only axes move, so a zero-stride stand-in of the right shape tells the other layout's shape without memory.
-    expected = {
-        e.source: e.op.to_theirs(np.broadcast_to(np.float32(0), leaves[e.path].shape)).shape
-        for e in entries
-    }
+    expected = {}
+    for e in entries:
+        # Only axes move, so a zero-stride array yields the other layout's shape without memory.
+        stand_in = np.broadcast_to(np.float32(0), leaves[e.path].shape)
+        first, *rest = e.op.to_theirs(stand_in).shape or (None,)
+        expected[e.source] = () if first is None else (first * e.part[1], *rest)
     expected |= {entry.source: entry.value().shape for entry in table if isinstance(entry, Unused)}
     return expected | {
         entry.source: expected[entry.of] for entry in table if isinstance(entry, Duplicate)
     }
 
 
-def _differs(entry: Entry | Unused | Duplicate, found: Mapping[str, np.ndarray]) -> bool:
-    """Whether the checkpoint holds another value where only one is right."""
+def _differs(entry: Entry | Unused | Duplicate, found: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint has another value where only one is right."""
     if isinstance(entry, Entry) or entry.source not in found:
         return False
+    theirs = np.asarray(found[entry.source])
     if isinstance(entry, Duplicate):
-        same = entry.of not in found or np.array_equal(
-            found[entry.source], found[entry.of], equal_nan=True
-        )
-        return not same
+        return entry.of in found and not np.array_equal(theirs, found[entry.of], equal_nan=True)
     if not entry.fixed:
         return False
-    ours, theirs = entry.value(), np.asarray(found[entry.source])
-    # Stored in half precision, it is right to its rounding.
-    rtol = (
-        max(1e-3, float(ml_dtypes.finfo(theirs.dtype).eps)) if theirs.dtype.kind in "fV" else 1e-3
-    )
+    ours = entry.value()
+    # Half precision is compared to its rounding. NumPy counts bfloat16 among its kind "V".
+    rtol = 1e-3
+    if theirs.dtype.kind in "fV":
+        rtol = max(rtol, float(ml_dtypes.finfo(theirs.dtype).eps))
     return ours.shape == theirs.shape and not np.allclose(
         ours, theirs.astype(np.float64), rtol=rtol, atol=1e-6
     )
@@ -206,18 +209,22 @@ def check(
     where: str,
     duplicate: Iterable[str] = (),
 ) -> None:
-    """Raises ConversionError with every missing, unexpected, misshapen and different name of a checkpoint's arrays.
+    """Checks a checkpoint's arrays against a table.
 
-    ``found`` maps original names to arrays, which may be lazy: of the values, only those are read where one is right. The rest as for `to_ours`.
+    Args:
+      table: The table.
+      found: {original name: array}. Lazy arrays are read only where the table fixes a value.
+      shapes: The parameter tree, as for `source_shapes`.
+      where: Opens the error message.
+      duplicate: Names already known to occur twice.
+
+    Raises:
+      ConversionError: With every missing, unexpected, misshapen and different name.
     """
     expected = source_shapes(table, shapes, where)
     ConversionError.check(
         where,
-        missing=(
-            entry.source
-            for entry in table
-            if isinstance(entry, Entry) and entry.source not in found
-        ),
+        missing={e.source for e in table if isinstance(e, Entry)} - found.keys(),
         unexpected=found.keys() - expected.keys(),
         duplicate=duplicate,
         misshapen=(
@@ -236,11 +243,16 @@ def to_ours(
     shapes: Mapping[str, Any],
     where: str,
 ) -> dict[str, Any]:
-    """The checkpoint's arrays as our nested parameter tree, dtypes unchanged.
+    """Returns the checkpoint's arrays as our nested parameter tree, dtypes unchanged.
 
-    ``state_dict`` maps original names to arrays (or yields such pairs: the shards of one checkpoint, say); ``shapes``
-    is our parameter tree, as for `source_shapes`; ``where`` opens the error message. Raises ConversionError with every
-    missing, unexpected, duplicate and misshapen name.
+    Args:
+      table: The table.
+      state_dict: {original name: array}, or such pairs (the shards of one checkpoint, say).
+      shapes: The parameter tree, as for `source_shapes`.
+      where: Opens the error message.
+
+    Raises:
+      ConversionError: With every missing, unexpected, duplicate and misshapen name.
     """
     pairs: list[Any] = list(state_dict.items() if isinstance(state_dict, Mapping) else state_dict)
     found: dict[str, Any] = dict(pairs)
@@ -252,27 +264,33 @@ def to_ours(
 
 
 def as_ours(entry: Entry, array: np.ndarray) -> np.ndarray:
-    """An original array in our layout, in C order."""
-    return np.asarray(entry.op.to_ours(array), order="C")
+    """Returns an original array, or the entry's part of it, in our layout and C order."""
+    i, n = entry.part
+    rows = len(array) // n if n > 1 else 0
+    return np.asarray(
+        entry.op.to_ours(array[i * rows : (i + 1) * rows] if n > 1 else array), order="C"
+    )
 
 
 def to_theirs(
     table: Table, params: Mapping[str, Any], *, where: str = "parameters"
 ) -> dict[str, np.ndarray]:
-    """Our nested parameter tree as {original name: array in PyTorch's layout}, dtypes unchanged: the inverse of
-    `to_ours`.
+    """Returns {original name: array in PyTorch's layout}, dtypes unchanged: inverse of `to_ours`.
 
-    Raises ConversionError unless table and tree name the same parameters.
+    Raises:
+      ConversionError: Table and tree do not have the same parameters.
     """
     source_shapes(table, params, where)
     leaves = flatten(params)
-
-    def value(entry: Entry | Unused) -> np.ndarray:
-        if isinstance(entry, Unused):
-            return np.asarray(entry.value())
-        return np.asarray(entry.op.to_theirs(np.asarray(leaves[entry.path])), order="C")
-
-    written = {entry.source: value(entry) for entry in table if not isinstance(entry, Duplicate)}
-    return written | {
-        entry.source: written[entry.of] for entry in table if isinstance(entry, Duplicate)
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for e in table:
+        if isinstance(e, Unused):
+            parts[e.source] = {0: np.asarray(e.value())}
+        elif isinstance(e, Entry):
+            array = np.asarray(e.op.to_theirs(np.asarray(leaves[e.path])), order="C")
+            parts.setdefault(e.source, {})[e.part[0]] = array
+    written = {
+        name: found[0] if len(found) == 1 else np.concatenate([found[i] for i in sorted(found)])
+        for name, found in parts.items()
     }
+    return written | {e.source: written[e.of] for e in table if isinstance(e, Duplicate)}

@@ -1,6 +1,7 @@
-"""The forward error of a converted model on a recorded case: what the original computed from the same weights and inputs.
+"""The forward error of a converted model against recorded outputs of the original.
 
-A case is NAME.safetensors with arrays ``in/...`` and ``out/...`` in PyTorch's layouts, and its entry (atol, rtol) in the manifest.json beside it.
+A case is NAME.safetensors with arrays ``in/...`` and ``out/...`` in PyTorch layouts and its entry
+(atol, rtol) in the manifest.json beside it.
 """
 
 import json
@@ -24,20 +25,28 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def nhwc(x: Any) -> np.ndarray:
+    """Channels last."""
     return np.moveaxis(np.asarray(x), -3, -1)
 
 
 def nchw(x: Any) -> np.ndarray:
+    """Channels first."""
     return np.moveaxis(np.asarray(x), -1, -3)
 
 
 def verify(
     config: Mapping[str, Any], params: Mapping[str, Any], case: str | Path, ema: bool = False
 ) -> dict[str, tuple[float, float]]:
-    """{recorded output: (largest absolute error, that in units of the tolerance recorded with it)} of all that `outputs_of` computes.
+    """Returns {output: (largest absolute error, error in units of the recorded tolerance)}.
 
-    ``ema``: these are averaged weights, whose results are recorded as "ema.NAME". Raises TargetError where the case cannot be read or holds nothing
-    that this model computes.
+    Args:
+      config: The model config.
+      params: The parameters.
+      case: The recorded case, NAME.safetensors.
+      ema: The weights are averages, whose results are recorded as "ema.NAME".
+
+    Raises:
+      TargetError: The case cannot be read or records nothing that this model computes.
     """
     case = Path(case)
     try:
@@ -77,7 +86,7 @@ def verify(
 def outputs_of(
     config: Mapping[str, Any], params: Mapping[str, Any], given: Arrays
 ) -> dict[str, np.ndarray]:
-    """What a model makes of recorded inputs, under the names and in the layouts of the recordings; as much as the inputs allow."""
+    """Returns the outputs for recorded inputs, in the names and layouts of the recording."""
     params = jax.tree.map(
         lambda a: jnp.asarray(a, jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a,
         params,
@@ -145,7 +154,7 @@ def _latent_diffusion(model: LatentDiffusion, given: Arrays) -> dict[str, np.nda
 
 
 def condition_of(model: LatentDiffusion, given: Arrays) -> Cond:
-    """The condition that recorded inputs make: a masked picture and its mask, else what is neither picture, latent nor timestep."""
+    """Returns the condition of recorded inputs: a masked picture, or the one remaining input."""
     kind = model.config["conditioner"]["kind"]
     if "masked_image" in given:
         if kind not in ("none", "joined"):

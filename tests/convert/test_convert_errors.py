@@ -10,7 +10,7 @@ from ldm_jax.convert.__main__ import main
 from ldm_jax.convert.compvis.infer import Original
 from ldm_jax.convert.compvis.original import config_of, read_yaml
 from ldm_jax.convert.compvis.whole import whole_from_config
-from ldm_jax.convert.conversion import to_compvis
+from ldm_jax.convert.compvis.writing import to_compvis
 from ldm_jax.errors import CheckpointError, TargetError
 
 

@@ -357,11 +357,10 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (unets.unet_2d_from, {"flip_sin_to_cos": False}, "flip_sin_to_cos=False"),
     (configs.kl_from, {"use_quant_conv": False}, "use_quant_conv=False"),
     (configs.vq_from, {"norm_type": "spatial"}, "norm_type='spatial'"),
-    (configs.bert_from, {"encoder_ffn_dim": 100}, "only 4 d_model"),
+    (configs.bert_from, {"encoder_ffn_dim": 100}, "must be 4 d_model"),
     (configs.clip_from, {"dropout": 0.5}, "dropout=0.5"),
-    (schedulers.schedule_from, {"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler is not supported"),
+    (schedulers.schedule_from, {"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True"),
     (schedulers.schedule_from, {"_class_name": "DDIMScheduler"}, "clip_sample=True would clip latents"),
-    (schedulers.schedule_from, {"_class_name": "PNDMScheduler"}, "skip_prk_steps=False"),
     (schedulers.schedule_from, {"_class_name": "EulerDiscreteScheduler", "trained_betas": [0.1]}, "trained_betas"),
     (schedulers.schedule_from, {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "s"}, "beta_schedule='s'"),
     (unets.unet_to, {"channel_mult": (2, 4)}, "its first level has model_channels channels"),
@@ -424,6 +423,20 @@ def test_text_encoders_that_have_no_word_there_are_refused() -> None:
             0,
         ),
         ({"_class_name": "LMSDiscreteScheduler"}, ("lms", "uniform"), 1),
+        ({"_class_name": "KarrasVeScheduler"}, ("ddim", "uniform"), 2),
+        ({"_class_name": "PNDMScheduler", "steps_offset": 1}, ("plms", "uniform"), 1),
+        (
+            {"_class_name": "EulerAncestralDiscreteScheduler", "skip_prk_steps": True}
+            | {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": True},
+            ("euler_ancestral", "uniform"),
+            0,
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+            | {"timestep_spacing": "trailing", "solver_order": 3},
+            ("dpmpp_2m_sde", "trailing"),
+            1,
+        ),
     ],
 )
 def test_schedulers(fields: dict[str, Any], sampling: tuple[str, str], lines: int) -> None:
@@ -463,7 +476,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pipeline": (lambda p: change(p / "model_index.json", _class_name="FluxPipeline"), "the pipeline FluxPipeline is not supported"),
     "component": (lambda p: change(p / "model_index.json", unet_2=["diffusers", "X"]), "with the component unet_2 is not supported"),
     "missing": (lambda p: change(p / "model_index.json", bert=[None, None]), "model_index.json lacks the component bert"),
-    "class": (lambda p: change(p / "unet" / "config.json", _class_name="AutoencoderKL"), "AutoencoderKL is not supported here"),
+    "class": (lambda p: change(p / "unet" / "config.json", _class_name="AutoencoderKL"), "AutoencoderKL is not supported"),
     "channels": (lambda p: change(p / "unet" / "config.json", in_channels=9), "found .32, 4, 3, 3., expected .32, 9, 3, 3."),
     "no config": (lambda p: (p / "unet" / "config.json").unlink(), "config.json is missing; copy the folder whole"),
     "no list": (lambda p: change(p / "unet" / "config.json", block_out_channels=5), "unet/config.json is not understood: 'int' object"),
@@ -498,7 +511,7 @@ def test_what_is_no_folder_of_diffusers(tmp_path: Path) -> None:
         assert not is_diffusers(tmp_path)
     assert not is_diffusers(tmp_path / "config.json")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(TargetError, match="None is not supported here"):
+    with pytest.raises(TargetError, match="None is not supported"):
         from_diffusers(tmp_path)
 
 

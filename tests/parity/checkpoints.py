@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.convert.compvis.infer import Original
-from ldm_jax.convert.conversion import from_compvis, whole_of
+from ldm_jax.convert.compvis.reading import from_compvis, whole_of
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.tables import to_ours
 from ldm_jax.convert.verify import condition_of, outputs_of

@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_jax.conditioning.base import Cond
 from ldm_jax.conditioning.unconditional import Unconditional
-from ldm_jax.convert.compvis.compvis import unet_table
+from ldm_jax.convert.compvis.networks import unet_table
 from ldm_jax.convert.compvis.targets import module_from_config
 from ldm_jax.convert.compvis.whole import latent_diffusion as latent_diffusion_of
 from ldm_jax.convert.compvis.whole import schedule_buffers

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from ldm_jax.convert.compvis.compvis import param_shapes
+from ldm_jax.convert.compvis.networks import param_shapes
 from ldm_jax.convert.tables import Table, source_shapes, to_ours
 
 REPO = Path(__file__).parents[2]

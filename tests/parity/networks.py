@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.convert.compvis import blocks
-from ldm_jax.convert.compvis.compvis import param_shapes, table_of
+from ldm_jax.convert.compvis.networks import param_shapes, table_of
 from ldm_jax.convert.compvis.targets import module_from_config, transformer_wrapper_from_params
 from ldm_jax.convert.tables import Table, to_theirs, unused
 from ldm_jax.errors import TargetError

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert.compvis.compvis import table_of
+from ldm_jax.convert.compvis.networks import table_of
 from ldm_jax.convert.compvis.targets import module_from_config
 from ldm_jax.convert.compvis.whole import loss_parts
 from ldm_jax.convert.tables import CONV, Table, to_ours, to_theirs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.convert.compvis import whole
-from ldm_jax.convert.compvis.compvis import table_of
+from ldm_jax.convert.compvis.networks import table_of
 from ldm_jax.convert.compvis.infer import Original, infer
 from ldm_jax.convert.compvis.original import conditioning_key, config_of, fields_of, original_of
 from ldm_jax.convert.compvis.targets import module_from_config

@@ -6,7 +6,7 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from ldm_jax.convert.compvis.compvis import param_shapes, table_of
+from ldm_jax.convert.compvis.networks import param_shapes, table_of
 from ldm_jax.convert.compvis.targets import (
     autoencoder_kl_from_params,
     module_from_config,

@@ -1,4 +1,4 @@
-"""Name tables of the original's autoencoders and quantisers (latent-diffusion and taming-transformers)."""
+"""Name tables of the original's autoencoders and quantizers."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def _attention_of(kind: str, prefix: str, path: Path) -> Walk:
 def _level(
     coder: Coder, side: str, level: int, blocks: int, channels_in: int, path: Path, prefix: str
 ) -> Walk:
-    """The residual blocks and attentions of one level of an encoder (``side`` "down") or decoder ("up")."""
+    """The blocks of one level of an encoder (``side`` "down") or decoder ("up")."""
     channels = coder.ch_mult[level] * coder.ch
     for i in range(blocks):
         source, ours = f"{prefix}{side}.{level}", f"{side}_{level}"
@@ -85,7 +85,7 @@ def decoder_table(decoder: Decoder, prefix: str = "decoder.", path: Path = ()) -
             table += conv(
                 f"{prefix}up.{level}.upsample.conv", (*path, f"up_{level}_upsample", "conv")
             )
-    if decoder.give_pre_end:  # the original stores the end that it then does not run
+    if decoder.give_pre_end:  # the original stores the end, which it does not run
         c = decoder.ch * decoder.ch_mult[0]
         table += [unused(f"{prefix}norm_out.{name}", c) for name in ("weight", "bias")]
         return [
@@ -118,7 +118,7 @@ def kl_table(model: AutoencoderKL, prefix: str = "first_stage_model.") -> Table:
 
 
 def _used(quantizer: Quantizer, prefix: str) -> Walk:
-    """The list of codes in use, which is configuration here."""
+    """The list of codes in use, which is part of the config here."""
     if quantizer.remap is not None:
         used = np.asarray(quantizer.remap, np.int64)
         yield constant(f"{prefix}used", used)
@@ -139,7 +139,7 @@ def gumbel_table(model: GumbelQuantizer, prefix: str = "quantize.") -> Table:
 
 
 def ema_table(model: EMAQuantizer, prefix: str = "quantize.") -> Table:
-    """EMAVectorQuantizer. Paths start at the collection "codebook", for it has no parameters."""
+    """EMAVectorQuantizer. Paths start at the collection "codebook": it has no parameters."""
     names = {"weight": "embedding", "cluster_size": "cluster_size", "embed_avg": "embed_avg"}
     table: Table = [
         Entry(f"{prefix}embedding.{theirs}", ("codebook", ours)) for theirs, ours in names.items()
@@ -150,7 +150,7 @@ def ema_table(model: EMAQuantizer, prefix: str = "quantize.") -> Table:
 def vqmodel_table(model: VQModel, prefix: str = "first_stage_model.") -> Table:
     """VQModel and VQModelInterface; a checkpoint of the autoencoder alone has no prefix.
 
-    Paths start at the variables' collections with the EMA quantiser, and at the parameters otherwise.
+    Paths start at the collections with the EMA quantizer, else at the parameters.
     """
     table, quantizer = _autoencoder(model, prefix), model.make_quantizer()
     if model.n_labels is not None:

@@ -1,6 +1,6 @@
-"""Name tables of the blocks that the original CompVis networks are made of.
+"""Name tables of the blocks of the original CompVis networks.
 
-Each walker yields one block: ``prefix`` is "" or ends in a dot, ``path`` is where the block's parameters live.
+Each walker yields one block: ``prefix`` is "" or ends in a dot, ``path`` leads to its parameters.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def spatial_transformer(prefix: str, path: Path, *, depth: int = 1) -> Walk:
 
 
 def attention_block(prefix: str, path: Path) -> Walk:
-    """The UNet's AttentionBlock; its fused projection keeps its order, which the module knows."""
+    """The UNet's AttentionBlock; its fused projection keeps its order."""
     yield from norm(f"{prefix}norm", (*path, "norm"))
     for name in ("qkv", "proj_out"):
         yield from dense(f"{prefix}{name}", (*path, name), op=CONV1D)

@@ -8,7 +8,7 @@ from ldm_jax.convert.tables import (
     Entry,
     Path,
     Table,
-    constant,
+    Unused,
     conv,
     dense,
     embedding,
@@ -58,6 +58,11 @@ def rescaler_table(model: SpatialRescaler, prefix: str = "cond_stage_model.") ->
     return [*dense(f"{prefix}channel_mapper", ("channel_mapper",), bias=model.bias, op=CONV1X1)]
 
 
+def _position_ids(prefix: str, n: int) -> Unused:
+    # Merges of models have rounded these counts; transformers no longer reads them.
+    return Unused(f"{prefix}embeddings.position_ids", lambda: np.arange(n, dtype=np.int64)[None])
+
+
 def _clip_layer(prefix: str, path: Path) -> Walk:
     for i in (1, 2):
         yield from norm(f"{prefix}layer_norm{i}", (*path, f"norm{i}"))
@@ -79,7 +84,7 @@ def clip_text_table(
     table: Table = [
         *embedding(f"{prefix}embeddings.token_embedding", ("token_embedding",)),
         Entry(f"{prefix}embeddings.position_embedding.weight", ("position_embedding",)),
-        constant(f"{prefix}embeddings.position_ids", np.arange(n, dtype=np.int64)[None]),
+        _position_ids(prefix, n),
         *norm(f"{prefix}final_layer_norm", ("final_norm",)),
     ]
     for i in range(model.num_hidden_layers):
@@ -96,7 +101,7 @@ def clip_vision_table(model: CLIPVision, prefix: str = "vision_model.") -> Table
         Entry(f"{prefix}embeddings.class_embedding", ("class_embedding",)),
         *conv(f"{prefix}embeddings.patch_embedding", ("patch_embedding",), bias=False),
         Entry(f"{prefix}embeddings.position_embedding.weight", ("position_embedding",)),
-        constant(f"{prefix}embeddings.position_ids", np.arange(places, dtype=np.int64)[None]),
+        _position_ids(prefix, places),
         *norm(f"{prefix}pre_layrnorm", ("pre_norm",)),  # the name is misspelt there
         *norm(f"{prefix}post_layernorm", ("post_norm",)),
     ]

@@ -1,7 +1,8 @@
-"""The original's configuration from a checkpoint alone: what its names, shapes and buffers tell, and what has to be assumed.
+"""Infers the original's configuration from the names, shapes and buffers of a checkpoint.
 
-The result is what the YAML file beside a released checkpoint would hold, so that conversion goes on as if it had been given. Whatever neither names
-nor shapes tell (the number of attention heads, the factor of the latents, the size of the pictures ...) is filled in by convention and said.
+The result is what the YAML beside a released checkpoint holds. What neither names nor shapes decide
+(the number of attention heads, the scale of the latents, the size of the pictures) is filled in by
+convention and listed as assumed.
 """
 
 import re
@@ -10,15 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm_jax.convert.compvis.names import CONDITIONER, FIRST_STAGE, UNET
 from ldm_jax.convert.compvis.schedules import schedule_params
-from ldm_jax.convert.compvis.whole import (
-    CONDITIONER,
-    FIRST_STAGE,
-    INNER,
-    IS_FIRST_STAGE,
-    UNCONDITIONAL,
-    UNET,
-)
+from ldm_jax.convert.compvis.whole import IDENTITIES, INNER, IS_FIRST_STAGE, UNCONDITIONAL
 from ldm_jax.errors import ReaderError, TargetError
 from ldm_jax.models.clip import CLIPText
 
@@ -30,28 +25,27 @@ _EMBEDDERS, _VQ = (
     "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
 )
 _KL = "ldm.modules.losses.LPIPSWithDiscriminator"
-_PIXELS = 256  # the side of the pictures that nearly all published models were trained on
+_PIXELS = 256  # the side in pixels that nearly all published models were trained at
+_UNKNOWN = "the architecture is not recognised"
 
 
 class Original(NamedTuple):
-    """A model as the original's YAML describes it; ``assumed`` has a line for each thing that the file did not tell."""
+    """A model as the original's YAML describes it; ``assumed`` has a line for each guess."""
 
     target: str
     params: dict[str, Any]
     assumed: tuple[str, ...] = ()
 
 
-class Names(dict[str, tuple[int, ...]]):
-    """Shapes by name; a name that is not there is a TargetError that says which."""
+class Shapes(dict[str, tuple[int, ...]]):
+    """Shapes by name; a missing name raises a TargetError with it."""
 
     def __missing__(self, name: str) -> tuple[int, ...]:
-        raise TargetError(
-            f"the architecture cannot be told: {name} is missing; give the original's YAML with --config"
-        )
+        raise TargetError(f"{_UNKNOWN}: {name} is missing; give the original's YAML with --config")
 
-    def under(self, prefix: str) -> "Names":
-        """Those that begin with ``prefix``, without it."""
-        return Names(
+    def under(self, prefix: str) -> "Shapes":
+        """The names that begin with ``prefix``, without it."""
+        return Shapes(
             {
                 name.removeprefix(prefix): shape
                 for name, shape in self.items()
@@ -60,26 +54,31 @@ class Names(dict[str, tuple[int, ...]]):
         )
 
     def count(self, pattern: str) -> int:
-        """One more than the highest number that the group of ``pattern`` matches at a name's beginning; 0 where nothing does."""
+        """Returns 1 + the highest number that ``pattern`` matches; 0 without a match."""
         n = 1 + max(
             (int(match[1]) for name in self if (match := re.match(pattern, name))), default=-1
         )
-        if n > len(self):  # each of them has a name, so this file is not what it seems
-            raise TargetError("the architecture cannot be told: its names skip numbers")
+        if n > len(self):  # each has a name in an honest file
+            raise TargetError(f"{_UNKNOWN}: its names skip numbers")
         return n
 
     def any(self, prefix: str) -> bool:
+        """Whether a name begins with ``prefix``."""
         return any(name.startswith(prefix) for name in self)
 
 
 def infer(tensors: Mapping[str, Any]) -> Original:
-    """The configuration of a state dict, name -> array (which may be lazy; only the schedule and lists of codes are read).
+    """Returns the configuration of a state dict.
 
-    Raises TargetError with one line where it is of no known family.
+    Args:
+      tensors: {name: array}. Of lazy arrays, only the schedule and lists of codes are read.
+
+    Raises:
+      TargetError: It is of no known family.
     """
     try:
         return _infer(
-            Names({name: tuple(tensor.shape) for name, tensor in tensors.items()}), tensors
+            Shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}), tensors
         )
     except (TargetError, ReaderError):
         raise
@@ -90,11 +89,11 @@ def infer(tensors: Mapping[str, Any]) -> Original:
         ValueError,
     ):  # too few axes, none of a size ...
         raise TargetError(
-            "the architecture cannot be told: its shapes fit no known network; give the original's YAML with --config"
+            f"{_UNKNOWN}: its shapes fit no known network; give the original's YAML with --config"
         ) from None
 
 
-def _infer(names: Names, tensors: Mapping[str, Any]) -> Original:
+def _infer(names: Shapes, tensors: Mapping[str, Any]) -> Original:
     if names.any(UNET):
         return _latent_diffusion(names, tensors)
     if names.any("encoder.") and names.any("decoder."):
@@ -107,10 +106,10 @@ def _infer(names: Names, tensors: Mapping[str, Any]) -> Original:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- latent diffusion
+# --------------------------------------------------------------------------------- latent diffusion
 
 
-def _latent_diffusion(names: Names, tensors: Mapping[str, Any]) -> Original:
+def _latent_diffusion(names: Shapes, tensors: Mapping[str, Any]) -> Original:
     unet, assumed = unet_params(names.under(UNET))
     params: dict[str, Any] = {
         "unet_config": {
@@ -126,15 +125,13 @@ def _latent_diffusion(names: Names, tensors: Mapping[str, Any]) -> Original:
         factor, assumed = 2 ** (len(ddconfig["ch_mult"]) - 1), [*assumed, *stage.assumed]
         params["first_stage_config"] = {"target": stage.target, "params": stage.params}
     else:
-        factor, params["first_stage_config"] = (
-            1,
-            {"target": "ldm.models.autoencoder.IdentityFirstStage"},
-        )
+        factor = 1 if unet["out_channels"] in (1, 3) else 8  # a latent model whose VAE is elsewhere
+        params["first_stage_config"] = {"target": IDENTITIES[-1]}
     channels, in_channels = unet["out_channels"], unet["in_channels"]
     outer = unet["model_channels"] * unet["channel_mult"][-1]
     params["channels"] = channels
 
-    config, told = _conditioner(names.under(CONDITIONER), names.under(FIRST_STAGE), factor)
+    config, guessed = _conditioner(names.under(CONDITIONER), names.under(FIRST_STAGE), factor)
     key = "adm" if "num_classes" in unet else None
     if config == IS_FIRST_STAGE or (in_channels > channels and not isinstance(config, dict)):
         config, key = (
@@ -142,37 +139,43 @@ def _latent_diffusion(names: Names, tensors: Mapping[str, Any]) -> Original:
             "concat",
         )
     elif config == UNCONDITIONAL and unet.get("context_dim", outer) != outer:
-        config, key = {"target": "torch.nn.Identity"}, "crossattn"  # fed with something ready made
+        config, key = {"target": "torch.nn.Identity"}, "crossattn"  # embeddings are given
     elif isinstance(config, dict):
         in_concat = config["target"].endswith("SpatialRescaler")
         key = "concat" if in_concat else "hybrid" if in_channels > channels else "crossattn"
     params |= {"cond_stage_config": config, "conditioning_key": key}
-    assumed += told
+    assumed += guessed
 
     clip = isinstance(config, dict) and "CLIP" in config["target"]
     params["image_size"] = (2 * _PIXELS if clip else _PIXELS) // factor
-    assumed.append(f"size {params['image_size'] * factor}: pictures of that many pixels a side")
-    schedule, told = schedule_params(tensors)
+    assumed.append(f"size {params['image_size'] * factor}: the side of the pictures in pixels")
+    schedule, guessed = schedule_params(tensors)
     params |= schedule
-    assumed += told
+    assumed += guessed
     if "scale_factor" in names:
         params["scale_by_std"] = True
     else:
         stage_params = params["first_stage_config"].get("params", {})
         published = (
-            stage_params.get("embed_dim") == 4 and "n_embed" not in stage_params and factor == 8
+            stage_params.get("embed_dim", channels) == 4
+            and "n_embed" not in stage_params
+            and factor == 8
         )
         params["scale_factor"] = 0.18215 if published else 1.0
         assumed.append(f"scale_factor {params['scale_factor']}: of the latents")
     if "logvar" in names:
         params["learn_logvar"] = True
-    assumed.append("parameterization eps: what the network predicts")
+    if "v_pred" in names:
+        params["parameterization"] = "v"
+        assumed.append("parameterization v: the file has the marker v_pred")
+    else:
+        assumed.append("parameterization eps: what the network predicts")
     return Original(
         INPAINTING if clip and key == "hybrid" else LATENT_DIFFUSION, params, tuple(assumed)
     )
 
 
-# How the published models divide their attention: (model_channels, channel_mult, context_dim) -> parameters.
+# Attention heads of the published models, by (model_channels, channel_mult, context_dim).
 _HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, Any]] = {
     (320, (1, 2, 4, 4), 768): {"num_heads": 8, "legacy": False},  # Stable Diffusion v1
     (320, (1, 2, 4, 4), 1280): {"num_heads": 8, "legacy": False},  # txt2img-1p4B
@@ -183,21 +186,19 @@ _HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, Any]] = {
 }
 
 
-def unet_params(names: Names) -> tuple[dict[str, Any], list[str]]:
-    """(parameters of a UNetModel, what was assumed) from its names and shapes."""
+def unet_params(names: Shapes) -> tuple[dict[str, Any], list[str]]:
+    """Returns (parameters of a UNetModel, what was assumed) from its names and shapes."""
     channels, in_channels = names["input_blocks.0.0.weight"][:2]
     rows = names.count(r"output_blocks\.(\d+)\.")
     ends = [f"output_blocks.{i}.{j}." for i in range(rows) for j in (1, 2)]
     resblocks, convs = (
         sum(end + part in names for end in ends) for part in ("in_layers.0.weight", "conv.weight")
     )
-    # Resampling without a layer leaves no names at all: its rows of the downward half are missing.
+    # Resampling without a layer has no names: its rows of the downward half are missing.
     bare = 0 if resblocks + convs else sum(not names.any(f"input_blocks.{i}.") for i in range(rows))
     levels = 1 + resblocks + convs + bare
     if rows % levels:
-        raise TargetError(
-            f"the architecture cannot be told: {rows} rows of blocks on {levels} levels"
-        )
+        raise TargetError(f"{_UNKNOWN}: {rows} rows of blocks on {levels} levels")
     first = range(1, rows, rows // levels)  # the first row of each level
     outs = [names[f"input_blocks.{i}.0.out_layers.3.weight"][0] for i in first]
     params: dict[str, Any] = {
@@ -231,13 +232,13 @@ def unet_params(names: Names) -> tuple[dict[str, Any], list[str]]:
     )
     text = ", ".join(f"{name} {value}" for name, value in heads.items())
     return params | heads, [
-        f"{text}: how the UNet's attention is divided",
+        f"{text}: the heads of the UNet's attention",
         "use_new_attention_order False",
     ]
 
 
-def _conditioner(names: Names, stage: Names, factor: int) -> tuple[Any, list[str]]:
-    """(cond_stage_config, what was assumed); ``stage`` names the first stage, which may be held twice."""
+def _conditioner(names: Shapes, stage: Shapes, factor: int) -> tuple[Any, list[str]]:
+    """Returns (cond_stage_config, what was assumed); the first ``stage`` may be stored twice."""
     if not names:
         return UNCONDITIONAL, []
     if names == stage:
@@ -252,8 +253,10 @@ def _conditioner(names: Names, stage: Names, factor: int) -> tuple[Any, list[str
         out, channels = names["channel_mapper.weight"][:2]
         params = {"n_stages": factor.bit_length() - 1, "in_channels": channels, "out_channels": out}
         params["bias"] = "channel_mapper.bias" in names
-        told = f"n_stages {params['n_stages']}, multiplier 0.5, method bilinear: how maps are brought to the latents' size"
-        return {"target": f"{_EMBEDDERS}.SpatialRescaler", "params": params}, [told]
+        stages = (
+            f"n_stages {params['n_stages']}, multiplier 0.5, method bilinear: the resizing of maps"
+        )
+        return {"target": f"{_EMBEDDERS}.SpatialRescaler", "params": params}, [stages]
     if "transformer.token_emb.weight" in names:
         vocabulary, dim = names["transformer.token_emb.weight"]
         params = {
@@ -264,19 +267,20 @@ def _conditioner(names: Names, stage: Names, factor: int) -> tuple[Any, list[str
             "vocab_size": vocabulary,
             "max_seq_len": names["transformer.pos_emb.emb.weight"][0],
         }
-        told = []
+        guessed = []
         if vocabulary != 30522:
             params["use_tokenizer"] = False
-            told = ["use_tokenizer False: the vocabulary is not BERT's"]
-        return {"target": f"{_EMBEDDERS}.BERTEmbedder", "params": params}, told
+            guessed = ["use_tokenizer False: the vocabulary is not BERT's"]
+        return {"target": f"{_EMBEDDERS}.BERTEmbedder", "params": params}, guessed
     if names.any("transformer.text_model."):
         return _clip(names.under("transformer.text_model."))
     raise TargetError(
-        f"its conditioner is of no known kind (it holds {min(names)}); give the original's YAML with --config"
+        f"its conditioner is of no known kind ({min(names)}); give the original's"
+        " YAML with --config"
     )
 
 
-def _clip(names: Names) -> tuple[dict[str, Any], list[str]]:
+def _clip(names: Shapes) -> tuple[dict[str, Any], list[str]]:
     vocabulary, width = names["embeddings.token_embedding.weight"]
     fields: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -289,22 +293,22 @@ def _clip(names: Names) -> tuple[dict[str, Any], list[str]]:
     if CLIPText(**fields) == CLIPText():
         return {"target": f"{_EMBEDDERS}.FrozenCLIPEmbedder"}, []
     target = next(target for target in INNER if target.endswith("TinyCLIP"))
-    told = f"num_attention_heads {fields['num_attention_heads']}, hidden_act quick_gelu: of the text encoder"
-    return {"target": target, "params": fields}, [told]
+    heads = f"num_attention_heads {fields['num_attention_heads']}"
+    return {"target": target, "params": fields}, [f"{heads}, hidden_act quick_gelu: text encoder"]
 
 
-# ------------------------------------------------------------------------------------------------------------ first stages
+# ------------------------------------------------------------------------------------- first stages
 
 
-def first_stage(names: Names, tensors: Mapping[str, Any]) -> Original:
-    """A first stage from names without prefix."""
+def first_stage(names: Shapes, tensors: Mapping[str, Any]) -> Original:
+    """Returns a first stage from names without prefix."""
     channels, in_channels = names["encoder.conv_in.weight"][:2]
     levels, z = names.count(r"encoder\.down\.(\d+)\."), names["decoder.conv_in.weight"][1]
     outs = [names[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
     ddconfig: dict[str, Any] = {
         "double_z": names["encoder.conv_out.weight"][0] == 2 * z,
         "z_channels": z,
-        "resolution": _PIXELS,  # counted down to the levels with attention, and used for nothing else
+        "resolution": _PIXELS,  # only decides the levels with attention
         "in_channels": in_channels,
         "out_ch": names["decoder.conv_out.weight"][0],
         "ch": channels,
@@ -341,9 +345,9 @@ def first_stage(names: Names, tensors: Mapping[str, Any]) -> Original:
 
 
 def loss_config(
-    names: Names, prefix: str = "loss."
+    names: Shapes, prefix: str = "loss."
 ) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
-    """(lossconfig, widths of LPIPS' VGG) of the loss that a first stage's names hold; (None, ()) where they hold none."""
+    """Returns (lossconfig, widths of LPIPS' VGG) of a first stage's loss, or (None, ())."""
     names = names.under(prefix)
     if not names.any("discriminator.main."):
         return None, ()

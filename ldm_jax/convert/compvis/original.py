@@ -1,7 +1,8 @@
-"""The original's YAML and our model config: one as the other, both ways.
+"""The original's YAML and our model config, in both directions.
 
-Our config holds what the networks are; of the YAML it keeps beside them, under "original", what there is no place for: class names, where a condition
-enters, the size trained at. `config_of` and `original_of` are each other's inverse on that, which a round trip through both proves.
+The config describes the networks; under "original" it keeps what has no place in it: class names,
+where a condition enters, the size of training. `config_of` and `original_of` are inverse to each
+other.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import yaml
 from ldm_jax.convert.compvis.infer import INPAINTING, LATENT_DIFFUSION, Original
 from ldm_jax.convert.compvis.whole import IDENTITIES, IS_FIRST_STAGE, UNCONDITIONAL
 from ldm_jax.errors import TargetError
+from ldm_jax.io.atomic import write_atomic
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL
 from ldm_jax.models.build import build, build_first_stage
 from ldm_jax.models.vqgan import VQModel
@@ -36,11 +38,11 @@ _OUTER = (
 _KEPT = ("cond_stage_key", "first_stage_key", "image_size")
 
 
-# ------------------------------------------------------------------------------------------------------------------- YAML
+# --------------------------------------------------------------------------------------------- YAML
 
 
 def read_yaml(path: str | Path) -> Original:
-    """The model of one of the original's YAML files; TargetError with one line where it holds none."""
+    """Reads one of the original's YAML files; raises TargetError where it holds no model."""
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -56,7 +58,7 @@ def read_yaml(path: str | Path) -> Original:
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 takes 1e-4 for text, the original's reader for a number."""
+    """Turns 1e-4, a text in YAML 1.1, into the number that the original's reader takes it for."""
     match value:
         case dict():
             return {key: _numbers(item) for key, item in value.items()}
@@ -70,16 +72,16 @@ def _numbers(value: Any) -> Any:
 
 
 def write_yaml(path: Path, original: Original) -> None:
-    """A YAML file from which the original builds the model."""
+    """Writes the YAML file from which the original builds the model."""
     model = {"model": {"target": original.target, "params": original.params}}
-    path.write_text(yaml.safe_dump(model, sort_keys=False), encoding="utf-8")
+    write_atomic(path, yaml.safe_dump(model, sort_keys=False))
 
 
-# --------------------------------------------------------------------------------------------------- the original -> ours
+# ----------------------------------------------------------------------------- the original -> ours
 
 
 def fields_of(module: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a module that differ from their defaults, tuples as lists; but for how it computes."""
+    """Returns the fields of a module that differ from their defaults, tuples as lists."""
     leave = ("parent", "name", "dtype", "remat", *leave)
     fields = {
         f.name: getattr(module, f.name)
@@ -94,9 +96,15 @@ def fields_of(module: Any, leave: tuple[str, ...] = ()) -> dict[str, Any]:
 def config_of(
     original: Original, modules: Mapping[str, Any], scale_factor: float | None = None
 ) -> dict[str, Any]:
-    """The config of the model that ``original`` describes and ``modules`` (of its `Whole`) make up.
+    """Returns the config of the model that ``original`` describes.
 
-    ``scale_factor``: the stored one, where the original measures it instead of naming it. Raises TargetError for what we cannot run.
+    Args:
+      original: The description.
+      modules: The networks of its `Whole`.
+      scale_factor: The stored factor, where the original measures it.
+
+    Raises:
+      TargetError: It cannot be run here.
     """
     if "unet" not in modules:
         return {
@@ -135,12 +143,12 @@ def _first_stage_section(module: Autoencoder) -> dict[str, Any]:
     kind = "kl" if isinstance(module, AutoencoderKL) else "vq"
     if isinstance(module, VQModel) and module.quantizer == "ema":
         raise TargetError(
-            "a codebook kept by moving averages (EMAVQ) has no place in a model directory yet"
+            "a codebook of moving averages (EMAVQ) has no place in a model directory yet"
         )
     return {"kind": kind, **fields_of(module)}
 
 
-# What conditioners become, and the way in by which theirs reaches the UNet.
+# Class of conditioner -> (kind here, where it enters the UNet).
 _KINDS = {
     f"{_EMBEDDERS}.BERTEmbedder": ("bert", "crossattn"),
     f"{_EMBEDDERS}.TransformerEmbedder": ("tokens", "crossattn"),
@@ -161,8 +169,8 @@ def _conditioner_section(
         unet.context_dim,
     )
     if module is None:
-        ready, key = isinstance(section, Mapping), conditioning_key(params)
-        if ready and key == "crossattn" and dim:
+        given, key = isinstance(section, Mapping), conditioning_key(params)
+        if given and key == "crossattn" and dim:
             return {"kind": "embeddings", "dim": dim}
         joined = {
             "kind": "joined",
@@ -175,8 +183,8 @@ def _conditioner_section(
             and joined["channels"] == unet.out_channels + 1
         ):
             return {**joined, "of": "masked"}  # as in scripts/inpaint.py
-        if ready and key == "concat" and joined["channels"] == 3:
-            return {**joined, "of": "picture"}  # a small picture, to be enlarged
+        if given and key == "concat" and joined["channels"] == 3:
+            return {**joined, "of": "picture"}  # a small picture to be enlarged
         return {"kind": "none"}
     assert section is not None
     if section["target"] not in _KINDS:
@@ -192,10 +200,10 @@ def _conditioner_section(
     if kind == "bert" and not (section.get("params") or {}).get("use_tokenizer", True):
         kind = "tokens"
     fields = fields_of(module)
-    if kind == "rescale":  # how large maps are in pixels, which only an empty map needs
+    if kind == "rescale":  # the size of maps in pixels, which only an empty map needs
         fields["size"] = [round(side / module.multiplier**module.n_stages) for side in size]
-    told = {"kind": kind, **fields}
-    # What is joined to the latents, of the original's classes that one alone says; all else is refused where it would be needed.
+    section_here = {"kind": kind, **fields}
+    # Only LatentInpaintDiffusion says what is joined to the latents.
     order = tuple(params.get("concat_keys") or _CONCAT_KEYS)
     if (
         key == "hybrid"
@@ -208,15 +216,15 @@ def _conditioner_section(
             "size": list(size),
         }
         if kind in ("bert", "clip") and joined["channels"] == unet.out_channels + 1:
-            return {"kind": "hybrid", "text": told, "joined": joined}
-    return told
+            return {"kind": "hybrid", "text": section_here, "joined": joined}
+    return section_here
 
 
 _CONCAT_KEYS = ("mask", "masked_image")  # of LatentInpaintDiffusion
 
 
 def conditioning_key(params: Mapping[str, Any]) -> str | None:
-    """Where the condition of a LatentDiffusion enters its UNet, as its constructor decides."""
+    """Returns where the condition of a LatentDiffusion enters, as its constructor decides."""
     if params.get("cond_stage_config", UNCONDITIONAL) == UNCONDITIONAL:
         return None
     return params.get("conditioning_key") or (
@@ -224,7 +232,7 @@ def conditioning_key(params: Mapping[str, Any]) -> str | None:
     )
 
 
-# The guidance that the original's own scripts sample with; without a condition there is nothing to guide.
+# The guidance of the original's sampling scripts.
 _GUIDANCE = {"bert": 5.0, "clip": 7.5, "class": 3.0, "embeddings": 5.0}
 
 
@@ -240,11 +248,11 @@ def _remembered(original: Original) -> dict[str, Any]:
     }
 
 
-# --------------------------------------------------------------------------------------------------- ours -> the original
+# ----------------------------------------------------------------------------- ours -> the original
 
 
 def original_of(config: Mapping[str, Any]) -> Original:
-    """The original's description of a model of ours; TargetError names what the original cannot hold."""
+    """Returns the original's description of a model; TargetError names what it cannot hold."""
     kept = config.get("original", {})
     if config.get("kind") == "first_stage":
         return Original(*_first_stage_of(build_first_stage(config), kept.get("target"), alone=True))
@@ -305,7 +313,7 @@ def original_of(config: Mapping[str, Any]) -> Original:
 def _first_stage_of(
     module: Autoencoder | None, target: str | None, alone: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """(target, params) of a first stage; ``target`` None: the usual one."""
+    """Returns (target, params) of a first stage; ``target`` None is the usual one."""
     if module is None:
         return target or IDENTITIES[-1], {}
     vq = "VQModel" if alone else "VQModelInterface"
@@ -357,7 +365,7 @@ def _same(name: str) -> Callable[[Any, str | None], dict[str, Any]]:
     }
 
 
-def _ready_made(module: Any, target: str | None) -> Any:
+def _identity(module: Any, target: str | None) -> Any:
     return target if target == IS_FIRST_STAGE else {"target": target or IDENTITIES[0]}
 
 
@@ -365,14 +373,14 @@ def _unconditional(module: Any, target: str | None) -> Any:
     return {"target": target} if target in IDENTITIES else target or UNCONDITIONAL
 
 
-# kind of our conditioner -> (module, the target it came from) -> cond_stage_config
+# Kind of conditioner -> function of (module, original target) to cond_stage_config.
 _CONDITIONERS: dict[str, Callable[[Any, str | None], Any]] = {
     "bert": _bert,
     "tokens": lambda module, target: _bert(module, target, tokenizer=False),
     "clip": _clip,
     "class": _same("ClassEmbedder"),
     "rescale": _same("SpatialRescaler"),
-    "embeddings": _ready_made,
-    "joined": _ready_made,
+    "embeddings": _identity,
+    "joined": _identity,
     "none": _unconditional,
 }

@@ -1,7 +1,6 @@
-"""From the original's YAML (a dotted ``target`` class and its ``params``) to our modules.
+"""From the original's YAML (a dotted ``target`` class and its ``params``) to modules.
 
-Every parameter is either used, known to say nothing about the network, or an error: a configuration is never half
-understood.
+Every parameter is used, known not to concern the network, or an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ldm_jax.errors import TargetError
+from ldm_jax.errors import TargetError, did_you_mean
 from ldm_jax.models.autoencoder import AutoencoderKL, Decoder, Encoder
 from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText, CLIPVision
@@ -33,10 +32,17 @@ def pick_params(
     ignored: str = "",
     fixed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The parameters in ``same`` (names apart by spaces), lists as tuples. ``ignored`` ones are dropped, ``fixed`` ones
-    must have the given value.
+    """Selects parameters by name.
 
-    A ``fixed`` parameter may be left out. Raises TargetError on any other.
+    Args:
+      where: Opens the error message.
+      params: The parameters of a class.
+      same: Names, separated by spaces, of those to return, lists as tuples.
+      ignored: Names of those to drop.
+      fixed: {name: the only supported value}; the parameter may be absent.
+
+    Raises:
+      TargetError: There is another parameter, or another value of a fixed one.
     """
     fixed = fixed or {}
     known = {*same.split(), *ignored.split(), *fixed}
@@ -55,34 +61,36 @@ def pick_params(
 
 
 _UNET = """
-    in_channels model_channels out_channels num_res_blocks attention_resolutions dropout channel_mult conv_resample
-    num_classes num_heads num_head_channels num_heads_upsample use_scale_shift_norm resblock_updown
-    use_new_attention_order use_spatial_transformer transformer_depth context_dim n_embed legacy
+    in_channels model_channels out_channels num_res_blocks attention_resolutions dropout
+    channel_mult conv_resample num_classes num_heads num_head_channels num_heads_upsample
+    use_scale_shift_norm resblock_updown use_new_attention_order use_spatial_transformer
+    transformer_depth context_dim n_embed legacy
 """
 _ENCODER_UNET = """
-    in_channels model_channels out_channels num_res_blocks attention_resolutions dropout channel_mult conv_resample
-    num_heads num_head_channels num_heads_upsample use_scale_shift_norm resblock_updown use_new_attention_order
-    image_size pool
+    in_channels model_channels out_channels num_res_blocks attention_resolutions dropout
+    channel_mult conv_resample num_heads num_head_channels num_heads_upsample use_scale_shift_norm
+    resblock_updown use_new_attention_order image_size pool
 """
 _DDCONFIG = """
-    ch out_ch ch_mult num_res_blocks attn_resolutions dropout resamp_with_conv in_channels resolution z_channels
-    attn_type
+    ch out_ch ch_mult num_res_blocks attn_resolutions dropout resamp_with_conv in_channels
+    resolution z_channels attn_type
 """
-# What the first stages' constructors take beside the network: the loss, and how their trainer is fed.
+# Parameters of the first stages' constructors about the loss and the training.
 _TRAINING = """
-    lossconfig ckpt_path ignore_keys image_key colorize_nlabels monitor batch_resize_range scheduler_config lr_g_factor
-    use_ema
+    lossconfig ckpt_path ignore_keys image_key colorize_nlabels monitor batch_resize_range
+    scheduler_config lr_g_factor use_ema
 """
 # Options of x_transformer that change the network and that no published model sets.
 _OFF = """
     cross_attend only_cross use_scalenorm use_rmsnorm use_rezero position_infused_attn residual_attn
-    cross_residual_attn macaron gate_residual attn_talking_heads attn_on_attn attn_num_mem_kv attn_use_entmax15
+    cross_residual_attn macaron gate_residual attn_talking_heads attn_on_attn attn_num_mem_kv
+    attn_use_entmax15
 """
 
 
 def unet_from_params(params: Mapping[str, Any]) -> UNet:
     """ldm.modules.diffusionmodules.openaimodel.UNetModel."""
-    # image_size is stored and never read; use_fp16 only chose the arithmetic, as our dtype does.
+    # image_size is never read; use_fp16 chose the arithmetic, as our dtype does.
     fields = pick_params(
         "UNetModel",
         params,
@@ -94,7 +102,7 @@ def unet_from_params(params: Mapping[str, Any]) -> UNet:
 
 
 def encoder_unet_from_params(params: Mapping[str, Any]) -> EncoderUNet:
-    """ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel, whose num_heads is 1 unless given."""
+    """ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel; num_heads defaults to 1."""
     ignored = "use_fp16 use_checkpoint"
     fields = pick_params(
         "EncoderUNetModel", params, same=_ENCODER_UNET, ignored=ignored, fixed={"dims": 2}
@@ -143,7 +151,7 @@ def autoencoder_kl_from_params(params: Mapping[str, Any]) -> AutoencoderKL:
 
 
 def _remap(where: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Which codes are in use, as a list; the original names a .npy file of theirs."""
+    """Returns the codes in use as a tuple; the original names a .npy file."""
     remap = params.get("remap")
     if remap is None:
         return {}
@@ -178,7 +186,7 @@ def _vqmodel(cls: type[_VQ], params: Mapping[str, Any], quantizer: str = "vq") -
 
 
 def vqmodel_from_params(params: Mapping[str, Any]) -> VQModel:
-    """ldm.models.autoencoder.VQModel and taming.models.vqgan.VQModel (and its forms for depth and segmentation)."""
+    """VQModel of ldm.models.autoencoder and of taming.models.vqgan."""
     return _vqmodel(VQModel, params)
 
 
@@ -188,9 +196,7 @@ def vqmodel_interface_from_params(params: Mapping[str, Any]) -> VQModelInterface
 
 
 def vector_quantizer_from_params(params: Mapping[str, Any], second: bool = True) -> VectorQuantizer:
-    """taming.modules.vqvae.quantize.VectorQuantizer2, or with ``second`` off VectorQuantizer, whose loss is that of the
-    legacy form.
-    """
+    """VectorQuantizer2 of taming.modules.vqvae.quantize; ``second`` False: VectorQuantizer."""
     more = "legacy sane_index_shape unknown_index" if second else ""
     fields = pick_params(
         "VectorQuantizer",
@@ -206,7 +212,7 @@ def vector_quantizer_from_params(params: Mapping[str, Any], second: bool = True)
 def gumbel_from_params(params: Mapping[str, Any]) -> GumbelQuantizer:
     """taming.modules.vqvae.quantize.GumbelQuantize."""
     same = "n_embed num_hiddens straight_through kl_weight temp_init unknown_index"
-    # use_vqinterface only changes how the original packs its results, train whether it is called in training.
+    # use_vqinterface only changes the packing of results, train the mode.
     ignored = "embedding_dim remap use_vqinterface train"
     fields = pick_params("GumbelQuantize", params, same=same, ignored=ignored)
     return GumbelQuantizer(
@@ -243,10 +249,10 @@ def rescaler_from_params(params: Mapping[str, Any]) -> SpatialRescaler:
     return SpatialRescaler(**fields)
 
 
-# What transformers' CLIP configurations hold beside the network.
+# Fields of transformers' CLIP configurations that do not concern the network.
 _CLIP_OTHER = """
-    model_type architectures torch_dtype dtype transformers_version initializer_factor initializer_range pad_token_id
-    bos_token_id return_dict _name_or_path
+    model_type architectures torch_dtype dtype transformers_version initializer_factor
+    initializer_range pad_token_id bos_token_id return_dict _name_or_path
 """
 _CLIP = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps"
@@ -260,9 +266,7 @@ def clip_text_from_params(params: Mapping[str, Any]) -> CLIPText:
     fields = pick_params(
         "CLIPTextModel", params, same=same, ignored=ignored, fixed={"attention_dropout": 0.0}
     )
-    if (
-        fields.get("eos_token_id") == 2
-    ):  # the oldest configurations say this and mean the highest token
+    if fields.get("eos_token_id") == 2:  # in the oldest configurations: the highest token
         del fields["eos_token_id"]
     return CLIPText(**fields)
 
@@ -280,10 +284,10 @@ def frozen_clip_from_params(params: Mapping[str, Any]) -> CLIPText:
 
 
 def clip_vision_from_params(params: Mapping[str, Any], projected: bool = True) -> CLIPVision:
-    """transformers.CLIPVisionModelWithProjection, or without ``projected`` CLIPVisionModel, from its configuration."""
+    """transformers.CLIPVisionModelWithProjection; ``projected`` False: CLIPVisionModel."""
     same = f"{_CLIP} image_size patch_size projection_dim"
     fixed = {"attention_dropout": 0.0, "num_channels": 3}
-    # transformers' own defaults are those of another model than ours.
+    # transformers' defaults are of another model than ours.
     fields: dict[str, Any] = {
         "hidden_size": 768,
         "intermediate_size": 3072,
@@ -307,9 +311,7 @@ def lpips_from_params(params: Mapping[str, Any]) -> LPIPS:
 
 
 def bert_from_params(params: Mapping[str, Any]) -> TransformerEncoder:
-    """ldm.modules.encoders.modules.BERTEmbedder and TransformerEmbedder, with the projection to logits that their
-    checkpoints keep.
-    """
+    """BERTEmbedder and TransformerEmbedder of ldm.modules.encoders.modules, with the logits."""
     known = "vocab_size max_seq_len"
     ignored = "n_embed n_layer device use_tokenizer"
     fields = pick_params(
@@ -321,7 +323,7 @@ def bert_from_params(params: Mapping[str, Any]) -> TransformerEncoder:
 def transformer_wrapper_from_params(
     wrapper: Mapping[str, Any], encoder: Mapping[str, Any]
 ) -> TransformerEncoder:
-    """ldm.modules.x_transformer.TransformerWrapper around an Encoder, from the parameters of both."""
+    """ldm.modules.x_transformer.TransformerWrapper around an Encoder."""
     fixed = {
         "emb_dropout": 0.0,
         "use_pos_emb": True,
@@ -388,7 +390,7 @@ TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     f"{_LDM}.encoders.modules.ClassEmbedder": class_embedder_from_params,
     f"{_LDM}.encoders.modules.SpatialRescaler": rescaler_from_params,
     f"{_LDM}.encoders.modules.FrozenCLIPEmbedder": frozen_clip_from_params,
-    f"{_LDM}.encoders.modules.TinyCLIP": clip_text_from_params,  # of the reference data: any size, named as above
+    f"{_LDM}.encoders.modules.TinyCLIP": clip_text_from_params,
     "transformers.CLIPTextModel": clip_text_from_params,
     "transformers.CLIPVisionModel": partial(clip_vision_from_params, projected=False),
     "transformers.CLIPVisionModelWithProjection": clip_vision_from_params,
@@ -399,7 +401,7 @@ TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def module_from_config(target: str, params: Mapping[str, Any] | None = None) -> Any:
-    """The Linen module that a ``target`` and its ``params`` describe; TargetError where either is not supported."""
+    """Returns the module of a ``target`` and its ``params``; TargetError if it is not supported."""
     if target not in TARGETS:
-        raise TargetError(f"{target} is not supported (have {', '.join(TARGETS)})")
+        raise TargetError(f"{target} is not supported{did_you_mean(target, TARGETS)}")
     return TARGETS[target](params or {})

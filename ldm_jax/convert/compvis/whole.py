@@ -1,6 +1,7 @@
-"""Whole checkpoints of the original: what a LatentDiffusion or a first stage holds, put together from its configuration.
+"""Whole checkpoints of the original: the table of a LatentDiffusion or a first stage.
 
-Our tree has the parts of a model directory: "unet", "conditioner", "first_stage", and what only training needs: "logvar", "ema", "losses".
+The parameter tree has the parts of a model directory, "unet", "conditioner" and "first_stage", and
+those of training: "logvar", "ema" and "losses".
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,24 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert.compvis.compvis import param_shapes, table_of
+from ldm_jax.convert.compvis.names import CONDITIONER, EMA, FIRST_STAGE, UNET
+from ldm_jax.convert.compvis.networks import param_shapes, table_of
 from ldm_jax.convert.compvis.targets import module_from_config, pick_params
 from ldm_jax.convert.tables import Duplicate, Entry, Table, Unused, under
 from ldm_jax.diffusion.schedule import make_schedule
-from ldm_jax.errors import TargetError
+from ldm_jax.errors import TargetError, did_you_mean
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.perceptual import LPIPS, VGG16_WIDTHS
 
-UNET, FIRST_STAGE, CONDITIONER, EMA = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.",
-    "model_ema.",
-)
-# Sections that stand for no network at all.
+# Sections without a network.
 IDENTITIES = ("torch.nn.Identity", "ldm.models.autoencoder.IdentityFirstStage")
 UNCONDITIONAL, IS_FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
-# What conditioners hold between their prefix and the network of our module.
+# Prefixes inside conditioners, between their own prefix and the network.
 INNER = {
     "ldm.modules.encoders.modules.BERTEmbedder": "transformer.",
     "ldm.modules.encoders.modules.TransformerEmbedder": "transformer.",
@@ -36,22 +32,29 @@ INNER = {
 }
 BUFFERS = """
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
-    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance
-    posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
+    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod
+    posterior_variance posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2
 """
 _SCHEDULE = "beta_schedule timesteps linear_start linear_end cosine_s v_posterior"
-# Parameters of a LatentDiffusion that say how it is trained, fed, sampled or logged, not what it holds.
+# Parameters of a LatentDiffusion about training, data, sampling or logging, not the networks.
 _OTHER = """
-    unet_config first_stage_config cond_stage_config first_stage_key cond_stage_key image_size channels log_every_t
-    loss_type monitor use_ema num_timesteps_cond cond_stage_trainable concat_mode conditioning_key scale_factor
-    cond_stage_forward clip_denoised original_elbo_weight l_simple_weight parameterization scheduler_config
-    use_positional_encodings logvar_init ckpt_path ignore_keys load_only_unet finetune_keys concat_keys
-    masked_image_key keep_finetune_dims c_concat_log_start c_concat_log_end
+    unet_config first_stage_config cond_stage_config first_stage_key cond_stage_key image_size
+    channels log_every_t loss_type monitor use_ema num_timesteps_cond cond_stage_trainable
+    concat_mode conditioning_key scale_factor cond_stage_forward clip_denoised original_elbo_weight
+    l_simple_weight parameterization scheduler_config use_positional_encodings logvar_init ckpt_path
+    ignore_keys load_only_unet finetune_keys concat_keys masked_image_key keep_finetune_dims
+    c_concat_log_start c_concat_log_end
 """
 
 
 class Whole(NamedTuple):
-    """A checkpoint in parts: ``modules`` by part, the ``table`` of all its arrays, and ``shapes``, the tree that the table's paths lead into."""
+    """A checkpoint in parts.
+
+    Attributes:
+      modules: The networks by part.
+      table: The table of all arrays.
+      shapes: The parameter tree that the table's paths lead into.
+    """
 
     modules: dict[str, Any]
     table: Table
@@ -59,9 +62,9 @@ class Whole(NamedTuple):
 
 
 def schedule_buffers(params: Mapping[str, Any]) -> Table:
-    """The noise schedule that a DDPM stores. It follows from its parameters, with which a checkpoint has to agree."""
+    """The noise schedule that a DDPM stores; it follows from its parameters and must agree."""
     if params.get("given_betas") is not None:
-        raise TargetError("given_betas is not supported: a schedule is made from its parameters")
+        raise TargetError("given_betas is not supported: give the parameters of the schedule")
     schedule = make_schedule(**{name: params[name] for name in _SCHEDULE.split() if name in params})
 
     def buffer(name: str) -> Unused:
@@ -71,10 +74,7 @@ def schedule_buffers(params: Mapping[str, Any]) -> Table:
 
 
 def ema_shadows(table: Iterable[Entry | Unused | Duplicate]) -> Table:
-    """The averages that LitEma keeps of the UNet whose table this is (with the prefix of a LatentDiffusion), at "ema".
-
-    Names lose their dots; "decay" and "num_updates" are how the averages were made.
-    """
+    """LitEma's averages of the UNet with this table, at "ema"; their names lose the dots."""
 
     def renamed(source: str) -> str:
         return EMA + source.removeprefix("model.").replace(".", "")
@@ -91,11 +91,11 @@ def ema_shadows(table: Iterable[Entry | Unused | Duplicate]) -> Table:
     return shadows
 
 
-# ------------------------------------------------------------------------------------------------------- the first stage
+# ---------------------------------------------------------------------------------- the first stage
 
 _LOSS_WEIGHTS = """
-    disc_start logvar_init kl_weight pixelloss_weight disc_factor disc_weight perceptual_weight disc_conditional
-    disc_loss codebook_weight n_classes pixel_loss
+    disc_start logvar_init kl_weight pixelloss_weight disc_factor disc_weight perceptual_weight
+    disc_conditional disc_loss codebook_weight n_classes pixel_loss
 """
 _DISCRIMINATOR = {
     "disc_num_layers": "n_layers",
@@ -103,7 +103,7 @@ _DISCRIMINATOR = {
     "disc_ndf": "ndf",
     "use_actnorm": "use_actnorm",
 }
-# Losses that hold networks: whether also a learned log variance.
+# Losses with networks: whether there is a learned log variance, too.
 _GAN_LOSSES = {
     "ldm.modules.losses.LPIPSWithDiscriminator": True,
     "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": True,
@@ -111,26 +111,27 @@ _GAN_LOSSES = {
     "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": False,
 }
 _BARE_LOSSES = """
-    torch.nn.Identity ldm.modules.losses.contperceptual.DummyLoss taming.modules.losses.vqperceptual.DummyLoss
-    taming.modules.losses.DummyLoss taming.modules.losses.segmentation.BCELoss
-    taming.modules.losses.segmentation.BCELossWithQuant
+    torch.nn.Identity ldm.modules.losses.contperceptual.DummyLoss
+    taming.modules.losses.vqperceptual.DummyLoss taming.modules.losses.DummyLoss
+    taming.modules.losses.segmentation.BCELoss taming.modules.losses.segmentation.BCELossWithQuant
 """
 
 
 def loss_parts(
     config: Mapping[str, Any] | None, prefix: str = "loss.", vgg: Sequence[int] = VGG16_WIDTHS
 ) -> Whole:
-    """The networks of a first stage's loss: "lpips", "discriminator" and, for KL, "logvar" []; nothing where it has none.
+    """Returns the networks of a first stage's loss: "lpips", "discriminator", for KL "logvar" [].
 
-    ``vgg``: the widths of LPIPS' VGG, for tests.
+    Args:
+      config: The lossconfig.
+      prefix: The prefix of the names.
+      vgg: The widths of LPIPS' VGG, for tests.
     """
     target = None if config is None else config["target"]
     if target is None or target in _BARE_LOSSES.split():
         return Whole({}, [], {})
     if target not in _GAN_LOSSES:
-        raise TargetError(
-            f"the loss {target} is not supported (have {', '.join((*_GAN_LOSSES, *_BARE_LOSSES.split()))})"
-        )
+        raise TargetError(f"the loss {target} is not supported{did_you_mean(target, _GAN_LOSSES)}")
     params = (config or {}).get("params") or {}
     fixed = {"perceptual_loss": "lpips"}
     fields = pick_params(
@@ -163,7 +164,7 @@ def first_stage(
     losses: bool = True,
     vgg: Sequence[int] = VGG16_WIDTHS,
 ) -> Whole:
-    """A first stage's checkpoint: "first_stage", and what its loss holds at "losses" unless ``losses`` is off."""
+    """Returns a first stage's checkpoint: "first_stage", and its loss at "losses"."""
     module = module_from_config(target, params)
     whole = Whole(
         {"first_stage": module},
@@ -180,7 +181,7 @@ def first_stage(
     )
 
 
-# ------------------------------------------------------------------------------------------------------- latent diffusion
+# --------------------------------------------------------------------------------- latent diffusion
 
 
 def latent_diffusion(
@@ -191,10 +192,17 @@ def latent_diffusion(
     losses: bool = True,
     vgg: Sequence[int] = VGG16_WIDTHS,
 ) -> Whole:
-    """A LatentDiffusion's checkpoint from its parameters: "unet", "first_stage", and "conditioner" where it has parameters of its own.
+    """Returns a LatentDiffusion's checkpoint: "unet", "first_stage" and "conditioner".
 
-    ``buffers``: with the noise schedule and, if it is stored, "scale_factor" []. ``ema``: with the UNet's averages at "ema".
-    A conditioner ``__is_first_stage__`` is stored as a duplicate. Raises TargetError for what is not supported.
+    Args:
+      params: The parameters of the LatentDiffusion.
+      buffers: Include the noise schedule and, where it is stored, "scale_factor" [].
+      ema: Include the UNet's averages at "ema".
+      losses: Include the networks of the first stage's loss.
+      vgg: As for `loss_parts`.
+
+    Raises:
+      TargetError: Something in it is not supported.
     """
     pick_params(
         "LatentDiffusion",
@@ -243,16 +251,13 @@ def latent_diffusion(
 
 WHOLE: dict[str, Callable[..., Whole]] = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": latent_diffusion,
-    # Stable Diffusion's, for inpainting: the same parts, fed with more channels.
+    # Stable Diffusion's inpainting: the same parts with more input channels.
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": latent_diffusion,
 }
 
 
 def whole_from_config(target: str, params: Mapping[str, Any], **options: Any) -> Whole:
-    """The whole checkpoint that a YAML's ``target`` and ``params`` describe: a LatentDiffusion, else a first stage.
-
-    ``options``: those of `latent_diffusion` or `first_stage`.
-    """
+    """Returns the checkpoint of a YAML's ``target`` and ``params``; options as of the two above."""
     if target in WHOLE:
         return WHOLE[target](params, **options)
     return first_stage(target, params, **options)

@@ -1,9 +1,11 @@
-"""Which classes of diffusers and transformers are which of our parts, and which of them a pipeline holds."""
+"""The classes of diffusers and transformers, the parts that they are, and the pipelines of them."""
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from ldm_jax.conditioning import make_conditioner
 from ldm_jax.convert.diffusers import configs, unets
@@ -17,7 +19,7 @@ from ldm_jax.models.unet import UNet
 
 
 class Component(NamedTuple):
-    """A class of diffusers: the part of our config that it is, and that part's fields from its configuration."""
+    """A class of diffusers: the part that it is, and the part's section from its config.json."""
 
     part: str
     section: Callable[[Mapping[str, Any]], Config]
@@ -34,7 +36,7 @@ COMPONENTS = {
 
 
 class Roles(NamedTuple):
-    """The folders of a pipeline: our part -> its name there; ``guidance`` is what it is called with where nothing is said."""
+    """The folders of a pipeline by part, and its default guidance."""
 
     folders: Mapping[str, str]
     guidance: float = 1.0
@@ -50,18 +52,18 @@ PIPELINES = {
     "LDMPipeline": Roles(_LDM),
     "LDMSuperResolutionPipeline": Roles(_LDM),
 }
-# What pipelines hold beside the model, and why it is left out.
-BESIDE = {
-    "safety_checker": "judges pictures, makes none",
+# Components that are no part of the model, and why they are left out.
+LEFT_OUT = {
+    "safety_checker": "judges pictures",
     "feature_extractor": "prepares pictures for the safety checker",
     "image_encoder": "of IP-Adapter, no part of the model",
     "requires_safety_checker": "how the pipeline is run",
-    "tokenizer": "compared with the one that ships with ldm_jax",
+    "tokenizer": "its vocabulary ships with ldm_jax; the rest is in config.json",
 }
 
 
 def class_of(config: Mapping[str, Any]) -> str:
-    """The class that a config.json names, as diffusers or as transformers does."""
+    """Returns the class that a config.json names, as diffusers or transformers do."""
     architectures = config.get("architectures")
     return str(
         config.get("_class_name")
@@ -70,11 +72,11 @@ def class_of(config: Mapping[str, Any]) -> str:
 
 
 def read_json(file: Path) -> Config:
-    """The JSON object of a file; TargetError where there is none."""
+    """Reads the JSON object of a file; raises TargetError where there is none."""
     try:
         if file.stat().st_size > MAX_JSON:
             raise TargetError(
-                f"{file} is larger than {MAX_JSON >> 20} MiB, which no configuration is"
+                f"{file} is larger than {MAX_JSON >> 20} MiB, too large for a configuration"
             )
         config = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -91,12 +93,12 @@ def read_json(file: Path) -> Config:
 
 
 def _text_encoder(config: Config) -> Any:
-    """The network of a config's "conditioner", which is a text encoder."""
+    """Builds the network of a "conditioner" that is a text encoder."""
     conditioner: Any = make_conditioner(config["conditioner"], jnp.float32)
     return conditioner.module
 
 
-# part -> its module, from a config that has its section
+# Part -> its module, from a config with its section.
 MODULES: dict[str, Callable[[Config], Any]] = {
     "unet": lambda config: construct(UNet, "unet", config["unet"]),
     "first_stage": build_first_stage,
@@ -105,7 +107,7 @@ MODULES: dict[str, Callable[[Config], Any]] = {
 
 
 def component_of(module: Any) -> Config:
-    """The config.json of a module of ours."""
+    """Returns the config.json of a module."""
     match module:
         case UNet():
             return unets.unet_to(module)

@@ -1,7 +1,7 @@
-"""Configurations of diffusers' and transformers' components, and the sections of a model config here that say the same.
+"""Configurations of diffusers' and transformers' components, and sections of a model config.
 
-Every field is used, known to say nothing about the network, or an error (TargetError): a configuration is never half understood. Fields that a file
-leaves out have their class's default, as there.
+Every field is used, known not to concern the network, or an error. Fields that a file leaves out
+have the default of their class.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ from ldm_jax.models.vqgan import VQModelInterface
 
 Config = dict[str, Any]
 
-# What every file says of itself.
+# Fields about the file itself.
 ABOUT = """
-    _class_name _diffusers_version _name_or_path architectures model_type torch_dtype dtype transformers_version
-    return_dict use_cache format
+    _class_name _diffusers_version _name_or_path architectures model_type torch_dtype dtype
+    transformers_version return_dict use_cache format
 """
 
 
 def one(where: str, name: str, values: Any) -> Any:
-    """The value of a field that may be given for each level, and must then be the same for all."""
+    """Returns the value of a field that may be given per level and must then be uniform."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         return values
     if len(set(values)) != 1:
@@ -35,7 +35,7 @@ def one(where: str, name: str, values: Any) -> Any:
 
 
 def mults_of(where: str, channels: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """Channels of the levels -> those of the first, and what each has times as many."""
+    """Returns (channels of the first level, multiples of them per level)."""
     first = channels[0]
     if any(c % first for c in channels):
         raise TargetError(
@@ -45,7 +45,7 @@ def mults_of(where: str, channels: Sequence[int]) -> tuple[int, tuple[int, ...]]
 
 
 def attention_levels(where: str, config: Config, plain: str, attending: str) -> tuple[bool, ...]:
-    """Which levels have attention; ``plain`` and ``attending`` are the block types with {} for "Down" and "Up"."""
+    """Returns which levels have attention; the block types have {} for "Down" and "Up"."""
     levels = []
     for way, types in (("Down", config["down_block_types"]), ("Up", config["up_block_types"])):
         known = {plain.format(way): False, attending.format(way): True}
@@ -57,7 +57,8 @@ def attention_levels(where: str, config: Config, plain: str, attending: str) -> 
     down, up = levels[0], levels[1][::-1]
     if down != up or len(down) != len(config["block_out_channels"]):
         raise TargetError(
-            f"{where}: down_block_types and up_block_types do not mirror each other over the levels of block_out_channels"
+            f"{where}: down_block_types and up_block_types do not mirror each other over the levels"
+            " of block_out_channels"
         )
     return tuple(down)
 
@@ -72,7 +73,7 @@ def block_types(levels: Sequence[bool], plain: str, attending: str) -> Config:
 
 
 def need(where: str, module: Any, **needed: Any) -> None:
-    """TargetError where a field of ours has a value that the other side has no word for."""
+    """Raises TargetError where a field has a value that the other side cannot hold."""
     for name, value in needed.items():
         if getattr(module, name) != value:
             raise TargetError(
@@ -81,15 +82,15 @@ def need(where: str, module: Any, **needed: Any) -> None:
 
 
 def side(size: Any) -> int:
-    """A ``sample_size``, which may be [height, width], as one number."""
+    """Returns a ``sample_size``, which may be [height, width], as one number."""
     return int(size[0] if isinstance(size, Sequence) else size)
 
 
-# --------------------------------------------------------------------------------------------------------- autoencoders
+# ------------------------------------------------------------------------------------- autoencoders
 
 _CODER_SAME = """
-    in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block latent_channels
-    norm_num_groups sample_size mid_block_add_attention scaling_factor
+    in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block
+    latent_channels norm_num_groups sample_size mid_block_add_attention scaling_factor
 """
 _CODER_DEFAULTS: Config = {
     "in_channels": 3,
@@ -115,14 +116,14 @@ _CODERS = ("{}EncoderBlock2D", "Attn{}EncoderBlock2D")
 
 
 def _coder_types(config: Config) -> Config:
-    """Block types with the decoder's spelt like the encoder's."""
+    """Returns the config with the decoder's block types named like the encoder's."""
     return config | {
         "up_block_types": [kind.replace("Decoder", "Encoder") for kind in config["up_block_types"]]
     }
 
 
 def _attends(model: Any) -> list[bool]:
-    """Which levels of an autoencoder have attention; TargetError where encoder and decoder differ."""
+    """Returns which levels of an autoencoder have attention; encoder and decoder must agree."""
     fields, levels = model.coder_fields(), range(len(model.ch_mult))
     down, up = (
         [coder.attends(level) for level in levels]
@@ -130,7 +131,8 @@ def _attends(model: Any) -> list[bool]:
     )
     if down != up:
         raise TargetError(
-            f"resolution={model.resolution} does not halve evenly: encoder and decoder attend on different levels"
+            f"resolution={model.resolution} does not halve evenly: encoder and decoder attend on"
+            " different levels"
         )
     return down
 
@@ -225,7 +227,7 @@ def autoencoder_to(model: Autoencoder) -> Config:
     return config
 
 
-# -------------------------------------------------------------------------------------------------------- text encoders
+# ------------------------------------------------------------------------------------ text encoders
 
 _BERT = {
     "d_model": "dim",
@@ -258,10 +260,10 @@ _CLIP_DEFAULTS: Config = {
 
 
 def bert_from(config: Mapping[str, Any]) -> Config:
-    """LDMBertModel -> our "conditioner". Its dropouts are training's; some of its fields are read by nothing there."""
+    """LDMBertModel -> our "conditioner"."""
     ignored = f"""
-        {ABOUT} dropout classifier_dropout activation_dropout encoder_layerdrop init_std pad_token_id num_hidden_layers
-        scale_embedding
+        {ABOUT} dropout classifier_dropout activation_dropout encoder_layerdrop init_std
+        pad_token_id num_hidden_layers scale_embedding
     """
     fixed = {"activation_function": "gelu", "attention_dropout": 0.0}
     same = f"{' '.join(_BERT)} encoder_ffn_dim"
@@ -270,7 +272,7 @@ def bert_from(config: Mapping[str, Any]) -> Config:
     )
     if given["encoder_ffn_dim"] != 4 * given["d_model"]:
         raise TargetError(
-            f"LDMBertModel: encoder_ffn_dim={given['encoder_ffn_dim']} is not supported, only 4 d_model"
+            f"LDMBertModel: encoder_ffn_dim={given['encoder_ffn_dim']} must be 4 d_model"
         )
     return {"kind": "bert", **{ours: given[theirs] for theirs, ours in _BERT.items()}}
 
@@ -309,7 +311,7 @@ def clip_to(model: CLIPText) -> Config:
         "pad_token_id": 1,
     }
     fields = {field: getattr(model, field) for field in _CLIP_DEFAULTS}
-    # 2 is what the published files say and transformers takes for "the highest token".
+    # The published files have 2, which transformers takes for the highest token.
     return (
         about | fields | {"eos_token_id": 2 if model.eos_token_id is None else model.eos_token_id}
     )

@@ -1,18 +1,19 @@
-"""Pipelines of diffusers on the Hugging Face Hub, through huggingface_hub and its cache."""
+"""Downloads pipelines of diffusers from the Hugging Face Hub, through huggingface_hub."""
 
 import re
 from pathlib import Path
 
 from ldm_jax.errors import CheckpointError
 
-# Of a pipeline, what is read here: no half-precision copies, no weights of what is left out.
+# The folders that are read here.
 _FOLDERS = ("unet", "vae", "vqvae", "text_encoder", "bert", "scheduler", "tokenizer")
 
 
 def wanted(files: list[str]) -> list[str]:
-    """The files of a repository to download: descriptions, and of each folder's weights one full set, safetensors where there are any.
+    """Returns the files of a repository to download: configs, and one set of weights a folder.
 
-    A set is single or sharded; copies in another precision or without averaging (``model.fp16.safetensors``) are no part of it.
+    A set is single or sharded, safetensors where there are any; variants (model.fp16.safetensors)
+    are left out.
     """
     inside = [file for file in files if file.count("/") == 1 and file.split("/")[0] in _FOLDERS]
     weights = [
@@ -27,10 +28,12 @@ def wanted(files: list[str]) -> list[str]:
 
 
 def fetched(name: str | Path) -> str | Path:
-    """The downloaded folder of a Hub id ``org/name``; anything else, and a path whose folder exists, as it is.
+    """Returns the downloaded folder of a Hub id ``org/name``; returns anything else unchanged.
 
-    Without network, what was downloaded before. CheckpointError with one line where there is nothing, or huggingface_hub is missing, or the
-    repository is no pipeline of diffusers.
+    Without network, an earlier download is used.
+
+    Raises:
+      CheckpointError: There is nothing, huggingface_hub is missing, or it is no pipeline.
     """
     if (
         not isinstance(name, str)
@@ -42,14 +45,15 @@ def fetched(name: str | Path) -> str | Path:
         return _download(name)
     except ImportError:
         raise CheckpointError(
-            f"there is no folder {name!r}; to fetch it from the Hugging Face Hub, pip install huggingface_hub"
+            f"there is no folder {name!r}; to download it from the Hugging Face Hub,"
+            " pip install huggingface_hub"
         ) from None
     except CheckpointError:
         raise
-    except Exception as error:  # of the network, the Hub or its cache: each has many
+    except Exception as error:  # of the network, the Hub or its cache
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            f"there is no folder {name!r}, and the Hugging Face Hub does not give it: {reason}"
+            f"there is no folder {name!r}, and its download failed: {reason}"
         ) from None
 
 
@@ -58,14 +62,13 @@ def _download(name: str) -> Path:
     from huggingface_hub.utils import get_session
 
     try:
-        get_session().head(
-            constants.ENDPOINT, timeout=10
-        )  # the client would try for half a minute before it gives up
+        # The client itself would retry for half a minute.
+        get_session().head(constants.ENDPOINT, timeout=10)
     except Exception:
         return Path(snapshot_download(name, local_files_only=True))
     files = HfApi().list_repo_files(name)
     if "model_index.json" not in files:
         raise CheckpointError(
-            f"{name} on the Hugging Face Hub is no pipeline of diffusers: it has no model_index.json"
+            f"{name} on the Hugging Face Hub has no model_index.json: no pipeline of diffusers"
         )
     return Path(snapshot_download(name, allow_patterns=wanted(files)))

@@ -1,102 +1,88 @@
-"""scheduler_config.json of diffusers, and what a model config here says of schedule, objective and sampling.
+"""scheduler_config.json of diffusers, and the schedule, objective and sampling of a model config.
 
-A scheduler there is both: the noise that the model was trained with, which has to be understood whole, and a sampler, which a request may change.
+A scheduler there is both the noise that the model was trained with, which has to be understood
+whole, and a sampler, which a request may change. What is not known of the sampler costs only the
+default sampler and is noted.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ldm_jax.convert.compvis.targets import pick_params
 from ldm_jax.convert.diffusers.configs import Config
+from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import TargetError
 
-BETA_SCHEDULES = {
+BETA_SCHEDULES = {  # theirs -> ours
     "scaled_linear": "linear",
     "linear": "sqrt_linear",
     "squaredcos_cap_v2": "cosine",
-}  # theirs -> ours
+}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-# (timestep_spacing, steps_offset) -> our grid. The first is the original's, whose steps are +1.
+# (timestep_spacing, steps_offset) -> grid. The first is the original's, whose steps are +1.
 GRIDS = {
     ("leading", 1): "uniform",
     ("leading", 0): "leading",
     ("trailing", 0): "trailing",
     ("trailing", 1): "trailing",
 }
-
-_SAME = "num_train_timesteps beta_start beta_end beta_schedule prediction_type rescale_betas_zero_snr timestep_spacing steps_offset"
-_FIXED = {"trained_betas": None, "timestep_values": None, "thresholding": False}
-# What says something only with an option that is fixed to be off.
-_IDLE = "_class_name _diffusers_version dynamic_thresholding_ratio sample_max_value clip_sample_range format"
-_SIGMAS = {"use_exponential_sigmas": False, "use_beta_sigmas": False}
+# Options that change what the model computes and that nothing here does.
+_UNSUPPORTED = ("trained_betas", "thresholding", "use_flow_sigmas", "use_dynamic_shifting")
 
 
 class Kind(NamedTuple):
-    """A class of diffusers: our sampler, its fields beside those of all, and the spacing that it takes where none is given."""
+    """A scheduler class: the sampler, its default spacing, and the options that sampler assumes."""
 
     sampler: str
-    same: str = ""
-    ignored: str = ""
-    fixed: Mapping[str, Any] = {}
     spacing: str = "linspace"
+    assumes: Mapping[str, Any] = {}
 
 
+_MULTISTEP = {"solver_order": 2, "solver_type": "midpoint", "use_lu_lambdas": False}
 SCHEDULERS = {
-    "DDIMScheduler": Kind("ddim", "clip_sample set_alpha_to_one", spacing="leading"),
-    "PNDMScheduler": Kind(
-        "plms", "set_alpha_to_one", fixed={"skip_prk_steps": True}, spacing="leading"
-    ),
-    "DDPMScheduler": Kind(
-        "ddpm", "clip_sample", fixed={"variance_type": "fixed_small"}, spacing="leading"
-    ),
-    "LMSDiscreteScheduler": Kind("lms", "use_karras_sigmas", fixed=_SIGMAS),
-    "EulerDiscreteScheduler": Kind(
-        "euler",
-        "use_karras_sigmas",
-        "interpolation_type final_sigmas_type timestep_type sigma_min sigma_max",
-        _SIGMAS,
-    ),
+    "DDIMScheduler": Kind("ddim", "leading"),
+    "PNDMScheduler": Kind("plms", "leading", {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "DDPMScheduler": Kind("ddpm", "leading", {"variance_type": "fixed_small"}),
+    "LMSDiscreteScheduler": Kind("lms"),
+    "EulerDiscreteScheduler": Kind("euler"),
     "EulerAncestralDiscreteScheduler": Kind("euler_ancestral"),
-    "DPMSolverMultistepScheduler": Kind(
-        "dpmpp_2m",
-        "use_karras_sigmas",
-        "lower_order_final euler_at_final final_sigmas_type lambda_min_clipped flow_shift time_shift_type",
-        _SIGMAS
-        | {
-            "algorithm_type": "dpmsolver++",
-            "solver_order": 2,
-            "solver_type": "midpoint",
-            "variance_type": None,
-        }
-        | {"use_lu_lambdas": False, "use_flow_sigmas": False, "use_dynamic_shifting": False},
-    ),
+    "HeunDiscreteScheduler": Kind("heun"),
+    "KDPM2DiscreteScheduler": Kind("dpm_2"),
+    "KDPM2AncestralDiscreteScheduler": Kind("dpm_2_ancestral"),
+    "DPMSolverMultistepScheduler": Kind("dpmpp_2m", assumes=_MULTISTEP),
+    "DPMSolverSinglestepScheduler": Kind("dpmpp_2s", assumes=_MULTISTEP),
+    "DPMSolverSDEScheduler": Kind("dpmpp_sde"),
+    "UniPCMultistepScheduler": Kind("unipc", assumes={"solver_order": 2, "predict_x0": True}),
+    "DEISMultistepScheduler": Kind("deis", assumes={"solver_order": 2}),
+    "IPNDMScheduler": Kind("ipndm"),
+    "LCMScheduler": Kind("lcm", "leading"),
+    "TCDScheduler": Kind("tcd", "leading"),
 }
-_CLIPS = ("DDIMScheduler", "DDPMScheduler")  # unless told otherwise
+# algorithm_type of the DPM-Solver classes -> the sampler of order 2 in place of DPM-Solver++'s.
+_ALGORITHMS = {
+    ("dpmpp_2m", "sde-dpmsolver++"): "dpmpp_2m_sde",
+    ("dpmpp_2m", "dpmsolver"): "dpm_solver_2m",
+    ("dpmpp_2s", "dpmsolver"): "dpm_solver_2",
+}
+_CLIPS = ("DDIMScheduler", "DDPMScheduler")  # their clip_sample is True where it is absent
 
 
 def schedule_from(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """scheduler_config.json -> ({"schedule", "objective", "sampling"} of a model config, what differs here)."""
+    """Returns ({"schedule", "objective", "sampling"}, notes on what differs here).
+
+    Raises:
+      TargetError: The noise, the prediction or an option that changes the model is not supported.
+    """
     name = str(config.get("_class_name"))
-    if name not in SCHEDULERS:
-        raise TargetError(f"the scheduler {name} is not supported (have {', '.join(SCHEDULERS)})")
-    kind = SCHEDULERS[name]
-    given = pick_params(
-        name,
-        config,
-        same=f"{_SAME} {kind.same}",
-        ignored=f"{_IDLE} {kind.ignored}",
-        fixed={**_FIXED, **kind.fixed},
-    )
-    if kind.fixed.get("skip_prk_steps") and not config.get("skip_prk_steps"):
-        raise TargetError(f"{name}: skip_prk_steps=False is not supported, only True")
-    if given.get("clip_sample", name in _CLIPS):
+    for option in _UNSUPPORTED:
+        if config.get(option):
+            raise TargetError(f"{name}: {option}={config[option]!r} is not supported")
+    if name in _CLIPS and config.get("clip_sample", True):
         raise TargetError(
-            f"{name}: clip_sample=True would clip latents to [-1, 1], which no latent diffusion model wants; set it to false"
+            f"{name}: clip_sample=True would clip latents to [-1, 1], which no latent diffusion"
+            " model wants; set it to false"
         )
-    betas, prediction = (
-        given.get("beta_schedule", "linear"),
-        given.get("prediction_type", "epsilon"),
-    )
+    betas = config.get("beta_schedule", "linear")
+    prediction = config.get("prediction_type", "epsilon")
     for what, value, known in (
         ("beta_schedule", betas, BETA_SCHEDULES),
         ("prediction_type", prediction, PREDICTIONS),
@@ -105,37 +91,50 @@ def schedule_from(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
             raise TargetError(
                 f"{name}: {what}={value!r} is not supported (have {', '.join(known)})"
             )
-    to_one = given.get("set_alpha_to_one", name == "DDIMScheduler")
-    if to_one and name == "PNDMScheduler":
-        raise TargetError(f"{name}: set_alpha_to_one=True is not supported, only False")
-
-    notes = []
-    spacing = (given.get("timestep_spacing", kind.spacing), given.get("steps_offset", 0))
-    grid = "karras" if given.get("use_karras_sigmas") else GRIDS.get(spacing, "uniform")
-    if spacing not in GRIDS and grid == "uniform":
-        notes.append(
-            f"timestep_spacing={spacing[0]!r} with steps_offset={spacing[1]}: the steps are those of the grid 'uniform' here"
-        )
     schedule: Config = {
         "beta_schedule": BETA_SCHEDULES[betas],
-        "timesteps": given.get("num_train_timesteps", 1000),
-        "linear_start": given.get("beta_start", 1e-4),
-        "linear_end": given.get("beta_end", 2e-2),
+        "timesteps": config.get("num_train_timesteps", 1000),
+        "linear_start": config.get("beta_start", 1e-4),
+        "linear_end": config.get("beta_end", 2e-2),
     }
-    if given.get("rescale_betas_zero_snr"):
+    if config.get("rescale_betas_zero_snr"):
         schedule["zero_terminal_snr"] = True
-    sampler = "ddim_x0" if to_one else kind.sampler
+    sampling, notes = _sampling(name, config)
     return {
         "schedule": schedule,
         "objective": PREDICTIONS[prediction],
-        "sampling": {"sampler": sampler, "grid": grid},
+        "sampling": sampling,
     }, notes
 
 
+def _sampling(name: str, config: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    kind, notes = SCHEDULERS.get(name, Kind("")), []
+    sampler = _ALGORITHMS.get((kind.sampler, str(config.get("algorithm_type"))), kind.sampler)
+    if name == "DDIMScheduler" and config.get("set_alpha_to_one", True):
+        sampler = "ddim_x0"
+    if sampler not in SAMPLERS:
+        notes.append(f"sampler ddim: {name} has no counterpart here, or none yet")
+        sampler = "ddim"
+    for option, value in kind.assumes.items():
+        if config.get(option, value) != value:
+            notes.append(f"{option} {value!r} with sampler {sampler}: not {config[option]!r}")
+    if name == "PNDMScheduler" and not config.get("skip_prk_steps", False):
+        notes.append("skip_prk_steps True with sampler plms: the first steps differ")
+    spacing = (config.get("timestep_spacing", kind.spacing), config.get("steps_offset", 0))
+    grid = "karras" if config.get("use_karras_sigmas") else GRIDS.get(spacing)
+    if grid is None:
+        grid = "uniform"
+        notes.append(
+            f"grid uniform: timestep_spacing={spacing[0]!r} with steps_offset={spacing[1]} has no"
+            " counterpart here"
+        )
+    return {"sampler": sampler, "grid": grid}, notes
+
+
 def schedule_to(config: Mapping[str, Any]) -> Config:
-    """A model config here -> the scheduler_config.json of DDIMScheduler with its noise, prediction and steps."""
+    """Returns the scheduler_config.json of a DDIMScheduler with the noise of a model config."""
     ours, sampling = config["schedule"], config.get("sampling", {})
-    betas = {theirs_of: theirs for theirs, theirs_of in BETA_SCHEDULES.items()}
+    betas = {ours_name: theirs for theirs, ours_name in BETA_SCHEDULES.items()}
     kind = ours.get("beta_schedule", "linear")
     if kind not in betas:
         raise TargetError(

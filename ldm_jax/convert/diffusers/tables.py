@@ -1,6 +1,6 @@
-"""Name tables of the family's networks as diffusers and transformers store them, walked from our modules.
+"""Name tables of the networks as diffusers and transformers store them.
 
-A table is the same in both directions. What older versions wrote under other names or in other shapes is brought to today's by `modern` first.
+`modern` maps the names and shapes of older versions to today's first.
 """
 
 import re
@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from ldm_jax.convert.compvis.blocks import Walk, spatial_transformer
-from ldm_jax.convert.compvis.compvis import param_shapes
 from ldm_jax.convert.compvis.encoders import clip_text_table
+from ldm_jax.convert.compvis.networks import param_shapes
 from ldm_jax.convert.reader.lazy import LazyTensor
 from ldm_jax.convert.tables import CONV1X1, Entry, Path, Table, conv, dense, embedding, norm, unused
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL, Coder, Decoder, Encoder
@@ -24,11 +24,11 @@ from ldm_jax.models.vqgan import VQModelInterface
 QKV = ("q", "k", "v")
 
 
-# ------------------------------------------------------------------------------------------------------------ the UNets
+# ---------------------------------------------------------------------------------------- the UNets
 
 
 def _sources(unet: UNet) -> dict[str, str]:
-    """Our name of each block -> its name in UNet2DModel and UNet2DConditionModel, which count levels and then blocks of a kind."""
+    """Returns {our name of a block: its name in UNet2DModel and UNet2DConditionModel}."""
     kinds = {
         "transformer": "attentions",
         "attn": "attentions",
@@ -55,7 +55,7 @@ def _sources(unet: UNet) -> dict[str, str]:
 
 
 def unet_table(unet: UNet) -> Table:
-    """UNet2DConditionModel (transformers) and UNet2DModel (plain attention), whose parameters are those of `split_qkv`."""
+    """UNet2DConditionModel and UNet2DModel; the parameters are those of `split_qkv`."""
     sources = _sources(unet)
 
     def blocks() -> Walk:
@@ -97,7 +97,7 @@ def unet_table(unet: UNet) -> Table:
 
 
 def split_qkv(unet: UNet, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The UNet's parameters with "qkv" {kernel [c, 3c], bias [3c]} of each plain attention taken apart into "q", "k" and "v" of c columns."""
+    """Splits "qkv" {kernel [c, 3c], bias [3c]} of each plain attention into "q", "k" and "v"."""
 
     def part(a: Any, heads: int, i: int) -> Any:
         *rows, columns = a.shape
@@ -119,7 +119,7 @@ def split_qkv(unet: UNet, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def join_qkv(unet: UNet, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `split_qkv`, of numpy arrays."""
+    """The inverse of `split_qkv`, on numpy arrays."""
 
     def whole(parts: list[np.ndarray], heads: int) -> np.ndarray:
         *rows, columns = parts[0].shape
@@ -137,7 +137,7 @@ def join_qkv(unet: UNet, params: Mapping[str, Any]) -> dict[str, Any]:
     return joined
 
 
-# --------------------------------------------------------------------------------------------------------- autoencoders
+# ------------------------------------------------------------------------------------- autoencoders
 
 
 def _resnet(source: str, path: Path, skip: bool) -> Walk:
@@ -196,11 +196,11 @@ def autoencoder_table(model: Autoencoder) -> Table:
     return table
 
 
-# -------------------------------------------------------------------------------------------------------- text encoders
+# ------------------------------------------------------------------------------------ text encoders
 
 
 def bert_table(model: TransformerEncoder) -> Table:
-    """LDMBertModel, which keeps the original's unused projection to the vocabulary."""
+    """LDMBertModel, with the original's unused projection to the vocabulary."""
     table: Table = [
         *embedding("model.embed_tokens", ("token_emb",)),
         Entry("model.embed_positions.weight", ("pos_emb",)),
@@ -235,7 +235,7 @@ TABLES: dict[type, Callable[[Any], Table]] = {
 
 
 def shapes_of(module: Any) -> dict[str, Any]:
-    """The parameter tree that the module's table leads into, as ShapeDtypeStructs."""
+    """Returns the parameter tree of the module's table as ShapeDtypeStructs."""
     shapes = param_shapes(module)
     return (
         jax.eval_shape(lambda tree: split_qkv(module, tree), shapes)
@@ -244,22 +244,19 @@ def shapes_of(module: Any) -> dict[str, Any]:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- older writers
+# ------------------------------------------------------------------------------------ older writers
 
-_OLDER = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # of the autoencoders' and UNet2DModel's attention
+# The attention of the autoencoders and of UNet2DModel.
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def modern(
     tensors: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[str, LazyTensor]]:
-    """(name, tensor) under today's names, a linear layer and a 1x1 convolution each in the form of ``expected`` {name: shape}.
+    """Returns (name, tensor) pairs under today's names and in the shapes of ``expected``.
 
-    A list, so that a tensor that is there under its old and its new name shows as a duplicate.
+    A linear layer and a 1x1 convolution are interchangeable. Pairs, so that a tensor under both
+    its old and its new name is a duplicate.
     """
 
     def renamed(name: str) -> str:

@@ -1,4 +1,4 @@
-"""config.json of UNet2DConditionModel and UNet2DModel, and the fields of our UNet that say the same."""
+"""config.json of UNet2DConditionModel and UNet2DModel, and the fields of our UNet."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,20 +29,18 @@ _UNET_FIXED = {
     "time_embedding_dim": None,
 }
 _UNET_SAME = """
-    in_channels out_channels block_out_channels down_block_types up_block_types layers_per_block dropout norm_num_groups
-    attention_head_dim num_class_embeds resnet_time_scale_shift
+    in_channels out_channels block_out_channels down_block_types up_block_types layers_per_block
+    dropout norm_num_groups attention_head_dim num_class_embeds resnet_time_scale_shift
 """
-_UNET2D_FIXED = (
-    _UNET_FIXED
-    | {
-        "mid_block_type": "UNetMidBlock2D",
-        "downsample_type": "conv",
-        "upsample_type": "conv",
-        "attn_norm_num_groups": None,
-        "add_attention": True,
-        "resnet_time_scale_shift": "default",  # with the other, its middle attention has no normalisation
-    }
-)
+_UNET2D_FIXED = _UNET_FIXED | {
+    "mid_block_type": "UNetMidBlock2D",
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "attn_norm_num_groups": None,
+    "add_attention": True,
+    # With "scale_shift" its middle attention has no normalisation.
+    "resnet_time_scale_shift": "default",
+}
 _UNET2D_DEFAULTS: Config = {
     "in_channels": 3,
     "out_channels": 3,
@@ -52,32 +50,30 @@ _UNET2D_DEFAULTS: Config = {
     "attention_head_dim": 8,
     "layers_per_block": 2,
 }
-_CONDITION_FIXED = (
-    _UNET_FIXED
-    | {
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "only_cross_attention": False,
-        "reverse_transformer_layers_per_block": None,
-        "encoder_hid_dim": None,
-        "encoder_hid_dim_type": None,
-        "num_attention_heads": None,  # diffusers refuses it too: attention_head_dim is the number of heads there
-        "dual_cross_attention": False,
-        "addition_embed_type": None,
-        "addition_time_embed_dim": None,
-        "resnet_skip_time_act": False,
-        "resnet_out_scale_factor": 1.0,
-        "time_embedding_act_fn": None,
-        "timestep_post_act": None,
-        "time_cond_proj_dim": None,
-        "conv_in_kernel": 3,
-        "conv_out_kernel": 3,
-        "projection_class_embeddings_input_dim": None,
-        "attention_type": "default",
-        "class_embeddings_concat": False,
-        "mid_block_only_cross_attention": None,
-        "cross_attention_norm": None,
-    }
-)
+_CONDITION_FIXED = _UNET_FIXED | {
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    # diffusers refuses it too: attention_head_dim is the number of heads.
+    "num_attention_heads": None,
+    "dual_cross_attention": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "projection_class_embeddings_input_dim": None,
+    "attention_type": "default",
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+}
 _CONDITION_DEFAULTS: Config = {
     "in_channels": 4,
     "out_channels": 4,
@@ -114,7 +110,7 @@ def unet_condition_from(config: Mapping[str, Any]) -> Config:
     """UNet2DConditionModel -> the fields of our UNet."""
     where = "UNet2DConditionModel"
     same = f"{_UNET_SAME} cross_attention_dim transformer_layers_per_block"
-    # Projections are read in either form, attention is float32 in any case, and the last speaks of what is fixed to None.
+    # Projections are read in either form; attention scores are float32 in any case.
     ignored = (
         f"{ABOUT} sample_size use_linear_projection upcast_attention addition_embed_type_num_heads"
     )
@@ -123,10 +119,11 @@ def unet_condition_from(config: Mapping[str, Any]) -> Config:
     )
     if given.get("resnet_time_scale_shift", "default") not in ("default", "scale_shift"):
         raise TargetError(
-            f"{where}: resnet_time_scale_shift={given['resnet_time_scale_shift']!r} is not supported"
+            f"{where}: resnet_time_scale_shift={given['resnet_time_scale_shift']!r}"
+            " is not supported"
         )
     section = _unet_section(where, given, _TRANSFORMERS)
-    heads = given["attention_head_dim"]  # a number of heads, whatever its name says
+    heads = given["attention_head_dim"]  # the number of heads, in spite of the name
     if isinstance(heads, int) or len(set(heads)) == 1:
         attention: Config = {"num_heads": one(where, "attention_head_dim", heads)}
     else:
@@ -164,13 +161,14 @@ def unet_2d_from(config: Mapping[str, Any]) -> Config:
 
 
 def unet_to(unet: UNet) -> Config:
-    """Our UNet -> the config.json of UNet2DConditionModel, or of UNet2DModel where its attention is plain."""
+    """Our UNet -> the config.json of UNet2DConditionModel, or of UNet2DModel."""
     transformer = unet.use_spatial_transformer
     where = "UNet2DConditionModel" if transformer else "UNet2DModel"
     need(where, unet, conv_resample=True, resblock_updown=False, n_embed=None)
     if unet.channel_mult[0] != 1:
         raise TargetError(
-            f"{where} cannot hold channel_mult={list(unet.channel_mult)}: its first level has model_channels channels"
+            f"{where} cannot hold channel_mult={list(unet.channel_mult)}: its first level has"
+            " model_channels channels"
         )
     blocks = [block for _, block in layout(unet).blocks() if block.kind in ("transformer", "attn")]
     if odd := [block for block in blocks if block.heads * block.head_dim != block.channels_in]:
@@ -198,7 +196,8 @@ def unet_to(unet: UNet) -> Config:
         widths, counts = {block.head_dim for block in blocks}, {block.heads for block in blocks}
         if counts != {1} and len(widths) > 1:
             raise TargetError(
-                f"{where} cannot hold num_heads={unet.num_heads}: its heads have the same width on every level"
+                f"{where} cannot hold num_heads={unet.num_heads}: its heads have the same width on"
+                " every level"
             )
         return config | {"attention_head_dim": None if counts == {1} else widths.pop()}
     if unet.context_dim is None:
@@ -206,7 +205,7 @@ def unet_to(unet: UNet) -> Config:
             f"{where} cannot hold context_dim=None: its transformers attend to a context"
         )
     heads = [block.heads for block in blocks]
-    if len(set(heads)) > 1:  # then it is counted for every level, also where nothing attends
+    if len(set(heads)) > 1:  # counted for every level, also without attention
         heads = [m * unet.model_channels // unet.num_head_channels for m in unet.channel_mult]
     return config | {
         "cross_attention_dim": unet.context_dim,

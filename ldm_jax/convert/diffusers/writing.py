@@ -1,8 +1,6 @@
-"""What a model directory here holds as a folder that diffusers loads."""
+"""A model here as a folder that diffusers loads."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,32 +14,31 @@ from ldm_jax.convert.diffusers.tables import TABLES, split_qkv
 from ldm_jax.convert.diffusers.vocabulary import TOKENIZERS, save_tokenizer
 from ldm_jax.convert.tables import to_theirs
 from ldm_jax.errors import TargetError
+from ldm_jax.io.atomic import atomic_path
 from ldm_jax.models.build import build
 from ldm_jax.models.ldm import LatentDiffusion
 from ldm_jax.models.unet import UNet
 
 
 def to_diffusers(config: Mapping[str, Any], params: Mapping[str, Any], out: str | Path) -> None:
-    """Writes what a model directory holds as a folder that diffusers loads: a pipeline, or the one component that a config of another kind is.
+    """Writes a pipeline folder, or a component folder for a model that is one part.
 
-    The folder is written whole or not at all. Raises TargetError where diffusers has no word for something, or where the folder is not empty.
+    The folder is written whole or not at all.
+
+    Raises:
+      TargetError: diffusers cannot hold the model, or the folder is not empty.
     """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TargetError(f"{out} is not empty; give a new folder or remove it first")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_path(out) as partial:
+        partial.mkdir()
         if config["kind"] == "latent_diffusion":
             _write_pipeline(config, params, partial)
         elif config["kind"] in MODULES:
             _write_component(MODULES[config["kind"]](dict(config)), params[config["kind"]], partial)
         else:
             raise TargetError(f"a model of kind {config['kind']!r} has no form in diffusers")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_component(module: Any, params: Mapping[str, Any], folder: Path, **more: Any) -> None:
@@ -72,8 +69,8 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
     }
     if kind not in pipelines or config["first_stage"]["kind"] == "identity":
         raise TargetError(
-            f"diffusers has no pipeline for conditioner {kind!r} with first stage {config['first_stage']['kind']!r}"
-            f" (conditioners: {', '.join(pipelines)})"
+            f"diffusers has no pipeline for conditioner {kind!r} with first stage"
+            f" {config['first_stage']['kind']!r} (conditioners: {', '.join(pipelines)})"
         )
     name, scheduler = pipelines[kind], schedule_to(config)
     model: LatentDiffusion = build(config, None, None)
@@ -91,14 +88,17 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
         raise TargetError(f"{name} reads 'clip' and joins 'masked_sd', which this model does not")
     if (kind in ("none", "joined")) != (unet["_class_name"] == "UNet2DModel"):
         raise TargetError(
-            f"{name} cannot hold a {unet['_class_name']}: with {kind!r} the UNet has other attention there"
+            f"{name} cannot hold a {unet['_class_name']}: with {kind!r} it has other attention"
         )
     text = section.get("text", section)["kind"]
     if text == "clip" and config["first_stage"]["kind"] != "kl":
         raise TargetError(f"{name} cannot hold a VQ first stage, only 'kl'")
     folders, factor = PIPELINES[name].folders, stage.downsampling
-    size = min(config.get("sampling", {}).get("size") or [64 * factor])
-    _write_component(model.unet, params["unet"], folder / "unet", sample_size=size // factor)
+    height, width = (
+        side // factor for side in config.get("sampling", {}).get("size", [64 * factor] * 2)
+    )
+    sides = height if height == width else [height, width]
+    _write_component(model.unet, params["unet"], folder / "unet", sample_size=sides)
     _write_component(
         stage, params["first_stage"], folder / folders["first_stage"], scaling_factor=scale
     )
@@ -113,7 +113,7 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
     if text in TOKENIZERS:
         module = getattr(model.conditioner, "module")  # noqa: B009 - those have one
         _write_component(module, params["conditioner"], folder / folders["conditioner"])
-        save_tokenizer(folder / "tokenizer", text, module)
+        save_tokenizer(folder / "tokenizer", getattr(model.conditioner, "text", model.conditioner))
     if text == "clip":
         index |= {
             "text_encoder": ["transformers", "CLIPTextModel"],
@@ -123,7 +123,7 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
             part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")
         }
         index["requires_safety_checker"] = False
-        if kind == "hybrid":  # without a version it would be taken for one of before 0.5.1
+        if kind == "hybrid":  # without a version diffusers assumes one before 0.5.1
             index["_diffusers_version"] = "0.42.1"
     elif text == "bert":
         index |= {

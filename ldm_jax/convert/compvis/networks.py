@@ -1,7 +1,6 @@
-"""Name tables of the original CompVis networks: latent-diffusion, stable-diffusion v1 and taming-transformers.
+"""Name tables of the original networks: latent-diffusion, stable-diffusion, taming-transformers.
 
-Each ``*_table`` function walks one network from its module's fields; FAMILIES lists all of them. Blocks, autoencoders and conditioning networks
-have files of their own beside this one.
+Each ``*_table`` function walks one network from its module's fields; FAMILIES lists all of them.
 """
 
 import re
@@ -99,7 +98,7 @@ def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
             *norm(f"{prefix}out.0", ("out_norm",)),
             *conv(f"{prefix}out.2", ("out_conv",)),
         ]
-    # With a codebook to predict, the original still makes and stores the head that it does not call.
+    # With a codebook to predict, the original still stores the head that it does not call.
     c = unet.model_channels
     table += [unused(f"{prefix}out.0.{name}", c) for name in ("weight", "bias")]
     table += [
@@ -134,7 +133,7 @@ def encoder_unet_table(net: EncoderUNet, prefix: str = "") -> Table:
 
 
 def discriminator_table(model: PatchDiscriminator, prefix: str = "loss.discriminator.") -> Table:
-    """NLayerDiscriminator. Paths start at the variables' collections, since its normalisation keeps statistics."""
+    """NLayerDiscriminator. Paths start at the collections: its normalisation keeps statistics."""
     table: Table = []
     for i, place in enumerate(model.places()):
         table += conv(f"{prefix}main.{place.conv}", ("params", f"conv_{i}"), bias=place.bias)
@@ -202,7 +201,7 @@ def gpt_table(model: GPT, prefix: str = "transformer.") -> Table:
 
 
 class Family(NamedTuple):
-    """What conversion knows of one of our modules: its table, and arguments that it can be initialised with."""
+    """The table of a module class, and a function to arguments that initialise it."""
 
     table: Callable[..., Table]
     example: Callable[[Any], tuple]
@@ -264,16 +263,17 @@ FAMILIES: dict[type, Family] = {
 
 
 def table_of(module: Any, prefix: str | None = None) -> Table:
-    """The module's table; ``prefix`` None is the one that its family's checkpoints have."""
+    """Returns the module's table; ``prefix`` None is the one of its family's checkpoints."""
     table = FAMILIES[type(module)].table
     return table(module) if prefix is None else table(module, prefix)
 
 
 def param_shapes(module: Any, *example: Any) -> dict[str, Any]:
-    """The module's parameter tree as ShapeDtypeStructs, without computing anything; all collections where it has more
-    than parameters.
+    """Returns the module's parameter tree as ShapeDtypeStructs; all collections if it has more.
 
-    ``example``: arguments to initialise it with, for modules that are not in FAMILIES.
+    Args:
+      module: The network.
+      example: Arguments to initialise it with, for modules that are not in FAMILIES.
     """
     args = example or FAMILIES[type(module)].example(module)
     variables = jax.eval_shape(lambda *a: module.init(jax.random.key(0), *a), *args)
