@@ -87,6 +87,8 @@ def build_first_stage(
     """The autoencoder of a config's "first_stage", None for the identity; ``remat`` of `REMATS`."""
     fields, options = _section(config, "first_stage"), {"remat": REMATS[remat]}
     kind = fields.pop("kind", None)
+    if kind == "missing":  # converted from a file without one
+        raise ConfigError("the model has no first stage (VAE): give one with --vae PATH")
     if kind not in FIRST_STAGES:
         raise ConfigError(
             f"first_stage: kind {kind!r} does not exist{did_you_mean(str(kind), FIRST_STAGES)}"
