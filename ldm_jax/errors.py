@@ -90,6 +90,10 @@ class PlanError(LdmJaxError, ValueError):
     """A plan that cannot be made: an unknown topology, or a missing compiler."""
 
 
+class EvaluationError(LdmJaxError, ValueError):
+    """An evaluation that cannot be made: sets that do not fit, or statistics of another kind."""
+
+
 class TrainingDiverged(LdmJaxError, RuntimeError):
     """Training that cannot improve any more.
 

@@ -1,4 +1,4 @@
-"""metrics.py against closed forms and against definitions written out the slow way."""
+"""Metrics against closed forms and against their definitions written out."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return images / 127.5 - 1
 
 
-# --- PSNR ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- PSNR
 
 
 def test_psnr_of_a_constant_error_per_image():
@@ -45,7 +45,7 @@ def test_images_that_do_not_fit_raise(measure):
         measure(images.astype(np.int64), images)
 
 
-# --- SSIM ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- SSIM
 
 
 def test_ssim_of_identical_images_is_one(rng):
@@ -92,7 +92,7 @@ def test_ssim_needs_room_for_its_window():
         metrics.ssim(np.zeros((1, 10, 16, 3)), np.zeros((1, 10, 16, 3)))
 
 
-# --- Frechet distance ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- Frechet distance
 
 
 def test_frechet_distance_of_commuting_covariances(rng):
@@ -127,11 +127,12 @@ def test_frechet_distance_names_shapes_that_do_not_fit():
         metrics.frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
 
 
-# --- precision and recall --------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- precision and recall
 
 
 def test_precision_recall_counted_by_hand():
-    # With k = 1 the balls around 0, 1, 4 reach 1, 1, 3: the real manifold is [-1, 7]. Around 0.5, 8, 20: 7.5, 7.5, 12.
+    # With k = 1 the balls around 0, 1, 4 reach 1, 1, 3: the real manifold is [-1, 7].
+    # Those around 0.5, 8, 20 reach 7.5, 7.5, 12.
     real, generated = np.array([[0.0], [1.0], [4.0]]), np.array([[0.5], [8.0], [20.0]])
     assert metrics.precision_recall(real, generated, k=1) == (pytest.approx(1 / 3), 1.0)
 
@@ -162,11 +163,11 @@ def test_precision_recall_does_not_depend_on_the_block(rng):
 def test_precision_recall_needs_more_points_than_neighbours():
     with pytest.raises(ValueError, match="k=3"):
         metrics.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
-    with pytest.raises(ValueError, match="takes features"):
+    with pytest.raises(ValueError, match="expected features"):
         metrics.precision_recall(np.zeros((9, 2)), np.zeros((9, 3)))
 
 
-# --- running moments -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- running moments
 
 
 def test_running_moments_equal_those_of_the_whole(rng):

@@ -4,10 +4,10 @@ name."""
 import jax
 import pytest
 
-from . import diffusion, networks, stages
+from . import diffusion, evaluation, networks, stages
 from .golden import Case, NotYet, compare, golden_folder, load_cases
 
-RUNNERS = {**networks.CASES, **stages.CASES, **diffusion.CASES}
+RUNNERS = {**networks.CASES, **stages.CASES, **diffusion.CASES, **evaluation.CASES}
 
 
 @pytest.mark.parametrize("case", load_cases(golden_folder()), ids=lambda case: case.name)
