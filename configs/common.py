@@ -51,7 +51,14 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.size = (64, 64)  # height, width in pixels
     config.data.crop = "center"  # or "random", "none"
     config.data.flip = False
-    config.data.caption = "{text}"  # a template over the columns of metadata.jsonl
+    config.data.caption = "{text}"  # a template over the columns; "[, {style} style]" is optional
+    config.data.caption_templates = ()  # instead of it, several: each sample draws one ...
+    config.data.caption_weights = ()  # ... with these relative probabilities
+    config.data.part_dropout = 0.0  # probability that an optional part is left out
+    config.data.tag_column = ""  # a list, or a text with commas, drawn as follows:
+    config.data.tag_shuffle = False
+    config.data.tag_dropout = 0.0  # probability that a tag is left out
+    config.data.tag_keep = 0  # tags at the beginning that are neither moved nor left out
     config.data.cache = ""  # a latent cache of this data, made by `ldm-data encode`
     # Fields of the model's condition that are read from the data; see docs/data.md.
     config.data.condition = section()

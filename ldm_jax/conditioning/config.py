@@ -11,16 +11,18 @@ import jax.numpy as jnp
 
 from ldm_jax.conditioning import Conditioner, RowCondition, conditioner_class, make_conditioner
 from ldm_jax.data import make_source
+from ldm_jax.data.captions import CAPTION_SETTINGS
 from ldm_jax.errors import ConfigError, DataError
 from ldm_jax.io.checkpoint import find_model, load_model
 
 # Fields of "data" that say how it is read, not where it is.
-READING = ("size", "crop", "min_crop", "flip", "caption", "cache", "num_workers", "condition")
+READING = ("size", "crop", "min_crop", "flip", "cache", "num_workers", "condition")
 
 
 def source_settings(data: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `make_source` in a config's "data"."""
-    return {name: value for name, value in data.items() if name not in READING}
+    unused = (*READING, *CAPTION_SETTINGS)
+    return {name: value for name, value in data.items() if name not in unused}
 
 
 def row_condition(config: Mapping[str, Any]) -> RowCondition | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data.sources.tables import is_missing
-from ldm_jax.errors import DataError, did_you_mean
+from ldm_jax.errors import DataError
 
 # "[, {style} style]": square brackets around at least one column.
 _OPTIONAL = re.compile(r"(?<!\[)\[((?:[^\[\]{}]|\{[^{}]*\})*)\](?!\])")
@@ -151,32 +151,30 @@ def caption_template(template: str, row: Mapping[str, Any]) -> str:
     return Captions((template,))(row)
 
 
-# Setting of a config's "data" -> field of `Captions`.
-CAPTION_SETTINGS = {
-    "caption": "templates",
-    "caption_weights": "weights",
-    "caption_dropout": "part_dropout",
-    "tag_column": "tag_column",
-    "tag_shuffle": "tag_shuffle",
-    "tag_dropout": "tag_dropout",
-    "tag_keep": "tag_keep",
-}
+# The settings of a config's "data" that make captions.
+CAPTION_SETTINGS = (
+    *("caption", "caption_templates", "caption_weights", "part_dropout"),
+    *("tag_column", "tag_shuffle", "tag_dropout", "tag_keep"),
+)
 
 
-def make_captions(
-    caption: str | Sequence[str] | Captions | None, **settings: Any
-) -> Captions | None:
-    """Builds `Captions` from settings named as in a config's "data"; None where there are none.
-
-    Args:
-      caption: A template or several; None for empty captions.
-      **settings: Any of `CAPTION_SETTINGS`.
-    """
+def make_captions(caption: str | Sequence[str] | Captions | None) -> Captions | None:
+    """Returns the `Captions` of a template or several; None, for empty captions, stays None."""
     if caption is None or isinstance(caption, Captions):
         return caption
-    for name in settings:
-        if name not in CAPTION_SETTINGS:
-            raise DataError(f"unknown setting data.{name}{did_you_mean(name, CAPTION_SETTINGS)}")
-    fields = {CAPTION_SETTINGS[name]: value for name, value in settings.items()}
-    fields["weights"] = tuple(fields.get("weights", ()))
-    return Captions((caption,) if isinstance(caption, str) else tuple(caption), **fields)
+    return Captions((caption,) if isinstance(caption, str) else tuple(caption))
+
+
+def configured_captions(data: Mapping[str, Any]) -> Captions | None:
+    """Returns the captions of a config's "data"; see `CAPTION_SETTINGS`, all but one optional.
+
+    Several "caption_templates", with "caption_weights", take the place of "caption".
+    """
+    if data.get("caption") is None and not data.get("caption_templates"):
+        return None
+    names = ("part_dropout", "tag_column", "tag_shuffle", "tag_dropout", "tag_keep")
+    return Captions(
+        tuple(data.get("caption_templates") or (data["caption"],)),
+        tuple(data.get("caption_weights") or ()),
+        **{name: data[name] for name in names if name in data},
+    )

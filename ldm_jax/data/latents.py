@@ -112,7 +112,8 @@ def check_key(folder: str | os.PathLike[str], info: CacheInfo, key: Mapping[str,
     """
     free = {f"data.{name}" for name in CAPTION_SETTINGS} if info.columns else set()
     for name, value in json.loads(json.dumps(dict(key))).items():
-        if name not in free and info.key.get(name) != value:
+        newer = name not in info.key and not value  # a setting that older caches do not know
+        if name not in free and not newer and info.key.get(name) != value:
             subject = name.removesuffix(" sha256")
             difference = f"{name}={info.key.get(name)!r}, not {value!r}"
             difference = difference if subject == name else f"another {subject}"
@@ -138,7 +139,7 @@ def text_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def write_shard(
     file: Path,
-    records: Iterable[tuple[Mapping[str, np.ndarray], str | Mapping[str, Any]]],
+    records: Iterable[tuple[Mapping[str, np.ndarray], str | tuple[str, Mapping[str, Any]]]],
     info: CacheInfo,
 ) -> None:
     """Writes a shard, which appears when it is whole.
@@ -146,7 +147,7 @@ def write_shard(
     Args:
       file: The shard.
       records: (arrays, text) of each picture; the text is its caption, or for a cache of format 2
-        its row, with the caption under "caption".
+        its caption and its row.
       info: The description of the cache.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -160,8 +161,8 @@ def write_shard(
                 for name, field in info.fields.items()
             ]
             if not isinstance(text, str):
-                kept = {name: text.get(name) for name in info.columns}
-                text = json.dumps({"caption": text["caption"], "columns": kept})
+                columns = {name: text[1].get(name) for name in info.columns}
+                text = json.dumps({"caption": text[0], "columns": columns})
             writer.write(b"".join(parts) + text.encode())
         writer.close()
 
@@ -261,8 +262,8 @@ class LatentLoader(Stream):
             )
         self.captions = make_captions(caption)
         if self.captions is not None and not self.captions.random:
-            cached = info.key.get("data.caption")
-            if cached == self.captions.templates[0] or not info.columns:
+            cached = [info.key.get("data.caption")]
+            if cached == [*self.captions.templates] or not info.columns:
                 self.captions = None
         if self.captions is not None and not info.columns:
             raise DataError(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ldm_jax.conditioning import make_conditioner
 from ldm_jax.conditioning.base import Rows, some
 from ldm_jax.conditioning.config import complete_model, frozen_conditioner
-from ldm_jax.data import Loader, caption_template
+from ldm_jax.data import Captions, Loader
 from ldm_jax.data.loader import UNREADABLE, fit_row, read_row
 from ldm_jax.errors import DataError
 from ldm_jax.io import png
@@ -71,7 +71,8 @@ def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
     fields, _ = frozen_conditioner(model.get("conditioner", {"kind": "none"}))
     model = complete_model({**model, "conditioner": fields}, condition, 0.0)
     conditioner = make_conditioner(model["conditioner"], DTYPES["float32"])
-    captions = [caption_template(config.data.caption, row) for row in source.rows]
+    caption = loader.captions or Captions(("",))
+    captions = [caption(row) for row in source.rows]
     rows = Rows(source.rows, captions, source.name)
     yield from conditioner.row_problems(rows, getattr(condition, "column", ""), few)
 

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ldm_jax.data import Loader
 from ldm_jax.data.latents import (
     CacheInfo,
     check_key,
@@ -17,6 +16,7 @@ from ldm_jax.data.latents import (
     count_records,
     fingerprint,
     read_info,
+    text_columns,
     write_shard,
 )
 from ldm_jax.distributed.compile import compile_step
@@ -78,7 +78,9 @@ def encode(
     digests = {f"{part} data sha256": fingerprint(loaders[part].source) for part in parts}
     fields = {**cache.fields, "valid": {"dtype": "bool", "shape": (1,)}}
     counts = {part: loader.count for part, loader in loaders.items()}
-    info = CacheInfo(cache.key | digests, fields, counts, shard_size)
+    tables = {part: loader.source.rows for part, loader in loaders.items()}
+    columns = text_columns([row for rows in tables.values() for row in rows])
+    info = CacheInfo(cache.key | digests, fields, counts, shard_size, 2, columns)
     claim(folder, info)
 
     def program(params: Any, image: Any, *, axis_name: str | None = None) -> jax.Array:
@@ -89,8 +91,8 @@ def encode(
     params = with_kernels(cache.params, kernels)
     compiled = compile_step(program, mesh, "jit", shared=shared, out_shared=False)
 
-    def records(loader: Loader, places: range) -> Iterator[tuple[dict[str, np.ndarray], str]]:
-        left = len(places)
+    def records(part: str, places: range) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+        loader, rows, left = loaders[part], tables[part], len(places)
         for batch in loader.batches(-(-left // BATCH), start=places.start // BATCH):
             moments = np.asarray(compiled(params, batch["image"]))
             if not np.isfinite(moments.astype(np.float32)).all():
@@ -100,10 +102,11 @@ def encode(
             arrays = {"moments": moments, **cache.host_arrays(batch)}
             arrays["valid"] = batch["valid"][:, None]
             for i in range(min(BATCH, left)):
-                yield {name: array[i] for name, array in arrays.items()}, batch["caption"][i]
+                text = batch["caption"][i], rows[batch["index"][i]]
+                yield {name: array[i] for name, array in arrays.items()}, text
             left -= BATCH
 
-    for part, loader in loaders.items():
+    for part in parts:
         mine = info.shards(part)[jax.process_index() :: jax.process_count()]
         missing = [(name, at) for name, at in mine if count_records(folder / name) != len(at)]
         if len(missing) < len(mine):
@@ -111,7 +114,7 @@ def encode(
         total = sum(len(places) for _, places in missing)
         with tqdm(total=total, desc=part, unit=" pictures", disable=None) as bar:
             for name, places in missing:
-                write_shard(folder / name, records(loader, places), info)
+                write_shard(folder / name, records(part, places), info)
                 bar.update(len(places))
     size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
     LOG.info("the latent cache is in %s (%.0f MB)", folder, size / 1e6)

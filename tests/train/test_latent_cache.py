@@ -156,8 +156,8 @@ def test_a_truncated_shard_is_named_and_made_again(config, cache):
 
 def test_a_cache_of_something_else_is_refused(config, cache, tmp_path):
     with_other = with_cache(config, cache)
-    with_other.data.caption = "a {text}"
-    with pytest.raises(DataError, match=r"made with data.caption='{text}', not 'a {text}'"):
+    with_other.data.crop = "none"
+    with pytest.raises(DataError, match=r"made with data.crop='center', not 'none'"):
         train(with_other, tmp_path / "run")
 
     saved, params = load_model(config.model.first_stage.path)

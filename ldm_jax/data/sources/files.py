@@ -18,10 +18,10 @@ from ldm_jax.errors import DataError
 _LOG = logging.getLogger(__name__)
 
 MAX_BYTES = 2**29  # of one file
-# Pictures that no decoder here reads: a folder of them is not silently half read.
-_UNREAD_SUFFIXES = (
-    *(".svg", ".psd", ".jxl", ".eps", ".pdf", ".exr", ".hdr", ".raw", ".cr2", ".cr3", ".nef"),
-    *(".arw", ".dng", ".ico", ".mp4", ".webm", ".zip", ".tar", ".gz"),
+# Files beside pictures that need no warning.
+_TEXT_SUFFIXES = (
+    *(".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md", ".npy", ".npz"),
+    *(".xml", ".html", ".yaml", ".yml", ".log", ".py", ".cls", ".db", ".ini"),
 )
 # Encodings of names in zip archives that were written without the UTF-8 flag.
 _NAME_ENCODINGS = ("utf-8", "cp932", "gbk", "big5", "euc-kr", "cp1252", "cp1251")
@@ -155,10 +155,13 @@ class Files:
         """Returns the names of the pictures in one of its folders, sorted."""
         under = f"{under.strip('/')}/" if under.strip("./") else ""
         inside = [name for name in self.names if name.startswith(under)]
-        unread = Counter(posixpath.splitext(name)[1].lower() for name in inside)
-        if others := [f"{n} {s}" for s, n in unread.items() if s in _UNREAD_SUFFIXES]:
-            _LOG.warning("%s: files that are not read: %s", self.path, ", ".join(others))
-        return sorted(name for name in inside if name.lower().endswith(PICTURE_SUFFIXES))
+        pictures = {name for name in inside if name.lower().endswith(PICTURE_SUFFIXES)}
+        unread = Counter(posixpath.splitext(name)[1].lower() for name in {*inside} - pictures)
+        if others := [
+            f"{n} {s or 'files'}" for s, n in sorted(unread.items()) if s not in _TEXT_SUFFIXES
+        ]:
+            _LOG.warning("%s: files that are no pictures: %s", self.path, ", ".join(others))
+        return sorted(pictures)
 
     def find(self, name: str) -> str | None:
         """Returns the file that a list means by ``name``.

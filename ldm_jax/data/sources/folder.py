@@ -9,7 +9,6 @@ from typing import Any
 from ldm_jax.data.decode import PICTURE_SUFFIXES
 from ldm_jax.data.sources.files import FileRows, Files, read_texts, stem
 from ldm_jax.data.sources.tables import (
-    CAPTION_COLUMNS,
     FILE_COLUMNS,
     decode_text,
     find_columns,
@@ -66,7 +65,7 @@ class ImageFolder(FileRows):
         where = f"{self.path}: {metadata[0]}"
         self.rows = with_text(rows, where, text)
         self._resolve(", ".join(metadata), missing)
-        if not text and not any(row.get(c) for row in rows for c in (*CAPTION_COLUMNS, "text")):
+        if not text and not any(row["text"] for row in self.rows):
             names = [self._member(row["file_name"]) for row in self.rows]
             for row, caption in zip(self.rows, read_texts(self._files, names), strict=True):
                 row["text"] = caption

@@ -73,7 +73,8 @@ def caption_text(value: Any, where: str = "") -> str:
         return value.decode("utf-8", errors="replace")
     if isinstance(value, Mapping):
         raise DataError(f"{where}: the caption {value!r} is no text: set data.text to a column")
-    return "" if is_missing(value) else str(value)
+    # Lone surrogates, which JSON can escape, are not text that could be stored or tokenized.
+    return "" if is_missing(value) else str(value).encode("utf-8", "replace").decode()
 
 
 def with_text(rows: list[dict[str, Any]], where: str, text: str = "") -> list[dict[str, Any]]:
