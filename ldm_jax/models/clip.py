@@ -88,11 +88,13 @@ class TextStates(NamedTuple):
     """The results of the text tower.
 
     last: [b, n, c] after the final norm.
+    penultimate: [b, n, c] without the last layer, after the final norm (SD 2.x).
     pooled: [b, c], or [b, projection_dim], of the end token.
     hidden: [b, n, c] each, of the embeddings and of every layer, without the final norm.
     """
 
     last: Array
+    penultimate: Array
     pooled: Array
     hidden: tuple[Array, ...]
 
@@ -103,6 +105,7 @@ class CLIPText(Tower, kw_only=True):
     A position sees itself and those before it; padding is not masked, as in Stable Diffusion. The
     state at the first ``eos_token_id`` is pooled, or where that is None, at the highest token,
     which the end token is. ``projection_dim`` projects the pooled state.
+    OpenCLIP's towers (SD 2.x, SDXL) are the same with ``hidden_act`` "gelu".
     """
 
     vocab_size: int = 49408
@@ -127,10 +130,11 @@ class CLIPText(Tower, kw_only=True):
         for i in range(self.num_hidden_layers):
             x = keep_rows(self.make_layer(i)(x, mask))
             hidden.append(x)
-        last = self.norm("final_norm")(x)
+        norm = self.norm("final_norm")
+        last, penultimate = norm(x), norm(hidden[-2])
         end = (tokens if self.eos_token_id is None else tokens == self.eos_token_id).argmax(1)
         pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
-        return TextStates(last, self.project(pooled), tuple(hidden))
+        return TextStates(last, penultimate, self.project(pooled), tuple(hidden))
 
 
 class VisionStates(NamedTuple):

@@ -220,8 +220,6 @@ class LatentDiffusion:
         )
 
 
-
-
 def to_uint8(x: jax.Array) -> jax.Array:
     """Pixels in [-1, 1] -> uint8, rounded and clipped."""
     return jnp.round(jnp.clip((x + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)

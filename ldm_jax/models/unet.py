@@ -67,8 +67,9 @@ class Trunk(Module):
 
     Names and defaults are the original's. ``attention_resolutions`` are downsampling factors, not
     sizes. ``num_head_channels``, when positive, fixes the head size and lets the head count follow;
-    otherwise ``num_heads`` holds. ``dropout`` needs a "dropout" rng when ``train``. ``remat``
-    recomputes the inside of each block in the backward pass.
+    otherwise ``num_heads`` holds. ``num_attention_blocks``, one number for each level, limits how
+    many of its residual blocks attention follows. ``dropout`` needs a "dropout" rng when ``train``.
+    ``remat`` recomputes the inside of each block in the backward pass.
     """
 
     in_channels: int
@@ -85,8 +86,14 @@ class Trunk(Module):
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     use_new_attention_order: bool = False
+    num_attention_blocks: tuple[int, ...] | None = None
     norm_groups: int = 32
     remat: bool = False
+
+    def attends(self, downsampling: int, level: int, i: int) -> bool:
+        """Whether residual block ``i`` of a level is followed by attention."""
+        counts = self.num_attention_blocks
+        return downsampling in self.attention_resolutions and (counts is None or i < counts[level])
 
     def embed_time(self, t: Array) -> Array:
         """``t`` [b] -> [b, 4 model_channels]; called inside ``__call__``."""
@@ -286,10 +293,10 @@ def downward(
     ch, ds = net.model_channels, 1
     rows = [[Block("conv", net.in_channels, ch)]]
     for level, mult in enumerate(net.channel_mult):
-        for _ in range(net.num_res_blocks):
+        for i in range(net.num_res_blocks):
             row = [Block("res", ch, mult * net.model_channels)]
             ch = mult * net.model_channels
-            if ds in net.attention_resolutions:
+            if net.attends(ds, level, i):
                 row.append(attention(ch, level))
             rows.append(row)
         if level != len(net.channel_mult) - 1:
@@ -330,7 +337,7 @@ def layout(unet: UNet) -> Layout:
         for i in range(unet.num_res_blocks + 1):
             row = [Block("res", ch + skips.pop(), mult * unet.model_channels)]
             ch = mult * unet.model_channels
-            if ds in unet.attention_resolutions:
+            if unet.attends(ds, level, i):
                 row.append(attention(ch, level, upward=True))
             if level and i == unet.num_res_blocks:
                 row.append(resampler(unet, "up", ch))

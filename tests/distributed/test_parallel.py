@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from conftest import child
 from jax.sharding import NamedSharding, PartitionSpec
-from test_loop import assert_identical, final, first_stage, make_config, metrics, pictures  # noqa: F401
 
 from ldm_jax.distributed.compile import compile_step, make_placed
 from ldm_jax.distributed.mesh import ROWS, make_mesh, row_shards
@@ -27,6 +26,14 @@ from ldm_jax.plan.hlo import collectives, parse
 from ldm_jax.train import loop
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
+from tests.train.test_loop import (  # noqa: F401
+    assert_identical,
+    final,
+    first_stage,
+    make_config,
+    metrics,
+    pictures,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +160,9 @@ def test_the_gradient_of_a_split_table_is_summed_by_channels(fsdp):
         return program.lower(values, places).compile()
 
     def summed(compiled):
-        sizes = [c.size for c in collectives(parse(compiled.as_text()), 8) if c.kind == "all-reduce"]
+        sizes = [
+            c.size for c in collectives(parse(compiled.as_text()), 8) if c.kind == "all-reduce"
+        ]
         return max(sizes, default=0) / values.nbytes
 
     alone = gradient(Kernels().look_up)
