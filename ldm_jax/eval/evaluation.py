@@ -640,7 +640,8 @@ def load_first_stage(subject: Any) -> Any:
         return subject.model.first_stage
     from ldm_jax.convert.conversion import read_model
     from ldm_jax.io.checkpoint import find_model, load_model
-    from ldm_jax.models.ldm import FirstStage, build_first_stage
+    from ldm_jax.models.build import build_first_stage
+    from ldm_jax.models.ldm import FirstStage
 
     path = find_model(subject)
     if is_foreign(path):

@@ -13,7 +13,7 @@ HINT = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
 
 
 class ControlNet(UNet):
-    """``x`` [b, h, w, in_channels], hint [b, 8 h, 8 w, hint_channels], t [b] -> features of every row.
+    """``x`` [b, h, w, in_channels], hint [b, 8 h, 8 w, hint_channels], t [b] -> features.
 
     The fields are those of the UNet that it controls; ``out_channels`` is not used. The hint is in
     [0, 1]. Each feature goes through a 1x1 convolution that starts at zero; they are those of the
