@@ -90,7 +90,8 @@ class Loader(Stream):
         self.source, self.transform, self.condition = source, transform, condition
         self.captions, self._columns = make_captions(caption), tuple(columns)
         self.broken: dict[str, str] = {}
-        super().__init__(path=source.path, count=len(source), **options)
+        window = getattr(source, "window", 0)
+        super().__init__(path=source.path, count=len(source), window=window, **options)
 
     def _make_batches(self, *, finite: bool, **options: Any) -> Batches:
         exact = getattr(self.transform, "deterministic", None) if finite else None

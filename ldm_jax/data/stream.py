@@ -34,6 +34,8 @@ class Stream:
       count: Number of samples.
       batch_size: Rows of a global batch, over all processes.
       seed: Seed of the order and of each sample's draws.
+      window: Shuffle only inside windows of this many samples, for data that are read in order; 0
+        shuffles all.
       shuffle: False keeps the data's order in every epoch.
       num_workers: Processes that read; 0 uses threads of this process. With workers, a script needs
         the usual ``if __name__ == "__main__":``.
@@ -54,6 +56,7 @@ class Stream:
         count: int,
         batch_size: int,
         seed: int = 0,
+        window: int = 0,
         shuffle: bool = True,
         num_workers: int = 0,
         read_threads: int = 2,
@@ -83,6 +86,7 @@ class Stream:
             "count": count,
             "batch_size": batch_size,
             "seed": seed,
+            "window": window,
             "shuffle": shuffle,
             "process_index": process_index,
             "process_count": process_count,
@@ -190,6 +194,7 @@ class Batches:
         count: int,
         batch_size: int,
         seed: int,
+        window: int,
         shuffle: bool,
         process_index: int,
         process_count: int,
@@ -200,6 +205,7 @@ class Batches:
         if first < 0:
             raise DataError(f"the first step is {first}: give 0 or a positive number")
         self._count, self._seed, self._shuffle = count, seed, shuffle
+        self._window = window or count
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._offset = process_index * self._rows
         self._first, self._length, self.finite = first, length, finite
@@ -254,5 +260,8 @@ class Batches:
                 rng = np.random.default_rng([self._seed, _STREAM_ORDER, epoch])
                 # Two epochs are in use around a border; a batch longer than the data needs several.
                 self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}
-                self._orders[epoch] = rng.permutation(self._count).astype(np.int64)
+                starts = range(0, self._count, self._window)
+                sizes = [min(self._window, self._count - start) for start in starts]
+                order = [s + rng.permutation(n) for s, n in zip(starts, sizes, strict=True)]
+                self._orders[epoch] = np.concatenate(order).astype(np.int64)
             return self._orders[epoch]

@@ -37,10 +37,9 @@ def values(source) -> list[int]:
 
 
 def test_every_source_is_tried_here_or_beside():
-    text = (
-        pathlib.Path(__file__).read_text()
-        + (pathlib.Path(__file__).parent / "test_sources.py").read_text()
-    )
+    folder = pathlib.Path(__file__).parent
+    text = "".join((folder / f"test_{n}sources.py").read_text() for n in ("", "more_"))
+    text += (folder / "test_hf.py").read_text()
     assert [name for name in SOURCES if f'"{name}"' not in text and name != "image_folder"] == []
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ldm_jax.data.sources.base import Source, Subset
 from ldm_jax.data.sources.coco import COCO
 from ldm_jax.data.sources.folder import ClassFolders, ImageFolder, LabelMaps
+from ldm_jax.data.sources.hf import HuggingFace
 from ldm_jax.data.sources.lists import Table, TextList
 from ldm_jax.data.sources.lsun import LSUN
 from ldm_jax.data.sources.parquet import Parquet
@@ -26,5 +27,6 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "webdataset": WebDataset,
     "lsun": LSUN,
     "tfds": TFDS,
+    "hf": HuggingFace,
     "scenes": Scenes,
 }
