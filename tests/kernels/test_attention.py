@@ -185,7 +185,7 @@ def shapes(n, m, d, dtype="bfloat16", heads=8):
         ("cpu", (1000, 1000, 40, "float32"), None),  # divides into no chunks
         ("gpu", (4096, 4096, 40), cudnn),
         ("gpu", (1024, 1024, 20), cudnn),  # filled up to 24
-        ("gpu", (4096, 77, 40), None),
+        ("gpu", (4096, 77, 40), cudnn),
         ("gpu", (4096, 4096, 40, "float32"), None),
         ("gpu", (256, 256, 160), None),
         ("tpu", (4096, 4096, 40), splash),
