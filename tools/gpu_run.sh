@@ -14,8 +14,9 @@
 #
 # JSON, logs and pictures go to DIR (gpu_run). A part that finished is not run again: the same
 # command resumes after an interruption. Every part has a time limit of its own, and the parts
-# together --minutes. --data names the pictures of the demo (else the few that are shipped). --dry runs everything on the CPU with small sizes. Needs
-# pip install "ldm_jax[cuda,parity]"; PYTHON names the interpreter.
+# together --minutes. --data names the pictures of the demo (else the few that are shipped). --dry
+# runs everything on the CPU with small sizes. Needs pip install "ldm_jax[cuda,parity]"; PYTHON names
+# the interpreter.
 set -u
 cd "$(dirname "$0")/.."
 
