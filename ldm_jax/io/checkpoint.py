@@ -242,14 +242,21 @@ class TrainingCheckpoints:
         try:
             return self._read(step, like)
         except CheckpointError as error:
-            for older in sorted((s for s in self._manager.all_steps() if s < step), reverse=True):
-                with contextlib.suppress(CheckpointError):
-                    self._read(older, like)
-                    raise CheckpointError(
-                        f"{error}; the checkpoint of step {older} is whole: "
-                        f"resume from it with --restore_step={older}"
-                    ) from None
-            raise
+            whole = self._newest_whole(step, like)
+            if whole is None:
+                raise
+            raise CheckpointError(
+                f"{error}; the checkpoint of step {whole} is whole: "
+                f"resume from it with --restore_step={whole}"
+            ) from None
+
+    def _newest_whole(self, step: int, like: Any) -> int | None:
+        """Returns the newest readable step before ``step``."""
+        for older in sorted((s for s in self._manager.all_steps() if s < step), reverse=True):
+            with contextlib.suppress(CheckpointError):
+                self._read(older, like)
+                return older
+        return None
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         self._check_names(step, like)
