@@ -64,13 +64,15 @@ def test_a_newest_checkpoint_cut_at_any_byte(saved, state, tmp_path, capfd):
         for cut in {0, size - 1, int(rng.integers(0, size))}:
             shutil.copytree(saved, run)
             (run / file.relative_to(saved)).write_bytes(file.read_bytes()[:cut])
+            message = ""
             try:
                 assert restored(run, state) == 3
             except CheckpointError as error:
+                message = str(error)
                 refused += 1
-                assert "checkpoints/3 is damaged or incomplete: " in str(error)
-                assert str(error).endswith("resume from it with --restore_step=2")
-                assert "\n" not in str(error)
+            assert not message or "checkpoints/3 is damaged or incomplete: " in message
+            assert not message or message.endswith("resume from it with --restore_step=2")
+            assert "\n" not in message
             shutil.rmtree(run)
     gc.collect()
     assert refused > len(files) / 2
