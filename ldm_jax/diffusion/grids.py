@@ -61,11 +61,26 @@ def polyexponential(steps: int, low: float, high: float, rho: float = 2.0) -> np
     return np.exp(np.linspace(1, 0, steps) ** rho * np.log(high / low) + np.log(low))
 
 
+def vp_sigma(t: np.ndarray, beta_d: float = 19.9, beta_min: float = 0.1) -> np.ndarray:
+    """Sigma at time t of the VP SDE (Song et al. 2021, arXiv:2011.13456, eq. 33)."""
+    return np.sqrt(np.expm1(beta_d * np.square(t) / 2 + beta_min * t))
+
+
+def vp(
+    steps: int, low: float, high: float, beta_d: float = 19.9, beta_min: float = 0.1
+) -> np.ndarray:
+    """Sigmas, descending, at even times of the VP SDE."""
+    logs = np.log1p(np.square([high, low]))
+    ends = (np.sqrt(beta_min**2 + 2 * beta_d * logs) - beta_min) / beta_d
+    return vp_sigma(np.linspace(*ends, steps), beta_d, beta_min)
+
+
 # name -> sigmas (steps, low, high, [rho]) -> [steps], descending
 SIGMA_GRIDS: dict[str, Callable[..., np.ndarray]] = {
     "karras": karras,
     "exponential": lambda steps, low, high: polyexponential(steps, low, high, 1.0),
     "polyexponential": polyexponential,
+    "vp": vp,
 }
 
 

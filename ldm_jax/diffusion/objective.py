@@ -82,8 +82,10 @@ def elbo_weights(objective: str, schedule: Schedule) -> np.ndarray:
     weights = np.ones_like(betas)
     if objective == "eps":
         variance = np.asarray(schedule.posterior_variance)
+        # Not 1 - betas, which has few digits where a beta is near 1.
+        alphas = abar / np.asarray(schedule.alphas_cumprod_prev)
         with np.errstate(divide="ignore"):
-            weights = betas**2 / (2 * variance * (1 - betas) * (1 - abar))
+            weights = betas**2 / (2 * variance * alphas * (1 - abar))
     elif objective == "x0":
         weights = 0.5 * np.sqrt(abar) / (2.0 * 1 - abar)
     if schedule.timesteps > 1:

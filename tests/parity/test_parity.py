@@ -21,6 +21,7 @@ def test_case(case: Case) -> None:
     except NotYet as reason:
         pytest.skip(f"not yet, {case.cls}: {reason}")
     _, failures = compare(case, results)
-    if failures and "dpm_adaptive" in case.cls:  # a rounding may flip a decision to accept a step
+    # A rounding may flip a decision to accept a step.
+    if failures and ("dpm_adaptive" in case.cls or case.spec.get("soft")):
         pytest.xfail("soft: " + "; ".join(failures))
     assert not failures, f"{case.name} ({case.cls}):\n  " + "\n  ".join(failures)
