@@ -1,13 +1,14 @@
-"""Every case of the reference data against what ldm_jax computes, chosen by the original's class, never by the case's
-name."""
+"""Every case of the reference data against what ldm_jax computes, chosen by the original's class,
+never by the case's name."""
 
 import jax
 import pytest
 
-from . import diffusion, evaluation, networks, stages
+from . import diffusion, evaluation, networks, schedulers, stages
 from .golden import Case, NotYet, compare, golden_folder, load_cases
 
-RUNNERS = {**networks.CASES, **stages.CASES, **diffusion.CASES, **evaluation.CASES}
+PARTS = (networks, stages, diffusion, schedulers, evaluation)
+RUNNERS = {name: runner for part in PARTS for name, runner in part.CASES.items()}
 
 
 @pytest.mark.parametrize("case", load_cases(golden_folder()), ids=lambda case: case.name)
