@@ -4,6 +4,10 @@ ldm-convert SRC --out MODEL_DIR      a model directory, and a report about each 
 ldm-convert inspect SRC              what a checkpoint is
 ldm-convert export MODEL_DIR --to compvis --out FILE.safetensors
                                      a model directory under the names of the original
+ldm-convert merge MODEL --lora FILE:0.8 --out MODEL_DIR
+                                     a model with LoRA files merged into its weights
+ldm-convert merge A B --weights 0.3 --out MODEL_DIR
+                                     0.7 A + 0.3 B; with a third model C: A + 0.3 (B - C)
 """
 
 import argparse
@@ -11,6 +15,7 @@ import sys
 
 from ldm_jax.convert.conversion import EXPORTS, Converted, convert, export
 from ldm_jax.convert.describe import describe
+from ldm_jax.convert.merging import merge
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.verify import verify
 from ldm_jax.errors import LdmJaxError
@@ -30,6 +35,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("model", help="a model directory")
         add("--to", choices=list(EXPORTS), required=True, help="the layout")
         add("--out", required=True, help="the new file; its .yaml is written beside it")
+        return parser
+    if command == "merge":
+        add("models", metavar="MODEL", nargs="+", help="a model directory or checkpoint, up to 3")
+        add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA file")
+        add("--weights", type=float, default=0.5, help="the weight of the second model")
+        add("--out", required=True, help="the new model directory")
         return parser
     add("source", metavar="SRC", help="a .ckpt, .pth, .bin or .safetensors, or a folder with one")
     if command == "inspect":
@@ -66,6 +77,11 @@ def _export(args: argparse.Namespace) -> None:
     print(f"written: {args.out}")
 
 
+def _merge(args: argparse.Namespace) -> None:
+    merged = merge(args.models, args.out, weight=args.weights, loras=args.lora)
+    _print({"written": args.out} | merged)
+
+
 def _convert(args: argparse.Namespace) -> None:
     converted = convert(args.source, args.out, **{name: getattr(args, name) for name in _READ})
     _print(_summary(converted, args))
@@ -94,7 +110,7 @@ def _print(lines: dict[str, str]) -> None:
         print(f"{label:<12}{text}")
 
 
-COMMANDS = {"convert": _convert, "inspect": _inspect, "export": _export}
+COMMANDS = {"convert": _convert, "inspect": _inspect, "export": _export, "merge": _merge}
 
 
 def main(argv: list[str] | None = None) -> int:

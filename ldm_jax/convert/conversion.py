@@ -123,7 +123,7 @@ def replace_parts(
             continue
         if config.get("kind") != "latent_diffusion":
             raise TargetError(f"a {config.get('kind')} takes no {part.replace('_', ' ')}")
-        other, others = _read_any(source)
+        other, others = read_any(source)
         section = other.get(part)
         if section is None or section.get("kind") in (MISSING, "identity", "none", "embeddings"):
             raise TargetError(f"{source} is a {other.get('kind')} without a {part}")
@@ -141,7 +141,8 @@ def replace_parts(
     return config, params
 
 
-def _read_any(path: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def read_any(path: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Returns (config, parameters) of a model directory, or of a checkpoint converted in memory."""
     if is_foreign(Path(path)):
         converted = read_model(path)
         return converted.config, converted.params

@@ -222,6 +222,7 @@ def check(
       ConversionError: With every missing, unexpected, misshapen and different name.
     """
     expected = source_shapes(table, shapes, where)
+    unread = {e.source for e in table if isinstance(e, Unused) and not e.fixed}
     ConversionError.check(
         where,
         missing={e.source for e in table if isinstance(e, Entry)} - found.keys(),
@@ -230,7 +231,7 @@ def check(
         misshapen=(
             (n, np.shape(found[n]), shape)
             for n, shape in expected.items()
-            if n in found and np.shape(found[n]) != shape
+            if n in found and n not in unread and np.shape(found[n]) != shape
         ),
         different=(entry.source for entry in table if _differs(entry, found)),
     )

@@ -1,4 +1,4 @@
-"""Normalisation of each platform against plain formulas: values, gradients, residuals."""
+"""Normalisation: ours against plain formulas, in values, gradients and what a backward pass keeps, as different devices have it."""
 
 from functools import partial
 

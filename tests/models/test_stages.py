@@ -1,4 +1,4 @@
-"""Networks that no recorded case reaches: pools, codebooks across devices, resizing."""
+"""What the recorded cases do not reach: other pools, codebooks across devices, resizing, and conditioners from prompts to arrays."""
 
 import jax
 import jax.numpy as jnp

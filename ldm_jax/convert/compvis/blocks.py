@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ldm_jax.convert.tables import (
     CONV1D,
     CONV1X1,
+    DENSE,
     Duplicate,
     Entry,
     Path,
@@ -42,11 +43,11 @@ def transformer_block(prefix: str, path: Path, *, glu: bool = True) -> Walk:
     yield from feed_forward(f"{prefix}ff.", (*path, "ff"), glu=glu)
 
 
-def spatial_transformer(prefix: str, path: Path, *, depth: int = 1) -> Walk:
-    """SpatialTransformer, whose projections are 1x1 convolutions."""
+def spatial_transformer(prefix: str, path: Path, *, depth: int = 1, linear: bool = False) -> Walk:
+    """SpatialTransformer; its projections are 1x1 convolutions, or ``linear`` layers (SD 2.x)."""
     yield from norm(f"{prefix}norm", (*path, "norm"))
     for name in ("proj_in", "proj_out"):
-        yield from dense(f"{prefix}{name}", (*path, name), op=CONV1X1)
+        yield from dense(f"{prefix}{name}", (*path, name), op=DENSE if linear else CONV1X1)
     for i in range(depth):
         yield from transformer_block(f"{prefix}transformer_blocks.{i}.", (*path, f"blocks_{i}"))
 

@@ -5,6 +5,7 @@ import numpy as np
 from ldm_jax.convert.compvis.blocks import Walk, cross_attention, feed_forward
 from ldm_jax.convert.tables import (
     CONV1X1,
+    DENSE,
     Entry,
     Path,
     Table,
@@ -92,6 +93,43 @@ def clip_text_table(
     if model.projection_dim is not None:
         table += dense(f"{_beside(prefix)}text_projection", ("projection",), bias=False)
     return table
+
+
+def open_clip_table(model: CLIPText, prefix: str, unused_layers: int = 1) -> Table:
+    """The text tower of open_clip, with q, k and v in one array, as Stable Diffusion 2.x stores it.
+
+    Args:
+      model: The tower without the layers that are not run.
+      prefix: The prefix of the names.
+      unused_layers: Layers that the original stores and does not run.
+    """
+    c, hidden, n = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    table: Table = [
+        *embedding(f"{prefix}token_embedding", ("token_embedding",)),
+        Entry(f"{prefix}positional_embedding", ("position_embedding",)),
+        *norm(f"{prefix}ln_final", ("final_norm",)),
+    ]
+    for i in range(n):
+        source, ours = f"{prefix}transformer.resblocks.{i}", f"layers_{i}"
+        for j in (1, 2):
+            table += norm(f"{source}.ln_{j}", (ours, f"norm{j}"))
+        for j, x in enumerate(("q", "k", "v")):
+            table.append(Entry(f"{source}.attn.in_proj_weight", (ours, x, "kernel"), DENSE, (j, 3)))
+            table.append(Entry(f"{source}.attn.in_proj_bias", (ours, x, "bias"), part=(j, 3)))
+        table += dense(f"{source}.attn.out_proj", (ours, "out"))
+        table += dense(f"{source}.mlp.c_fc", (ours, "fc1"))
+        table += dense(f"{source}.mlp.c_proj", (ours, "fc2"))
+    for i in range(n, n + unused_layers):
+        source = f"{prefix}transformer.resblocks.{i}."
+        shapes = {"ln_1": (c,), "ln_2": (c,), "mlp.c_fc": (hidden, c), "mlp.c_proj": (c, hidden)}
+        for name, shape in (shapes | {"attn.out_proj": (c, c)}).items():
+            table.append(unused(f"{source}{name}.weight", *shape))
+            table.append(unused(f"{source}{name}.bias", shape[0]))
+        table += [
+            unused(f"{source}attn.in_proj_weight", 3 * c, c),
+            unused(f"{source}attn.in_proj_bias", 3 * c),
+        ]
+    return [*table, unused(f"{prefix}text_projection", c, c), unused(f"{prefix}logit_scale")]
 
 
 def clip_vision_table(model: CLIPVision, prefix: str = "vision_model.") -> Table:

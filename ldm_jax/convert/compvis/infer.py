@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm_jax.convert.compvis.names import CONDITIONER, FIRST_STAGE, UNET
 from ldm_jax.convert.compvis.schedules import schedule_params
+from ldm_jax.convert.compvis.targets import OPEN_CLIP, VIT_H
 from ldm_jax.convert.compvis.whole import IDENTITIES, INNER, IS_FIRST_STAGE, UNCONDITIONAL
 from ldm_jax.errors import ReaderError, TargetError
 from ldm_jax.models.clip import CLIPText
@@ -169,7 +170,18 @@ def _latent_diffusion(names: Shapes, tensors: Mapping[str, Any]) -> Original:
         params["parameterization"] = "v"
         assumed.append("parameterization v: the file has the marker v_pred")
     else:
-        assumed.append("parameterization eps: what the network predicts")
+        assumed.append(
+            "parameterization eps: what the network predicts"
+            + (
+                "; Stable Diffusion 2.x of 768 pixels predicts v: give its YAML with --config"
+                if isinstance(config, dict) and config["target"] == OPEN_CLIP
+                else ""
+            )
+        )
+    if clip and in_channels == channels + 1:
+        raise TargetError("the depth model of Stable Diffusion 2 is not supported")
+    if clip and "num_classes" in unet:
+        raise TargetError("the upscaler of Stable Diffusion 2 is not supported")
     return Original(
         INPAINTING if clip and key == "hybrid" else LATENT_DIFFUSION, params, tuple(assumed)
     )
@@ -178,6 +190,7 @@ def _latent_diffusion(names: Shapes, tensors: Mapping[str, Any]) -> Original:
 # Attention heads of the published models, by (model_channels, channel_mult, context_dim).
 _HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, Any]] = {
     (320, (1, 2, 4, 4), 768): {"num_heads": 8, "legacy": False},  # Stable Diffusion v1
+    (320, (1, 2, 4, 4), 1024): {"num_head_channels": 64, "legacy": False},  # Stable Diffusion 2.x
     (320, (1, 2, 4, 4), 1280): {"num_heads": 8, "legacy": False},  # txt2img-1p4B
     (192, (1, 2, 3, 5), 512): {"num_heads": 1},  # cin256-v2
     (192, (1, 2, 2, 4, 4), None): {"num_heads": 8},  # LSUN churches
@@ -222,6 +235,8 @@ def unet_params(names: Shapes) -> tuple[dict[str, Any], list[str]]:
             "transformer_depth": depth,
             "context_dim": context,
         }
+    if len(names.get("middle_block.1.proj_in.weight", ())) == 2:
+        params["use_linear_in_transformer"] = True
     if "label_emb.weight" in names:
         params["num_classes"] = names["label_emb.weight"][0]
     if "id_predictor.1.weight" in names:
@@ -272,12 +287,32 @@ def _conditioner(names: Shapes, stage: Shapes, factor: int) -> tuple[Any, list[s
             params["use_tokenizer"] = False
             guessed = ["use_tokenizer False: the vocabulary is not BERT's"]
         return {"target": f"{_EMBEDDERS}.BERTEmbedder", "params": params}, guessed
+    if names.any("model.transformer.resblocks."):
+        return _open_clip(names.under("model."))
     if names.any("transformer.text_model."):
         return _clip(names.under("transformer.text_model."))
     raise TargetError(
         f"its conditioner is of no known kind ({min(names)}); give the original's"
         " YAML with --config"
     )
+
+
+def _open_clip(names: Shapes) -> tuple[dict[str, Any], list[str]]:
+    vocabulary, width = names["token_embedding.weight"]
+    fields = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": names["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "num_hidden_layers": names.count(r"transformer\.resblocks\.(\d+)\."),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": names["positional_embedding"][0],
+    }
+    usual = VIT_H | {"vocab_size": 49408, "max_position_embeddings": 77}
+    params = {name: value for name, value in fields.items() if usual[name] != value}
+    return {
+        "target": OPEN_CLIP,
+        "params": {"freeze": True, "layer": "penultimate", **params},
+    }, ["layer penultimate: of the text encoder, as in Stable Diffusion 2.x"]
 
 
 def _clip(names: Shapes) -> tuple[dict[str, Any], list[str]]:

@@ -35,8 +35,8 @@ HARMLESS: tuple[tuple[str, str], ...] = (
     (r"(first_stage_model\.)?loss\.", "of the loss that the first stage was trained with"),
     (r"denoiser\.", "the table of noise levels, which follows from the schedule"),
     (r"(lvlb_weights|ddim_\w+|log_sigmas|sigmas|sqrt_\w+|posterior_\w+)$", "a table of constants"),
-    (r"(.*\.)?(lora_\w+|lora)\.", "of a LoRA; give its own file with --lora"),
-    (r"control_model\.", "of a ControlNet; give it with --control"),
+    (r"(.*\.)?(lora_\w+|lora)\.", "of a LoRA, which is no part of the model"),
+    (r"control_model\.", "of a ControlNet, which is no part of the model"),
     (r"depth_model\.", "estimates depth maps, which are given instead"),
     (r"embedding_manager\.", "of textual inversion"),
     (r"(optimizer|lr_scheduler)\w*\.", "of the training"),
@@ -48,19 +48,20 @@ _OTHERS: tuple[tuple[str, str], ...] = (
     (
         r"lora_(unet|te)|.*\.(lora_(A|B|up|down|mid)|lora\.(up|down)|lora_linear_layer|hada_w1_a"
         r"|lokr_w1\w*|dora_scale)\b",
-        "a LoRA, not a model; sample with --lora FILE, or merge it with ldm-convert merge",
+        "a LoRA, not a model; merge it into one with ldm-convert merge MODEL --lora FILE",
     ),
     (
         r"(\*|clip_[lg]|<[^>]+>|emb_params)$",
-        "a textual inversion embedding, not a model; sample with --embedding FILE",
+        "a textual inversion embedding, not a model, and not supported yet",
     ),
     (
         r"(control_model\.|input_hint_block\.|controlnet_cond_embedding\.)",
-        "a ControlNet, not a model; sample with --control FILE",
+        "a ControlNet, not a model, and not supported yet",
     ),
     (r"(model\.)?(conv_first\.|RRDB|body\.\d+\.rdb1|model\.1\.sub\.)", "an upscaler (ESRGAN)"),
     (r"(ip_adapter|image_proj)\.", "an IP-Adapter, which is not supported"),
     (r"(adapter\.body|body\.\d+\.block1)\b", "a T2I-Adapter, which is not supported"),
+    (EMBEDDERS.replace(".", r"\."), "Stable Diffusion XL, which is not supported yet"),
     (r"(model\.diffusion_model\.)?joint_blocks\.", "Stable Diffusion 3, which is not supported"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "FLUX, which is not supported"),
     (r"motion_modules|.*\.motion_modules\.", "AnimateDiff motion modules, which are not supported"),
@@ -134,7 +135,9 @@ def harmless(names: Iterable[str], *, allow_unexpected: bool = False) -> dict[st
 
 def check_is_model(tensors: Mapping[str, Any], where: str) -> None:
     """Raises TargetError for a LoRA, an embedding, a ControlNet or other files."""
-    if any(name.startswith((f"{UNET}input_blocks.", "encoder.conv_in.")) for name in tensors):
+    sdxl = any(name.startswith(EMBEDDERS) for name in tensors)
+    models = (f"{UNET}input_blocks.", "encoder.conv_in.")
+    if not sdxl and any(name.startswith(models) for name in tensors):
         return
     for pattern, meaning in _OTHERS:
         if any(re.match(pattern, name) for name in tensors):
@@ -142,5 +145,5 @@ def check_is_model(tensors: Mapping[str, Any], where: str) -> None:
     flat = [t for name, t in tensors.items() if "." not in name and name not in ("weight", "bias")]
     if 0 < len(flat) == len(tensors) <= _EMBEDDING and all(len(t.shape) in (1, 2) for t in flat):
         raise TargetError(
-            f"{where} is a textual inversion embedding, not a model; sample with --embedding FILE"
+            f"{where} is a textual inversion embedding, not a model, and not supported yet"
         )

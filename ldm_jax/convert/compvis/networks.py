@@ -72,7 +72,10 @@ def _trunk(net: Trunk, plan: Layout, prefix: str) -> Table:
                         f"{source}.", (name,), skip=block.channels_in != block.channels_out
                     )
                 case "transformer":
-                    yield from spatial_transformer(f"{source}.", (name,), depth=block.depth)
+                    linear = isinstance(net, UNet) and net.use_linear_in_transformer
+                    yield from spatial_transformer(
+                        f"{source}.", (name,), depth=block.depth, linear=linear
+                    )
                 case "attn":
                     yield from attention_block(f"{source}.", (name,))
                 case "down" if net.conv_resample:
@@ -90,8 +93,17 @@ def _trunk(net: Trunk, plan: Layout, prefix: str) -> Table:
 def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
     """UNetModel."""
     table = _trunk(unet, layout(unet), prefix)
-    if unet.num_classes is not None:
-        table += embedding(f"{prefix}label_emb", ("label_emb",))
+    match unet.num_classes:
+        case None:
+            pass
+        case "continuous":
+            table += dense(f"{prefix}label_emb", ("label_emb",))
+        case "sequential" | "timestep" as kind:  # behind the sinusoids of a timestep
+            inner = f"{prefix}label_emb.{0 if kind == 'sequential' else 1}"
+            table += dense(f"{inner}.0", ("label_emb", "dense_0"))
+            table += dense(f"{inner}.2", ("label_emb", "dense_1"))
+        case _:
+            table += embedding(f"{prefix}label_emb", ("label_emb",))
     if unet.n_embed is None:
         return [
             *table,
@@ -222,7 +234,12 @@ def _unet_example(unet: UNet) -> tuple:
         _floats(1, side, side, unet.in_channels),
         _ints(1),
         context,
-        None if unet.num_classes is None else _ints(1),
+        {
+            None: None,
+            "sequential": _floats(1, unet.adm_in_channels or 1),
+            "continuous": _floats(1, 1),
+            "timestep": _floats(1),
+        }.get(unet.num_classes, _ints(1)),  # type: ignore[arg-type]
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ldm_jax.convert.compvis.infer import INPAINTING, LATENT_DIFFUSION, Original
+from ldm_jax.convert.compvis.targets import OPEN_CLIP, VIT_H
 from ldm_jax.convert.compvis.whole import IDENTITIES, IS_FIRST_STAGE, UNCONDITIONAL
 from ldm_jax.errors import TargetError
 from ldm_jax.io.atomic import write_atomic
@@ -154,6 +155,7 @@ _KINDS = {
     f"{_EMBEDDERS}.TransformerEmbedder": ("tokens", "crossattn"),
     f"{_EMBEDDERS}.FrozenCLIPEmbedder": ("clip", "crossattn"),
     f"{_EMBEDDERS}.TinyCLIP": ("clip", "crossattn"),
+    OPEN_CLIP: ("clip", "crossattn"),
     f"{_EMBEDDERS}.ClassEmbedder": ("class", "crossattn"),
     f"{_EMBEDDERS}.SpatialRescaler": ("rescale", "concat"),
 }
@@ -203,6 +205,8 @@ def _conditioner_section(
     if kind == "rescale":  # the size of maps in pixels, which only an empty map needs
         fields["size"] = [round(side / module.multiplier**module.n_stages) for side in size]
     section_here = {"kind": kind, **fields}
+    if section["target"] == OPEN_CLIP:
+        section_here["pad_token_id"] = 0  # open_clip pads so
     # Only LatentInpaintDiffusion says what is joined to the latents.
     order = tuple(params.get("concat_keys") or _CONCAT_KEYS)
     if (
@@ -258,7 +262,9 @@ def original_of(config: Mapping[str, Any]) -> Original:
         return Original(*_first_stage_of(build_first_stage(config), kept.get("target"), alone=True))
     if config.get("kind") != "latent_diffusion":
         raise TargetError(f"a {config.get('kind')} has no counterpart in the original")
-    if config["objective"] not in ("eps", "x0"):
+    text = config["conditioner"].get("text", config["conditioner"])
+    second = text["kind"] == "clip" and text.get("hidden_act") == "gelu"  # Stable Diffusion 2.x
+    if config["objective"] not in ("eps", "x0", *(["v"] if second else [])):
         raise TargetError(
             f"the original cannot hold a model that predicts {config['objective']}, only eps and x0"
         )
@@ -352,6 +358,10 @@ def _bert(module: Any, target: str | None, tokenizer: bool = True) -> dict[str, 
 
 def _clip(module: Any, target: str | None) -> dict[str, Any]:
     fields = fields_of(module)
+    if fields.pop("hidden_act", None) == "gelu":
+        fields["num_hidden_layers"] = module.num_hidden_layers + 1  # stored and not run
+        sizes = {name: value for name, value in fields.items() if VIT_H.get(name) != value}
+        return {"target": OPEN_CLIP, "params": {"freeze": True, "layer": "penultimate", **sizes}}
     return {
         "target": target or f"{_EMBEDDERS}.{'TinyCLIP' if fields else 'FrozenCLIPEmbedder'}",
         "params": fields,

@@ -23,6 +23,8 @@ from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, VectorQuantiz
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
 
+_LDM, _TAMING = "ldm.modules", "taming.modules"
+
 
 def pick_params(
     where: str,
@@ -62,9 +64,10 @@ def pick_params(
 
 _UNET = """
     in_channels model_channels out_channels num_res_blocks attention_resolutions dropout
-    channel_mult conv_resample num_classes num_heads num_head_channels num_heads_upsample
-    use_scale_shift_norm resblock_updown use_new_attention_order use_spatial_transformer
-    transformer_depth context_dim n_embed legacy
+    channel_mult conv_resample num_classes adm_in_channels use_linear_in_transformer num_heads
+    num_head_channels num_heads_upsample use_scale_shift_norm resblock_updown
+    use_new_attention_order use_spatial_transformer transformer_depth context_dim n_embed legacy
+    disable_self_attentions
 """
 _ENCODER_UNET = """
     in_channels model_channels out_channels num_res_blocks attention_resolutions dropout
@@ -95,10 +98,20 @@ def unet_from_params(params: Mapping[str, Any]) -> UNet:
         "UNetModel",
         params,
         same=_UNET,
-        ignored="image_size use_fp16 use_checkpoint",
-        fixed={"dims": 2},
+        ignored="image_size use_fp16 use_checkpoint spatial_transformer_attn_type",
+        fixed={"dims": 2, "disable_middle_self_attn": False},
     )
+    contexts = fields.get("context_dim")
+    if isinstance(contexts, tuple):  # of each block of a transformer
+        if len(set(contexts)) != 1:
+            raise TargetError(f"UNetModel: context_dim={list(contexts)} must be the same for all")
+        fields["context_dim"] = contexts[0]
     return UNet(**fields, remat=bool(params.get("use_checkpoint", False)))
+
+
+def sgm_unet_from_params(params: Mapping[str, Any]) -> UNet:
+    """sgm.modules.diffusionmodules.openaimodel.UNetModel (SDXL), which has transformers only."""
+    return unet_from_params({"legacy": False, **params, "use_spatial_transformer": True})
 
 
 def encoder_unet_from_params(params: Mapping[str, Any]) -> EncoderUNet:
@@ -302,6 +315,42 @@ def clip_vision_from_params(params: Mapping[str, Any], projected: bool = True) -
 
 
 _VIT_L = "openai/clip-vit-large-patch14"
+OPEN_CLIP = f"{_LDM}.encoders.modules.FrozenOpenCLIPEmbedder"
+_TOWER = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    max_position_embeddings
+"""
+VIT_H = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+
+
+def open_clip_from_params(params: Mapping[str, Any]) -> CLIPText:
+    """FrozenOpenCLIPEmbedder: ViT-H/14's text tower, of the layers that ``layer`` runs.
+
+    Other sizes than ViT-H/14's are given by the fields of `CLIPText`.
+    """
+    fields = VIT_H | pick_params(
+        "FrozenOpenCLIPEmbedder",
+        params,
+        same=_TOWER,
+        ignored="freeze device version layer",
+        fixed={"arch": "ViT-H-14", "max_length": 77},
+    )
+    fields["num_hidden_layers"] -= unused_layers(params)
+    return CLIPText(**fields, hidden_act="gelu")
+
+
+def unused_layers(params: Mapping[str, Any]) -> int:
+    """The layers of an open_clip tower that FrozenOpenCLIPEmbedder stores and does not run."""
+    layers = {"last": 0, "penultimate": 1}
+    layer = params.get("layer", "last")
+    if layer not in layers:
+        raise TargetError(f"FrozenOpenCLIPEmbedder: layer={layer!r}{did_you_mean(layer, layers)}")
+    return layers[layer]
 
 
 def lpips_from_params(params: Mapping[str, Any]) -> LPIPS:
@@ -365,7 +414,6 @@ def gpt_from_params(params: Mapping[str, Any]) -> GPT:
     return GPT(**pick_params("GPT", params, same=same, fixed={"attn_pdrop": 0.0}))
 
 
-_LDM, _TAMING = "ldm.modules", "taming.modules"
 TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     f"{_LDM}.diffusionmodules.openaimodel.UNetModel": unet_from_params,
     f"{_LDM}.diffusionmodules.openaimodel.EncoderUNetModel": encoder_unet_from_params,
@@ -390,6 +438,8 @@ TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     f"{_LDM}.encoders.modules.ClassEmbedder": class_embedder_from_params,
     f"{_LDM}.encoders.modules.SpatialRescaler": rescaler_from_params,
     f"{_LDM}.encoders.modules.FrozenCLIPEmbedder": frozen_clip_from_params,
+    OPEN_CLIP: open_clip_from_params,
+    "sgm.modules.diffusionmodules.openaimodel.UNetModel": sgm_unet_from_params,
     f"{_LDM}.encoders.modules.TinyCLIP": clip_text_from_params,
     "transformers.CLIPTextModel": clip_text_from_params,
     "transformers.CLIPVisionModel": partial(clip_vision_from_params, projected=False),

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.convert.compvis.encoders import open_clip_table
 from ldm_jax.convert.compvis.names import CONDITIONER, EMA, FIRST_STAGE, UNET
 from ldm_jax.convert.compvis.networks import param_shapes, table_of
-from ldm_jax.convert.compvis.targets import module_from_config, pick_params
+from ldm_jax.convert.compvis.targets import (
+    OPEN_CLIP,
+    module_from_config,
+    pick_params,
+    unused_layers,
+)
 from ldm_jax.convert.tables import Duplicate, Entry, Table, Unused, under
 from ldm_jax.diffusion.schedule import make_schedule
 from ldm_jax.errors import TargetError, did_you_mean
@@ -29,6 +35,7 @@ INNER = {
     "ldm.modules.encoders.modules.TransformerEmbedder": "transformer.",
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "transformer.text_model.",
     "ldm.modules.encoders.modules.TinyCLIP": "transformer.text_model.",
+    OPEN_CLIP: "model.",
 }
 BUFFERS = """
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
@@ -230,9 +237,12 @@ def latent_diffusion(
     elif conditioner not in (None, UNCONDITIONAL) and conditioner["target"] not in IDENTITIES:
         module = module_from_config(conditioner["target"], conditioner.get("params"))
         modules["conditioner"] = module
-        table += under(
-            ("conditioner",), table_of(module, CONDITIONER + INNER.get(conditioner["target"], ""))
-        )
+        prefix = CONDITIONER + INNER.get(conditioner["target"], "")
+        if conditioner["target"] == OPEN_CLIP:
+            inner = open_clip_table(module, prefix, unused_layers(conditioner.get("params") or {}))
+        else:
+            inner = table_of(module, prefix)
+        table += under(("conditioner",), inner)
         shapes["conditioner"] = param_shapes(module)
 
     if buffers:

@@ -33,8 +33,11 @@ def to_compvis(config: Mapping[str, Any], params: Mapping[str, Any], out: Path) 
     section = config.get("conditioner", {})
     section = section.get("text", section)
     kind = section.get("kind")
-    if kept := [name for name in ("pad_token_id", "added_tokens") if section.get(name)]:
-        raise TargetError(f"the original cannot hold {kept[0]}={section[kept[0]]!r}")
+    pad, open_clip = section.get("pad_token_id"), section.get("hidden_act") == "gelu"
+    if kind == "clip" and pad != (0 if open_clip else None):
+        raise TargetError(f"the original cannot hold a text encoder with pad_token_id={pad!r}")
+    if section.get("added_tokens"):
+        raise TargetError("the original cannot hold added tokens")
     if kind in ("bert", "tokens") and "to_logits" not in tree["conditioner"]:
         # The original stores a projection that nothing calls.
         vocabulary, dim = tree["conditioner"]["token_emb"]["embedding"].shape

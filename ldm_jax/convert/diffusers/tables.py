@@ -73,7 +73,10 @@ def unet_table(unet: UNet) -> Table:
                     if block.channels_in != block.channels_out:
                         yield from dense(f"{source}.conv_shortcut", (name, "skip"), op=CONV1X1)
                 case "transformer":
-                    yield from spatial_transformer(f"{source}.", (name,), depth=block.depth)
+                    linear = unet.use_linear_in_transformer
+                    yield from spatial_transformer(
+                        f"{source}.", (name,), depth=block.depth, linear=linear
+                    )
                 case "attn":
                     yield from norm(f"{source}.group_norm", (name, "norm"))
                     for x in QKV:

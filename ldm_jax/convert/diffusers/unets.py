@@ -109,11 +109,9 @@ def _unet_section(where: str, given: Config, types: tuple[str, str]) -> Config:
 def unet_condition_from(config: Mapping[str, Any]) -> Config:
     """UNet2DConditionModel -> the fields of our UNet."""
     where = "UNet2DConditionModel"
-    same = f"{_UNET_SAME} cross_attention_dim transformer_layers_per_block"
+    same = f"{_UNET_SAME} cross_attention_dim transformer_layers_per_block use_linear_projection"
     # Projections are read in either form; attention scores are float32 in any case.
-    ignored = (
-        f"{ABOUT} sample_size use_linear_projection upcast_attention addition_embed_type_num_heads"
-    )
+    ignored = f"{ABOUT} sample_size upcast_attention addition_embed_type_num_heads"
     given = _CONDITION_DEFAULTS | pick_params(
         where, config, same=same, ignored=ignored, fixed=_CONDITION_FIXED
     )
@@ -143,6 +141,7 @@ def unet_condition_from(config: Mapping[str, Any]) -> Config:
                 where, "transformer_layers_per_block", given["transformer_layers_per_block"]
             ),
             "context_dim": one(where, "cross_attention_dim", given["cross_attention_dim"]),
+            "use_linear_in_transformer": bool(given.get("use_linear_projection", False)),
         }
     )
 
@@ -211,7 +210,7 @@ def unet_to(unet: UNet) -> Config:
         "cross_attention_dim": unet.context_dim,
         "transformer_layers_per_block": unet.transformer_depth,
         "attention_head_dim": one(where, "heads", heads) if len(set(heads)) == 1 else heads,
-        "use_linear_projection": False,
+        "use_linear_projection": unet.use_linear_in_transformer,
         "upcast_attention": False,
         "resnet_time_scale_shift": "scale_shift" if unet.use_scale_shift_norm else "default",
     }
