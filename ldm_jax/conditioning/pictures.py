@@ -3,17 +3,16 @@
 Changes are logged. Each mistake is a RequestError of one line.
 """
 
-import io
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ldm_jax.conditioning.base import as_list
-from ldm_jax.data import ImageTransform, decode_image, to_rgb
+from ldm_jax.data import ImageTransform, decode, decode_image, to_rgb
 from ldm_jax.errors import RequestError, UnreadablePicture
 
 LOG = logging.getLogger(__name__)
@@ -73,20 +72,11 @@ def open_picture(value: Any, what: str, convert: Callable[[Any], np.ndarray]) ->
     except OSError as error:
         raise RequestError(f"{name} cannot be read: {error.strerror or error}") from None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with decode.open_picture(data) as image:
             image.load()
             return convert(image)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        heic = data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"avif")
-        hint = "; for HEIC: pip install pillow-heif" if heic else ""
-        raise RequestError(
-            f"{name} is no readable picture: Pillow does not know it{hint}"
-        ) from None
-    except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RequestError(f"{name} is no readable picture: {reason}") from None
+    except UnreadablePicture as error:
+        raise RequestError(f"{name} is no readable picture: {error}") from None
 
 
 def read_picture(value: Any, what: str = "image") -> np.ndarray:

@@ -1,7 +1,6 @@
 """Maps of labels (or small pictures), resized to the latents and concatenated to them."""
 
 import dataclasses
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from ldm_jax.conditioning.base import Cond, Conditioner, Names, RowCondition, as_list, column_of
 from ldm_jax.conditioning.pictures import Canvas, Geometry, fit, open_picture, read_picture
+from ldm_jax.data import decode
 from ldm_jax.errors import DataError, RequestError, UnreadablePicture
 from ldm_jax.io.png import palette
 from ldm_jax.models.embedders import SpatialRescaler
@@ -179,11 +179,10 @@ def read_labels(data: bytes | np.ndarray) -> np.ndarray:
     """Reads a training row's map of labels: int32 [h, w]; palettes give their indices."""
     if isinstance(data, bytes):
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with decode.open_picture(data) as image:
                 labels = np.asarray(image)
-        except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadablePicture(f"its label map: {reason}") from error
+        except UnreadablePicture as error:
+            raise UnreadablePicture(f"its label map: {error}") from error
     else:
         labels = np.asarray(data)
     if labels.ndim == 3 and labels.shape[2] == 1:

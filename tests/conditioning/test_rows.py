@@ -150,7 +150,7 @@ def test_label_maps_keep_their_numbers(mode):
 def test_what_is_no_label_map_is_said():
     for data, message in [
         (encode(PICTURE), r"shape \(24, 32, 3\)"),
-        (b"x", "label map: cannot identify"),
+        (b"x", "label map: not a picture"),
     ]:
         with pytest.raises(UnreadablePicture, match=message):
             read_labels(data)
