@@ -133,9 +133,9 @@ def run(args: argparse.Namespace) -> int:
     from ldm_jax.eval.protocols import table
 
     if args.distributed or args.coordinator:
-        from ldm_jax.distributed import parallel
+        from ldm_jax.distributed import processes
 
-        parallel.start(args.coordinator, args.processes, args.process_index)
+        processes.start(args.coordinator, args.processes, args.process_index)
     has_inception = args.inception or os.environ.get(INCEPTION_VARIABLE)
     features = args.features or ("inception" if has_inception else "efficientnet")
     prompts = None

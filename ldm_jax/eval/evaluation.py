@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ldm_jax.convert.conversion import is_foreign
+from ldm_jax.convert.conversion import is_foreign, read_model
 from ldm_jax.data import make_source
 from ldm_jax.errors import EvaluationError, did_you_mean
 from ldm_jax.eval import metrics
@@ -36,7 +36,11 @@ from ldm_jax.eval.protocols import (
     write_statistics,
 )
 from ldm_jax.io.atomic import write_atomic
+from ldm_jax.io.checkpoint import find_model, load_model
+from ldm_jax.models.build import build_first_stage
+from ldm_jax.models.ldm import FirstStage
 from ldm_jax.models.perceptual import load_lpips
+from ldm_jax.sampling.pipeline import load as load_pipeline
 
 LOG = logging.getLogger(__name__)
 
@@ -629,20 +633,13 @@ def _recorded_sampling(subject: Any) -> dict[str, Any] | None:
 def _load_pipeline(subject: Any, dtype: str | None) -> Any:
     if not isinstance(subject, str | Path):
         return subject
-    from ldm_jax.sampling.pipeline import load
-
-    return load(str(subject), **({} if dtype is None else {"dtype": dtype}))
+    return load_pipeline(str(subject), **({} if dtype is None else {"dtype": dtype}))
 
 
 def load_first_stage(subject: Any) -> Any:
     """The `FirstStage` of a pipeline, of a model directory or of a checkpoint."""
     if not isinstance(subject, str | Path):
         return subject.model.first_stage
-    from ldm_jax.convert.conversion import read_model
-    from ldm_jax.io.checkpoint import find_model, load_model
-    from ldm_jax.models.build import build_first_stage
-    from ldm_jax.models.ldm import FirstStage
-
     path = find_model(subject)
     if is_foreign(path):
         converted = read_model(path)

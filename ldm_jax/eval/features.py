@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ldm_jax.convert.compvis.encoders import clip_text_table, clip_vision_table
+from ldm_jax.convert.compvis.networks import param_shapes
 from ldm_jax.convert.features import efficientnet_table, inception_table
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.tables import Table, to_ours
 from ldm_jax.errors import EvaluationError, did_you_mean
 from ldm_jax.eval.resize import resize
+from ldm_jax.models.clip import _MEAN, _STD, CLIPText, CLIPVision
 from ldm_jax.models.efficientnet import EfficientNetLite0
 from ldm_jax.models.inception import InceptionV3
 
@@ -264,10 +267,6 @@ class CLIP:
 
 def load_clip(folder: str | Path, resizer: str = "pil_bicubic") -> CLIP:
     """CLIP from a folder of Hugging Face transformers (config.json, weights, tokenizer files)."""
-    from ldm_jax.convert.compvis.compvis import param_shapes
-    from ldm_jax.convert.compvis.encoders import clip_text_table, clip_vision_table
-    from ldm_jax.models.clip import _MEAN, _STD, CLIPText, CLIPVision
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import CLIPTokenizer
 
@@ -283,7 +282,7 @@ def load_clip(folder: str | Path, resizer: str = "pil_bicubic") -> CLIP:
     projection = config.get("projection_dim", 512)
 
     def build(kind: Any, given: Mapping[str, Any]) -> Any:
-        known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "dtype"}
+        known = {f.name for f in dataclasses.fields(kind)} - {"parent", "name", "dtype", "kernels"}
         fields = {key: value for key, value in given.items() if key in known}
         return kind(**fields | {"projection_dim": projection})
 

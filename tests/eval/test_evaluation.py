@@ -13,15 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from ldm_jax.cli import eval as command
+from ldm_jax.conditioning.tokenizers import clip_tokenizer
+from ldm_jax.convert.compvis.encoders import clip_text_table, clip_vision_table
+from ldm_jax.convert.compvis.networks import param_shapes
 from ldm_jax.convert.features import efficientnet_table, inception_table
 from ldm_jax.convert.tables import to_ours, to_theirs
 from ldm_jax.errors import DataError, EvaluationError
 from ldm_jax.eval import evaluation, features, metrics
 from ldm_jax.eval.collect import collect
-from ldm_jax.eval.evaluation import evaluate, open_pictures
-from ldm_jax.eval.pictures import ArrayPictures, NpzPictures
+from ldm_jax.eval.evaluation import evaluate, load_first_stage, open_pictures
+from ldm_jax.eval.features import load_clip
+from ldm_jax.eval.pictures import ArrayPictures, NpzPictures, Reconstructions
 from ldm_jax.eval.protocols import (
     Result,
     Statistics,
@@ -30,8 +35,13 @@ from ldm_jax.eval.protocols import (
     write_statistics,
 )
 from ldm_jax.eval.resize import RESIZERS, resize
+from ldm_jax.io.checkpoint import save_model
+from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.models.build import build_first_stage
+from ldm_jax.models.clip import CLIPText, CLIPVision
 from ldm_jax.models.efficientnet import EfficientNetLite0
 from ldm_jax.models.inception import InceptionV3
+from tests.conftest import SMALL_KL
 
 
 @pytest.fixture
@@ -411,6 +421,65 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "s.npz", **arrays)
     with pytest.raises(EvaluationError, match=message):
         read_statistics(tmp_path / "s.npz")
+
+
+# ------------------------------------------------------------------------------- models
+
+
+def test_a_first_stage_is_evaluated_by_its_reconstructions(toy, rng, tmp_path):
+    config = {"kind": "first_stage", "first_stage": SMALL_KL}
+    module = build_first_stage(config)
+    shapes = jax.eval_shape(lambda: init_autoencoder(module, jax.random.key(0)))
+    params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32) / 20, shapes)
+    save_model(tmp_path / "model", config, {"first_stage": params})
+    real = pictures(rng, 20)
+    found = evaluate(
+        tmp_path / "model", real, features="toy", reconstruct=True, batch=8, progress=False
+    )
+    assert found.metrics.keys() >= {"rFD (Toy)", "PSNR", "SSIM"}
+    assert found.protocol["pictures"]["reconstructed"] == "mode"
+    made = Reconstructions(load_first_stage(tmp_path / "model"), ArrayPictures(real)).read(0, 20)
+    assert found.metrics["PSNR"] == pytest.approx(metrics.psnr(made, real).mean())
+    with pytest.raises(EvaluationError, match="needs pictures"):
+        evaluate(tmp_path / "model", features="toy", reconstruct=True, progress=False)
+    odd = rng.integers(0, 256, (4, 15, 16, 3), dtype=np.uint8)
+    if load_first_stage(tmp_path / "model").downsampling > 1:
+        with pytest.raises(EvaluationError, match="no multiple"):
+            evaluate(tmp_path / "model", odd, features="toy", reconstruct=True, progress=False)
+
+
+def test_clip_scores_need_a_folder_of_transformers_alone(toy, rng, tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "projection_dim": 6}
+    text = CLIPText(vocab_size=49408, **sizes)
+    vision = CLIPVision(image_size=32, patch_size=16, **sizes)
+    folder, arrays = tmp_path / "clip", {"logit_scale": np.float32([1.0])}
+    for module, table_of in ((text, clip_text_table), (vision, clip_vision_table)):
+        shapes = param_shapes(module)
+        params = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), shapes)
+        prefix = {"prefix": "text_model."} if module is text else {}
+        arrays |= to_theirs(table_of(module, **prefix), params)
+    clip_tokenizer().save_pretrained(folder)
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, folder / "model.safetensors")
+    config = {"projection_dim": 6}
+    for name, module in (("text_config", text), ("vision_config", vision)):
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        config[name] = {key: getattr(module, key) for key in names}
+    config["text_config"]["eos_token_id"] = 49407
+    config["vision_config"] |= {"image_size": 32, "patch_size": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    made, real = pictures(rng, 8), pictures(rng, 9)
+    options = {"features": "toy", "clip": folder, "metrics": ["clip_score", "cmmd"]}
+    found = evaluate(made, real, prompts=["a cat", "a dog"], progress=False, **options)
+    clip = load_clip(folder)
+    images = clip.images(made)["image"]
+    texts = clip.texts(["a cat", "a dog"] * 4)
+    assert not np.allclose(texts[0], texts[1])
+    assert found.metrics["CLIP score"] == pytest.approx(metrics.clip_score(images, texts))
+    assert found.metrics["CMMD"] == pytest.approx(metrics.cmmd(images, clip.images(real)["image"]))
+    with pytest.raises(EvaluationError, match="needs prompts"):
+        evaluate(made, real, progress=False, **options)
 
 
 # ------------------------------------------------------------------------------- mistakes
