@@ -94,6 +94,10 @@ class EvaluationError(LdmJaxError, ValueError):
     """An evaluation that cannot be made: sets that do not fit, or statistics of another kind."""
 
 
+class ResourceError(LdmJaxError, RuntimeError):
+    """A disk that is full, or memory that does not suffice."""
+
+
 class TrainingDiverged(LdmJaxError, RuntimeError):
     """Training that cannot improve any more.
 

@@ -19,10 +19,12 @@ from ldm_jax.cli.config import define_config_flag, with_config_path
 def train(args: Any) -> None:
     """Runs a training as the flags say."""
     from ldm_jax.distributed import preemption, processes
-    from ldm_jax.errors import TrainingStopped
+    from ldm_jax.errors import ConfigError, TrainingStopped
     from ldm_jax.kernels import heap
     from ldm_jax.train.loop import train
 
+    if not args.workdir:
+        raise ConfigError("missing --workdir=...; --help explains every flag")
     if args.distributed or args.coordinator:
         processes.start(args.coordinator, args.processes, args.process_index)
         if not processes.is_first():

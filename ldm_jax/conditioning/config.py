@@ -31,7 +31,7 @@ def row_condition(config: Mapping[str, Any]) -> RowCondition | None:
     "data.condition" of the plain config holds the settings (``column``, ``kinds`` ...); sizes
     follow from "model.conditioner", names from "model.classes" or from the data.
     """
-    fields = config["model"].get("conditioner", {})
+    fields = config["model"].get("conditioner", {"kind": "none"})
     settings = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config["data"]["condition"].items()

@@ -3,9 +3,38 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.stats
 
 from ldm_jax.diffusion.schedule import Schedule, sigma_to_t, t_to_sigma
 from ldm_jax.errors import RequestError, did_you_mean
+
+
+def _distilled(steps: int, total: int, trained: int = 50) -> np.ndarray:
+    """Even choice of the `trained` steps that LCM and TCD are distilled on, from the last down."""
+    trained = max(min(trained, total), steps)
+    kept = trained - np.floor(np.arange(steps) * trained / steps).astype(int)
+    return kept[::-1] * (total // trained) - 1
+
+
+def _beta(steps: int, total: int) -> np.ndarray:
+    """Quantiles of Beta(0.6, 0.6) (Lee et al. 2024, arXiv:2407.12173): dense at both ends."""
+    return scipy.stats.beta.ppf(_ramp(steps), 0.6, 0.6) * (total - 1)
+
+
+def _linear_quadratic(steps: int, total: int, threshold: float = 0.025) -> np.ndarray:
+    """Linear down to 1 - `threshold` in half of the steps, then quadratic (arXiv:2410.13720)."""
+    half = steps // 2
+    i = np.arange(steps, dtype=np.float64)
+    slope = threshold / max(half, 1)  # of both parts where they meet
+    rest = max(steps - half, 1)
+    curve = (1 - threshold - slope * rest) / rest**2
+    tail = threshold + slope * (i - half) + curve * (i - half) ** 2
+    return (1 - np.where(i < half, slope * i, tail if half else i / steps))[::-1] * (total - 1)
+
+
+def _ramp(steps: int) -> np.ndarray:
+    """0 to 1, and 1 alone for a single step."""
+    return np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
 
 
 def _uniform(steps: int, total: int) -> np.ndarray:
@@ -23,6 +52,9 @@ GRIDS: dict[str, Callable[[int, int], np.ndarray]] = {
         np.round(np.arange(1, steps + 1) * total / steps).astype(int) - 1
     ),
     "leading": lambda steps, total: np.arange(steps) * (total // steps),
+    "leading_1": lambda steps, total: np.arange(steps) * (total // steps) + 1,
+    "linspace": lambda steps, total: np.round(np.linspace(0, total - 1, steps + 1)[1:]).astype(int),
+    "distilled": lambda steps, total: _distilled(steps, total),
 }
 
 
@@ -61,12 +93,43 @@ def polyexponential(steps: int, low: float, high: float, rho: float = 2.0) -> np
     return np.exp(np.linspace(1, 0, steps) ** rho * np.log(high / low) + np.log(low))
 
 
+def vp_sigma(t: np.ndarray, beta_d: float = 19.9, beta_min: float = 0.1) -> np.ndarray:
+    """Sigma at time t of the VP SDE (Song et al. 2021, arXiv:2011.13456, eq. 33)."""
+    return np.sqrt(np.expm1(beta_d * np.square(t) / 2 + beta_min * t))
+
+
+def vp(
+    steps: int, low: float, high: float, beta_d: float = 19.9, beta_min: float = 0.1
+) -> np.ndarray:
+    """Sigmas, descending, at even times of the VP SDE."""
+    logs = np.log1p(np.square([high, low]))
+    ends = (np.sqrt(beta_min**2 + 2 * beta_d * logs) - beta_min) / beta_d
+    return vp_sigma(np.linspace(*ends, steps), beta_d, beta_min)
+
+
+# name -> ascending timesteps (steps, T) -> float [steps]
+FLOAT_GRIDS: dict[str, Callable[[int, int], np.ndarray]] = {
+    "linspace_ends": lambda steps, total: _ramp(steps) * (total - 1),
+    "beta": _beta,
+    "linear_quadratic": _linear_quadratic,
+}
+
+# Align Your Steps (Sabour et al. 2024, arXiv:2404.14507) for Stable Diffusion v1 and XL.
+LISTS: dict[str, Sequence[float]] = {
+    "ays": (24, 124, 233, 343, 455, 545, 645, 736, 850, 999),
+    "ays_sdxl": (13, 53, 116, 193, 310, 443, 587, 730, 845, 999),
+}
+
 # name -> sigmas (steps, low, high, [rho]) -> [steps], descending
 SIGMA_GRIDS: dict[str, Callable[..., np.ndarray]] = {
     "karras": karras,
     "exponential": lambda steps, low, high: polyexponential(steps, low, high, 1.0),
     "polyexponential": polyexponential,
+    "vp": vp,
 }
+
+
+ALL = (*GRIDS, *FLOAT_GRIDS, *SIGMA_GRIDS, *LISTS)
 
 
 def time_grid(
@@ -75,8 +138,8 @@ def time_grid(
     """Ascending timesteps [steps] of any grid.
 
     Args:
-      kind: A key of GRIDS (int64, by `step_grid`) or of SIGMA_GRIDS (float64, spanning the
-        schedule), or a list of timesteps. Where a list has another length than `steps`, log sigma
+      kind: A name of ALL: GRIDS are int64, by `step_grid`, the others float64. Or a list of
+        timesteps. Where a list has another length than `steps`, log sigma
         is interpolated along it, as for Align Your Steps (Sabour et al. 2024, arXiv:2404.14507).
       steps: From 1 to T.
       schedule: The forward process.
@@ -85,11 +148,15 @@ def time_grid(
     total = schedule.timesteps
     if not isinstance(kind, str):
         return _listed(np.sort(np.asarray(kind, np.float64)), steps, schedule)
-    _check(kind, [*GRIDS, *SIGMA_GRIDS], steps, total)
+    _check(kind, ALL, steps, total)
     if rho is not None and kind not in ("karras", "polyexponential"):
         raise RequestError(f"step grid {kind!r} has no rho")
     if kind in GRIDS:
         return step_grid(kind, steps, total)
+    if kind in FLOAT_GRIDS:
+        return FLOAT_GRIDS[kind](steps, total)
+    if kind in LISTS:
+        return _listed(np.asarray(LISTS[kind]) / 999 * (total - 1), steps, schedule)
     low, high = (float(sigma) for sigma in t_to_sigma(schedule, np.array([0, total - 1])))
     options = {} if rho is None else {"rho": rho}
     return sigma_to_t(schedule, SIGMA_GRIDS[kind](steps, low, high, **options))[::-1]

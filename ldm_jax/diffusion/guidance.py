@@ -11,8 +11,8 @@ from ldm_jax.diffusion.schedule import Array, Schedule, level, lift
 
 # (x [b, ...], t [b], condition pytree) -> output [b, ...]
 Model = Callable[[jax.Array, jax.Array, Any], jax.Array]
-# (x [b, ...], t [] or [b]) -> output [b, ...]
-Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
+# (x [b, ...], t [] or [b]) -> output [b, ...], or (guided, null) outputs
+Denoiser = Callable[[jax.Array, jax.Array], Any]
 # (eps [b, ...], x [b, ...], t [] or [b]) -> eps
 Correct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -54,6 +54,7 @@ def classifier_free(
     rescale: Array | None = None,
     skip: bool = True,
     repeat: bool = True,
+    renoise_null: bool = False,
 ) -> Denoiser:
     """Classifier-free guidance, null + scale * (cond - null), in one forward of 2 b rows.
 
@@ -70,10 +71,12 @@ def classifier_free(
       skip: Outside the interval, run a forward of b rows.
       repeat: Repeat x for both conditions. Otherwise the model gets x [b] under conditions
         [2 b, ...] and repeats it itself where they first matter, as `UNet` does.
+      renoise_null: CFG++ (Chung et al. 2024, arXiv:2406.08070), scale in [0, 1]: samplers that
+        step with eps (`DDIM`, `TCD`) take that of the null condition. Returns both outputs.
     """
     both = jax.tree.map(lambda n, c: jnp.concatenate([n, c]), null, cond)
 
-    def guided(x: jax.Array, t: jax.Array) -> jax.Array:
+    def guided(x: jax.Array, t: jax.Array) -> Any:
         when = jnp.full(x.shape[:1], t)
         twice = (jnp.concatenate([x, x]), jnp.concatenate([when, when])) if repeat else (x, when)
         out = model(*twice, both)
@@ -83,13 +86,14 @@ def classifier_free(
             s = jnp.where((interval[0] <= t) & (t <= interval[1]), s, 1.0)
         guided = out_null + lift(s, x) * (out_cond - out_null)
         if rescale is None:
-            return guided
+            return (guided, out_null) if renoise_null else guided
         axes = tuple(range(1, x.ndim))
         ratio = out_cond.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
-        return guided * (1 + lift(rescale, x) * (ratio - 1))
+        guided = guided * (1 + lift(rescale, x) * (ratio - 1))
+        return (guided, out_null) if renoise_null else guided
 
-    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        if interval is None or not skip:
+    def denoise(x: jax.Array, t: jax.Array) -> Any:
+        if interval is None or not skip or renoise_null:
             return guided(x, t)
         # One answer for the whole batch, so that lax.cond runs one branch only.
         within = jnp.any((interval[0] <= t) & (t <= interval[1]))
@@ -174,9 +178,12 @@ def predictor(
     ) -> Prediction:
         a, s = level(schedule, t, x) if at is None else (lift(at[0], x), lift(at[1], x))
         if eps is None:
-            eps, x0 = of_model.read(denoise(x, t), x, a, s)
+            out = denoise(x, t)
+            out, null = out if isinstance(out, tuple) else (out, None)
+            eps, x0 = of_model.read(out, x, a, s)
             if correct is not None:
                 eps, x0 = of_eps.read(correct(eps, x, t), x, a, s)
+            eps = eps if null is None else of_model.read(null, x, a, s).eps
         else:
             x0 = of_eps.read(eps, x, a, s).x0
         x0 = jnp.clip(x0, -1.0, 1.0) if clip else x0

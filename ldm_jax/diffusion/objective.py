@@ -1,4 +1,4 @@
-"""What the network predicts (eps, x0 or v), how x0 and eps follow from it, and the losses."""
+"""What the network predicts (eps, x0, v or flow), how x0 and eps follow from it, and the losses."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,7 +33,9 @@ class Objective(NamedTuple):
 
 
 # eps: Ho et al. 2020, arXiv:2006.11239. v = a eps - s x0: Salimans & Ho 2022, arXiv:2202.00512; it
-# divides by nothing, so it holds where abar_t = 0.
+# divides by nothing, so it holds where abar_t = 0. flow = eps - x0, the velocity of rectified flow
+# (Liu et al. 2022, arXiv:2209.03003) on the schedule "flow", where x_t is its state scaled to
+# a^2 + s^2 = 1: Euler's method along the flow is then DDIM.
 OBJECTIVES = {
     "eps": Objective(
         lambda x0, eps, a, s: eps,
@@ -49,6 +51,11 @@ OBJECTIVES = {
         lambda x0, eps, a, s: a * eps - s * x0,
         lambda out, xt, a, s: Prediction(a * out + s * xt, a * xt - s * out),
         lambda snr: snr + 1,
+    ),
+    "flow": Objective(
+        lambda x0, eps, a, s: eps - x0,
+        lambda out, xt, a, s: Prediction((xt + a * out) / (a + s), (xt - s * out) / (a + s)),
+        lambda snr: (np.sqrt(snr) + 1) ** 2,
     ),
 }
 
@@ -82,8 +89,10 @@ def elbo_weights(objective: str, schedule: Schedule) -> np.ndarray:
     weights = np.ones_like(betas)
     if objective == "eps":
         variance = np.asarray(schedule.posterior_variance)
+        # Not 1 - betas, which has few digits where a beta is near 1.
+        alphas = abar / np.asarray(schedule.alphas_cumprod_prev)
         with np.errstate(divide="ignore"):
-            weights = betas**2 / (2 * variance * (1 - betas) * (1 - abar))
+            weights = betas**2 / (2 * variance * alphas * (1 - abar))
     elif objective == "x0":
         weights = 0.5 * np.sqrt(abar) / (2.0 * 1 - abar)
     if schedule.timesteps > 1:

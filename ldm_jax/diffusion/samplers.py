@@ -16,12 +16,12 @@ import numpy as np
 
 from ldm_jax.diffusion import solvers, stochastic
 from ldm_jax.diffusion.adaptive import DPMAdaptive
-from ldm_jax.diffusion.discrete import DDIM, DDPM, PLMS
+from ldm_jax.diffusion.discrete import DDIM, DDPM, LCM, PLMS, TCD
 from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.grids import step_grid, time_grid
 from ldm_jax.diffusion.guidance import Predict
 from ldm_jax.diffusion.schedule import Schedule, q_sample, sigma_to_t, t_to_sigma
-from ldm_jax.diffusion.tableau import Tableau
+from ldm_jax.diffusion.tableau import Rule, Tableau
 
 __all__ = [
     "DDIM", "DDPM", "SAMPLERS", "Known", "Sampler", "Trace",
@@ -244,6 +244,12 @@ def padded(nodes: Any, count: int) -> tuple[Any, np.int32]:
     ), np.int32(missing)
 
 
+def _unipc(p: int, second: Rule) -> Tableau:
+    """The released UniPC of p outputs. It ends at low orders, hence the order 2 of the result."""
+    algorithm = solvers.UniPC(p, second, lower_final=True)
+    return Tableau(algorithm, 2, history=p, corrects=True)
+
+
 _2M_SDE = stochastic.MultistepSDE(2, lower_final=False)
 _3M_SDE = stochastic.MultistepSDE(3, second="exact", lower_final=False)
 
@@ -263,8 +269,16 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m": Tableau(solvers.Multistep(2), 2, history=1),
     "dpmpp_3m": Tableau(solvers.Multistep(3), 3, history=2),
     "unipc": Tableau(solvers.UniPC(2), 3, history=2, corrects=True),
+    "unipc_bh1": _unipc(2, "linear"),
+    "unipc_bh2": _unipc(2, "half"),
+    "unipc_3_bh1": _unipc(3, "linear"),
+    "unipc_3_bh2": _unipc(3, "half"),
+    "deis": Tableau(solvers.Multistep(2, "eps", "exact"), 2, "eps", history=1, end=0.0),
+    "deis_3": Tableau(solvers.Multistep(3, "eps", "exact"), 3, "eps", history=2, end=0.0),
+    "ipndm": PLMS(improved=False, end=None),
     "euler": Tableau(solvers.euler, 1, draws=1),
     "heun": Tableau(solvers.heun, 2, history=1, draws=1),
+    "restart": Tableau(solvers.restart, 2, history=1, draws=1),
     "dpm_2": Tableau(solvers.dpm_2, 2, draws=1),
     "lms": Tableau(solvers.lms, 4, "eps", history=3),
     "euler_ancestral": Tableau(stochastic.euler_ancestral, 1, draws=1),
@@ -275,4 +289,6 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_3m_sde": Tableau(_3M_SDE, 2, history=2, draws=1),
     "dpm_fast": Tableau(solvers.dpm_fast, 3, "eps", history=2, draws=1),
     "dpm_adaptive": DPMAdaptive(),
+    "lcm": LCM(),
+    "tcd": TCD(),
 }

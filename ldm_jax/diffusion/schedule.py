@@ -53,12 +53,20 @@ def _cosine(n: int, start: float, end: float, s: float) -> np.ndarray:
     return np.clip(1 - abar[1:] / abar[:-1], 0, 0.999)
 
 
+def _flow(n: int, start: float, end: float, s: float) -> np.ndarray:
+    noise = np.arange(1, n + 1, dtype=np.float64) / n  # of (1 - noise) x_0 + noise eps
+    abar = (1 - noise) ** 2 / ((1 - noise) ** 2 + noise**2)
+    return 1 - abar / np.append(1.0, abar[:-1])
+
+
 # name -> betas(T, start, end, cosine_s), float64 [T]. "linear" is linear in sqrt(beta), as in the
-# original (diffusers' scaled_linear); "cosine" is Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17.
+# original (diffusers' scaled_linear); "cosine" is Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17;
+# "flow" has the signal-to-noise ratios of rectified flow at even times.
 BETA_SCHEDULES = {
     "linear": lambda n, start, end, s: np.linspace(start**0.5, end**0.5, n, dtype=np.float64) ** 2,
     "cosine": _cosine,
     "sqrt_linear": lambda n, start, end, s: np.linspace(start, end, n, dtype=np.float64),
+    "flow": _flow,
     "sqrt": lambda n, start, end, s: np.linspace(start, end, n, dtype=np.float64) ** 0.5,
 }
 
@@ -157,10 +165,10 @@ def _log_sigmas(abar: Array, xp: Any) -> Array:
     """Log sigma [T], ascending, float.
 
     Where abar is 0 (zero terminal SNR) it is replaced by 2^-24, as diffusers' schedulers do, or by
-    a quarter of the smallest other value, so that sigma stays finite and strictly ascending.
+    half of the smallest other value, so that sigma stays finite and strictly ascending.
     """
     least = xp.min(xp.where(abar > 0, abar, 1.0))
-    abar = xp.where(abar > 0, abar, xp.minimum(2.0**-24, least / 4))
+    abar = xp.where(abar > 0, abar, xp.minimum(2.0**-24, least / 2))
     return (xp.log1p(-abar) - xp.log(abar)) / 2
 
 

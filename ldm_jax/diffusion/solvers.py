@@ -105,6 +105,16 @@ def lms(b: Basis, sigmas: np.ndarray, order: float = 4) -> Iterator[Row]:
         yield Row(sigma, to, b.x + (to - sigma) * (w @ b.m[:count]))
 
 
+def outputs_at(lam: np.ndarray, i: int, order: int) -> list[float]:
+    """Places of the last `order` outputs in step i, in units of its length.
+
+    One output alone where the step is infinite (it ends at sigma 0) or has no length.
+    """
+    h = lam[i + 1] - lam[i]
+    order = order if 1e-6 < h < 30 else 1
+    return [(lam[i - j] - lam[i]) / h for j in range(order)] if order > 1 else [0.0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Multistep:
     """DPM-Solver in eps (arXiv:2206.00927), DPM-Solver++ in x0 (arXiv:2211.01095, algorithm 2).
@@ -136,8 +146,9 @@ class Multistep:
         lam, total = -np.log(np.maximum(sigmas, 1e-30)), len(sigmas) - 1
         lower = total < 15 if self.lower_final is None else self.lower_final
         for i, (sigma, to) in enumerate(steps(sigmas)):
-            order = 1 if to == 0 else min(self.order, i + 1, total - i if lower else self.order)
-            places = [(lam[i - j] - lam[i]) / (lam[i + 1] - lam[i]) for j in range(order)]
+            order = min(self.order, i + 1, total - i if lower else self.order)
+            places = outputs_at(lam, i, order)
+            order = len(places)
             rule = self.second if order == 2 else self.third
             keep, w = exponential(self.form, sigma, to, places, rule=rule, eta=eta)
             up = to * float(root(1 - (to / sigma) ** (2 * eta)))
@@ -174,8 +185,8 @@ class UniPC:
                 ]
                 keep, w = exponential("x0", float(sigmas[i - 1]), sigma, places, rule=self.second)
                 state = keep * b.x + w @ b.m[: count + 1]
-            count = 1 if to == 0 else min(self.p, i + 1, total - i if lower else self.p)
-            places = [(lam[i - j] - lam[i]) / (lam[i + 1] - lam[i]) for j in range(count)]
+            places = outputs_at(lam, i, min(self.p, i + 1, total - i if lower else self.p))
+            count = len(places)
             keep, w = exponential("x0", sigma, to, places, rule=self.second)
             yield Row(sigma, to, keep * state + w @ b.m[:count], restart=state)
 

@@ -14,6 +14,9 @@ from ldm_jax.distributed.mesh import ROWS
 Mode = Literal["jit", "pmap"]
 AXIS = "data"  # the mapped axis of mode "pmap"
 
+# Left to itself XLA joins products of one input on a GPU, and concatenates their weights each time.
+_COMPILER_OPTIONS = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
+
 
 def compile_step(
     step: Callable[..., Any],
@@ -44,9 +47,11 @@ def compile_step(
         spec = PartitionSpec() if flag is True else ROWS
         return NamedSharding(mesh, spec) if isinstance(flag, bool) else flag
 
+    options = _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
     if mode == "jit":
         return jax.jit(
             step,
+            compiler_options=options,
             in_shardings=jax.tree.map(place, shared),
             out_shardings=jax.tree.map(place, out_shared),
             donate_argnums=donate,
@@ -60,7 +65,7 @@ def compile_step(
         out_specs=specs(out_shared),
         check_vma=False,
     )
-    return jax.jit(each, donate_argnums=donate)
+    return jax.jit(each, donate_argnums=donate, compiler_options=options)
 
 
 def make_placed(

@@ -89,7 +89,7 @@ def save_model(
     )
     args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 << 20)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with write_errors(path), ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(partial / "params", args=args)
     if first:
         text = json.dumps({"format": FORMAT, **config}, indent=1) + "\n"
@@ -204,12 +204,8 @@ class TrainingCheckpoints:
 
     def latest(self) -> int | None:
         """Returns the newest complete step, or None; waits for one that is being written."""
-        self._wait()
+        self._manager.wait_until_finished()
         return self._manager.latest_step()
-
-    def _wait(self) -> None:
-        with write_errors(self.path):
-            self._manager.wait_until_finished()
 
     def save(
         self, step: int, state: Any, info: dict[str, Any], metrics: dict[str, float] | None = None
@@ -220,11 +216,10 @@ class TrainingCheckpoints:
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(state), info=self._ocp.args.JsonSave(info)
         )
-        with write_errors(self.path):
-            self._manager.save(step, args=args, metrics=metrics, force=True)
-            until = time.monotonic() + self.patience
-            while self._manager.is_saving_in_progress() and time.monotonic() < until:
-                time.sleep(0.005)
+        self._manager.save(step, args=args, metrics=metrics, force=True)
+        until = time.monotonic() + self.patience
+        while self._manager.is_saving_in_progress() and time.monotonic() < until:
+            time.sleep(0.005)
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a step.
@@ -242,14 +237,21 @@ class TrainingCheckpoints:
         try:
             return self._read(step, like)
         except CheckpointError as error:
-            for older in sorted((s for s in self._manager.all_steps() if s < step), reverse=True):
-                with contextlib.suppress(CheckpointError):
-                    self._read(older, like)
-                    raise CheckpointError(
-                        f"{error}; the checkpoint of step {older} is whole: "
-                        f"resume from it with --restore_step={older}"
-                    ) from None
-            raise
+            whole = self._newest_whole(step, like)
+            if whole is None:
+                raise
+            raise CheckpointError(
+                f"{error}; the checkpoint of step {whole} is whole: "
+                f"resume from it with --restore_step={whole}"
+            ) from None
+
+    def _newest_whole(self, step: int, like: Any) -> int | None:
+        """Returns the newest readable step before ``step``."""
+        for older in sorted((s for s in self._manager.all_steps() if s < step), reverse=True):
+            with contextlib.suppress(CheckpointError):
+                self._read(older, like)
+                return older
+        return None
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         self._check_names(step, like)
@@ -301,7 +303,7 @@ class TrainingCheckpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         try:
-            self._wait()
+            self._manager.wait_until_finished()
         finally:
             self._manager.close()
 
@@ -332,7 +334,7 @@ class BestCheckpoints(TrainingCheckpoints):
 
     def best(self) -> int | None:
         """Returns the best step, or None; waits for one that is being written."""
-        self._wait()
+        self._manager.wait_until_finished()
         return self._manager.best_step()
 
     def offer(self, step: int, weights: Any, info: dict[str, Any], means: dict[str, float]) -> bool:
@@ -341,7 +343,7 @@ class BestCheckpoints(TrainingCheckpoints):
         Returns:
           Whether it is the best of all. Of two that are equal the earlier one is better.
         """
-        self._wait()
+        self._manager.wait_until_finished()
         steps, score = self._manager.all_steps(), self._score(means)
         others = [self._score(self._manager.metrics(other) or {}) for other in steps]
         better = sum(other >= score for other in others)
@@ -352,22 +354,6 @@ class BestCheckpoints(TrainingCheckpoints):
 
 
 # --------------------------------------------------------------------------- errors of libraries
-
-
-@contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Raises a full disk, which Orbax reports in several ways, as one CheckpointError."""
-    try:
-        yield
-    except Exception as error:
-        text = f"{error} {error.__cause__}"
-        full = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")
-        if not any(reason in text for reason in full):
-            raise
-        raise CheckpointError(
-            f"{path} cannot be written, the disk is full: make room and start the same command "
-            "again, it resumes from the last complete checkpoint"
-        ) from None
 
 
 @contextlib.contextmanager

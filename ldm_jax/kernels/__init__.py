@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from typing_extensions import override
 
 from ldm_jax.kernels.cpu import CpuKernels
-from ldm_jax.kernels.gpu import GpuKernels
+from ldm_jax.kernels.gpu import GpuKernels, compute_capability
 from ldm_jax.kernels.reference import SAVED, Kernels
 from ldm_jax.kernels.tpu import TpuKernels
 
@@ -39,8 +39,10 @@ def for_platform(
       differentiable: False if no gradient is taken, which makes tracing faster.
       cores: CPU cores that divide the rows of each call; see `ldm_jax.kernels.cores`.
     """
+    kind = _PLATFORMS.get(platform, Kernels)
+    options = {"capability": compute_capability(mesh)} if kind is GpuKernels else {}
     mesh = None if mesh is None or mesh.size == 1 else mesh
-    return _PLATFORMS.get(platform, Kernels)(mesh, cores, differentiable)
+    return kind(mesh, cores, differentiable, **options)
 
 
 @dataclasses.dataclass(frozen=True)

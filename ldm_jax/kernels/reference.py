@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from typing_extensions import override
 
 from ldm_jax.kernels import norms
@@ -102,6 +102,12 @@ class Kernels:
     def materialize(self, x: Array) -> Array:
         """``x``; a form may make it, and its gradient, arrays that no fusion crosses."""
         return x
+
+    # ---------------------------------------------------------------------------- weights in memory
+
+    def weight_formats(self, params: Any, sharding: Sharding) -> Any:
+        """Where and how each array of ``params`` lies in memory, for `jax.device_put`."""
+        return jax.tree.map(lambda _: sharding, params)
 
     # --------------------------------------------------------------------------- rows over a mesh
 

@@ -12,20 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ldm_jax.distributed.compile import compile_step
 from ldm_jax.distributed.mesh import ROWS, row_shards
 from ldm_jax.distributed.shardings import shardings, state_shardings
 from ldm_jax.errors import ConfigError, PlanError
-from ldm_jax.kernels import for_platform
+from ldm_jax.kernels import Kernels, for_platform
 from ldm_jax.models.build import DTYPES
 from ldm_jax.models.ldm import to_uint8
 from ldm_jax.nn.layers import with_kernels
 from ldm_jax.plan.chips import GIB, Topology
 from ldm_jax.plan.flops import count_flops, nbytes
 from ldm_jax.plan.hlo import Collective, collectives, parse
-from ldm_jax.plan.roofline import Kernel, kernels
+from ldm_jax.plan.roofline import Kernel
+from ldm_jax.plan.roofline import kernels as launches
 from ldm_jax.sampling.program import Form, decode, decode_part
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
@@ -78,11 +79,14 @@ class Program:
       in_shardings: Shardings of the arguments, or booleans as `compile_step` takes them.
       out_shardings: The same of the results.
       donated: Arguments whose memory the results take.
+      differentiable: Whether it takes gradients.
+      cached: Whether it takes latents from a cache.
     """
 
     in_shardings: tuple[Any, ...]
     out_shardings: Any = False
     donated: tuple[int, ...] = ()
+    differentiable = True
     cached = False
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
@@ -95,12 +99,13 @@ class Program:
         """Shapes of the arguments of `function` for ``rows`` pictures."""
         raise NotImplementedError
 
-    def function(self, parts: int, platform: str, mesh: Mesh | None = None) -> Callable[..., Any]:
-        """The function to compile for a platform and a mesh.
-
-        A training step takes its batch in ``parts``.
-        """
+    def function(self, kernels: Kernels, platform: str, parts: int = 1) -> Callable[..., Any]:
+        """The function to compile; a training step takes its batch in ``parts``."""
         raise NotImplementedError
+
+    def placed_in(self, kernels: Kernels) -> tuple[Any, ...]:
+        """`in_shardings`, with the weights in the layouts of ``kernels`` if they stay for long."""
+        return self.in_shardings
 
     def parameters(self) -> dict[str, int]:
         """Number of parameters of each part."""
@@ -122,19 +127,23 @@ class Program:
         for the gradient of the last layer alone.
         """
         device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else None
+        function = self.function(
+            for_platform(platform, differentiable=self.differentiable), platform
+        )
         with capability_of(device):
-            jaxpr = jax.make_jaxpr(self.function(1, platform))(*self.arguments(rows)).jaxpr
+            jaxpr = jax.make_jaxpr(function)(*self.arguments(rows)).jaxpr
         return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
     def compile(self, rows: int, topology: Topology) -> Compiled:
         """Compiles the program for ``rows`` pictures at a time on each chip."""
-        parts, mesh = self.config.optim.accumulate, self.mesh
+        parts, mesh, platform = self.config.optim.accumulate, self.mesh, topology.platform
         assert isinstance(mesh, Mesh)
+        kernels = for_platform(platform, mesh, differentiable=self.differentiable)
         program: Any = compile_step(
-            self.function(parts, mesh.devices.flat[0].platform, mesh),
+            self.function(kernels, platform, parts),
             mesh,
             "jit",
-            shared=self.in_shardings,
+            shared=self.placed_in(kernels),
             donate=self.donated,
             out_shared=self.out_shardings,
         )
@@ -142,17 +151,17 @@ class Program:
             traced = program.trace(*self.arguments(rows * row_shards(mesh) * parts))
             lowered = traced.lower()
         try:
-            compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS[topology.platform])
+            compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS[platform])
         except jax.errors.JaxRuntimeError as error:
             return Compiled(fits=False, needed=out_of_memory(str(error)))
         memory, text = compiled.memory_analysis(), parse(compiled.as_text())
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
         needed += memory.temp_size_in_bytes - memory.alias_size_in_bytes
         chip, seconds, pallas, launched = topology.chip, None, 0.0, []
-        if topology.platform == "tpu" and chip is not None:
+        if platform == "tpu" and chip is not None:
             seconds, pallas = _tpu_seconds(compiled, traced.jaxpr.jaxpr, chip.peak)
-        if topology.platform == "gpu" and chip is not None:
-            launched = kernels(text, chip)
+        if platform == "gpu" and chip is not None:
+            launched = launches(text, chip)
             seconds = sum(kernel.total for kernel in launched)
         return Compiled(
             fits=chip is None or needed <= chip.memory,
@@ -187,9 +196,9 @@ class Step(Program):
         """The state, the frozen weights and a batch."""
         return self.state, self.frozen, self.batch(rows)
 
-    def function(self, parts: int, platform: str, mesh: Mesh | None = None) -> Callable[..., Any]:
+    def function(self, kernels: Kernels, platform: str, parts: int = 1) -> Callable[..., Any]:
         """The task's step."""
-        return with_kernels(self.task, for_platform(platform, mesh)).make_step(self.tx, parts)
+        return with_kernels(self.task, kernels).make_step(self.tx, parts)
 
     def parameters(self) -> dict[str, int]:
         """Those that are trained, and those that are frozen."""
@@ -224,6 +233,7 @@ class Sampling(Program):
     """A part of sampling, with whole weights on every chip, in the dtype of the products."""
 
     part = ""  # whose weights it reads
+    differentiable = False
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
         super().__init__(config, mesh)
@@ -243,6 +253,12 @@ class Sampling(Program):
         self.size: tuple[int, int] = tuple(config.data.size)
         height, width = (side // stage.downsampling for side in self.size)
         self.latent = (height, width, stage.channels)
+
+    def placed_in(self, kernels: Kernels) -> tuple[Any, ...]:
+        """Sampling loads its weights once, in the layouts that the program reads."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        first, *_ = self.arguments(1)
+        return kernels.weight_formats(first, whole), *self.in_shardings[1:]
 
     def weights(self) -> Any:
         """Shapes of the weights of `part`."""
@@ -278,9 +294,9 @@ class Forward(Sampling):
         z = jax.ShapeDtypeStruct((rows, *self.latent), jnp.float32)
         return {"unet": self.weights()}, z, jax.ShapeDtypeStruct((rows,), jnp.float32), cond
 
-    def function(self, parts: int, platform: str, mesh: Mesh | None = None) -> Callable[..., Any]:
+    def function(self, kernels: Kernels, platform: str, parts: int = 1) -> Callable[..., Any]:
         """The UNet."""
-        model = self.model.with_kernels(for_platform(platform, mesh))
+        model = self.model.with_kernels(kernels)
         return lambda params, z, t, cond: model.apply(params, z, t, cond)
 
 
@@ -294,14 +310,14 @@ class Decode(Sampling):
         """The first stage and z."""
         return self.stage, jax.ShapeDtypeStruct((rows, *self.latent), jnp.float32)
 
-    def function(self, parts: int, platform: str, mesh: Mesh | None = None) -> Callable[..., Any]:
+    def function(self, kernels: Kernels, platform: str, parts: int = 1) -> Callable[..., Any]:
         """The decoder."""
-        chips, forms = 1 if mesh is None else row_shards(mesh), for_platform(platform, mesh)
+        chips = 1 if kernels.mesh is None else row_shards(kernels.mesh)
 
         def run(stage: Any, z: jax.Array) -> jax.Array:
             part = decode_part(platform, self.size, z.shape[0] // chips)
             form = Form(self.size, decode_batch=chips * part)
-            return to_uint8(decode(stage.with_kernels(forms), z, form))
+            return to_uint8(decode(stage.with_kernels(kernels), z, form))
 
         return run
 

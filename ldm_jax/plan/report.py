@@ -170,9 +170,9 @@ def as_text(plan: Plan) -> str:
         estimate = "a roofline of each kernel" if compiled.kernels else "the compiler's estimate"
         pallas = f", {1e3 * compiled.pallas_seconds:.1f} ms of it kernels at the chip's peak"
         lines["speed"] = (
-            f"{1e3 * compiled.seconds:.1f} ms {unit} by {estimate}, not measured"
+            f"{_milliseconds(compiled.seconds)} ms {unit} by {estimate}, not measured"
             f"{pallas if compiled.pallas_seconds else ''}; "
-            f"{1e3 * plan.sending:.1f} ms of sending at full speed"
+            f"{_milliseconds(plan.sending)} ms of sending at full speed"
         )
     elif chip is not None:
         at_peak = 1e3 * flops / topology.size / chip.peak

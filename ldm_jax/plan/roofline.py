@@ -91,6 +91,8 @@ def _kernel(
     seconds = max(nbytes / chip.bandwidth, flops / peak)
     wide = [a for a in outputs if a.dtype == "f32" and a.size >= _LARGE]
     widest_input = max((a.size for a in inputs if a.dtype == "f32"), default=0)
+    halves = [a.size for a in inputs if a.bits == 16 and a.size >= _LARGE]
+    copies = [a for a in wide if a.size > widest_input and any(n <= 2 * a.size for n in halves)]
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Kernel(
         kind,
@@ -100,7 +102,7 @@ def _kernel(
         flops,
         seconds + LAUNCH_SECONDS,
         times,
-        sum(a.nbytes for a in wide if half and widest_input < a.size),
+        sum(a.nbytes for a in copies),
     )
 
 
@@ -177,7 +179,7 @@ def _call(instruction: Instruction, operands: Sequence[tuple[Array, ...]]) -> tu
         return kind, 2.0 * instruction.results[0].size * contracted
     if kind == "attention":
         found = re.search(
-            r'"intermediate_tensor_shape":.*?"dimensions":\[([^\]]*)\]', instruction.rest
+            r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.rest
         )
         weights = math.prod(int(d) for d in re.findall(r"\d+", found[1])) if found else 0
         products = 5 if "Backward" in match[1] else 2

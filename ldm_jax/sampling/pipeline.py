@@ -132,7 +132,9 @@ class Pipeline:
             )
         self.cores = cores.devices() if devices is None and parallel == "jit" else []
         self.mesh = cores.mesh_of(jax.devices()[: 1 if self.cores else devices])
-        self.model = jax.device_put(model, NamedSharding(self.mesh, PartitionSpec()))
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        kernels = for_platform(self.mesh.devices.flat[0].platform)
+        self.model = jax.device_put(model, kernels.weight_formats(model, whole))
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
         own = model.config.get("sampling", {})

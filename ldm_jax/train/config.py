@@ -112,19 +112,20 @@ def check_workdir(workdir: Path, config: Any) -> None:
     except (ValueError, AttributeError):
         raise ConfigError(f"{file} is damaged: give another --workdir") from None
     here, defaults = flatten(plain(config)), flatten(plain(base(config.task)))
-    if new := [name for name in defaults if name not in there]:
-        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
-        LOG.warning("%s lacks %s%s: it ran with the defaults", file, new[0], more)
+    new = [name for name in defaults if name not in there]
     there = {name: defaults[name] for name in new} | there
     free = {*FREE_SETTINGS, *task_class(config).free_settings}
-    differing = [k for k in sorted({*there, *here} - free) if there.get(k) != here.get(k)]
+    differing = [k for k in {*there, *here} - free if there.get(k) != here.get(k)]
     if differing:
-        k = differing[0]
+        k = min(differing, key=lambda name: (name != "task", name))
         more = f" (and {len(differing) - 1} more settings)" if len(differing) > 1 else ""
         raise ConfigError(
             f"{workdir} holds a run with {k}={there.get(k)!r}, not {here.get(k)!r}{more}: "
             "give another --workdir, or its own settings"
         )
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        LOG.warning("%s lacks %s%s: the run had the defaults", file, new[0], more)
 
 
 def claim_workdir(workdir: Path, config: Any) -> None:

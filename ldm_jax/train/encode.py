@@ -26,6 +26,7 @@ from ldm_jax.kernels import for_platform
 from ldm_jax.nn.layers import with_kernels
 from ldm_jax.train.config import complete
 from ldm_jax.train.loaders import make_loader
+from ldm_jax.train.resources import resource_errors
 from ldm_jax.train.tasks import task_class
 from ldm_jax.train.tasks.base import Task
 
@@ -69,18 +70,28 @@ def encode(
         raise ConfigError(
             f"{BATCH} pictures do not divide over {len(devices)} devices: use fewer of them"
         )
-    folder = Path(folder)
-    cache = task_class(config).from_config(config).cache(dtype)
+    folder = Path(folder).absolute()
+    with resource_errors(folder, "fewer devices, or a smaller first stage, take less"):
+        return _encode(config, folder, dtype, shard_size, devices)
+
+
+def _encode(config: Any, folder: Path, dtype: str, shard_size: int, devices: list[Any]) -> Path:
+    """Encodes a complete config."""
+    task = task_class(config).from_config(config)
+    cache = task.cache(dtype)
     pictures = config.copy_and_resolve_references()
     pictures.batch_size, pictures.data.cache = BATCH, ""
     parts = ["train", *(["validation"] if config.data.get("holdout") else [])]
     loaders: dict[str, Any] = {part: make_loader(pictures, part) for part in parts}
+    task.check_rows(loaders["train"])
     digests = {f"{part} data sha256": fingerprint(loaders[part].source) for part in parts}
     fields = {**cache.fields, "valid": {"dtype": "bool", "shape": (1,)}}
     counts = {part: loader.count for part, loader in loaders.items()}
     tables = {part: loader.source.rows for part, loader in loaders.items()}
     columns = text_columns([row for rows in tables.values() for row in rows])
-    info = CacheInfo(cache.key | digests, fields, counts, shard_size, 2, columns)
+    started = read_info(folder).format if (folder / "cache.json").exists() else 2
+    kept = columns if started == 2 else ()  # an older version kept none
+    info = CacheInfo(cache.key | digests, fields, counts, shard_size, started, kept)
     claim(folder, info)
 
     def program(params: Any, image: Any, *, axis_name: str | None = None) -> jax.Array:
@@ -102,7 +113,8 @@ def encode(
             arrays = {"moments": moments, **cache.host_arrays(batch)}
             arrays["valid"] = batch["valid"][:, None]
             for i in range(min(BATCH, left)):
-                text = batch["caption"][i], rows[batch["index"][i]]
+                caption = batch["caption"][i]
+                text = (caption, rows[batch["index"][i]]) if info.format == 2 else caption
                 yield {name: array[i] for name, array in arrays.items()}, text
             left -= BATCH
 

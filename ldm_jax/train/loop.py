@@ -30,6 +30,7 @@ from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import describe_rate, learning_rate, make_optimizer, with_scaled_rate
 from ldm_jax.train.report import Report
+from ldm_jax.train.resources import resource_errors
 from ldm_jax.train.start import load_start, with_parameters
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import task_class
@@ -57,10 +58,21 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
 
     Raises:
       ConfigError, DataError, CheckpointError, MeshError: Something cannot be used as given.
+      ResourceError: The disk is full, or memory does not suffice.
       TrainingDiverged: The loss is not finite, or the task sees another problem.
       TrainingStopped: SIGTERM; the state is saved.
     """
     workdir, config = Path(workdir).absolute(), complete(config)
+    advice = (
+        "a smaller batch_size, a larger optim.accumulate, remat='blocks' or mesh.fsdp take less; "
+        "ldm-plan says how much"
+    )
+    with resource_errors(workdir, advice):
+        return _train(config, workdir, restore_step)
+
+
+def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
+    """Trains a complete config."""
     check_config(config)
     check_workdir(workdir, config)
     model_dir = workdir / "model"
@@ -80,6 +92,8 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
     task = task_class(config).from_config(scaled)
     if config.data.cache:
         check_cache(config, task)
+    else:
+        task.check_rows(train_loader)
     tx, rate = make_optimizer(optim, config.steps), learning_rate(optim, config.steps)
     mesh = mesh_of(config)
 

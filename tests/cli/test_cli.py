@@ -388,7 +388,7 @@ def folders(tmp_path):
             [CONFIG, "--config.optim.lr=low"],
             "--config.optim.lr=low: could not convert string to float",
         ),
-        ([CONFIG.replace("smoke", "smok")], "emoji_kl has no variant 'smok'; there is smoke"),
+        ([CONFIG.replace("smoke", "smok")], "emoji_kl has no variant 'smok'; choose smoke"),
         (["--config={tmp}/none.py"], "none.py does not exist"),
         ([], "missing --config=..."),
         ([CONFIG, "--workdir="], "missing --workdir=..."),
@@ -434,11 +434,11 @@ def folders(tmp_path):
         ([CONFIG, "--config.data.split_column=colour"], "there is no column 'colour'"),
         (
             [CONFIG, "--workdir={tmp}/used"],
-            "used is not empty and holds no run of ours: give another --workdir",
+            "used is not empty and holds no training run: give another --workdir",
         ),
         (
             [CONFIG, "--workdir={tmp}/other_run"],
-            "other_run holds a run with adversary.actnorm=None, not False (and ",
+            "other_run holds a run with task='diffusion', not 'autoencoder' (and ",
         ),
         ([CONFIG, "--workdir={tmp}/garbled_run"], "config.json is damaged: give another --workdir"),
         ([CONFIG, "--workdir={tmp}/corrupt.zip/run"], "cannot be written: Not a directory"),

@@ -4,6 +4,7 @@ x0 ~ N(MEAN, STD^2) in each of three places, so a sampler's result is linear in 
 its exact mean and covariance, and no random numbers hide the error.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -96,7 +97,8 @@ def errors(sampler: Tableau, steps: int, **options: float) -> tuple[float, float
     Solvers start one standard deviation off: the ODE carries quantiles over. Of those that draw noise it is the distribution that converges.
     """
     nodes, start, stop = table(sampler, steps, **options)
-    shift = 1.0 if options.get("eta") == 0.0 or "eta" not in sampler.options else 0.0
+    noisy = {"eta", "restarts"} & set(sampler.options)
+    shift = 1.0 if options.get("eta") == 0.0 or not noisy else 0.0
     mean, std = moments(sampler, nodes, start, stop, shift)
     true = np.hypot(STD, stop)
     return float(np.abs((mean - MEAN) / true - shift).max()), float(np.abs(std / true - 1).max())
@@ -110,10 +112,13 @@ def slope(counts: list[int], values: list[float]) -> float:
 @pytest.mark.parametrize("name", TABLES)
 def test_order(name: str) -> None:
     sampler = TABLES[name]
+    if name.startswith("unipc_"):  # without the low orders at the end, that of the paper
+        algorithm = dataclasses.replace(sampler.algorithm, lower_final=False)
+        sampler = dataclasses.replace(sampler, algorithm=algorithm, order=algorithm.p + 1)
     of_mean, of_std = zip(*(errors(sampler, n) for n in COUNTS), strict=True)
     assert abs(slope(COUNTS, of_std) - sampler.order) < 0.3
     assert of_std[-1] < 0.02
-    if "eta" in sampler.options:  # what noise is added to is right on average
+    if {"eta", "restarts"} & set(sampler.options):  # what noise is added to is right on average
         assert max(of_mean) < 1e-9
     else:
         assert abs(slope(COUNTS, of_mean) - sampler.order) < 0.3
@@ -210,7 +215,7 @@ def test_a_seed_is_a_picture_and_settings_compile_nothing(name: str) -> None:
         )
         compiled = pictures._cache_size()
         changed = {
-            "eta": 0.3,
+            "eta": 0.35,
             "temperature": 0.7,
             "s_noise": 1.01,
             "churn": 2.0,
@@ -219,6 +224,7 @@ def test_a_seed_is_a_picture_and_settings_compile_nothing(name: str) -> None:
         }
         changed |= {"rtol": 0.02, "atol": 0.01, "h_init": 0.1, "safety": 0.9}
         changed |= {"r": 0.4, "order": 2, "timestep_scaling": 0.01}
+        changed |= {"restarts": 2, "restart_min": 0.6, "restart_max": 6.0}
         for option in sampler.options:
             settings = {o: v for o, v in {"churn": 2.0, "eta": 0.5}.items() if o in sampler.options}
             nodes_changed = sampler.nodes(SCHEDULE, grid, **(settings | {option: changed[option]}))
@@ -232,7 +238,8 @@ def test_a_seed_is_a_picture_and_settings_compile_nothing(name: str) -> None:
         pictures(
             sampler, sampler.nodes(SCHEDULE, time_grid("trailing", 7, SCHEDULE)), seeds + 8, *common
         )
-        assert pictures._cache_size() == compiled
+        if name != "restart":  # its options change the number of rows
+            assert pictures._cache_size() == compiled
 
 
 @partial(jax.jit, static_argnums=0)

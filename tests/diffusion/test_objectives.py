@@ -1,10 +1,13 @@
 """What the network learns, and the loss on it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ldm_jax.diffusion import objective as obj
+from ldm_jax.diffusion.guidance import predictor
+from ldm_jax.diffusion.samplers import DDIM
 from ldm_jax.diffusion.schedule import make_schedule, q_sample
 
 SCHEDULE = make_schedule("linear", 1000, 0.0015, 0.0195)
@@ -13,7 +16,7 @@ SNR = ABAR / (1 - ABAR)
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("name", ["eps", "x0", "v"])
+@pytest.mark.parametrize("name", ["eps", "x0", "v", "flow"])
 def test_reading_a_perfect_network_gives_back_noise_and_picture(name):
     x0, noise = RNG.standard_normal((2, 5, 4, 4, 3)).astype(np.float32)
     t = np.array([0, 10, 300, 600, 999])
@@ -36,7 +39,8 @@ def test_objectives_say_the_same_in_other_words():
 
 
 @pytest.mark.parametrize(
-    ("name", "weight_of_x0_error"), [("eps", SNR), ("x0", 1.0), ("v", SNR + 1)]
+    ("name", "weight_of_x0_error"),
+    [("eps", SNR), ("x0", 1.0), ("v", SNR + 1), ("flow", (np.sqrt(SNR) + 1) ** 2)],
 )
 def test_min_snr_weighs_the_error_of_x0_alike_whatever_the_network_predicts(
     name, weight_of_x0_error
@@ -100,3 +104,20 @@ def test_errors_are_means_over_each_picture(kind, expected):
 def test_unknown_names_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_euler_along_the_flow_is_ddim():
+    """One step of rectified flow from noise u to w, x + (w - u) v, in the scaled states."""
+    schedule = make_schedule("flow", 10)
+    x0, eps = RNG.standard_normal((2, 1, 4)).astype(np.float32)
+    out = RNG.standard_normal((1, 4)).astype(np.float32)  # any velocity
+    u, w = 0.8, 0.5
+    nodes = DDIM().nodes(schedule, np.array([4, 7]))
+    node = jax.tree.map(lambda a: a[0], nodes)
+    state = q_sample(schedule, x0, 7, eps)
+    length, next_length = np.hypot(1 - u, u), np.hypot(1 - w, w)
+    predict = predictor(lambda x, t: out, schedule, "flow")
+    _, after, _ = DDIM().step(None, node, state, predict, np.zeros((1, 1, 4), np.float32))
+    np.testing.assert_allclose(after * next_length, state * length + (w - u) * out, atol=1e-5)
+    truth = (1 - u) * x0 + u * eps
+    np.testing.assert_allclose(state * length, truth, atol=1e-5)

@@ -7,8 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.guidance import classifier_free, predictor, unguided
-from ldm_jax.diffusion.samplers import SAMPLERS, Known, initial_noise, padded, sample, step_grid
+from ldm_jax.diffusion.guidance import (
+    classifier_free,
+    dynamic_threshold,
+    predictor,
+    unguided,
+)
+from ldm_jax.diffusion.likelihood import log_likelihood
+from ldm_jax.diffusion.samplers import (
+    SAMPLERS,
+    Known,
+    drop_noise,
+    initial_noise,
+    padded,
+    sample,
+    step_grid,
+    time_grid,
+)
 from ldm_jax.diffusion.schedule import make_schedule, q_sample
 
 SCHEDULE = make_schedule("linear", 1000, 0.0015, 0.0195)
@@ -253,3 +268,78 @@ def test_clipping_bounds_the_predicted_picture_and_leaves_the_noise():
     assert float(free.x0.max()) > 1
     assert float(clipped.x0.max()) == 1
     np.testing.assert_array_equal(free.eps, clipped.eps)
+
+
+def test_cfg_pp_renoises_with_the_eps_of_the_null_condition():
+    def model(x, t, cond):
+        return 0.1 * x + cond
+
+    x, cond, null = jnp.ones((2, 3)), jnp.full((2, 1), 0.7), jnp.full((2, 1), 0.2)
+    guided = classifier_free(model, cond, null, 0.6)(x, jnp.int32(500))
+    both = classifier_free(model, cond, null, 0.6, renoise_null=True)
+    ours = predictor(both, SCHEDULE, "eps")(x, jnp.int32(500))
+    expected = predictor(lambda x, t: guided, SCHEDULE, "eps")(x, jnp.int32(500))
+    np.testing.assert_allclose(ours.x0, expected.x0, rtol=1e-6)
+    np.testing.assert_allclose(ours.eps, 0.1 * x + 0.2, rtol=1e-6)
+
+
+def test_dynamic_threshold_divides_each_picture_by_its_own_quantile():
+    x0 = jnp.array([[0.5, -0.2, 0.1], [4.0, -8.0, 2.0]])
+    out = dynamic_threshold(1.0)(x0)
+    np.testing.assert_allclose(out, [[0.5, -0.2, 0.1], [0.5, -1.0, 0.25]])
+    np.testing.assert_allclose(dynamic_threshold(1.0, 10.0)(x0), x0 / 10)
+
+
+def test_noise_dropout_keeps_the_expectation_and_acts_on_drawn_noise():
+    noise, uniform = jnp.ones((4,)), jnp.array([0.1, 0.3, 0.5, 0.9])
+    np.testing.assert_allclose(drop_noise(noise, uniform, 0.5), [0, 0, 2, 2])
+    keys = jax.random.split(jax.random.key(0), 2)
+    nodes = DDIM.nodes(SCHEDULE, step_grid("uniform", 4, 1000), eta=1.0)
+    run = partial(sample, DDIM, PREDICT, initial_noise(keys, (3,)), nodes, keys=keys)
+    plain = run()[0]
+    np.testing.assert_array_equal(run(noise_dropout=0.0)[0], plain)
+    assert np.abs(run(noise_dropout=0.5)[0] - plain).max() > 0.01
+
+
+def test_a_temperature_for_each_timestep():
+    scale = np.linspace(0.5, 2.0, 1000)
+    grid = step_grid("uniform", 6, 1000)
+    nodes, plain = DDPM.nodes(SCHEDULE, grid, temperature=scale), DDPM.nodes(SCHEDULE, grid)
+    np.testing.assert_allclose(nodes.noise, plain.noise * scale[grid[::-1]], rtol=1e-6)
+
+
+def test_log_likelihood_of_a_gaussian():
+    """x ~ N(0, STD^2) at sigma_min: the flow is linear, so any probe gives the divergence."""
+    low, high = 0.05, 8.0
+    x, probe = jnp.linspace(-1, 1, 6).reshape(2, 3), jnp.ones((2, 3))
+    found = log_likelihood(
+        lambda y, sigma: y * STD**2 / (STD**2 + sigma**2), x, probe, low, high, rtol=1e-6, atol=1e-6
+    )
+    # The prior N(0, high^2) stands for N(0, STD^2 + high^2).
+    wide, start = np.hypot(STD, high), np.hypot(STD, low)
+    latent = np.asarray(x) * wide / start
+    exact = -0.5 * (latent / high) ** 2 - np.log(high * np.sqrt(2 * np.pi)) + np.log(wide / start)
+    np.testing.assert_allclose(found, exact.sum(1), atol=2e-3)
+
+
+def test_lcm_returns_to_x0_at_every_step():
+    grid = time_grid("distilled", 4, SCHEDULE)
+    nodes = SAMPLERS["lcm"].nodes(SCHEDULE, grid)
+    assert nodes.t.tolist() == [999, 759, 499, 259]
+    prev = np.append(SCHEDULE.alphas_cumprod[grid[::-1][1:]], 1.0)
+    np.testing.assert_allclose(nodes.x0, np.sqrt(prev), rtol=1e-5)
+    np.testing.assert_allclose(nodes.noise, np.sqrt(1 - prev), rtol=1e-5)
+    assert np.abs(nodes.xt).max() < 1e-6
+
+
+def test_tcd_without_noise_is_ddim_and_with_it_keeps_the_level():
+    grid = step_grid("uniform", 5, 1000)
+    exact, ddim = SAMPLERS["tcd"].nodes(SCHEDULE, grid, eta=0.0), DDIM.nodes(SCHEDULE, grid)
+    for name in ("x0", "eps", "noise"):
+        np.testing.assert_allclose(getattr(exact, name), getattr(ddim, name), atol=1e-6)
+    noisy = SAMPLERS["tcd"].nodes(SCHEDULE, grid, eta=0.4)
+    np.testing.assert_allclose(noisy.x0, ddim.x0, rtol=1e-5)
+    np.testing.assert_allclose(noisy.eps**2 + noisy.noise**2, ddim.eps**2, rtol=1e-4)
+    assert noisy.noise[:-1].min() > 0.01
+    with pytest.raises(ValueError, match="eta must be from 0 to 1"):
+        SAMPLERS["tcd"].nodes(SCHEDULE, grid, eta=1.5)

@@ -1,5 +1,6 @@
 """The forward process' tables."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from ldm_jax.diffusion.schedule import (
 )
 
 T, START, END, S = 1000, 0.0015, 0.0195, 8e-3
+KINDS = [kind for kind in BETA_SCHEDULES if kind != "flow"]
 
 
 def beta(kind: str, i: int) -> float:
@@ -48,7 +50,7 @@ def schedule(kind: str, **options):
     return make_schedule(kind, T, START, END, S, **options)
 
 
-@pytest.mark.parametrize("kind", BETA_SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_betas_follow_their_formula_in_float64(kind):
     betas = make_betas(kind, T, START, END, S)
     assert betas.dtype == np.float64
@@ -56,7 +58,7 @@ def test_betas_follow_their_formula_in_float64(kind):
     np.testing.assert_allclose(betas, [beta(kind, i) for i in range(T)], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", BETA_SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_table_is_its_float64_value_rounded_once(kind):
     tables, a = schedule(kind), abar(kind)
     prev, betas = np.append(1.0, a[:-1]), np.array([beta(kind, i) for i in range(T)], np.longdouble)
@@ -78,7 +80,7 @@ def test_every_table_is_its_float64_value_rounded_once(kind):
         )
 
 
-@pytest.mark.parametrize("kind", BETA_SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_noise_only_grows(kind):
     betas = make_betas(kind, T, START, END, S)
     assert ((betas > 0) & (betas < 1)).all()
@@ -118,3 +120,27 @@ def test_noise_is_added_and_taken_off_again():
     mean, variance, log_variance = q_mean_variance(tables, x0, t)
     np.testing.assert_allclose(xt, mean + np.sqrt(variance) * noise, atol=1e-6)
     np.testing.assert_allclose(np.exp(log_variance), variance, rtol=1e-5)
+
+
+def test_the_flow_has_the_ratios_of_rectified_flow():
+    noise = np.arange(1, 9) / 8
+    tables = make_schedule("flow", 8)
+    ratio = tables.sqrt_alphas_cumprod / tables.sqrt_one_minus_alphas_cumprod
+    np.testing.assert_allclose(ratio, (1 - noise) / noise, rtol=1e-6, atol=1e-7)
+    assert tables.alphas_cumprod[-1] == 0
+
+
+def test_given_betas_are_the_schedule():
+    betas = make_betas("cosine", 9)
+    given = make_schedule("linear", 1000, given_betas=betas, v_posterior=0.5)
+    np.testing.assert_array_equal(given.alphas_cumprod, make_schedule("cosine", 9).alphas_cumprod)
+    for wrong in ([], [0.1, 1.5], [[0.1]], [0.0, 0.1]):
+        with pytest.raises(ValueError, match="given_betas must be a list of numbers"):
+            make_schedule(given_betas=wrong)
+
+
+def test_a_single_timestep_is_a_schedule():
+    tables = make_schedule("linear", 1, 0.1, 0.1)
+    assert all(np.isfinite(np.asarray(v)).all() for v in jax.tree.leaves(tables))
+    with pytest.raises(ValueError, match="at least 2 timesteps"):
+        make_schedule("linear", 1, zero_terminal_snr=True)

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from ldm_jax.diffusion.grids import ALL, SIGMA_GRIDS, time_grid, vp_sigma
 from ldm_jax.diffusion.samplers import step_grid
+from ldm_jax.diffusion.schedule import make_schedule, t_to_sigma
 
 T = 1000
 
@@ -64,3 +66,44 @@ def test_counts_outside_the_schedule_are_refused(steps, total):
 def test_unknown_grid_names_what_exists():
     with pytest.raises(ValueError, match=r"'linear' does not exist.*uniform, quad, trailing"):
         step_grid("linear", 5, T)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("total", [T, 7])
+def test_every_grid_has_as_many_ascending_steps_within_the_schedule(kind, total):
+    schedule = make_schedule("linear", total, 0.0015, 0.0195)
+    for steps in {min(steps, total) for steps in (1, 2, 3, 7, 20, 50, total)}:
+        grid = time_grid(kind, steps, schedule)
+        assert len(grid) == steps
+        assert (np.diff(grid) > 0).all()
+        assert grid[0] >= 0
+        assert grid[-1] <= total - 1
+
+
+@pytest.mark.parametrize("kind", ["linspace", "linspace_ends", "beta", "ays", "distilled"])
+def test_grids_of_few_steps_begin_at_the_last_timestep(kind):
+    schedule = make_schedule("linear", T, 0.0015, 0.0195)
+    assert all(time_grid(kind, steps, schedule)[-1] == T - 1 for steps in (1, 2, 4, 10))
+
+
+def test_linear_quadratic_is_linear_and_then_bends():
+    grid = time_grid("linear_quadratic", 20, make_schedule("linear", T, 0.0015, 0.0195))[::-1]
+    strides = -np.diff(grid)
+    np.testing.assert_allclose(strides[:10], 0.025 / 10 * (T - 1))
+    np.testing.assert_allclose(np.diff(strides[11:]), np.diff(strides[11:])[0])
+    assert strides[-1] > strides[10] > strides[9] * 0.99
+
+
+def test_the_grid_of_the_vp_sde_is_even_in_its_time():
+    low, high = vp_sigma(np.array([1e-3, 1.0]))
+    sigmas = SIGMA_GRIDS["vp"](9, low, high)
+    np.testing.assert_allclose(sigmas, vp_sigma(np.linspace(1, 1e-3, 9)), rtol=1e-9)
+
+
+def test_rho_bends_a_grid_and_is_refused_elsewhere():
+    schedule = make_schedule("linear", T, 0.0015, 0.0195)
+    low, high = t_to_sigma(schedule, [0, T - 1])
+    sigmas = t_to_sigma(schedule, time_grid("karras", 5, schedule, rho=3.0))
+    np.testing.assert_allclose(sigmas ** (1 / 3), np.linspace(low ** (1 / 3), high ** (1 / 3), 5))
+    with pytest.raises(ValueError, match="'uniform' has no rho"):
+        time_grid("uniform", 5, schedule, rho=3.0)

@@ -96,7 +96,7 @@ def test_what_a_device_holds_falls_with_the_mesh(unet_shapes, fsdp, tensor):
 
 
 def test_a_split_leaves_whole_registers_where_it_can():
-    """A TPU lays the dimension along lanes, 128 of them, that needs less padding; what it sums by parts is cut along the other one."""
+    """A TPU lays the less padded dimension along its 128 lanes; the other one is split."""
     mesh = make_mesh(data=2, fsdp=4)
     rows, columns = PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")
     assert spec("unet/in_conv/kernel", (3, 3, 320, 320), mesh) == PartitionSpec(
@@ -121,7 +121,7 @@ def test_a_split_leaves_whole_registers_where_it_can():
 
 @pytest.mark.parametrize("fsdp", [2, 8])
 def test_looking_up_words_in_a_split_table_reduces_no_activations(fsdp):
-    """Each device looks up its channels, and sends the rows where they belong: smaller than a sum over all devices, most of whose terms are zeros."""
+    """Each device sends its channels of the rows: less than a sum over all devices."""
     mesh = make_mesh(data=8 // fsdp, fsdp=fsdp)
     words, channels, tokens = 2**16, 64, jax.ShapeDtypeStruct((16, 77), jnp.int32)
     where = spec("conditioner/token_embedding/embedding", (words, channels), mesh)
@@ -146,7 +146,7 @@ def test_looking_up_words_in_a_split_table_reduces_no_activations(fsdp):
 
 @pytest.mark.parametrize("fsdp", [2, 8])
 def test_the_gradient_of_a_split_table_is_summed_by_channels(fsdp):
-    """Of few words, and many places where they stand: left to itself the compiler sums the gradient of the whole table on every device."""
+    """Left to itself the compiler sums the gradient of the whole table on every device."""
     mesh, given = make_mesh(data=8 // fsdp, fsdp=fsdp), np.random.default_rng(0)
     rows, split = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     values = jnp.asarray(given.standard_normal((512, 64)), jnp.float32)
@@ -232,7 +232,7 @@ def test_rows_are_split_over_data_and_fsdp():
     np.testing.assert_array_equal(out, 2 * np.arange(8.0))
 
 
-# ----------------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 
 @pytest.fixture
@@ -240,7 +240,8 @@ def config(pictures, first_stage, tmp_path):  # noqa: F811
     """A diffusion run of eight steps on eight devices, split three ways."""
     config = make_config("diffusion", pictures, first_stage)
     config.update(steps=8, save_every=2, eval_every=8, preview_every=8)
-    config.optim.lr = 1e-4  # Adam divides by a gradient's size: where it is nearly zero, rounding decides the sign of a step
+    # Adam divides by a gradient's size: near zero, rounding decides the sign of a step.
+    config.optim.lr = 1e-4
     config.mesh.update(data=-1, fsdp=2)
     return config
 
@@ -355,7 +356,7 @@ def test_signals_save_at_one_step_and_sigterm_says_how_to_go_on(config, tmp_path
 
 
 def test_every_picture_of_an_epoch_is_seen_once_by_any_number_of_processes(config):
-    """Twenty pictures in batches of eight: five batches are two epochs. Two processes read two batches, one goes on."""
+    """Five batches of eight are two epochs, read by two processes and then by one."""
     seen = []
     for step in range(5):
         count = 2 if step < 2 else 1

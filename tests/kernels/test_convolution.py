@@ -1,4 +1,4 @@
-"""Convolutions with a weights' gradient of their own: against XLA's in values and gradients, and where they are used."""
+"""The CPU's convolutions against XLA's in values and gradients, and where they are used."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A CPU's cores as devices: how many are taken, who computes which rows, and the same pictures from a pipeline."""
+"""A CPU's cores as devices: their number, their rows, and the same pictures from a pipeline."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

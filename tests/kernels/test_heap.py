@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-# Pages that are met for the first time, by the system's count, in running a program with 64 MiB or more of temporary memory three times.
+# Pages that are met for the first time, by the system's count, in running a program with 64 MiB or
+# more of temporary memory three times.
 COUNT = """
 import resource
 import jax, jax.numpy as jnp
@@ -13,7 +14,8 @@ from ldm_jax.kernels.heap import keep_large_blocks
 kept = {kept}
 
 def total(x):
-    return jax.lax.scan(lambda x, _: (jnp.sin(x), None), x, length=8)[0].sum()  # each x is kept for the gradient
+    # Each x is kept for the gradient.
+    return jax.lax.scan(lambda x, _: (jnp.sin(x), None), x, length=8)[0].sum()
 
 x = jnp.ones((1024, 4096))
 program = jax.jit(jax.grad(total)).lower(x).compile()

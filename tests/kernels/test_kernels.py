@@ -58,12 +58,12 @@ def by_hand(function, *args) -> int:
     return str(jax.make_jaxpr(function)(*args)).count("custom_vjp_call")
 
 
-# ------------------------------------------------------------------------------ without any set-up
+# ------------------------------------------------------------------------------- without any set-up
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_a_network_of_which_nothing_is_said_is_plain_for_every_platform(model, platform):
-    """No loop of chunks or bands, no false dependency, no erf, no kernel, no hand-written gradient."""
+    """No loop of chunks or bands, no barrier, no erf, no kernel, no hand-written gradient."""
     unet = UNet(**CONFIG["unet"])
 
     def loss(params, *args):
@@ -100,7 +100,7 @@ def test_a_plain_network_is_differentiated_in_every_way(model):
     assert jnp.abs(curvature - apart).max() < 2e-2 * jnp.abs(apart).max()
 
 
-# ------------------------------------------------------------------------------- with a platform's
+# -------------------------------------------------------------------------------- with a platform's
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -162,7 +162,7 @@ def test_results_do_not_depend_on_the_table(pipe, monkeypatch):
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
-# -------------------------------------------------------------------------- gradients written by hand
+# ------------------------------------------------------------------------ gradients written by hand
 
 
 def test_a_hand_written_gradient_is_used_unless_none_is_wanted():

@@ -1,4 +1,4 @@
-"""Normalisation: ours against plain formulas, in values, gradients and what a backward pass keeps, as different devices have it."""
+"""Normalisation of each platform against plain formulas: values, gradients, residuals."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""VGG-16 and LPIPS: properties, and the readers of weights. (tests/parity compares them with the original.)"""
+"""VGG-16 and LPIPS: properties and readers of weights; tests/parity compares the values."""
 
 import os
 
@@ -39,7 +39,7 @@ def random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def params() -> dict:
-    """Random LPIPS params of the narrow network, drawn in NumPy: compiling Flax' initialisers takes far longer."""
+    """Random LPIPS parameters of the narrow network, from NumPy: Flax' initialisers compile."""
     shapes = {k: v for k, v in lpips_shapes(NARROW).items() if not k.startswith("scaling_layer.")}
     fans = {k: np.prod(v[1:], initial=1) for k, v in shapes.items()}
     tensors = {k: v * np.sqrt(2 / fans[k]) for k, v in random_tensors(shapes).items()}
@@ -53,7 +53,7 @@ def lpips(params):
     return jax.jit(lambda a, b: LPIPS(NARROW).apply({"params": params}, a, b))
 
 
-# --- the network -----------------------------------------------------------------------------------------------------
+# --- the network
 
 
 def test_features_have_five_scales(params):
@@ -121,7 +121,7 @@ def test_preprocessing_is_that_of_the_weights(preprocess, expected):
     np.testing.assert_allclose(maps[0][0, 8, 8, :3], np.maximum(expected, 0), rtol=1e-5)
 
 
-# --- the distance ----------------------------------------------------------------------------------------------------
+# --- the distance
 
 
 def test_distance_is_a_distance_per_image(lpips):
@@ -163,7 +163,7 @@ def test_unit_length_is_finite_and_flat_where_all_channels_are_zero():
     assert slopes[1, 0] > 0
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+# --- weights
 
 
 def test_misfitting_names_are_all_listed():

@@ -1,4 +1,4 @@
-"""What the recorded cases do not reach: other pools, codebooks across devices, resizing, and conditioners from prompts to arrays."""
+"""Networks that no recorded case reaches: pools, codebooks across devices, resizing."""
 
 import jax
 import jax.numpy as jnp

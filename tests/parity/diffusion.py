@@ -1,8 +1,10 @@
 """Schedules, losses and samplers: the original's LatentDiffusion and DDPM objects, with the recorded noise handed
 in."""
 
+import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,10 +21,29 @@ from ldm_jax.convert.tables import Entry, Table, to_ours, to_theirs, under
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.discrete import PLMS
-from ldm_jax.diffusion.guidance import Denoiser, classifier_free, predictor, unguided
-from ldm_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, Known, Trace, sample, step_grid
+from ldm_jax.diffusion.grids import SIGMA_GRIDS, vp_sigma
+from ldm_jax.diffusion.guidance import (
+    Correct,
+    Denoiser,
+    classifier_free,
+    dynamic_threshold,
+    predictor,
+    unguided,
+)
+from ldm_jax.diffusion.likelihood import angle_to_sigma, log_likelihood, sigma_to_angle
+from ldm_jax.diffusion.samplers import (
+    DDIM,
+    DDPM,
+    SAMPLERS,
+    Known,
+    Trace,
+    drop_noise,
+    sample,
+    step_grid,
+)
 from ldm_jax.diffusion.schedule import (
     Schedule,
+    level,
     log_sigmas,
     make_betas,
     make_schedule,
@@ -35,7 +56,7 @@ from ldm_jax.diffusion.schedule import (
 )
 from ldm_jax.diffusion.solvers import Multistep, Singlestep, split
 from ldm_jax.diffusion.stochastic import DPMppSDE, MultistepSDE
-from ldm_jax.diffusion.tableau import Tableau
+from ldm_jax.diffusion.tableau import Basis, Form, Row, Tableau, exponential
 from ldm_jax.errors import TargetError
 from ldm_jax.models.ldm import FirstStage, LatentDiffusion
 from ldm_jax.models.unet import UNet
@@ -56,11 +77,8 @@ def pick(kwargs: Mapping[str, Any], names: str) -> dict[str, Any]:
 
 def schedule_of(kwargs: Mapping[str, Any]) -> Schedule:
     """The schedule that DDPM's arguments describe."""
-    if kwargs.get("given_betas") is not None:
-        raise NotYet("given_betas")
-    return make_schedule(
-        **pick(kwargs, "beta_schedule timesteps linear_start linear_end cosine_s v_posterior")
-    )
+    names = "beta_schedule timesteps linear_start linear_end cosine_s v_posterior given_betas"
+    return make_schedule(**pick(kwargs, names))
 
 
 def objective_of(kwargs: Mapping[str, Any]) -> str:
@@ -131,26 +149,19 @@ def condition_of(case: Case, name: str = "c") -> Cond:
 
 
 def register_schedule(case: Case) -> Results:
-    schedule = schedule_of(case.kwargs)
+    kwargs = {**case.kwargs, **case.inputs}  # given_betas are an input
+    schedule = schedule_of(kwargs)
     tables = {
         name: getattr(schedule, name)
         for name in Schedule.__dataclass_fields__
         if name != "v_posterior"
     }
-    names = {
-        "beta_schedule": "kind",
-        "timesteps": "timesteps",
-        "linear_start": "linear_start",
-        "linear_end": "linear_end",
-        "cosine_s": "cosine_s",
-    }
-    betas = make_betas(
-        **{ours: case.kwargs[theirs] for theirs, ours in names.items() if theirs in case.kwargs}
-    )
-    return tables | {
-        "lvlb_weights": obj.elbo_weights(objective_of(case.kwargs), schedule),
-        "betas_float64": betas,
-    }
+    tables["lvlb_weights"] = obj.elbo_weights(objective_of(kwargs), schedule)
+    if kwargs.get("given_betas") is None:
+        arguments = pick(kwargs, "timesteps linear_start linear_end cosine_s")
+        kind = kwargs.get("beta_schedule", "linear")
+        tables["betas_float64"] = make_betas(kind, **{"timesteps": 1000} | arguments)
+    return tables
 
 
 def ddim_schedules(case: Case) -> Results:
@@ -259,11 +270,16 @@ def denoiser_of(case: Case, model: LatentDiffusion, scale: float) -> Denoiser:
     return classifier_free(apply, cond, null, scale)
 
 
-def corrector(text: str | None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None:
-    """A score corrector from its formula, "e_t + <number>*x"."""
-    if text is None:
+def corrector(kwargs: Mapping[str, Any], schedule: Schedule) -> Correct | None:
+    """A score corrector: from its formula, "e_t + <number>*x", or from a and b of
+    e_t + a * x * sqrt(1 - abar_t) + b."""
+    if "corrector_kwargs" in kwargs:
+        a, b = kwargs["corrector_kwargs"]["a"], kwargs["corrector_kwargs"]["b"]
+        return lambda eps, x, t: eps + a * x * level(schedule, t, x)[1] + b
+    text = kwargs.get("score_corrector")
+    if not text:
         return None
-    formula = re.fullmatch(r"e_t\s*([+-])\s*([\d.]+)\s*\*\s*x", text)
+    formula = re.fullmatch(r"e_t\s*([+-])\s*([\d.]+)\s*\*\s*x", str(text))
     if formula is None:
         raise NotYet(f"score_corrector {text!r}")
     weight = float(formula[1] + formula[2])
@@ -285,11 +301,33 @@ def quantizer_of(case: Case) -> Callable[[jax.Array], jax.Array]:
     )
 
 
-def known_of(case: Case) -> Known | None:
+def drawn(case: Case, kind: str) -> np.ndarray | None:
+    """The recorded draws of a kind ("normal", "uniform") in order, [n, b, c, h, w]."""
+    arrays = [a for name, a in case.inputs.items() if re.fullmatch(rf"draw\d+\.{kind}", name)]
+    return np.stack(arrays) if arrays else None
+
+
+def noises(case: Case, *, mask_first: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(step noise [S, b, c, h, w] after its dropout, noise of the known region) as recorded.
+
+    Draws of a step lie in the order mask, noise, dropout; the DDPM loops blend last.
+    """
+    noise, masks = drawn(case, "normal"), case.inputs.get("mask_noise")
+    if noise is None:
+        return case.inputs.get("noise"), masks
+    if "mask" in case.inputs:
+        noise, masks = (noise[1::2], noise[::2]) if mask_first else (noise[::2], noise[1::2])
+    if (uniform := drawn(case, "uniform")) is not None:
+        noise = np.asarray(drop_noise(noise, uniform, case.kwargs["noise_dropout"]))
+    return noise, masks
+
+
+def known_of(case: Case, noise: np.ndarray | None) -> Known | None:
     """The region to keep, where the case has one."""
     if "mask" not in case.inputs:
         return None
-    return Known(case.image("x0"), case.image("mask"), case.image("mask_noise"))
+    assert noise is not None
+    return Known(case.image("x0"), case.image("mask"), nhwc(noise))
 
 
 def run_sampler(
@@ -301,6 +339,7 @@ def run_sampler(
     noise: np.ndarray | None,
     *,
     options: Mapping[str, Any],
+    known: Known | None = None,
     clip: bool = False,
     scale: float = 1.0,
 ) -> tuple[jax.Array, Trace]:
@@ -312,7 +351,7 @@ def run_sampler(
         else None
     )
     nodes = sampler.nodes(model.schedule, grid, **options)
-    correct = corrector(case.kwargs.get("score_corrector"))
+    correct = corrector(case.kwargs, model.schedule)
 
     @jax.jit
     def run(model: LatentDiffusion, x: jax.Array, noise: jax.Array, known: Known | None) -> Any:
@@ -336,7 +375,7 @@ def run_sampler(
         )
 
     steps = np.zeros((len(grid), *x.shape), np.float32) if noise is None else nhwc(noise)
-    last, trace = run(model, x, steps, known_of(case))
+    last, trace = run(model, x, steps, known)
     assert trace is not None
     return last, trace
 
@@ -345,23 +384,35 @@ def ddim_sampler(case: Case) -> Results:
     kwargs, (model, _) = case.kwargs, model_of(case)
     if "t_start" in kwargs:
         return img2img(case, model)
-    grid = step_grid(
-        kwargs.get("ddim_discretize", "uniform"), kwargs["S"], model.schedule.timesteps, compat=True
-    )
-    x, options = case.image("x_T"), pick(kwargs, "eta temperature")
+    sampler, total, results = DDIM(), model.schedule.timesteps, {}
+    options = pick(kwargs, "eta temperature")
+    if "ddim_num_steps" in kwargs:  # make_schedule, then ddim_sampling(timesteps=...)
+        options["eta"] = kwargs.get("ddim_eta", 0.0)
+        grid, count = step_grid("uniform", kwargs["ddim_num_steps"], total, compat=True), None
+        results["ddim_timesteps"], count = grid, kwargs.get("timesteps")
+        if "ddim_use_original_steps=True" in case.spec["call"]:
+            sampler, grid = DDIM(to_x0=True), np.arange(total if count is None else count)
+        elif count is not None:  # one step fewer than the count
+            grid = grid[: int(min(count / len(grid), 1) * len(grid)) - 1]
+    else:
+        kind = kwargs.get("ddim_discretize", "uniform")
+        grid = step_grid(kind, kwargs["S"], total, compat=True)
+    x, (noise, masks) = case.image("x_T"), noises(case, mask_first=True)
     last, trace = run_sampler(
         case,
         model,
-        DDIM(),
+        sampler,
         grid,
         x,
-        case.inputs.get("noise"),
+        noise,
         options=options,
+        known=known_of(case, masks),
         scale=kwargs.get("unconditional_guidance_scale", 1.0),
     )
     with_start = (np.concatenate([x[None], steps]) for steps in trace)
     x_inter, pred_x0 = (nchw(steps) for steps in with_start)
-    return {"x_final": nchw(last), "x_inter": x_inter, "pred_x0": pred_x0, "timesteps": grid}
+    results |= {"x_final": nchw(last), "x_inter": x_inter, "pred_x0": pred_x0, "timesteps": grid}
+    return results
 
 
 def img2img(case: Case, model: LatentDiffusion) -> Results:
@@ -390,21 +441,28 @@ def img2img(case: Case, model: LatentDiffusion) -> Results:
 def rows_from(
     node: Any, sampler: Any, recorded: np.ndarray | None, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Recorded noise [draws, b, c, h, w] at the rows that draw it, [n, 1, b, h, w, c], zeros elsewhere.
+    """Recorded noise [draws, b, c, h, w] at the rows that draw it, [n, 1, b, h, w, c], zeros
+    elsewhere.
 
-    Samplers with churn draw when a step begins, also where that adds nothing; others where the noise has a weight.
+    Samplers with churn draw when a step begins and dpm_fast where it ends, even where that adds
+    nothing; others where the noise has a weight.
     """
     noise = np.zeros((len(node.t), *shape), np.float32)
     if recorded is not None and sampler.draws:
-        rows = np.flatnonzero(node.begin if "churn" in sampler.options else node.next[:, -1])
+        if "churn" in sampler.options:
+            rows = np.flatnonzero(node.begin)
+        elif sampler == SAMPLERS["dpm_fast"]:
+            rows = np.flatnonzero(np.append(node.begin[1:], True))
+        else:
+            rows = np.flatnonzero(node.next[:, -1])
         if len(rows) == len(recorded):
             noise[rows] = nhwc(recorded)
-        elif len(rows):
+        elif node.next[:, -1].any():
             raise NotYet(f"{len(recorded)} recorded draws for {len(rows)} that this sampler makes")
     return noise[:, None]
 
 
-def run_tableau(
+def run_rows(
     case: Case,
     model: LatentDiffusion,
     sampler: Any,
@@ -415,17 +473,14 @@ def run_tableau(
     noise: np.ndarray | None = None,
     known: Known | None = None,
     rounded: bool = False,
-    threshold: bool = False,
+    quantize: Callable[[jax.Array], jax.Array] | None = None,
+    correct: Correct | None = None,
+    objective: str | None = None,
 ) -> tuple[np.ndarray, Trace]:
-    """(x before every row and at the end, Trace); ``rounded`` gives the model the nearest timestep, ``threshold`` is
-    Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3) of x0 as DPM-Solver++ has it."""
-
-    def thresholded(x0: jax.Array) -> jax.Array:
-        axes = tuple(range(1, x0.ndim))
-        bound = jnp.maximum(jnp.quantile(jnp.abs(x0), 0.995, axis=axes, keepdims=True), 1.0)
-        return jnp.clip(x0, -bound, bound) / bound
-
+    """(x before every row and at the end, Trace); `rounded` gives the model the nearest
+    timestep."""
     steps = rows_from(node, sampler, noise, x.shape)
+    correct = corrector(case.kwargs, model.schedule) if correct is None else correct
 
     @jax.jit
     def run(model: LatentDiffusion, x: jax.Array, steps: jax.Array, known: Known | None) -> Any:
@@ -433,9 +488,9 @@ def run_tableau(
         predict = predictor(
             (lambda x, t: denoise(x, jnp.round(t))) if rounded else denoise,
             model.schedule,
-            model.objective,
-            correct=corrector(case.kwargs.get("score_corrector")),
-            quantize=thresholded if threshold else None,
+            objective or model.objective,
+            correct=correct,
+            quantize=quantize,
         )
         return sample(
             sampler, predict, x, node, schedule=model.schedule, noise=steps, known=known, trace=True
@@ -446,29 +501,38 @@ def run_tableau(
 
 
 def plms_sampler(case: Case) -> Results:
-    """PLMS; the x0 that it reports is that of the combined eps, hence of the step that was made."""
+    """PLMS; its noise has no weight, so only the known region's counts."""
     kwargs, (model, _) = case.kwargs, model_of(case)
-    grid = step_grid(
-        kwargs.get("ddim_discretize", "uniform"), kwargs["S"], model.schedule.timesteps, compat=True
-    )
-    sampler, x = PLMS(), case.image("x_T")
+    if kwargs.get("eta"):
+        raise NotYet("the original refuses an eta")
+    kind, total = kwargs.get("ddim_discretize", "uniform"), model.schedule.timesteps
+    grid = step_grid(kind, kwargs["S"], total, compat=True)
+    sampler, x, masks = PLMS(), case.image("x_T"), case.inputs.get("mask_noise")
     node = sampler.nodes(model.schedule, grid)
     begin = np.flatnonzero(node.begin)
-    known = known_of(case)
-    if known is not None:  # one draw for each step; stages in between keep what they are
-        assert known.noise is not None
-        drawn = np.zeros((len(node.t), *known.noise.shape[1:]), np.float32)
-        drawn[begin] = known.noise
-        known = known._replace(noise=jnp.asarray(drawn))
-    scale = kwargs.get("unconditional_guidance_scale", 1.0)
-    states, trace = run_tableau(case, model, sampler, node, x, scale=scale, known=known)
-    x_inter = states[[*begin, len(states) - 1]]
+    if "mask" in case.inputs and masks is None:  # mask, noise, noise; then mask, noise
+        normals = drawn(case, "normal")
+        assert normals is not None
+        masks = normals[[0, *range(3, len(normals), 2)]] if len(grid) > 1 else normals[:1]
+    if masks is not None:  # one draw for each step
+        rows = np.zeros((len(node.t), *masks.shape[1:]), np.float32)
+        rows[begin] = masks
+        masks = rows
+    states, trace = run_rows(
+        case,
+        model,
+        sampler,
+        node,
+        x,
+        scale=kwargs.get("unconditional_guidance_scale", 1.0),
+        known=known_of(case, masks),
+        quantize=quantizer_of(case) if kwargs.get("quantize_x0") else None,
+    )
     ends = [*(begin[1:] - 1), -1]  # the last row of each step
-    pred_x0 = [x, *np.asarray(trace.x0)[ends]]
     return {
         "x_final": nchw(states[-1]),
-        "x_inter": nchw(x_inter),
-        "pred_x0": nchw(np.stack(pred_x0)),
+        "x_inter": nchw(states[[*begin, len(states) - 1]]),
+        "pred_x0": nchw(np.stack([x, *np.asarray(trace.x0)[ends]])),
         "timesteps": grid,
     }
 
@@ -492,13 +556,13 @@ def time_of_sigma(schedule: Schedule, sigma: np.ndarray) -> np.ndarray:
     return np.interp(-np.log1p(np.square(sigma)) / 2, table[::-1], np.arange(n, 0, -1) / n)
 
 
-def dpm_solver_grid(schedule: Schedule, skip: str, steps: int) -> np.ndarray:
-    """Times [steps + 1] from 1 down to 1 / N."""
-    first, last = 1.0, 1.0 / schedule.timesteps
+def dpm_solver_grid(
+    schedule: Schedule, skip: str, steps: int, first: float, last: float
+) -> np.ndarray:
+    """Times [steps + 1] from `first` down to `last`."""
     if skip == "logSNR":
-        return time_of_sigma(
-            schedule, np.geomspace(*sigma_of_time(schedule, np.array([first, last])), steps + 1)
-        )
+        ends = sigma_of_time(schedule, np.array([first, last]))
+        return time_of_sigma(schedule, np.geomspace(*ends, steps + 1))
     if skip == "time_uniform":
         return np.linspace(first, last, steps + 1)
     if skip == "time_quadratic":
@@ -506,50 +570,87 @@ def dpm_solver_grid(schedule: Schedule, skip: str, steps: int) -> np.ndarray:
     raise NotYet(f"skip_type {skip!r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class DenoiseToZero:
+    """An algorithm, and the x0 predicted where it ends."""
+
+    algorithm: Multistep | Singlestep
+
+    def __call__(self, b: Basis, sigmas: np.ndarray) -> Iterator[Row]:
+        yield from self.algorithm(b, sigmas[:-1])
+        keep, w = exponential(self.algorithm.form, sigmas[-2], 0.0)
+        yield Row(sigmas[-2], 0.0, keep * b.x + w @ b.m[:1])
+
+
 def dpm_solver(case: Case) -> Results:
-    """DPM_Solver used directly, or by DPMSolverSampler, which has its defaults."""
-    kwargs, (model, _) = case.kwargs, model_of(case)
+    """DPM_Solver used directly, or by DPMSolverSampler, which has its own defaults."""
+    wrapped = "S" in case.kwargs
+    kwargs = {"order": 2 if wrapped else 3, "method": "multistep" if wrapped else "singlestep"}
+    kwargs |= {"predict_x0": wrapped, "skip_type": "time_uniform", "solver_type": "dpm_solver"}
+    kwargs |= {"steps": case.kwargs.get("S", 20), "lower_order_final": True, "max_val": 1.0}
+    kwargs |= case.kwargs | case.kwargs.get("init", {}) | case.kwargs.get("sample", {})
+    model, _ = model_of(case)
     schedule, n = model.schedule, model.schedule.timesteps
-    steps, order = (
-        int(kwargs["steps"] if "steps" in kwargs else kwargs["S"]),
-        kwargs.get("order", 2),
-    )
-    skip, method = kwargs.get("skip_type", "time_uniform"), kwargs.get("method", "multistep")
-    form = "x0" if kwargs.get("predict_x0", True) else "eps"
-    if kwargs.get("solver_type", "dpm_solver") != "dpm_solver" or kwargs.get("denoise_to_zero"):
-        raise NotYet("taylor updates, denoise_to_zero")
-    grid = dpm_solver_grid(schedule, skip, steps)
-    sigmas = sigma_of_time(schedule, grid)
+    steps, order, skip = int(kwargs["steps"]), kwargs["order"], kwargs["skip_type"]
+    method, taylor = kwargs["method"], kwargs["solver_type"] == "taylor"
+    form: Form = "x0" if kwargs["predict_x0"] else "eps"
+    ends = kwargs.get("t_start") or 1.0, kwargs.get("t_end") or 1.0 / n
+    times = dpm_solver_grid(schedule, skip, steps, *ends)
+    sigmas = sigma_of_time(schedule, times)
     if method == "multistep":
-        lower = steps < 15 and kwargs.get("lower_order_final", True)
-        sampler = Tableau(
-            Multistep(order, form, third="released", lower_final=lower),
-            order,
-            form,
-            history=order - 1,
-        )
+        lower = steps < 15 and kwargs["lower_order_final"]
+        second = "exact" if taylor else "half"
+        algorithm = Multistep(order, form, second, "released", lower)
     elif method == "singlestep":
-        sampler = Tableau(Singlestep(order, form), order, form, history=order - 1)
-        if skip == "logSNR":  # steps of one length, with their calls evenly within them
-            orders = split(steps, order)
-            ends = np.log(sigmas[[0, -1]])
-            places = np.concatenate(
-                [[0.0], *(i + np.arange(1, o + 1) / o for i, o in enumerate(orders))]
-            )
-            sigmas = np.exp(ends[0] + places / len(orders) * (ends[1] - ends[0]))
+        if skip != "logSNR":
+            raise NotYet("the original crashes: singlestep needs logSNR")
+        algorithm = Singlestep(order, form, taylor)
+        orders = split(steps, order)  # steps of one length, with their calls evenly within them
+        logs = np.log(sigmas[[0, -1]])
+        inner = (i + np.arange(1, o + 1) / o for i, o in enumerate(orders))
+        places = np.concatenate([[0.0], *inner])
+        sigmas = np.exp(logs[0] + places / len(orders) * (logs[1] - logs[0]))
+    elif method == "singlestep_fixed":
+        algorithm = Singlestep(order, form, taylor, fixed=True)
+        outer = dpm_solver_grid(schedule, skip, steps // order, *ends)
+        inner = [
+            dpm_solver_grid(schedule, skip, order, a, b)[1:] for a, b in itertools.pairwise(outer)
+        ]
+        sigmas = sigma_of_time(schedule, np.concatenate([outer[:1], *inner]))
     else:
         raise NotYet(f"method {method!r}")
+    if kwargs.get("denoise_to_zero"):
+        algorithm, sigmas = DenoiseToZero(algorithm), np.append(sigmas, 0.0)
+    sampler = Tableau(algorithm, order, form, history=order - 1)
     node = sampler.table(sigmas, lambda sigma: (time_of_sigma(schedule, sigma) - 1 / n) * 1000)
-    states, _ = run_tableau(
+    guidance = kwargs.get("guidance_type", "classifier-free")
+    scale = kwargs.get("guidance_scale", kwargs.get("scale", 1.0))
+    objectives = {"noise": "eps", "x_start": "x0", "v": "v"}
+    if kwargs.get("model_type", "noise") not in objectives:
+        raise NotYet(f"model_type {kwargs['model_type']!r}")
+
+    def classified(eps: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        """The classifier's log probability is -0.5 sum((x - x0)^2 mask) and a term without x."""
+        table = jnp.log(jnp.asarray(schedule.alphas_cumprod)) / 2
+        logs = jnp.interp(t / 1000 + 1 / n, jnp.arange(1, n + 1) / n, table)
+        gradient = -(x - case.image("x0")) * case.image("mask")
+        return eps - scale * jnp.sqrt(-jnp.expm1(2 * logs)) * gradient
+
+    bound = kwargs["max_val"] if kwargs.get("thresholding") else None
+    states, _ = run_rows(
         case,
         model,
         sampler,
         node,
         case.image("x_T"),
-        scale=kwargs["scale"],
-        threshold=bool(kwargs.get("thresholding")),
+        scale=scale if guidance == "classifier-free" else 1.0,
+        quantize=None if bound is None else dynamic_threshold(0.995, bound),
+        correct=classified if guidance == "classifier" else None,
+        objective=objectives[kwargs["model_type"]] if "model_type" in kwargs else None,
     )
-    results = {"x_final": nchw(states[-1]), "timesteps": grid}
+    grid = dpm_solver_grid(schedule, skip, steps, 1.0, 1.0 / n)
+    results = {"x_final": nchw(states[-1]), "timesteps": times, "grid": grid}
+    results["model_times"] = node.t
     if "sched_t" in case.inputs:
         sigma = sigma_of_time(schedule, case.inputs["sched_t"])
         results |= {
@@ -592,7 +693,7 @@ RECORDED = {
 def k_sampler(case: Case) -> Results:
     """k-diffusion's samplers, which keep x / sqrt(abar) where ours keep x: what goes in is scaled, and what comes out."""
     name = case.cls.split()[0].rsplit("sample_", 1)[1]
-    kwargs, (model, _) = case.kwargs, model_of(case)
+    kwargs, (model, _) = case.kwargs | case.kwargs.get("sample", {}), model_of(case)
     schedule, scale = model.schedule, kwargs.get("scale", 1.0)
     sampler = RECORDED.get(name, SAMPLERS[name])
     sigmas = case.inputs["sigmas"].astype(np.float64)
@@ -622,22 +723,23 @@ def k_sampler(case: Case) -> Results:
         sampler = Tableau(MultistepSDE(2, second="exact", lower_final=False), 2, history=1, draws=1)
     node = sampler.table(sigmas, lambda sigma: sigma_to_t(schedule, sigma), **options)
     x = case.image("x_T") * (sigmas[0] / np.hypot(1, sigmas[0]))
-    states, trace = run_tableau(
+    noise, _ = noises(case, mask_first=False)
+    states, trace = run_rows(
         case,
         model,
         sampler,
         node,
         x,
         scale=scale,
-        noise=case.inputs.get("noise"),
+        noise=noise,
         rounded=bool(kwargs.get("quantize")),
+        objective="v" if case.cls.endswith("CompVisVDenoiser") else None,
     )
     begin = np.flatnonzero(node.begin)
     last_a = 1 / np.hypot(1, sigmas[-1])
     hat = node.s[begin].astype(np.float64) / node.a[begin]
     kicked = (
-        node.keep * states[:-1].T
-        + node.kick * rows_from(node, sampler, case.inputs.get("noise"), x.shape)[:, 0].T
+        node.keep * states[:-1].T + node.kick * rows_from(node, sampler, noise, x.shape)[:, 0].T
     )
     results |= {
         "x_final": nchw(states[-1] / last_a),
@@ -649,21 +751,31 @@ def k_sampler(case: Case) -> Results:
 
 
 def p_sample_loop(case: Case) -> Results:
-    """Ancestral sampling from timestep ``timesteps`` - 1 of the schedule; pixel-space models clip what they predict."""
+    """Ancestral sampling from timestep `timesteps` - 1 (or `start_T` - 1) of the schedule;
+    pixel-space models clip what they predict."""
     kwargs, (model, _) = case.kwargs, model_of(case)
     pixels = case.cls.endswith("ddpm.DDPM")
-    clip = pixels and kwargs.get("clip_denoised", True)
-    grid, x = np.arange(kwargs.get("timesteps", model.schedule.timesteps)), case.image("x_T")
+    clip = kwargs.get("clip_denoised", pixels)
+    count = kwargs.get("start_T") or kwargs.get("timesteps") or model.schedule.timesteps
+    count = min(count, kwargs.get("timesteps") or count)
+    grid, x, options = np.arange(count), case.image("x_T"), pick(kwargs, "temperature")
+    if isinstance(options.get("temperature"), str):  # "<number> + <number>*i, indexed by t"
+        first, slope = map(float, re.findall(r"[\d.]+", options["temperature"])[:2])
+        options["temperature"] = first + slope * np.arange(model.schedule.timesteps)
+    noise, masks = noises(case, mask_first=False)
     last, trace = run_sampler(
         case,
         model,
         DDPM(),
         grid,
         x,
-        case.inputs.get("noise"),
+        noise,
+        known=known_of(case, masks),
         clip=clip,
-        options=pick(kwargs, "temperature"),
+        options=options,
     )
+    if "x0_partials" in case.expected:
+        return {"img": nchw(last), "x0_partials": nchw(trace.x0)}
     if case.cls.endswith("progressive_denoising"):
         steps = trace.x0
     else:
@@ -718,6 +830,79 @@ def k_loss(case: Case) -> Results:
     }
 
 
+def k_grids(case: Case) -> Results:
+    """Sigma grids with their final 0, by the names <kind>_n<count>[_rho<rho>]."""
+    kwargs, results = case.kwargs, {}
+    low, high, vp = kwargs["sigma_min"], kwargs["sigma_max"], kwargs.get("vp", {})
+    for name in case.expected:
+        kind, steps, rho = re.fullmatch(r"([a-z]+)_n(\d+)(?:_rho([\d.]+))?", name).groups()
+        kind = {"poly": "polyexponential", "exp": "exponential"}.get(kind, kind)
+        options = {} if rho is None else {"rho": float(rho)}
+        ends = low, high
+        if kind == "vp":
+            options = pick(vp, "beta_d beta_min")
+            ends = tuple(vp_sigma(np.array([vp.get("eps_s", 1e-3), 1.0]), **options))
+        results[name] = np.append(SIGMA_GRIDS[kind](int(steps), *ends, **options), 0.0)
+    return results
+
+
+def tiny_net(params: Mapping[str, jax.Array], x: jax.Array, t: jax.Array) -> jax.Array:
+    """c2(tanh(c1(x) + e([sin 3t, cos 3t]))) on x [b, c, h, w], t [b]."""
+
+    def conv(name: str, x: jax.Array) -> jax.Array:
+        weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+        return jax.lax.conv(x, weight, (1, 1), "SAME") + bias[:, None, None]
+
+    embedded = jnp.stack([jnp.sin(3 * t), jnp.cos(3 * t)], 1) @ params["e.weight"].T
+    h = conv("c1", x) + (embedded + params["e.bias"])[:, :, None, None]
+    return conv("c2", jnp.tanh(h))
+
+
+def v_denoiser(case: Case) -> Results:
+    """A network that predicts v at the angle of sigma."""
+    x0, noise, sigma = (case.inputs[name] for name in ("x", "noise", "sigma"))
+    params = {n: jnp.asarray(w, jnp.float32) for n, w in case.weights().items()}
+    a, s = 1 / np.hypot(1, sigma), sigma / np.hypot(1, sigma)
+    wide = (slice(None), None, None, None)
+    t, v = jnp.asarray(sigma_to_angle(sigma), jnp.float32), obj.get_objective("v")
+
+    def losses(params: Any) -> tuple[jax.Array, jax.Array]:
+        out = tiny_net(params, a[wide] * x0 + s[wide] * noise, t)
+        per_sample = obj.pointwise("l2", out, v.target(x0, noise, a[wide], s[wide]))
+        return per_sample.mean(), per_sample
+
+    grads, loss = jax.grad(losses, has_aux=True)(params)
+    # The wrapper's input is y = x / a.
+    scaled = a[wide] * x0
+    denoised = v.read(tiny_net(params, scaled, t), scaled, a[wide], s[wide]).x0
+    results = {"denoised": denoised, "loss": loss, "sigma_to_t": t}
+    results |= {"c_skip": a**2, "c_out": -s, "c_in": a}
+    if "t_to_sigma" in case.expected:
+        given = re.search(r"t_to_sigma\(\[?([\d., ]+)", case.spec.get("notes", ""))
+        times = np.array([0.1, 0.5, 0.9]) if given is None else np.fromstring(given[1], sep=",")
+        results["t_to_sigma"] = angle_to_sigma(times)
+    return results | {f"grad:{name}": g for name, g in grads.items()}
+
+
+def k_log_likelihood(case: Case) -> Results:
+    kwargs, base = case.kwargs, case.weights()
+    if not base:  # the network is another case's, which the notes name
+        name = re.search(r"net as in (\w+)", case.spec["notes"])
+        assert name is not None
+        base = Case(case.folder, name[1], case.manifest[name[1]], case.manifest).weights()
+    params = {n: jnp.asarray(w, jnp.float32) for n, w in base.items()}
+
+    def denoise(y: jax.Array, sigma: jax.Array) -> jax.Array:
+        a, s = 1 / jnp.hypot(1.0, sigma), sigma / jnp.hypot(1.0, sigma)
+        t = jnp.full(y.shape[:1], sigma_to_angle(sigma, jnp))
+        return obj.get_objective("v").read(tiny_net(params, a * y, t), a * y, a, s).x0
+
+    probe = 2.0 * case.inputs["v01"].astype(np.float32) - 1
+    ends = kwargs["sigma_min"], kwargs["sigma_max"]
+    tolerances = pick(kwargs, "atol rtol")
+    return {"ll": log_likelihood(denoise, case.inputs["x"], probe, *ends, **tolerances)}
+
+
 # ---------------------------------------------------------------------------------------------------------- the classes
 
 
@@ -726,6 +911,8 @@ def latent_diffusion(case: Case) -> Results:
         return checkpoints.latent_diffusion(case)
     if "loss" in case.expected:
         return p_losses(case)
+    if "x0_partials" in case.expected:
+        return p_sample_loop(case)
     return whole_model(case)
 
 
@@ -750,6 +937,7 @@ def whole_model(case: Case) -> Results:
     # The recorded outputs are of decode_first_stage(0.5 * x_T).
     images = {
         "apply_model": jax.jit(model.apply)(params, z, t, cond),
+        "decode_half": jax.jit(stage.decode)(0.5 * z),
         "decode_first_stage_half": jax.jit(stage.decode)(0.5 * z),
         "decode_first_stage_half_noquant": jax.jit(lambda z: stage.decode(z, quantize=False))(
             0.5 * z
@@ -776,10 +964,15 @@ CASES: Mapping[str, Callable[[Case], Results]] = {
     "ldm.models.diffusion.plms.PLMSSampler": plms_sampler,
     "ldm.models.diffusion.dpm_solver.sampler.DPMSolverSampler": dpm_solver,
     "ldm.models.diffusion.dpm_solver.dpm_solver.DPM_Solver": dpm_solver,
+    "ldm.models.diffusion.dpm_solver.dpm_solver.DPM_Solver (stable-diffusion)": dpm_solver,
     **{
-        f"k_diffusion.sampling.sample_{name} with k_diffusion.external.CompVisDenoiser": k_sampler
+        f"k_diffusion.sampling.sample_{name} with k_diffusion.external.{wrapper}": k_sampler
         for name in K_SAMPLERS
+        for wrapper in ("CompVisDenoiser", "CompVisVDenoiser")
     },
+    "k_diffusion.sampling.get_sigmas_*": k_grids,
+    "k_diffusion.external.VDenoiser": v_denoiser,
+    "k_diffusion.sampling.log_likelihood": k_log_likelihood,
     "k_diffusion.external.DiscreteVDDPMDenoiser": k_loss,
     "k_diffusion.external.DiscreteEpsDDPMDenoiser": k_loss,
 }

@@ -15,9 +15,10 @@ from ldm_jax.errors import ConfigError, DataError
 from ldm_jax.io.checkpoint import load_model, save_model
 from ldm_jax.train import encode as encoding
 from ldm_jax.train import loop
-from ldm_jax.train.encode import encode
+from ldm_jax.train.encode import check_cache, encode
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
+from ldm_jax.train.tasks.diffusion import DiffusionTask
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,7 @@ def test_batches_are_those_of_the_pictures(config, cache):
 
 def test_the_last_batch_and_pictures_that_cannot_be_read_are_marked(
     config,
-    pictures,
+    pictures,  # noqa: F811
     cache,
     tmp_path,
 ):
@@ -205,3 +206,57 @@ def test_bfloat16_keeps_its_bits(config, tmp_path):
     assert (
         json.loads((cache / "cache.json").read_text())["fields"]["moments"]["dtype"] == "bfloat16"
     )
+
+
+def test_captions_drawn_from_the_cache_are_those_of_the_pictures(config, cache):
+    """At any step that a run resumes from."""
+    config.data.update(
+        caption_templates=("{text}, one", "{text}, two[, {file_name}]"),
+        caption_weights=(1.0, 3.0),
+        part_dropout=0.5,
+    )
+    from_pictures = make_loader(config, "train")
+    from_cache = make_loader(with_cache(config, cache), "train")
+    seen = []
+    for step in (0, 1, 7):
+        a, b = next(from_pictures.iterate(step)), next(from_cache.iterate(step))
+        assert a["caption"] == b["caption"]
+        assert "encoded" not in b
+        seen += a["caption"]
+    assert {caption.split(", ", 1)[1][:3] for caption in seen} == {"one", "two"}
+    assert {caption.count(",") for caption in seen} == {1, 2}
+    task = DiffusionTask.from_config(with_cache(config, cache))
+    check_cache(task.config, task)
+    expected = task.model.conditioner.encode(b["caption"])
+    np.testing.assert_array_equal(task.host_batch(b)["encoded"], expected)
+    held_out = next(make_loader(with_cache(config, cache), "validation").batches(1))
+    assert {caption.split(", ", 1)[1] for caption in held_out["caption"]} == {"one"}
+
+
+def test_a_cache_of_before_is_read_and_completed(config, cache):
+    """Of format 1, without text columns."""
+    made = encoding.CacheInfo
+    info = json.loads((cache / "cache.json").read_text())
+    old = {k: v for k, v in info.items() if k != "columns"} | {"format": 1}
+    folder = cache.with_name("old")
+    folder.mkdir()
+    (folder / "cache.json").write_text(json.dumps(old))
+    encode(config, folder, shard_size=8)
+    assert LatentSource(folder, "train").info == made(**old)
+    ours, theirs = (make_loader(with_cache(config, path), "train") for path in (folder, cache))
+    a, b = next(ours.iterate(3)), next(theirs.iterate(3))
+    assert a.keys() == b.keys()
+    np.testing.assert_array_equal(a["moments"], b["moments"])
+    assert a["caption"] == b["caption"]
+    config.data.caption_templates = ("{text}", "{text}, two")
+    with pytest.raises(DataError, match="no columns to draw captions from"):
+        make_loader(with_cache(config, folder), "train")
+
+
+@pytest.mark.parametrize("command", [train, encode])
+def test_captions_that_are_all_empty_stop_a_training_of_text(config, tmp_path, command):
+    config.data.update(caption="", split_column="file_name")
+    message = r"every caption is empty: set data.text .* over the columns .*text.*kind='none'"
+    with pytest.raises(DataError, match=message):
+        command(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

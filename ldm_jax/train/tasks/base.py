@@ -94,6 +94,9 @@ class Task:
         """Returns the task with the values of `measure`, from now or from the resumed run."""
         return self
 
+    def check_rows(self, loader: Any) -> None:
+        """Raises DataError where the rows of a loader of pictures cannot teach the task."""
+
     # -------------------------------------------------------------------------------- parameters
 
     @property

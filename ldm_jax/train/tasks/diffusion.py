@@ -19,11 +19,12 @@ from ldm_jax.conditioning.config import (
     frozen_conditioner,
     row_condition,
 )
+from ldm_jax.data.captions import CAPTION_SETTINGS
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
 from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.distributed.processes import fetch
-from ldm_jax.errors import CheckpointError, ConfigError
+from ldm_jax.errors import CheckpointError, ConfigError, DataError
 from ldm_jax.io import png
 from ldm_jax.io.checkpoint import find_model, load_model, read_config
 from ldm_jax.kernels import for_platform
@@ -40,9 +41,9 @@ LOG = logging.getLogger(__name__)
 # Purposes of a row's random numbers: each key is used once.
 POSTERIOR, TIMESTEP, NOISE, CAPTION, OFFSET = range(5)
 
-# Settings of data that change no record of a latent cache: where pictures lie, how they are read,
-# and flip, which says what training draws from the cache.
-UNCACHED_SETTINGS = ("cache", "num_workers", "flip")
+# Settings of data that change no record of a latent cache: where it is, how pictures are read, and
+# what training draws from a record (the first caption template is that of the kept tokens).
+UNCACHED_SETTINGS = ("cache", "num_workers", "flip", *CAPTION_SETTINGS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,6 +142,22 @@ class DiffusionTask(Task):
             model=dataclasses.replace(self.model, first_stage=stage),
             model_config={**self.model_config, "scale_factor": scale},
         )
+
+    def check_rows(self, loader: Any) -> None:
+        """A model of captions needs one at least that is not empty."""
+        takes_captions = self.model.conditioner.field == "prompts"
+        if not takes_captions or self.config.loss.caption_dropout >= 1:
+            return
+        source, captions = loader.source, loader.captions
+        if getattr(source, "window", 0):  # streamed: its rows are not known
+            return
+        if captions is None or not any(captions(row).strip() for row in source.rows):
+            columns = ", ".join(source.rows[0]) if len(source) else "none"
+            raise DataError(
+                f"{source.path}: every caption is empty: set data.text to the column of captions, "
+                f"data.caption to a template over the columns {columns}, or "
+                "model.conditioner.kind='none' to train without text"
+            )
 
     def adopt(self, config: dict[str, Any], params: Any) -> tuple["DiffusionTask", Any]:
         """Takes the scale factor too: the UNet has learned latents of that scale."""
@@ -283,7 +300,7 @@ class DiffusionTask(Task):
     def cache_key(self) -> dict[str, Any]:
         """Returns what the records depend on."""
         data = {k: v for k, v in plain(self.config.data).items() if k not in UNCACHED_SETTINGS}
-        data["path"] = Path(data["path"]).name
+        data |= {"caption": self.config.data.caption, "path": Path(self.config.data.path).name}
         digest = hashlib.sha256()
         for path, leaf in jax.tree.leaves_with_path(self.model.first_stage.params):
             array = np.asarray(leaf)
