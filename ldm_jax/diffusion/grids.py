@@ -103,8 +103,8 @@ def vp(
 ) -> np.ndarray:
     """Sigmas, descending, at even times of the VP SDE."""
     logs = np.log1p(np.square([high, low]))
-    ends = (np.sqrt(beta_min**2 + 2 * beta_d * logs) - beta_min) / beta_d
-    return vp_sigma(np.linspace(*ends, steps), beta_d, beta_min)
+    first, last = (np.sqrt(beta_min**2 + 2 * beta_d * logs) - beta_min) / beta_d
+    return vp_sigma(np.linspace(first, last, steps), beta_d, beta_min)
 
 
 # name -> ascending timesteps (steps, T) -> float [steps]

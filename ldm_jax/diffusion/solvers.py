@@ -274,7 +274,8 @@ def fast_grid(sigmas: np.ndarray) -> list[np.ndarray]:
         return [sigmas]
     ends = sigmas[:-1] if sigmas[-1] == 0 else sigmas
     orders = split(len(ends) - 1, 3)
-    edges = np.exp(np.linspace(*np.log(ends[[0, -1]]), len(orders) + 1))
+    first, last = np.log(ends[[0, -1]])
+    edges = np.exp(np.linspace(first, last, len(orders) + 1))
     grid = [np.geomspace(edges[i], edges[i + 1], order + 1) for i, order in enumerate(orders)]
     return grid if len(ends) == len(sigmas) else [*grid, np.array([edges[-1], 0.0])]
 
