@@ -30,7 +30,8 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     from ldm_jax.diffusion.grids import time_grid
     from ldm_jax.diffusion.samplers import SAMPLERS
     from ldm_jax.kernels import cores, for_platform
-    from ldm_jax.sampling.program import Form, Plan, Rows, generate
+    from ldm_jax.sampling.inputs import Inputs
+    from ldm_jax.sampling.program import SamplingConfig, Steps, generate
 
     imported = time.perf_counter()
     cores.use_cores()
@@ -38,9 +39,9 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     model, size = bare(case, dtype)
     sampler = SAMPLERS["ddim"]
     schedule = jax.device_get(model.schedule)
-    plan = Plan(sampler.nodes(schedule, time_grid("uniform", steps, schedule)))
+    plan = Steps(sampler.nodes(schedule, time_grid("uniform", steps, schedule)))
     told = model.conditioner.encode_null(batch)
-    rows = Rows(np.zeros(batch, np.uint32), told, told, np.full(batch, 5.0, np.float32))
+    rows = Inputs(np.zeros(batch, np.uint32), told, told, np.full(batch, 5.0, np.float32))
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), (model, plan, rows)
     )
@@ -49,8 +50,8 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     mesh = None if count == 1 else cores.mesh_of(cores.devices()[:count])
     kernels = for_platform(jax.default_backend(), differentiable=False, cores=mesh)
 
-    def run(model: Any, plan: Plan, rows: Rows) -> Any:
-        return generate(model.with_kernels(kernels), sampler, plan, rows, Form(size))
+    def run(model: Any, plan: Steps, rows: Inputs) -> Any:
+        return generate(model.with_kernels(kernels), sampler, plan, rows, SamplingConfig(size))
 
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     step = jax.jit(run, in_shardings=whole, out_shardings=whole)

@@ -30,8 +30,9 @@ from benchmarks.side_by_side import (
 from benchmarks.torch_twin import TorchDecoder, TorchText, TorchUNet, decoder_params, fill
 from ldm_jax.conditioning.text import BertText
 from ldm_jax.diffusion.samplers import initial_noise
+from ldm_jax.sampling.inputs import make_inputs
 from ldm_jax.sampling.pipeline import Pipeline
-from ldm_jax.sampling.requests import Given, arrays
+from ldm_jax.sampling.request import Request
 
 
 class Twin:
@@ -82,9 +83,7 @@ class Twin:
         both = torch.cat([null, encoded])
         context = self.text(both) if self.text is not None else both
         x = noise
-        for t, root_prev, direction in zip(
-            nodes.t, nodes.x0, nodes.eps, strict=True
-        ):
+        for t, root_prev, direction in zip(nodes.t, nodes.x0, nodes.eps, strict=True):
             when = torch.full((2 * len(x),), int(t), device=x.device)
             out_null, out = self.unet(torch.cat([x, x]).to(self.dtype), when, context).chunk(2)
             out = out_null + guidance * (out - out_null)
@@ -107,17 +106,18 @@ def main() -> None:
     set_up(args)
     pipe, kind, results = pipeline(args.case, args.dtype), getattr(torch, args.dtype), []
     twin = Twin(pipe, kind, args.compile)
-    guidance: Any = pipe.defaults.guidance
+    guidance: Any = pipe.defaults["guidance"]
     for batch in args.batch:
         rng, seeds = np.random.default_rng(0), list(range(batch))
         if args.case == "emoji":
             asked: dict[str, Any] = {"prompts": ["red apple, noto style"] * batch}
         else:
             asked = {"embeddings": rng.standard_normal((batch, 77, 768)).astype(np.float32)}
-        chosen = pipe.settings(steps=args.steps, sampler="ddim")
-        canvas, rows = arrays(pipe.model, Given(**asked), chosen, seeds, None)
-        plan = pipe.plan(chosen, Given(**asked))
-        form = pipe.form(chosen, canvas.size, batch)
+        request = Request(**asked, seeds=seeds, steps=args.steps, sampler="ddim")
+        chosen = pipe.complete(request)
+        canvas, rows = make_inputs(pipe.model, request, chosen)
+        plan = pipe.steps(chosen)
+        form = pipe.config(chosen, canvas.size, batch)
         stage = pipe.model.first_stage
         shape = (
             canvas.size[0] // stage.downsampling,
@@ -135,7 +135,7 @@ def main() -> None:
         )
 
         def ours(plan: Any = plan, rows: Any = rows, form: Any = form) -> np.ndarray:
-            return np.asarray(pipe.run("ddim", form, plan, rows).images)
+            return np.asarray(pipe.compute("ddim", form, plan, rows).images)
 
         images = ours().astype(int)
         theirs = twin(*told).cpu().permute(0, 2, 3, 1).numpy().astype(int)
@@ -148,7 +148,7 @@ def main() -> None:
         if args.dtype == "float32" and off.mean() > 0.5:
             raise ValueError("the two make different pictures")
         program: Any
-        program, model, count = pipe.prepared("ddim", form, rows)
+        program, model, count = pipe.prepare("ddim", form, rows)
         memory = program.lower(model, plan, rows).compile().memory_analysis()
         unet_flops = flops_of(pipe.model, batch)
         sides = {

@@ -19,7 +19,7 @@ import ldm_jax
 from ldm_jax.data import ImageTransform, make_source
 from ldm_jax.eval import metrics
 from ldm_jax.models.ldm import to_float, to_uint8
-from ldm_jax.sampling.program import Form, decode
+from ldm_jax.sampling.decoding import decode
 
 
 def mosaic(side: int, picture: int = 64) -> np.ndarray:
@@ -51,9 +51,8 @@ def main() -> None:
     z = jax.jit(lambda stage, x: stage.encode(to_float(x)))(stage, picture)
     results, whole = [], None
     for tile in (0, *args.tiles):
-        form = Form((args.side, args.side), tile=tile)
         program = (
-            jax.jit(lambda stage, z, form=form: to_uint8(decode(stage, z, form)))
+            jax.jit(lambda stage, z, tile=tile: to_uint8(decode(stage, z, tile=tile)))
             .lower(stage, z)
             .compile()
         )

@@ -6,24 +6,55 @@
 >>> images = pipe(["red apple, noto style"], seeds=[0, 1])  # uint8 [2, 64, 64, 3]
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm_jax.sampling.pipeline import Pipeline
-
-__version__ = "0.2.0"
-__all__ = ["__version__", "load", "use_cores"]
-
-
-def load(model: str = "emoji", **options: Any) -> "Pipeline":
-    """A pipeline of a model directory, a checkpoint of the original or a model that ships with the package; see `ldm_jax.sampling.pipeline.load`."""
-    from ldm_jax.sampling.pipeline import load  # jax is imported only when it is needed
-
-    return load(model, **options)
-
-
-def use_cores() -> None:
-    """Makes each core of a CPU a device, for the pipelines that are made after it; see `ldm_jax.kernels.cores.use_cores`."""
+    from ldm_jax.convert.conversion import convert
+    from ldm_jax.diffusion.samplers import SAMPLERS
+    from ldm_jax.errors import LdmJaxError
     from ldm_jax.kernels.cores import use_cores
+    from ldm_jax.sampling.pipeline import Pipeline, load
+    from ldm_jax.sampling.request import Request
+    from ldm_jax.train.loop import train
 
-    use_cores()
+# Public names and the modules that define them; JAX is imported when one is used.
+_WHERE = {
+    "Pipeline": "ldm_jax.sampling.pipeline",
+    "Request": "ldm_jax.sampling.request",
+    "SAMPLERS": "ldm_jax.diffusion.samplers",
+    "LdmJaxError": "ldm_jax.errors",
+    "load": "ldm_jax.sampling.pipeline",
+    "use_cores": "ldm_jax.kernels.cores",
+}
+
+__all__ = [
+    "SAMPLERS",
+    "LdmJaxError",
+    "Pipeline",
+    "Request",
+    "__version__",
+    "convert",
+    "load",
+    "train",
+    "use_cores",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("ldm_jax")
+        except PackageNotFoundError:  # a checkout that is not installed
+            return "0+unknown"
+    if name in ("convert", "train"):  # packages that can be called
+        return importlib.import_module(f"ldm_jax.{name}")
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

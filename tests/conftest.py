@@ -35,12 +35,10 @@ import numpy as np
 import pytest
 from absl import app, flags
 
-from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.io.checkpoint import save_model
-from ldm_jax.kernels import heap
+from ldm_jax.kernels import cores, heap
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.build import build, init_params
-from ldm_jax.sampling import pipeline
 from ldm_jax.sampling import program as generation
 from ldm_jax.sampling.pipeline import Pipeline, load
 from ldm_jax.train.tasks.diffusion import DiffusionTask
@@ -243,10 +241,10 @@ def pipe(tiny_dir: Path) -> Pipeline:
 class ExactPipeline(Pipeline):
     """Its pictures come out as they leave the decoder, not rounded to 8 bits; other pipelines, compiled in between, are as ever."""
 
-    def run(self, *args: Any) -> Any:
+    def compute(self, *args: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(generation, "to_uint8", lambda x: x)
-            return super().run(*args)
+            return super().compute(*args)
 
 
 def load_exact(path: Path, **options: Any) -> ExactPipeline:
@@ -300,7 +298,7 @@ def run_here(
     kept = ours.handlers, ours.propagate, ours.level
     monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
     # On one device, as nearly everybody's machine has: on eight, a batch of one is a batch of eight.
-    monkeypatch.setattr(pipeline, "make_mesh", lambda devices: make_mesh(devices or 1))
+    monkeypatch.setattr(cores, "all_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(
         heap, "keep_large_blocks", lambda: False
     )  # this process belongs to the tests

@@ -13,7 +13,7 @@ import numpy as np
 import ldm_jax
 from ldm_jax.io.png import labelled_grid, save_png
 from ldm_jax.sampling.pipeline import Pipeline
-from ldm_jax.sampling.requests import interpolation
+from ldm_jax.sampling.request import interpolation
 
 START, OTHER = "red apple, noto style", "rocket, fluent 3d style"
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -52,13 +52,8 @@ def walk(pipe: Pipeline, start: np.ndarray) -> np.ndarray:
     """Between two seeds of one prompt, and between two prompts of one seed."""
     rows, frames = [], 7
     for prompts, seeds in (([START, START], [0, 3]), ([START, OTHER], [0, 0])):
-        way = interpolation(prompts, seeds, frames)
-        toward = tuple(
-            [frame[name] for frame in way] for name in ("toward_subject", "toward_seed", "mix")
-        )
-        rows.append(
-            pipe([f["subject"] for f in way], seeds=[f["seed"] for f in way], toward=toward)
-        )
+        starts, first, toward = interpolation(prompts, seeds, frames)
+        rows.append(pipe(starts, seeds=first, toward=toward))
     columns = [f"{i / frames:.2f}" for i in range(frames + 1)]
     return labelled_grid(np.concatenate(rows), ["seed to seed", "prompt to prompt"], columns)
 

@@ -1,6 +1,6 @@
-"""What train.py and sample.py share: one-line errors, quiet libraries, the compilation cache; and train.py's own."""
+"""What the console commands share: flags, one-line errors, logging, the compilation cache."""
 
-import difflib
+import errno
 import logging
 import os
 import re
@@ -12,56 +12,89 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
-from ldm_jax.errors import LdmJaxError
+from ldm_jax.errors import LdmJaxError, did_you_mean
+
+# Errors of the machine, not of the program: no space, no permission, no such file ...
+EXPECTED = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
+    *(errno.EMFILE, errno.ENOMEM, errno.ELOOP, errno.ENOTEMPTY),
+}
 
 
 def run(main: Callable[[Any], None]) -> None:
-    """Parses the flags and calls ``main(flags)``. A mistake of the person's ends in one line on stderr and exit status 2."""
+    """Parses the flags and calls ``main(flags)``.
+
+    An expected error ends in one line on stderr and exit status 2, Ctrl-C in 130; any other
+    exception shows its traceback.
+    """
 
     def parse(argv: list[str]) -> list[str]:
         config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
         if config is not None and not (file := Path(re.sub(r"\.py:.*", ".py", config))).is_file():
-            sys.exit(_fail(f"--config {file} does not exist"))
+            sys.exit(fail(f"--config {file} does not exist"))
         try:
             return app.parse_flags_with_usage(argv) if "--help" in argv else flags.FLAGS(argv)
-        except Exception as error:  # absl's own, and whatever a config file raises while it is read
-            sys.exit(_fail(_flag_mistake(error, argv)))
+        except Exception as error:  # absl's own, and what a config file raises while it is read
+            sys.exit(fail(_flag_mistake(error, argv)))
 
     def body(argv: list[str]) -> None:
         if len(argv) > 1:
-            sys.exit(_fail(f"unexpected argument {argv[1]!r}; every setting is a --flag"))
+            sys.exit(fail(f"unexpected argument {argv[1]!r}; every setting is a --flag"))
         setup()
-        try:
-            main(flags.FLAGS)
-        except KeyboardInterrupt:
-            sys.exit(_fail("stopped", 130))
-        except (LdmJaxError, ValueError, OSError) as error:
-            if os.environ.get("LDM_JAX_TRACEBACK"):
-                raise
-            sys.exit(_fail(error))
+        if status := one_line(Path(sys.argv[0]).name, lambda: main(flags.FLAGS)):
+            sys.exit(status)
 
     app.run(body, flags_parser=parse)
 
 
+def one_line(name: str, main: Callable[[], None]) -> int:
+    """Runs ``main``; returns the exit status: 0, 2 for an expected error, 130 for Ctrl-C.
+
+    Expected errors become one line on stderr, which ``name`` starts. LDM_JAX_TRACEBACK=1 shows
+    their traceback.
+    """
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return fail("stopped", 130, name)
+    except (LdmJaxError, OSError, MemoryError) as error:
+        if os.environ.get("LDM_JAX_TRACEBACK"):
+            raise
+        if isinstance(error, MemoryError):
+            return fail("out of memory: lower the batch or the size", 2, name)
+        if isinstance(error, OSError) and error.errno not in EXPECTED:
+            raise
+        return fail(error, 2, name)
+    return 0
+
+
+def fail(error: object, status: int = 2, name: str | None = None) -> int:
+    """Prints an error as one line and returns ``status``."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and not isinstance(error, LdmJaxError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    print(f"{name or Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    return status
+
+
 def _flag_mistake(error: Exception, argv: list[str]) -> str:
-    """What is wrong with the command line, in our words where those of absl and ml_collections read poorly."""
-    text = (
-        str(error.args[0]) if error.args else type(error).__name__
-    )  # str() of a KeyError is a repr
+    """Returns what is wrong with the command line, where absl's own words read poorly."""
+    text = str(error.args[0]) if error.args else type(error).__name__  # str(KeyError) is a repr
     if isinstance(error, flags.UnrecognizedFlagError):
-        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), 1)
+        near = did_you_mean(error.flagname, list(flags.FLAGS)).replace("mean '", "mean '--")
         return f"unknown flag --{error.flagname}" + (
-            f"; did you mean --{near[0]}?" if near else "; --help lists them"
+            near.replace("'", "") if near.startswith(";") else "; --help lists them"
         )
     if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
-        return f"missing {' and '.join(f'--{name}=...' for name in missing)}; --help explains every flag"
-    if isinstance(error, KeyError | AttributeError) and (
-        named := re.search(r"(\w+)", text.replace("\\", ""))
-    ):
-        asked_for = [
-            a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")
-        ]
-        field = next((field for field in asked_for if named[1] in field.split(".")), named[1])
+        names = " and ".join(f"--{name}=..." for name in missing)
+        return f"missing {names}; --help explains every flag"
+    named = re.search(r"(\w+)", text.replace("\\", ""))
+    if isinstance(error, KeyError | AttributeError) and named:
+        given = [a.split("=")[0].removeprefix("--config.") for a in argv if "--config." in a]
+        field = next((field for field in given if named[1] in field.split(".")), named[1])
         near = re.search(r'Did you mean "(\w+)"', text)
         return f"config has no field {field!r}" + (f"; did you mean {near[1]!r}?" if near else "")
     if "Traceback" in text:  # the config file's own error, with where it was raised
@@ -69,14 +102,8 @@ def _flag_mistake(error: Exception, argv: list[str]) -> str:
     return text
 
 
-def _fail(error: object, status: int = 2) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-    return status
-
-
 def setup() -> None:
-    """Quiet libraries, our own log on stderr, and the persistent compilation cache."""
+    """Sets up logging on stderr and the persistent compilation cache; quiets libraries."""
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns of every wait for a save before
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -86,13 +113,12 @@ def setup() -> None:
 
     import jax
 
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
-        Path.home() / ".cache" / "ldm_jax" / "xla"
-    )
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    cache = cache or str(Path.home() / ".cache" / "ldm_jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def say(text: str) -> None:
-    """One line for the person, on stderr."""
+    """Prints one line on stderr."""
     print(text, file=sys.stderr, flush=True)

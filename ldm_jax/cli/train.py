@@ -33,7 +33,7 @@ def train(args: Any) -> None:
     try:
         train(args.config, args.workdir, restore_step=args.restore_step)
     except TrainingStopped as error:
-        sys.exit(cli._fail(error, preemption.STOPPED))
+        sys.exit(cli.fail(error, preemption.STOPPED))
 
 
 def main() -> None:

@@ -90,6 +90,7 @@ class Conditioner:
       edits: Whether a request may start from an image (strength, mask, outpaint, variation).
       needs_mask: Whether every request needs an image and a mask.
       cached: Whether a latent cache can hold it: not if it is made of the picture.
+      gives_vector: Whether it gives `Cond.vector`.
       argument: Name of the condition's argument in an exported program; None if it cannot be
         exported.
     """
@@ -103,6 +104,7 @@ class Conditioner:
     edits: ClassVar[bool] = True
     needs_mask: ClassVar[bool] = False
     cached: ClassVar[bool] = True
+    gives_vector: ClassVar[bool] = False
     argument: ClassVar[str | None] = None
 
     # ------------------------------------------------------------------------------ from a config
@@ -260,7 +262,7 @@ class Conditioner:
         sentence = (
             "this model takes no condition"
             if self.field is None
-            else f"this model takes {self.field}"
+            else f"this model is conditioned on {self.field}"
         )
         for name in REQUEST_FIELDS:
             if name != self.field and getattr(request, name) is not None:

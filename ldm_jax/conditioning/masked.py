@@ -102,7 +102,7 @@ class MaskedPicture(Joined):
         """Returns the masked picture's latents and its mask, [b, h, w, channels]."""
         assert image is not None
         assert mask is not None
-        return masked_condition(first_stage, image, mask, self.of)
+        return masked_condition(first_stage, image, mask, self.of).astype(jnp.float32)
 
     def encode_rows(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the masks of a batch."""

@@ -1,82 +1,75 @@
-"""Pictures at the edges: PNG files that carry how they were made, grids, and a picture of one line of text."""
+"""PNG files that carry their settings, animations, and grids of pictures."""
 
 import json
-import os
-import tempfile
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-KEY = "ldm_jax"  # the PNG text chunk that holds every setting as JSON; "prompt" beside it is for people
+from ldm_jax.errors import RequestError
+from ldm_jax.io.atomic import atomic_path
+
+KEY = "ldm_jax"  # the PNG text chunk that holds every setting as JSON, beside "prompt"
 
 
 def save_png(
     path: str | Path, image: np.ndarray, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes uint8 [H, W, 3] as a PNG, whole or not at all, with ``settings`` in its text chunks."""
+    """Writes uint8 [H, W, 3] as a PNG, atomically, with ``settings`` in its text chunks."""
     info = PngInfo()
     if settings is not None:
         if "prompt" in settings:
             info.add_itxt("prompt", str(settings["prompt"]))
         info.add_itxt(KEY, json.dumps(settings))
-    _write(path, lambda file: Image.fromarray(image).save(file, "PNG", pnginfo=info))
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG", pnginfo=info)
 
 
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], seconds: float = 3.0) -> None:
-    """Writes uint8 [H, W, 3] each as an animation that runs for ever, once in ``seconds``, and waits at its end."""
+    """Writes frames uint8 [H, W, 3] as an endless animation of ``seconds`` resting at its end."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
     each = max(int(1000 * seconds / len(frames)), 20)
-    durations = [each] * len(rest) + [max(1000, each)]
-    _write(
-        path,
-        lambda file: first.save(
-            file, "GIF", save_all=True, append_images=rest, duration=durations, loop=0
-        ),
-    )
-
-
-def _write(path: str | Path, save: Callable[[BinaryIO], None]) -> None:
-    """Written beside its place and renamed, so that nobody ever sees half a picture."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            save(file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    options: dict[str, Any] = {"duration": [each] * len(rest) + [max(1000, each)], "loop": 0}
+    with atomic_path(path) as temporary:
+        first.save(temporary, "GIF", save_all=True, append_images=rest, **options)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `save_png` put into a PNG. ValueError where the file is no PNG of ours."""
+    """Returns the settings that `save_png` put into a PNG.
+
+    Raises:
+      RequestError: The file is no PNG of this program.
+    """
     try:
         with Image.open(path) as image:
             image.load()
             text = getattr(image, "text", {})
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is no readable picture: {error}") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every kind on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"{path} is no readable picture: {reason}") from None
     if KEY not in text:
-        raise ValueError(f"{path} was not made by ldm_jax: it has no settings in it")
+        raise RequestError(f"{path} was not made by ldm_jax: it has no settings in it")
     try:
         settings = json.loads(text[KEY])
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: its settings are damaged")
+        raise RequestError(f"{path}: its settings are damaged")
     return settings
 
 
 def grid(
     images: np.ndarray | Sequence[np.ndarray], columns: int | None = None, gap: int = 2
 ) -> np.ndarray:
-    """Pictures uint8 [n, H, W, 3] -> one picture, row by row, on white; about square unless ``columns`` is given."""
+    """Arranges pictures uint8 [n, H, W, 3] row by row on white; about square by default."""
     images = np.asarray(images)
     n, h, w, c = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
@@ -89,12 +82,9 @@ def grid(
 
 
 def sheet(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
-    """Rows of pictures, uint8 [n, H, W, 3] each, of their own number and size -> one picture, one below the other, on white."""
+    """Arranges rows of pictures, each uint8 [n, H, W, 3], one below the other on white."""
     lines = [grid(row, columns=len(row), gap=gap) for row in rows]
-    lines = [
-        lines[0],
-        *(line[gap:] for line in lines[1:]),
-    ]  # what is between two belongs to the upper
+    lines = [lines[0], *(line[gap:] for line in lines[1:])]  # a gap belongs to the line above
     width = max(line.shape[1] for line in lines)
     return np.concatenate(
         [
@@ -111,7 +101,7 @@ def labelled_grid(
     zoom: int = 1,
     gap: int = 6,
 ) -> np.ndarray:
-    """Pictures uint8 [len(rows) * len(columns), H, W, 3] with a label on every row and column (newlines allowed) -> one picture."""
+    """Arranges pictures uint8 [rows * columns, H, W, 3] with labels, which may have newlines."""
     images, font = np.asarray(images), ImageFont.load_default(11)
     h, w = images.shape[1] * zoom, images.shape[2] * zoom
     left = 14 + max(int(font.getlength(label)) for label in rows)

@@ -47,6 +47,21 @@ def devices() -> list[Any]:
     return jax.local_devices() if _used and jax.default_backend() == "cpu" else []
 
 
+def all_devices() -> list[Any]:
+    """All devices of the default backend."""
+    return jax.devices()
+
+
+def platform_of(mesh: Mesh) -> str:
+    """The platform of a mesh, as `ldm_jax.kernels.for_platform` names it."""
+    return mesh.devices.flat[0].platform
+
+
+def default_dtype() -> str:
+    """The type that models compute in by default: "float32" on a CPU, "bfloat16" elsewhere."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def fewest(rows: int, most: int) -> int:
     """The fewest of ``most`` cores with the same longest share: 3 of 4 for 5 rows."""
     return -(-rows // -(-rows // most))

@@ -27,7 +27,7 @@ from ldm_jax.plan.flops import count_flops, nbytes
 from ldm_jax.plan.hlo import Collective, collectives, parse
 from ldm_jax.plan.roofline import Kernel
 from ldm_jax.plan.roofline import kernels as launches
-from ldm_jax.sampling.program import Form, decode, decode_part
+from ldm_jax.sampling.decoding import decode, decode_part
 from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import task_class
@@ -316,8 +316,7 @@ class Decode(Sampling):
 
         def run(stage: Any, z: jax.Array) -> jax.Array:
             part = decode_part(platform, self.size, z.shape[0] // chips)
-            form = Form(self.size, decode_batch=chips * part)
-            return to_uint8(decode(stage.with_kernels(kernels), z, form))
+            return to_uint8(decode(stage.with_kernels(kernels), z, chips * part))
 
         return run
 

@@ -1,12 +1,12 @@
-"""Many pictures, for evaluation: batches of one size, in one file, and a run that can be killed at any time.
+"""Many pictures for evaluation: batches of one size, in one file, resumable at any time.
 
-While it runs, a folder holds ``run.json``, what was asked for, and ``pictures.partial``, raw pictures batch after batch. The same request goes on
-after the last whole batch, and ends with the same bytes as a run that was never stopped.
+While it runs, a folder holds ``run.json``, the request, and ``pictures.partial``, raw pictures
+batch after batch. The same request resumes after the last whole batch and ends with the same bytes
+as an uninterrupted run.
 """
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,19 +17,14 @@ from PIL import Image
 
 from ldm_jax.conditioning.base import as_list
 from ldm_jax.errors import RequestError
-from ldm_jax.io import png as pictures
+from ldm_jax.io import png
+from ldm_jax.io.atomic import atomic_path, write_atomic
 from ldm_jax.sampling.pipeline import Pipeline
 
-FORMATS = ("npz", "png", "zip")
+FORMATS = {"npz": "pictures.npz", "zip": "pictures.zip", "png": "pictures"}
 CHUNK = 256  # pictures read back at a time
-MOMENT = (
-    1980,
-    1,
-    1,
-    0,
-    0,
-    0,
-)  # of every member of an archive, so that equal pictures make equal files
+# The date of every member of an archive, so that equal pictures make equal files.
+MOMENT = (1980, 1, 1, 0, 0, 0)
 
 
 def make_many(
@@ -42,48 +37,54 @@ def make_many(
     batch: int = 64,
     prompts: str | Sequence[str] | None = None,
     classes: int | str | Sequence[int | str] | None = None,
-    said: Callable[[int, int], None] = lambda done, made: None,
+    report: Callable[[int, int], None] = lambda done, made: None,
     **settings: Any,
 ) -> Path:
-    """Makes ``num`` pictures in the folder ``out``, or goes on with them; the path of what they are in.
+    """Samples ``num`` pictures into the folder ``out``, or resumes there.
 
-    Picture i has the seed ``seed`` + i and the i-th of ``prompts`` or ``classes``, from the first again after the last; classes "all" are all of the
-    model's. ``form`` "npz" is what ADM's evaluation suite reads: arr_0 uint8 [num, H, W, 3], and arr_1 int64 [num] with the classes, if there are
-    any; "zip" holds PNG files, "png" is a folder of them, with their settings. ``said`` is told the pictures there are and those just made.
+    Picture i has the seed ``seed`` + i and the i-th of ``prompts`` or ``classes``, from the first
+    again after the last.
+
+    Args:
+      pipe: The pipeline.
+      out: The folder.
+      num: Number of pictures.
+      form: "npz", read by ADM's evaluation suite: arr_0 uint8 [num, H, W, 3], and arr_1 int64 [num]
+        with the classes, if there are any; "zip" of PNG files; or "png", a folder of them.
+      seed: The first seed.
+      batch: Pictures computed at a time.
+      prompts: For a model of text.
+      classes: For a class-conditional model; "all" is every class.
+      report: Called with the number of finished pictures, and of those just made.
+      settings: Sampling settings.
+
+    Returns:
+      The path of the pictures.
     """
     if form not in FORMATS:
         raise RequestError(f"format {form!r} does not exist (known: {', '.join(FORMATS)})")
-    if num < 1 or not 0 <= seed <= 2**32 - num:
+    if num < 1 or not 0 <= seed <= 2**64 - num:
         raise RequestError(
-            f"{num} pictures from seed {seed} on: seeds must be from 0 to 4294967295, at least one"
+            f"{num} pictures from seed {seed} on: seeds must be from 0 to 2**64 - 1, at least one"
         )
-    chosen, devices = pipe.settings(**settings), pipe.mesh.devices.size
-    height, width = pipe.check_size(chosen.size)
-    rows = -(-batch // devices) * devices
+    own, devices = pipe.settings(**settings), pipe.mesh.devices.size
+    assert own.size is not None
+    height, width = pipe.check_size(own.size)
+    rows = -(-min(batch, num) // devices) * devices
     labels = labels_of(pipe, classes)
     name, subjects = ("classes", labels) if labels else ("prompts", as_list(prompts))
-    asked = {
-        "num": num,
-        "format": form,
-        "seed": seed,
-        "batch": rows,
-        name: subjects,
-        "model": pipe.name,
-    }
-    asked |= {"dtype": pipe.dtype} | vars(chosen)
+    run: dict[str, Any] = {"num": num, "format": form, "seed": seed, "batch": rows}
+    run |= {name: subjects, "model": pipe.name, "dtype": pipe.dtype, **own.settings()}
     subject = {name: [subjects[i % len(subjects)] for i in range(num)]} if subjects else {}
 
     out = Path(out)
-    partial, result = (
-        out / "pictures.partial",
-        out / {"npz": "pictures.npz", "zip": "pictures.zip", "png": "pictures"}[form],
-    )
+    partial, result = out / "pictures.partial", out / FORMATS[form]
     # Checked before anything is written: one picture stands for all of them.
     pipe.stream(seeds=[seed], **{name: values[:1] for name, values in subject.items()}, **settings)
-    begin(out, asked)
+    begin(out, run)
     if result.exists():
         partial.unlink(missing_ok=True)
-        said(num, 0)
+        report(num, 0)
         return result
 
     size = height * width * 3
@@ -91,109 +92,106 @@ def make_many(
     done = min(done, num)
     with open(partial, "ab") as file:
         file.truncate(done * size)  # what a killed run left of its last batch
-        said(done, 0)
+        report(done, 0)
         if done < num:
-            seeds = range(seed + done, seed + num)
             rest = {name: values[done:] for name, values in subject.items()}
-            for made in pipe.stream(seeds=list(seeds), batch=rows, **rest, **settings):
+            seeds = list(range(seed + done, seed + num))
+            for made in pipe.stream(seeds=seeds, batch=rows, **rest, **settings):
                 file.write(np.ascontiguousarray(made.images).tobytes())
                 file.flush()
-                said(done + made.places.stop, len(made.images))
+                report(done + made.places.stop, len(made.images))
 
     images = np.memmap(partial, np.uint8, "r", shape=(num, height, width, 3))
-    every = np.asarray(subject["classes"], np.int64) if labels else None
     if form == "npz":
+        every = np.asarray(subject["classes"], np.int64) if labels else None
         write_npz(result, images, every)
     elif form == "zip":
         write_zip(result, images)
     else:
-        common = {"model": pipe.name, **vars(chosen), "dtype": pipe.dtype, "batch": rows}
-        singular = {"prompts": "prompt", "classes": "class"}[name]
-        write_folder(
-            result,
-            images,
-            lambda i: (
-                common
-                | {"seed": seed + i}
-                | ({singular: subjects[i % len(subjects)]} if subjects else {})
-            ),
-        )
+        common = {"model": pipe.name, **own.settings(), "dtype": pipe.dtype, "batch": rows}
+        each = {"prompts": "prompt", "classes": "class"}[name]
+
+        def settings_of(i: int) -> dict[str, Any]:
+            row = {each: subjects[i % len(subjects)]} if subjects else {}
+            return common | {"seed": seed + i} | row
+
+        write_folder(result, images, settings_of)
     del images
     partial.unlink()
     return result
 
 
 def labels_of(pipe: Pipeline, classes: Any) -> list[int]:
-    """Numbers of classes; of "all" every one that the model has a name for, or all."""
+    """Returns the numbers of classes; of "all" every one that the model has a name for, or all."""
     if classes is None:
         return []
-    if pipe.model.conditioner.field != "classes":
-        raise RequestError("this model knows no classes: leave them out")
-    return pipe.model.conditioner.numbers(as_list(classes), pipe.model.config.get("classes"))
+    conditioner: Any = pipe.model.conditioner
+    if conditioner.field != "classes":
+        raise RequestError("this model has no classes: leave them out")
+    return conditioner.numbers(as_list(classes), pipe.model.config.get("classes"))
 
 
-def begin(out: Path, asked: dict[str, Any]) -> None:
-    """Writes down what was asked for in a new folder; RequestError where the folder holds something else."""
+def begin(out: Path, run: dict[str, Any]) -> None:
+    """Writes the request to a new folder; RequestError where the folder holds another."""
     note = out / "run.json"
-    asked = json.loads(json.dumps(asked))
+    run = json.loads(json.dumps(run))
     if note.exists():
         try:
             before = json.loads(note.read_text())
         except ValueError:
             raise RequestError(f"{note} is damaged: give another --out") from None
-        for name in asked:
-            if before.get(name) != asked[name]:
+        for name in run:
+            value = before.get(name)
+            if name == "batch" and isinstance(value, int):
+                value = min(value, max(run["num"], run["batch"]))  # was not limited by num before
+            if value != run[name]:
                 raise RequestError(
-                    f"{out} holds a run with {name}={before.get(name)!r}, not {asked[name]!r}: give another --out"
+                    f"{out} holds a run with {name}={before.get(name)!r}, not {run[name]!r}: give "
+                    "another --out"
                 )
         return
     if out.exists() and any(out.iterdir()):
         raise RequestError(f"{out} is not empty and holds no run of ours: give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    fresh = note.with_suffix(".new")
-    fresh.write_text(json.dumps(asked, indent=1) + "\n")
-    os.replace(fresh, note)
+    write_atomic(note, json.dumps(run, indent=1) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------ files
 
 
 def write_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
-    """An uncompressed npz, written piece by piece: memory is that of a few pictures."""
-    fresh = path.with_suffix(".new")
-    with zipfile.ZipFile(fresh, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    """Writes an uncompressed npz piece by piece, in the memory of a few pictures."""
+    with (
+        atomic_path(path) as fresh,
+        zipfile.ZipFile(fresh, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         for name, array in {"arr_0": images, "arr_1": labels}.items():
             if array is None:
                 continue
-            with archive.open(
-                zipfile.ZipInfo(f"{name}.npy", MOMENT), "w", force_zip64=True
-            ) as file:
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(array.dtype),
-                    "fortran_order": False,
-                    "shape": array.shape,
-                }
+            member = zipfile.ZipInfo(f"{name}.npy", MOMENT)
+            with archive.open(member, "w", force_zip64=True) as file:
+                descr = np.lib.format.dtype_to_descr(array.dtype)
+                header = {"descr": descr, "fortran_order": False, "shape": array.shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in range(0, len(array), CHUNK):
                     file.write(np.ascontiguousarray(array[start : start + CHUNK]).tobytes())
-    os.replace(fresh, path)
 
 
 def write_zip(path: Path, images: np.ndarray) -> None:
-    """000000.png and so on in one archive."""
-    fresh = path.with_suffix(".new")
-    with zipfile.ZipFile(fresh, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    """Writes 000000.png, 000001.png ... to one archive."""
+    with (
+        atomic_path(path) as fresh,
+        zipfile.ZipFile(fresh, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         for i, image in enumerate(images):
             data = io.BytesIO()
             Image.fromarray(np.asarray(image)).save(data, "PNG")
             archive.writestr(zipfile.ZipInfo(f"{i:06d}.png", MOMENT), data.getvalue())
-    os.replace(fresh, path)
 
 
 def write_folder(path: Path, images: np.ndarray, settings: Callable[[int], dict[str, Any]]) -> None:
-    """000000.png and so on in a folder, which appears when it is complete."""
-    fresh = path.with_suffix(".new")
-    fresh.mkdir(exist_ok=True)
-    for i, image in enumerate(images):
-        pictures.save_png(fresh / f"{i:06d}.png", np.asarray(image), settings(i))
-    os.replace(fresh, path)
+    """Writes 000000.png, 000001.png ... to a folder, which appears when it is complete."""
+    with atomic_path(path) as fresh:
+        fresh.mkdir()
+        for i, image in enumerate(images):
+            png.save_png(fresh / f"{i:06d}.png", np.asarray(image), settings(i))

@@ -1,8 +1,9 @@
-"""What a person asks a model for, jitted as one program and run in batches of one size."""
+"""Requests to pictures: a model, its compiled programs, and batches of one size."""
 
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ldm_jax.convert.conversion import is_foreign, read_model
+from ldm_jax.convert.conversion import is_foreign, read_model, replace_parts
 from ldm_jax.convert.diffusers.hub import fetched
-from ldm_jax.diffusion.adaptive import DPMAdaptive
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
 from ldm_jax.errors import (
     CheckpointError,
@@ -28,15 +28,15 @@ from ldm_jax.errors import (
 )
 from ldm_jax.io.checkpoint import find_model, load_model
 from ldm_jax.kernels import Kernels, cores, for_platform
-from ldm_jax.models.build import DTYPES, build, check_params, construct
-from ldm_jax.models.ldm import LatentDiffusion
+from ldm_jax.models.build import DTYPES, build, build_first_stage, check_params
+from ldm_jax.models.ldm import FirstStage, LatentDiffusion, to_float, to_uint8
 from ldm_jax.models.unet import layout
-from ldm_jax.sampling.program import Form, Made, Plan, Rows, decode_part, generate
-from ldm_jax.sampling.requests import Given, Settings, arrays, checked
+from ldm_jax.sampling.decoding import decode_part
+from ldm_jax.sampling.inputs import Inputs, check_request, make_inputs
+from ldm_jax.sampling.program import Pictures, SamplingConfig, Steps, finish, generate
+from ldm_jax.sampling.request import OPTIONS, SETTINGS, Request, check_names
 
 LOG = logging.getLogger(__name__)
-
-__all__ = ["OFFERED", "Batch", "Given", "Pipeline", "RequestError", "Settings", "load"]
 
 # Names of samplers; inversion leads from pictures to noise.
 OFFERED = [name for name, sampler in SAMPLERS.items() if not isinstance(sampler, Inversion)]
@@ -44,61 +44,15 @@ OFFERED = [name for name, sampler in SAMPLERS.items() if not isinstance(sampler,
 Mode = Literal["jit", "pmap"]
 
 
-def load(
-    name: str | Path = "emoji",
-    *,
-    config: str | Path | None = None,
-    ema: bool | None = None,
-    dtype: str | None = None,
-    parallel: Mode = "jit",
-    devices: int | None = None,
-) -> "Pipeline":
-    """Loads a model directory, a shipped model, or, converted in memory, a checkpoint of the original or a folder of diffusers.
-
-    "org/name" is one on the Hugging Face Hub.
-
-    ``config`` is a checkpoint's YAML (None: names and shapes tell), ``ema`` whether to take its averaged weights (None: where it has them).
-    ``dtype`` is what the model computes in: "float32" (the default on CPU), "bfloat16" (the default elsewhere) or "float16". ``parallel`` spreads
-    batches over the first ``devices`` devices (all by default) with "jit" or "pmap". Raises RequestError, CheckpointError or ConfigError.
-    """
-    path = find_model(fetched(name))
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} does not exist{did_you_mean(dtype, DTYPES)}")
-    foreign = is_foreign(path)
-    if not foreign and (config is not None or ema is not None):
-        raise RequestError(
-            f"{path} is a model directory, which says itself what it is: leave config and ema out"
-        )
-    if foreign:
-        try:
-            converted = read_model(path, config=config, ema=ema)
-        except (ConversionError, ReaderError, TargetError) as error:
-            raise CheckpointError(str(error)) from error
-        for line in converted.assumed:
-            LOG.info("%s: assumed %s", path.name, line)
-        told, params = converted.config, converted.params
-    else:
-        told, params = load_model(path)
-    if told.get("kind") != "latent_diffusion":
-        raise RequestError(
-            f"{path} is a {told.get('kind')}, which makes no pictures by itself: give a latent diffusion model"
-        )
-    try:
-        params = jax.tree.map(lambda a: jnp.asarray(a, DTYPES[dtype]), params)
-        params = {"conditioner": {}, **params}  # an empty tree leaves no trace on disk
-        first_stage = params.pop("first_stage", None)
-        params.pop("logvar", None)  # of the training loss alone
-        model = build(told, params, first_stage, dtype)
-        check_params(model)
-        return Pipeline(model, dtype=dtype, name=str(name), parallel=parallel, devices=devices)
-    except ConfigError as error:
-        raise CheckpointError(f"{path if foreign else path / 'config.json'}: {error}") from None
-
-
 @dataclasses.dataclass
 class Batch:
-    """One finished batch: the places of its pictures in the request, the pictures uint8 [n, H, W, 3], and their ``progress`` [n, k, H, W, 3]."""
+    """A finished batch.
+
+    Attributes:
+      places: The positions of its pictures in the request.
+      images: uint8 [n, H, W, 3].
+      progress: The predictions that were requested, uint8 [n, k, H, W, 3].
+    """
 
     places: range
     images: np.ndarray
@@ -106,13 +60,15 @@ class Batch:
 
 
 class Pipeline:
-    """A person's request to pictures. Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are done.
+    """A model that samples pictures.
 
-    Rows of a batch are split over all devices, or the first ``devices``. After `cores.use_cores` a pipeline without ``devices`` is of one CPU, whose
-    cores divide what goes through the networks.
+    Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are finished. Rows of a
+    batch are split over all devices, or the first ``devices``. After `ldm_jax.use_cores` a pipeline
+    without ``devices`` computes on the cores of one CPU.
 
-    Which task it is follows from what is given (`Given`). Only the number of steps, the batch, the size, the sampler, its cache and the kind of
-    task are compiled in; prompts, seeds, pictures, masks, strength, guidance, eta and temperature are traced.
+    The number of steps, the batch, the size, the sampler, its cache and the kind of task are
+    compiled in; prompts, seeds, pictures, masks, strength, guidance, eta and temperature are
+    traced.
     """
 
     def __init__(
@@ -131,146 +87,204 @@ class Pipeline:
                 f"parallel {parallel!r} does not exist{did_you_mean(parallel, get_args(Mode))}"
             )
         self.cores = cores.devices() if devices is None and parallel == "jit" else []
-        self.mesh = cores.mesh_of(jax.devices()[: 1 if self.cores else devices])
+        self.mesh = cores.mesh_of(cores.all_devices()[: 1 if self.cores else devices])
         whole = NamedSharding(self.mesh, PartitionSpec())
-        kernels = for_platform(self.mesh.devices.flat[0].platform)
+        kernels = for_platform(cores.platform_of(self.mesh))
         self.model = jax.device_put(model, kernels.weight_formats(model, whole))
         self.dtype, self.name = dtype, name
         self.parallel: Mode = parallel
-        own = model.config.get("sampling", {})
-        if not model.conditioner.guided:
-            own = own | {"guidance": 1.0}
-        elif (scale := model.conditioner.default_guidance) is not None:
-            own = {"guidance": scale} | own
-        self.defaults: Settings = construct(Settings, "sampling", own)
+        self.defaults = default_settings(model)
         self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shared: dict[int, LatentDiffusion] = {}
 
-    def settings(self, **given: Any) -> Settings:
-        """The model's own settings but for what is given and not None; its eta and temperature are of its own sampler alone, its temperature of an
-        eta that is not given as 0.
-        """
-        known = [field.name for field in dataclasses.fields(Settings)]
-        for name in given:
-            if name not in known:
-                raise RequestError(f"setting {name!r} does not exist{did_you_mean(name, known)}")
-        own = self.defaults
-        if given.get("sampler") not in (None, own.sampler):
-            own = dataclasses.replace(own, eta=Settings.eta, temperature=Settings.temperature)
-        elif given.get("eta") == 0:
-            own = dataclasses.replace(own, temperature=Settings.temperature)
-        return dataclasses.replace(own, **{k: v for k, v in given.items() if v is not None})
+    # ------------------------------------------------------------------------------- requests
 
-    def __call__(self, prompts: str | Sequence[str] | None = None, **request: Any) -> np.ndarray:
-        """Pictures uint8 [n, H, W, 3]; see `stream` for the request."""
-        return np.concatenate([batch.images for batch in self.stream(prompts, **request)])
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        classes: int | str | Sequence[int | str] | None = None,
+        semantic_map: Any = None,
+        layout: Any = None,
+        embeddings: Any = None,
+        condition: Any = None,
+        negative: str | Sequence[str] | None = None,
+        image: Any = None,
+        mask: Any = None,
+        outpaint: Sequence[int] | None = None,
+        strength: float | None = None,
+        variation: float | Sequence[float] | None = None,
+        toward: tuple[Sequence[Any], Sequence[int], Sequence[float]] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        batch: int | None = None,
+        progress_every: int = 0,
+        steps: int | None = None,
+        guidance: float | Sequence[float] | None = None,
+        eta: float | None = None,
+        temperature: float | None = None,
+        sampler: str | None = None,
+        grid: str | Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
+        guidance_rescale: float | Sequence[float] | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        decode_batch: int | None = None,
+        tile: int | None = None,
+        cache_interval: int | None = None,
+        cache_depth: int | None = None,
+    ) -> np.ndarray:
+        """Samples pictures; the arguments are the fields of `Request`.
+
+        Returns:
+          uint8 [n, H, W, 3].
+
+        Raises:
+          RequestError: The model does not take the request.
+        """
+        given = {name: value for name, value in locals().items() if name != "self"}
+        return np.concatenate([batch.images for batch in self.stream(**given)])
 
     def stream(
         self,
         prompts: str | Sequence[str] | None = None,
         *,
+        classes: int | str | Sequence[int | str] | None = None,
+        semantic_map: Any = None,
+        layout: Any = None,
+        embeddings: Any = None,
+        condition: Any = None,
+        negative: str | Sequence[str] | None = None,
+        image: Any = None,
+        mask: Any = None,
+        outpaint: Sequence[int] | None = None,
+        strength: float | None = None,
+        variation: float | Sequence[float] | None = None,
+        toward: tuple[Sequence[Any], Sequence[int], Sequence[float]] | None = None,
         seeds: int | Sequence[int] | None = None,
         batch: int | None = None,
         progress_every: int = 0,
-        **request: Any,
+        steps: int | None = None,
+        guidance: float | Sequence[float] | None = None,
+        eta: float | None = None,
+        temperature: float | None = None,
+        sampler: str | None = None,
+        grid: str | Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
+        guidance_rescale: float | Sequence[float] | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        decode_batch: int | None = None,
+        tile: int | None = None,
+        cache_interval: int | None = None,
+        cache_depth: int | None = None,
     ) -> Iterator[Batch]:
-        """Checks the request at once, and returns an iterator over finished batches.
+        """Checks the request at once and returns an iterator over finished batches.
 
-        ``request`` are fields of `Given` and of `Settings`. One picture per (prompt or class or image, seed): equally many of both, or one of
-        either. ``seeds`` default to 0, 1, ...; ``batch`` pictures are made at a time (at most 8 by default). ``progress_every`` k > 0 also shows the
-        x0 predicted in every k-th call of the model.
+        The arguments are the fields of `Request`.
         """
-        fields = {field.name for field in dataclasses.fields(Given)}
-        known = [*sorted(fields), *(field.name for field in dataclasses.fields(Settings))]
-        for name in set(request) - set(known):
-            raise RequestError(f"setting {name!r} does not exist{did_you_mean(name, known)}")
-        given = Given(prompts, **{name: request.pop(name) for name in fields & set(request)})
-        given, chosen = checked(self.model, given), self.settings(**request)
-        if batch is not None and batch < 1:
-            raise RequestError(f"batch must be at least 1, not {batch}")
-        if progress_every < 0:
-            raise RequestError(f"progress_every must be at least 0, not {progress_every}")
-        size = self.check_size(chosen.size)
-        canvas, rows = arrays(
-            self.model, given, chosen, seeds, size if request.get("size") else None
-        )
-        plan, n, devices = self.plan(chosen, given), len(rows.seeds), self.mesh.devices.size
-        count = -(-(batch or min(n, 8)) // devices) * devices
-        calls = range(
-            0
-            if isinstance(SAMPLERS[chosen.sampler], DPMAdaptive)
-            else len(jax.tree.leaves(plan.nodes)[0])
-        )
-        shown = tuple(calls[progress_every - 1 :: progress_every]) if progress_every else ()
-        if progress_every and not shown:
-            raise RequestError(
-                f"progress_every {progress_every}: {chosen.sampler} shows no such step here"
-            )
-        made = [i for i, call in enumerate(shown) if plan.start is None or call >= plan.start]
-        form, (height, width) = self.form(chosen, canvas.size, count, shown), canvas.keep
+        given = {name: value for name, value in locals().items() if name != "self"}
+        return self.batches(Request(**given))
 
-        def batches() -> Iterator[Batch]:
+    def settings(self, **given: Any) -> Request:
+        """Returns a request with all settings: those given and not None, else the model's own."""
+        check_names(list(given), SETTINGS)
+        return self.complete(Request(**given))
+
+    def complete(self, request: Request) -> Request:
+        """Returns the request with the model's own settings where it has None.
+
+        The model's eta and temperature apply only to its default sampler; temperature falls back
+        to 1 where eta is 0.
+        """
+        own = self.defaults.settings()
+        plain = {name: OPTIONS[name].metadata["own"] for name in ("eta", "temperature")}
+        if request.sampler not in (None, own["sampler"]):
+            own |= plain
+        elif request.eta == 0:
+            own["temperature"] = plain["temperature"]
+        given = {name: v for name, v in request.settings().items() if v is not None}
+        return dataclasses.replace(request, **{**own, **given})
+
+    def batches(self, request: Request) -> Iterator[Batch]:
+        """Like `stream`, of a `Request`."""
+        request = check_request(self.model, request)
+        own = self.complete(request)
+        assert own.size is not None
+        self.check_size(own.size)
+        canvas, inputs = make_inputs(self.model, request, own)
+        steps, n, devices = self.steps(own), len(inputs.seeds), self.mesh.devices.size
+        count = -(-(request.batch or min(n, 8)) // devices) * devices
+        shown, made = self._shown(own, steps)
+        config, (height, width) = self.config(own, canvas.size, count, shown), canvas.keep
+
+        def run() -> Iterator[Batch]:
             for first in range(0, n, count):
                 # The last batch is filled up with its last picture: every batch has one shape.
                 places = np.minimum(np.arange(first, first + count), n - 1)
-                part = jax.tree.map(lambda a, places=places: a[places], rows)
-                images, progress = (
-                    None if a is None else np.asarray(a)[..., :height, :width, :]
-                    for a in self.run(chosen.sampler, form, plan, part)
-                )
-                assert images is not None
+                part = jax.tree.map(lambda a, places=places: a[places], inputs)
+                with reported_memory(f"{count} pictures of {height}x{width} at a time"):
+                    result = self.compute(own.sampler, config, steps, part)
+                    images = np.asarray(result.images)
+                    progress = None if result.progress is None else np.asarray(result.progress)
+                images = self._finite(images, result, own, config, part)
                 done = range(first, min(first + count, n))
-                yield Batch(
-                    done,
-                    images[: len(done)],
-                    None if progress is None else progress[: len(done)][:, np.array(made, int)],
-                )
+                if progress is not None:
+                    progress = progress[: len(done), np.array(made, int), :height, :width]
+                yield Batch(done, images[: len(done), :height, :width], progress)
 
-        return batches()
+        return run()
 
-    def plan(self, chosen: Settings, given: Given) -> Plan:
-        """The sampler's tables, or a RequestError."""
-        if chosen.sampler not in OFFERED:
+    def _shown(self, own: Request, steps: Steps) -> tuple[tuple[int, ...], list[int]]:
+        """Returns the calls whose predictions are computed, and which of them are returned."""
+        if not own.progress_every:
+            return (), []
+        adaptive = SAMPLERS[own.sampler].adaptive
+        calls = range(0 if adaptive else len(jax.tree.leaves(steps.nodes)[0]))
+        shown = tuple(calls[own.progress_every - 1 :: own.progress_every])
+        if not shown:
             raise RequestError(
-                f"sampler {chosen.sampler!r} does not exist{did_you_mean(chosen.sampler, OFFERED)}"
+                f"progress_every {own.progress_every}: {own.sampler} has no such step here"
             )
-        sampler, noise = SAMPLERS[chosen.sampler], noise_of(chosen)
-        adaptive = isinstance(sampler, DPMAdaptive)
-        if (
-            adaptive
-            and given.image is not None
-            and (given.mask is not None or given.outpaint is not None)
-        ):
+        start = 0 if steps.start is None else steps.start
+        return shown, [i for i, call in enumerate(shown) if call >= start]
+
+    def steps(self, own: Request) -> Steps:
+        """Returns the sampler's tables, or raises RequestError."""
+        if own.sampler not in OFFERED:
             raise RequestError(
-                f"{chosen.sampler} chooses its own steps and keeps no part of an image: take another sampler"
+                f"sampler {own.sampler!r} does not exist{did_you_mean(own.sampler, OFFERED)}"
+            )
+        sampler, noise = SAMPLERS[own.sampler], noise_options(own)
+        if sampler.adaptive and not own.mask is own.outpaint is None:
+            raise RequestError(
+                f"{own.sampler} chooses its own steps and keeps no part of an image: take another "
+                "sampler"
             )
         try:
-            timesteps = time_grid(chosen.grid, chosen.steps, self._schedule)
+            timesteps = time_grid(own.grid, own.steps, self._schedule)
             nodes = sampler.nodes(self._schedule, timesteps, **noise)
-            if given.variation is not None:
-                return Plan(
-                    nodes, inversion=SAMPLERS["ddim_inversion"].nodes(self._schedule, timesteps)
-                )
-            if given.strength is None:
-                return Plan(nodes)
-            # The last steps alone, padded to as many as all: every strength is one program, which skips what it does not make.
-            count = max(int(given.strength * len(timesteps)), 1)
+            if own.variation is not None:
+                inversion = SAMPLERS["ddim_inversion"].nodes(self._schedule, timesteps)
+                return Steps(nodes, inversion=inversion)
+            if own.strength is None:
+                return Steps(nodes)
+            # The last steps alone, padded to as many as all: every strength is one program, which
+            # skips the others.
+            count = max(int(own.strength * len(timesteps)), 1)
             part = sampler.nodes(self._schedule, timesteps[:count], **noise)
         except ValueError as error:
             raise RequestError(str(error)) from None
-        # DDIM's noise is the original's, of the step above the first that is made; others begin where their first call stands.
+        # DDIM's noise is the original's, of the step above the first that is run; others start at
+        # the timestep of their first call.
         last = np.asarray(self._schedule.timesteps - 1, timesteps.dtype)
         above = timesteps[count] if count < len(timesteps) else last
-        level = (above if chosen.sampler == "ddim" else timesteps[count - 1]).astype(
-            jax.dtypes.canonicalize_dtype(timesteps.dtype)
-        )
-        if adaptive:
-            return Plan(part, level=level)
-        return Plan(*padded(part, len(jax.tree.leaves(nodes)[0])), level)
+        level = above if own.sampler == "ddim" else timesteps[count - 1]
+        level = level.astype(jax.dtypes.canonicalize_dtype(timesteps.dtype))
+        if sampler.adaptive:
+            return Steps(part, level=level)
+        return Steps(*padded(part, len(jax.tree.leaves(nodes)[0])), level)
 
     def check_size(self, size: Sequence[int]) -> tuple[int, int]:
-        """(height, width) if the model can make it."""
+        """Returns (height, width) if the model can make it."""
         factor = self.model.first_stage.downsampling * 2 ** (len(self.model.unet.channel_mult) - 1)
         if len(size) != 2 or min(size) < factor or size[0] % factor or size[1] % factor:
             raise RequestError(
@@ -278,77 +292,79 @@ class Pipeline:
             )
         return size[0], size[1]
 
-    def form(
-        self, chosen: Settings, size: tuple[int, int], rows: int, progress: tuple[int, ...] = ()
-    ) -> Form:
-        """What is compiled in for batches of ``rows``, or a RequestError. Under jit, ``decode_batch`` is that of all devices together."""
-        tile, least = chosen.tile, 4 * self.model.first_stage.downsampling
-        if tile and (tile < least or tile % self.model.first_stage.downsampling):
-            raise RequestError(
-                f"tile must be 0 or a multiple of {least // 4} from {least} pixels on, not {tile}"
-            )
-        if chosen.decode_batch is not None and chosen.decode_batch < 0:
-            raise RequestError(f"decode_batch must be at least 0, not {chosen.decode_batch}")
-        devices, platform = self.mesh.devices.size, self.mesh.devices.flat[0].platform
-        part = decode_part(platform, size, rows // devices, chosen.decode_batch)
+    def config(
+        self, own: Request, size: tuple[int, int], rows: int, progress: tuple[int, ...] = ()
+    ) -> SamplingConfig:
+        """Returns what is compiled in for batches of ``rows``, or raises RequestError.
+
+        Under jit, ``decode_batch`` is that of all devices together.
+        """
+        assert own.tile is not None
+        tile, f = own.tile, self.model.first_stage.downsampling
+        if tile and (tile < 4 * f or tile % f):
+            raise RequestError(f"tile must be 0 or a multiple of {f} from {4 * f} on, not {tile}")
+        if own.decode_batch is not None and own.decode_batch < 0:
+            raise RequestError(f"decode_batch must be at least 0, not {own.decode_batch}")
+        devices, platform = self.mesh.devices.size, cores.platform_of(self.mesh)
+        part = decode_part(platform, size, rows // devices, own.decode_batch)
         part *= devices if self.parallel == "jit" else 1
-        interval, depth, deepest = (
-            chosen.cache_interval,
-            chosen.cache_depth,
-            len(layout(self.model.unet).input),
-        )
+        interval, depth = own.cache_interval, own.cache_depth
+        assert interval is not None
+        assert depth is not None
+        deepest = len(layout(self.model.unet).input)
         if interval < 1:
             raise RequestError(f"cache_interval must be at least 1, not {interval}")
         if not 1 <= depth <= deepest:
             raise RequestError(f"cache_depth must be from 1 to {deepest}, not {depth}")
-        if interval > 1 and isinstance(SAMPLERS[chosen.sampler], DPMAdaptive):
-            raise RequestError(f"{chosen.sampler} chooses its own steps: leave cache_interval at 1")
-        form = Form(size, progress, decode_batch=part, tile=tile)
-        return (
-            form
-            if interval == 1
-            else dataclasses.replace(form, cache_interval=interval, cache_depth=depth)
-        )
+        if interval > 1 and SAMPLERS[own.sampler].adaptive:
+            raise RequestError(f"{own.sampler} chooses its own steps: leave cache_interval at 1")
+        config = SamplingConfig(size, progress, decode_batch=part, tile=tile)
+        if interval == 1:
+            return config
+        return dataclasses.replace(config, cache_interval=interval, cache_depth=depth)
 
-    def run(self, sampler: str, form: Form, plan: Plan, rows: Rows) -> Made:
-        """A batch, made by `program`."""
-        program, model, _ = self.prepared(sampler, form, rows)
-        return program(model, plan, rows)
+    # ------------------------------------------------------------------------------- programs
 
-    def prepared(
-        self, sampler: str, form: Form, rows: Rows
-    ) -> tuple[Callable[..., Made], LatentDiffusion, int]:
-        """(program, the model where it runs, on how many cores) for a batch: a CPU's cores are as many as there are rows for that go through the
-        network, two for a guided picture.
+    def compute(
+        self, sampler: str | None, config: SamplingConfig, steps: Steps, inputs: Inputs
+    ) -> Pictures:
+        """Samples a batch by the compiled `program`."""
+        program, model, _ = self.prepare(sampler, config, inputs)
+        return program(model, steps, inputs)
+
+    def prepare(
+        self, sampler: str | None, config: SamplingConfig, inputs: Inputs
+    ) -> tuple[Callable[..., Pictures], LatentDiffusion, int]:
+        """Returns (the program of a batch, the model where it runs, the number of cores).
+
+        A CPU's cores are as many as there are rows for in the network, two for a guided picture.
         """
-        n = len(rows.seeds)
-        count = cores.fewest(n if rows.null is None else 2 * n, len(self.cores) or 1)
+        n = len(inputs.seeds)
+        count = cores.fewest(n if inputs.null is None else 2 * n, len(self.cores) or 1)
         if apart := count > 1 and n % count == 0:
-            each = math.gcd(-(-form.decode_batch // count), n // count)  # 0 is all
-            form = dataclasses.replace(form, decode_batch=each if form.decode_batch else 0)
-        return self.program(sampler, form, count, apart), self._on_cores(count), count
-
-    def _on_cores(self, count: int) -> LatentDiffusion:
-        """The model, where ``count`` cores of the CPU have it."""
-        if count == 1:
-            return self.model
-        if count not in self._shared:
-            self._shared[count] = cores.replicate(self.model, cores.mesh_of(self.cores[:count]))
-        return self._shared[count]
+            each = math.gcd(-(-config.decode_batch // count), n // count)  # 0 is all
+            config = dataclasses.replace(config, decode_batch=each if config.decode_batch else 0)
+        if count > 1 and count not in self._shared:
+            mesh = cores.mesh_of(self.cores[:count])
+            self._shared[count] = cores.replicate(self.model, mesh)
+        model = self.model if count == 1 else self._shared[count]
+        return self.program(sampler, config, count, apart), model, count
 
     def program(
-        self, sampler: str, form: Form, count: int = 1, apart: bool = False
-    ) -> Callable[..., Made]:
-        """The compiled function of a sampler and a form; jit compiles it once for each batch, number of steps and kind of task. On ``count`` cores of
-        the CPU each makes pictures of its own if ``apart``, else they go through every call of the network together.
+        self, sampler: str | None, config: SamplingConfig, count: int = 1, apart: bool = False
+    ) -> Callable[..., Pictures]:
+        """Returns the compiled function of a sampler and a config.
+
+        jit compiles it once for each batch, number of steps and kind of task. On ``count`` cores of
+        the CPU each makes pictures of its own if ``apart``, else they divide the rows of every call
+        of the network.
         """
-        key = sampler, form, count, apart
+        key = sampler, config, count, apart
         if key not in self._programs:
             mesh = self.mesh if count == 1 else cores.mesh_of(self.cores[:count])
             whole, rows = PartitionSpec(), PartitionSpec(cores.AXIS)
-            platform = mesh.devices.flat[0].platform
-            kernels = partial(for_platform, platform, differentiable=False)
-            step = partial(_generate, sampler=sampler, form=form)
+            kernels = partial(for_platform, cores.platform_of(mesh), differentiable=False)
+            step = partial(_generate, sampler=sampler, config=config)
             if apart or (count == 1 and self.parallel == "pmap"):
                 each = jax.shard_map(
                     partial(step, kernels=kernels()),
@@ -371,28 +387,253 @@ class Pipeline:
             self._programs[key] = program
         return self._programs[key]
 
+    # ------------------------------------------------------------------- numbers out of range
 
-def noise_of(chosen: Settings) -> dict[str, float]:
-    """What is said to the sampler of the noise it adds, or RequestError. An eta of 0 is not said: it is the sampler's own, 1 for ancestral ones."""
-    for name in ("eta", "temperature"):
-        if not np.isfinite(value := getattr(chosen, name)) or value < 0:
-            raise RequestError(f"{name} must be a number of at least 0, not {value}")
-    said = {"eta": chosen.eta} if chosen.eta else {}
-    if chosen.temperature == 1:
-        return said
-    options = SAMPLERS[chosen.sampler].options
-    if "temperature" not in options:
-        raise RequestError(
-            f"the {chosen.sampler} sampler has no temperature; take ddim with eta, or ddpm"
+    def _finite(
+        self,
+        images: np.ndarray,
+        result: Pictures,
+        own: Request,
+        config: SamplingConfig,
+        inputs: Inputs,
+    ) -> np.ndarray:
+        """Returns the pictures if they are of finite numbers; decodes again in float32 if not.
+
+        Raises:
+          RequestError: They are not finite in float32 either; the message names the cause.
+        """
+        if np.asarray(result.finite).all():
+            return images
+        latents = np.asarray(result.latents)
+        if np.isfinite(latents).all() and self.dtype != "float32":
+            LOG.warning("the first stage overflows in %s: it decodes in float32", self.dtype)
+            stage = self.model.first_stage
+            params = jax.tree.map(lambda a: a.astype(jnp.float32), stage.params)
+            stage = stage.replace(module=stage.module.clone(dtype=jnp.float32), params=params)
+            pixels, finite = jax.jit(partial(finish, config=config))(stage, latents, inputs)
+            if np.asarray(finite).all():
+                return np.asarray(pixels)
+        raise RequestError(self._cause(latents, own))
+
+    def _cause(self, latents: np.ndarray, own: Request) -> str:
+        """Returns why a result has NaN or infinite numbers, and what to change."""
+        model = self.model
+        params = {**model.params, "first_stage": model.first_stage.params}
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if not bool(jnp.isfinite(leaf).all()):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                return f"the model's weights hold NaN or infinite numbers: {name}; get a sound file"
+        if np.isfinite(latents).all():
+            return "the first stage gives NaN or infinite pixels for these latents"
+        last = float(jax.tree.leaves(self._schedule.alphas_cumprod)[0][-1])
+        if model.objective == "eps" and last < 1e-6:
+            return (
+                "the latents are NaN: the schedule has zero terminal SNR, from which an epsilon "
+                "model cannot start; the model's prediction type or rescale_betas_zero_snr is wrong"
+            )
+        hint = "--dtype float32 or bfloat16" if self.dtype == "float16" else "more --steps"
+        return (
+            f"the latents are NaN or infinite with sampler {own.sampler}, {own.steps} steps and "
+            f"guidance {own.guidance}: try {hint}, another --sampler or a lower --guidance"
         )
-    if "eta" in options and not chosen.eta:
-        raise RequestError(
-            "temperature is of the noise that ddim adds, which is none without eta: give eta too, up to 1"
+
+
+class reported_memory:
+    """Context in which running out of memory becomes a RequestError."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        text = str(error)
+        ours = isinstance(error, MemoryError) or (
+            isinstance(error, jax.errors.JaxRuntimeError)
+            and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory|bad_alloc", text)
         )
-    return said | {"temperature": chosen.temperature}
+        if not ours:
+            return
+        found = re.search(r"allocat\w* (\d+) bytes", text)
+        needed = f" (one array needs {int(found[1]) / 2**30:.1f} GiB)" if found else ""
+        raise RequestError(
+            f"out of memory: {self.what}{needed}; lower --batch or --size, or try --decode_batch=1 "
+            "and --tile"
+        ) from None
+
+
+def default_settings(model: LatentDiffusion) -> Request:
+    """Returns a model's own settings: those of its config's "sampling", else the general ones."""
+    own = dict(model.config.get("sampling", {}))
+    if not model.conditioner.guided:
+        own["guidance"] = 1.0
+    elif model.conditioner.default_guidance is not None:
+        own = {"guidance": model.conditioner.default_guidance, **own}
+    try:
+        check_names(list(own), SETTINGS)
+        return Request(**{name: OPTIONS[name].metadata["own"] for name in SETTINGS} | own)
+    except RequestError as error:
+        raise ConfigError(f"sampling: {error}") from None
+
+
+def noise_options(own: Request) -> dict[str, float]:
+    """Returns the sampler's options for the noise it adds, or raises RequestError.
+
+    An eta of 0 is left to the sampler: ancestral ones take 1.
+    """
+    options = {"eta": own.eta} if own.eta else {}
+    if own.temperature == 1:
+        return options
+    known = SAMPLERS[own.sampler].options
+    if "temperature" not in known:
+        raise RequestError(
+            f"the {own.sampler} sampler has no temperature; take ddim with eta, or ddpm"
+        )
+    if "eta" in known and not own.eta:
+        raise RequestError(
+            "temperature scales the noise that ddim adds, which is none without eta: give eta too"
+        )
+    return options | {"temperature": own.temperature}
 
 
 def _generate(
-    model: Any, plan: Plan, rows: Rows, *, sampler: str, form: Form, kernels: Kernels
-) -> Made:
-    return generate(model.with_kernels(kernels), SAMPLERS[sampler], plan, rows, form)
+    model: Any,
+    steps: Steps,
+    inputs: Inputs,
+    *,
+    sampler: str,
+    config: SamplingConfig,
+    kernels: Kernels,
+) -> Pictures:
+    return generate(model.with_kernels(kernels), SAMPLERS[sampler], steps, inputs, config)
+
+
+# ----------------------------------------------------------------------------------- loading
+
+
+def load(
+    name: str | Path = "emoji",
+    *,
+    config: str | Path | None = None,
+    ema: bool | None = None,
+    dtype: str | None = None,
+    parallel: Mode = "jit",
+    devices: int | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+) -> Pipeline:
+    """Loads a model.
+
+    Args:
+      name: A model directory, a shipped model, a checkpoint of the original, a folder of diffusers
+        (converted in memory), or "org/name" on the Hugging Face Hub.
+      config: A checkpoint's YAML; None infers it from names and shapes.
+      ema: Whether to take a checkpoint's averaged weights; None: where it has them.
+      dtype: The type that the model computes in: "float32" (the default on CPU), "bfloat16" (the
+        default elsewhere) or "float16".
+      parallel: How batches are spread over devices: "jit" or "pmap".
+      devices: The number of devices, the first ones; None for all.
+      vae: A model or checkpoint whose first stage takes the place of the model's.
+      text_encoder: A model or checkpoint whose text encoder takes the place of the model's.
+
+    Raises:
+      RequestError, CheckpointError: The model cannot be loaded.
+    """
+    dtype = check_dtype(dtype)
+    path, fields, params = read_parts(name, config, ema, vae, text_encoder)
+    if fields.get("kind") != "latent_diffusion":
+        raise RequestError(
+            f"{path} is a {fields.get('kind')}, which makes no pictures by itself: give a latent "
+            "diffusion model, or --reconstruct a folder of pictures"
+        )
+    try:
+        params = jax.tree.map(lambda a: jnp.asarray(a, DTYPES[dtype]), params)
+        params = {"conditioner": {}, **params}  # an empty tree leaves no trace on disk
+        first_stage = params.pop("first_stage", None)
+        params.pop("logvar", None)  # of the training loss alone
+        model = build(fields, params, first_stage, dtype)
+        check_params(model)
+        return Pipeline(model, dtype=dtype, name=str(name), parallel=parallel, devices=devices)
+    except ConfigError as error:
+        where = path if is_foreign(path) else path / "config.json"
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def read_parts(
+    name: str | Path,
+    config: str | Path | None = None,
+    ema: bool | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Returns (path, model config, parameters) of what `load` and `load_first_stage` take."""
+    path = find_model(fetched(name))
+    parts = {"vae": vae, "text_encoder": text_encoder}
+    parts = {part: source for part, source in parts.items() if source is not None}
+    try:
+        if is_foreign(path):
+            converted = read_model(path, config=config, ema=ema, **parts)
+            for line in converted.assumed:
+                LOG.info("%s: assumed %s", path.name, line)
+            if converted.lacks:
+                raise RequestError(
+                    f"{path}: {converted.lacks[0]}; give it by --vae or --text_encoder PATH"
+                )
+            return path, converted.config, converted.params
+        if config is not None or ema is not None:
+            raise RequestError(
+                f"{path} is a model directory with a config of its own: leave config and ema out"
+            )
+        fields, params = load_model(path)
+        if parts:
+            fields, params = replace_parts(fields, params, **parts)
+        return path, fields, params
+    except (ConversionError, ReaderError, TargetError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load_first_stage(name: str | Path, *, dtype: str | None = None) -> FirstStage:
+    """Returns the first stage of a model, or a first stage alone; see `load`."""
+    dtype = check_dtype(dtype)
+    path, fields, params = read_parts(name)
+    if "first_stage" not in params:
+        raise RequestError(f"{path} has no first stage")
+    try:
+        module = build_first_stage(fields, dtype)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    params = jax.tree.map(lambda a: jnp.asarray(a, DTYPES[dtype]), params["first_stage"])
+    stage = FirstStage(params, fields.get("scale_factor", 1.0), module)
+    mesh = cores.mesh_of(cores.all_devices()[:1])
+    return stage.with_kernels(for_platform(cores.platform_of(mesh), differentiable=False))
+
+
+def reconstruct(stage: FirstStage, picture: np.ndarray) -> np.ndarray:
+    """Returns what a first stage keeps of a picture, uint8 [h, w, 3].
+
+    Edges are padded to a multiple of the downsampling factor; the padding is cut off again.
+    """
+    h, w = picture.shape[:2]
+    padding = ((0, -h % stage.downsampling), (0, -w % stage.downsampling), (0, 0))
+    padded = np.pad(picture, padding, mode="edge")[None]
+    with reported_memory(f"a picture of {h}x{w}"):
+        pixels = np.asarray(_reconstruct(stage, padded), np.float32)
+    if not np.isfinite(pixels).all():
+        raise RequestError(
+            "the reconstruction is NaN or infinite: try --dtype=float32, or get a sound file"
+        )
+    return np.asarray(to_uint8(pixels[0, :h, :w]))
+
+
+@jax.jit
+def _reconstruct(stage: FirstStage, picture: jax.Array) -> jax.Array:
+    return stage.decode(stage.encode(to_float(picture)))
+
+
+def check_dtype(dtype: str | None) -> str:
+    """Returns the name of a type that models compute in; None is the platform's default."""
+    dtype = dtype or cores.default_dtype()
+    if dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype!r} does not exist{did_you_mean(dtype, DTYPES)}")
+    return dtype

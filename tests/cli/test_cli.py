@@ -82,21 +82,21 @@ def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
         sample("--prompt=red apple", "--num=1", "--steps=3"),
         sample("--prompt=red apple", "--steps=0"),
     )
-    assert good.lines[0].startswith("making 1 pictures, 3 steps of ddim")
+    assert good.lines[0].startswith("sampling 1 pictures, 3 steps of ddim")
     assert len(good.lines) == 2
     assert "00000-red-apple-0.png" in good.lines[1]
-    assert "making" not in bad.stderr
+    assert "sampling" not in bad.stderr
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--prompt=x", "--size=16x18"], "size 16x18: height and width must be multiples of 4"),
-        (["--prompt=x", "--size=16"], "--size '16': write HEIGHTxWIDTH, for example 64x96"),
+        (["--prompt=x", "--size=16"], "--size=16: write HEIGHTxWIDTH, for example 64x96"),
         (["--prompt=x", "--steps=0"], "steps must be from 1 to 100, not 0"),
         (["--prompt=x", "--steps=101"], "steps must be from 1 to 100, not 101"),
-        (["--prompt=x", "--steps=many"], "--steps=many: write whole numbers, apart by commas"),
-        (["--prompt=x", "--guidance=1,x"], "--guidance=1,x: write numbers, apart by commas"),
+        (["--prompt=x", "--steps=many"], "--steps=many: write whole numbers, separated by commas"),
+        (["--prompt=x", "--guidance=1,x"], "--guidance=1,x: write numbers, separated by commas"),
         (["--prompt=x", "--mask={tmp}/foreign.png"], "mask needs an image: give one"),
         (
             ["--prompt=x", "--image={tmp}/foreign.png", "--strength=1.5"],
@@ -109,11 +109,11 @@ def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
         (["--prompt=x", "--num=1", "--interpolate=3"], "interpolation needs at least two ends"),
         (
             ["--prompt=x", "--layout={tmp}/none.json"],
-            "none.json cannot be read: No such file or directory",
+            "conditioned on prompts, not layout",
         ),
         (
             ["--prompt=x", "--format=npz", "--gif"],
-            "--format makes pictures of prompts, of classes or of nothing",
+            "--format takes prompts, classes or no condition",
         ),
         (
             ["--prompt=x", "--format=npz", "--out={tmp}"],
@@ -132,18 +132,18 @@ def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
             ["--prompt=x", "--dtype=float23"],
             "dtype 'float23' does not exist; did you mean 'float32'?",
         ),
-        (["--prompt=x", "--seed=4294967295", "--num=2"], "seeds must be from 0 to 4294967295"),
+        (["--prompt=x", f"--seed={2**64 - 1}", "--num=2"], "seeds must be from 0 to 1844674407"),
         (["--prompt=x", "--promt=y"], "unknown flag --promt; did you mean --prompt?"),
         (["--prompt=x", "y"], "unexpected argument 'y'; every setting is a --flag"),
         (
             ["--prompt=x", "--model=nowhere"],
-            "model 'nowhere' is no folder, no file and none that ships with ldm_jax",
+            "model 'nowhere' is neither a path nor a model that ships with ldm_jax",
         ),
-        ([], "there is no prompt; give at least one"),
+        ([], "conditioned on prompts: give at least one"),
         (["--prompts_file={tmp}/none.txt"], "none.txt cannot be read: No such file or directory"),
         (["--prompts_file={tmp}/empty.txt"], "empty.txt has no prompt in it"),
         (["--replay={tmp}/empty.txt"], "empty.txt is no readable picture"),
-        (["--replay={tmp}/none.png"], "none.png is no readable picture"),
+        (["--replay={tmp}/none.png"], "none.png cannot be read: No such file or directory"),
         (["--replay={tmp}/foreign.png"], "foreign.png was not made by ldm_jax"),
         (["--replay={tmp}/grid.png"], "grid.png: its settings lack 'model'"),
         (["--prompt=x", "--out={tmp}/empty.txt/below"], "empty.txt is not a folder"),

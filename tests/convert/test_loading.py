@@ -20,8 +20,9 @@ from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import RequestError
 from ldm_jax.io.png import read_settings
 from ldm_jax.models.build import build
-from ldm_jax.sampling.pipeline import Given, Pipeline
-from ldm_jax.sampling.program import Form, Rows, generate
+from ldm_jax.sampling.inputs import Inputs
+from ldm_jax.sampling.pipeline import Pipeline
+from ldm_jax.sampling.program import SamplingConfig, generate
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +93,12 @@ def test_every_kind_of_condition_reaches_its_network(written, name, given):
     chosen, conditioner = pipe.settings(steps=2), pipe.model.conditioner
     encoded, null = conditioner.encode([given]), conditioner.encode_null(1)
     plan, rows = (
-        pipe.plan(chosen, Given()),
-        Rows(np.zeros(1, np.uint32), encoded, null, np.full(1, 2, np.float32)),
+        pipe.steps(chosen),
+        Inputs(np.zeros(1, np.uint32), encoded, null, np.full(1, 2, np.float32)),
     )
 
     def made(model, plan, rows):
-        return generate(model, SAMPLERS["ddim"], plan, rows, Form((16, 16))).images
+        return generate(model, SAMPLERS["ddim"], plan, rows, SamplingConfig((16, 16))).images
 
     picture = jax.eval_shape(made, pipe.model, plan, rows)  # traced, not compiled
     assert (picture.shape, picture.dtype) == ((1, 16, 16, 3), np.uint8)

@@ -16,7 +16,7 @@ from ldm_jax.errors import RequestError
 from ldm_jax.kernels import for_platform
 from ldm_jax.models.unet import layout
 from ldm_jax.plan.flops import count_flops
-from ldm_jax.sampling.program import Form
+from ldm_jax.sampling.program import SamplingConfig
 
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
@@ -141,8 +141,8 @@ def test_the_unet_with_its_own_deep_feature_is_the_unet(pipe):
 
 
 def test_decoding_settings_reach_the_program(pipe):
-    form = pipe.form(pipe.settings(decode_batch=2, tile=8), (16, 16), 4, (0, 1))
-    assert form == Form((16, 16), progress=(0, 1), decode_batch=2, tile=8)
+    form = pipe.config(pipe.settings(decode_batch=2, tile=8), (16, 16), 4, (0, 1))
+    assert form == SamplingConfig((16, 16), progress=(0, 1), decode_batch=2, tile=8)
 
 
 def test_outside_the_guidance_interval_half_the_rows_run():

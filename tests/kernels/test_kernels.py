@@ -12,7 +12,8 @@ from ldm_jax.kernels import PORTABLE, REFERENCE, for_platform
 from ldm_jax.kernels.vjp import own_gradient
 from ldm_jax.models.build import build, init_params
 from ldm_jax.models.unet import UNet
-from ldm_jax.sampling.program import Form, Plan, Rows, generate
+from ldm_jax.sampling.inputs import Inputs
+from ldm_jax.sampling.program import SamplingConfig, Steps, generate
 
 CONFIG = {
     "kind": "latent_diffusion",
@@ -124,12 +125,12 @@ def test_a_platform_s_forms_have_the_values_and_gradients_of_the_plain_ones(mode
 
 def test_sampling_is_traced_without_hand_written_gradients_and_training_with_them(model):
     sampler, seeds = SAMPLERS["ddim"], np.arange(1, dtype=np.uint32)
-    plan = Plan(sampler.nodes(model.schedule, time_grid("uniform", 2, model.schedule)))
-    rows = Rows(seeds, model.conditioner.encode_null(1))
+    plan = Steps(sampler.nodes(model.schedule, time_grid("uniform", 2, model.schedule)))
+    rows = Inputs(seeds, model.conditioner.encode_null(1))
 
     def images(model, rows):
         kernels = for_platform("cpu", differentiable=False)
-        return generate(model.with_kernels(kernels), sampler, plan, rows, Form((16, 16)))
+        return generate(model.with_kernels(kernels), sampler, plan, rows, SamplingConfig((16, 16)))
 
     assert by_hand(images, model, rows) == 0
     unet = model.unet.clone(kernels=for_platform("cpu"))

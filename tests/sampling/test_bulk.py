@@ -49,14 +49,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(pipe, whole, tmp_path
     request = {"form": form, "batch": 8, "seed": 3, "prompts": PROMPTS}
     for batches in (2, 4):
         with pytest.raises(Killed):
-            make_many(pipe, tmp_path / "out", 50, **request, said=killed_after(batches))
+            make_many(pipe, tmp_path / "out", 50, **request, report=killed_after(batches))
         partial = tmp_path / "out" / "pictures.partial"
         assert partial.stat().st_size == batches * 8 * 16 * 16 * 3
         with open(partial, "ab") as file:
             file.write(b"half a batch")
     made = []
     path = make_many(
-        pipe, tmp_path / "out", 50, **request, said=lambda done, new: made.append((done, new))
+        pipe, tmp_path / "out", 50, **request, report=lambda done, new: made.append((done, new))
     )
     assert made == [(32, 0), (40, 8), (48, 8), (50, 2)]
     assert digest(path) == digest(whole[form])

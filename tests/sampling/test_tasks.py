@@ -20,17 +20,10 @@ from ldm_jax.diffusion.schedule import q_sample
 from ldm_jax.errors import ConfigError, RequestError
 from ldm_jax.models.build import build_conditioner
 from ldm_jax.models.ldm import to_float, to_uint8
-from ldm_jax.sampling.program import (
-    Form,
-    decode,
-    decode_part,
-    decode_tiled,
-    slerp,
-    tile_ramp,
-    tile_starts,
-    whole_cells,
-)
-from ldm_jax.sampling.requests import Given, arrays, interpolation
+from ldm_jax.sampling.decoding import decode, decode_part, decode_tiled, tile_ramp, tile_starts
+from ldm_jax.sampling.inputs import make_inputs
+from ldm_jax.sampling.program import SamplingConfig, slerp, whole_cells
+from ldm_jax.sampling.request import Request, interpolation
 
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
@@ -96,7 +89,7 @@ def test_image_to_image_is_the_originals_and_strength_compiles_nothing(pipe, com
 )
 def test_the_noise_of_a_picture_is_that_of_its_first_step(pipe, sampler, strength, level):
     """The original's DDIM stands one step higher: grid 1, 26, 51, 76; strength 0.1 of 4 steps still makes one."""
-    plan = pipe.plan(pipe.settings(sampler=sampler), Given(image=PICTURE, strength=strength))
+    plan = pipe.steps(pipe.complete(Request(sampler=sampler, image=PICTURE, strength=strength)))
     assert plan.level == (51 if level == 50 else level)
     assert plan.nodes.t.shape == (4,)
     assert plan.start == 4 - max(int(4 * strength), 1)
@@ -161,8 +154,9 @@ def test_what_lies_between_two_requests_begins_and_ends_at_them(pipe, compilatio
 
 
 def test_frames_of_an_interpolation():
-    frames = interpolation([RED, BLUE, RED], [1, 2, 3], 2)
-    assert [(f["subject"], f["seed"], f["toward_seed"], f["mix"]) for f in frames] == [
+    subjects, seeds, (ends, other_seeds, mixes) = interpolation([RED, BLUE, RED], [1, 2, 3], 2)
+    assert ends == [BLUE, BLUE, RED, RED, RED]
+    assert list(zip(subjects, seeds, other_seeds, mixes, strict=True)) == [
         (RED, 1, 2, 0.0),
         (RED, 1, 2, 0.5),
         (BLUE, 2, 3, 0.0),
@@ -217,17 +211,18 @@ def test_progress_shows_what_the_steps_predict(pipe):
 def test_decoding_in_parts_changes_nothing_and_in_tiles_little(pipe):
     z = jnp.asarray(RNG.standard_normal((4, 16, 16, 4)), jnp.float32)
 
-    @partial(jax.jit, static_argnums=1)
-    def run(stage, form):
-        return decode(stage, z, form)
+    @partial(jax.jit, static_argnums=(1, 2))
+    def run(stage, batch, tile):
+        return decode(stage, z, batch, tile)
 
     whole, parts, tiled = (
-        np.asarray(run(pipe.model.first_stage, Form((32, 32), decode_batch=d, tile=tile)))
-        for d, tile in ((0, 32), (2, 0), (0, 16))
+        np.asarray(run(pipe.model.first_stage, d, tile)) for d, tile in ((0, 32), (2, 0), (0, 16))
     )
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
     assert 1e-4 < np.abs(tiled - whole).mean() / whole.std() < 0.5
-    assert pipe.form(pipe.settings(decode_batch=5), (32, 32), 8) == Form((32, 32), decode_batch=4)
+    assert pipe.config(pipe.settings(decode_batch=5), (32, 32), 8) == SamplingConfig(
+        (32, 32), decode_batch=4
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,14 +245,14 @@ def test_how_many_pictures_are_decoded_at_a_time(platform, size, local, wanted, 
 
 
 def test_decoding_one_by_one_needs_what_one_picture_does(pipe):
-    def temporary(n, form):
+    def temporary(n, batch):
         z = jax.ShapeDtypeStruct((n, 16, 16, 4), jnp.float32)
-        run = jax.jit(partial(decode, form=form))
+        run = jax.jit(partial(decode, batch=batch))
         return run.lower(pipe.model.first_stage, z).compile().memory_analysis().temp_size_in_bytes
 
-    one, pixels = temporary(1, Form((32, 32))), 4 * 3 * 32 * 32
-    assert temporary(8, Form((32, 32), decode_batch=1)) < one + 3 * 8 * pixels
-    assert temporary(8, Form((32, 32))) > 3 * one
+    one, pixels = temporary(1, 0), 4 * 3 * 32 * 32
+    assert temporary(8, 1) < one + 3 * 8 * pixels
+    assert temporary(8, 0) > 3 * one
 
 
 @pytest.mark.parametrize(("length", "tile"), [(16, 8), (17, 8), (8, 8), (23, 9)])
@@ -531,7 +526,8 @@ def test_a_model_of_ready_made_embeddings(tmp_path):
     assert off(images[0], images[1]) > 1
     assert pipe.defaults.guidance == 3.0  # away from as many zeros
     for given, m in ((vectors[0, 0], 1), (vectors[0, :2], 2)):
-        _, rows = arrays(pipe.model, Given(embeddings=given), pipe.defaults, 0, None)
+        request = Request(embeddings=given, seeds=0)
+        _, rows = make_inputs(pipe.model, request, pipe.complete(request))
         assert rows.encoded.shape == rows.null.shape == (1, m, 16)
         assert not rows.null.any()
 

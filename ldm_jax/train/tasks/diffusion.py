@@ -32,7 +32,8 @@ from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.build import build, build_first_stage, init_params
 from ldm_jax.models.ldm import LatentDiffusion, to_float, to_uint8
 from ldm_jax.models.vqgan import VQModelInterface
-from ldm_jax.sampling.program import Form, Made, Plan, Rows, generate
+from ldm_jax.sampling.inputs import Inputs
+from ldm_jax.sampling.program import Pictures, SamplingConfig, Steps, generate
 from ldm_jax.train.state import normal_rows, row_keys
 from ldm_jax.train.tasks.base import Batches, Cache, Task, check_choices, plain, preview_rows
 
@@ -340,12 +341,13 @@ class DiffusionTask(Task):
         noise = {name: sampling[name] for name in ("eta", "temperature") if name in sampling}
         nodes = SAMPLERS["ddim"].nodes(self.model.schedule, grid, **noise)
         guidance = np.full(n, sampling["guidance"], np.float32)
-        rows = Rows(np.arange(n, dtype=np.uint32), encoded, null, guidance, image=image, mask=mask)
+        seeds = np.arange(n, dtype=np.uint32)
+        inputs = Inputs(seeds, encoded, null, guidance, image=image, mask=mask)
         stage = frozen["first_stage"].with_kernels(self.model.unet.kernels)
         model = dataclasses.replace(self.model, params=params, first_stage=stage)
         shown = np.linspace(0, steps - 1, min(steps, columns)).round().astype(int).tolist()
-        form = Form(tuple(sampling["size"]), progress=tuple(shown), progress_rows=1)
-        made = sample_preview(model, nodes, rows, form)
+        config = SamplingConfig(tuple(sampling["size"]), progress=tuple(shown), progress_rows=1)
+        made = sample_preview(model, nodes, inputs, config)
         samples, kept = fetch(made.images), None
         if self.model.first_stage.module is not None:
             pixels = {name: raw[name] for name in ("image", "moments") if name in raw}
@@ -359,8 +361,9 @@ class DiffusionTask(Task):
             else preview_rows(drawn, samples, raw.get("image"), kept)
         )
         if isinstance(self.model.first_stage.module, VQModelInterface):
-            first = jax.tree.map(lambda a: a[:columns], rows)
-            quantized = sample_preview(model, nodes, first, Form(form.size, quantize=True))
+            first = jax.tree.map(lambda a: a[:columns], inputs)
+            config = SamplingConfig(config.size, quantize=True)
+            quantized = sample_preview(model, nodes, first, config)
             sheet.append(fetch(quantized.images))
         return png.sheet([*sheet, fetch(made.progress)[0]])
 
@@ -458,9 +461,9 @@ def scale_factor(first_stage: Any, batches: list[dict[str, np.ndarray]], seed: i
 
 
 @jax.jit(static_argnums=3)
-def sample_preview(model: Any, nodes: Any, rows: Rows, form: Form) -> Made:
+def sample_preview(model: Any, nodes: Any, inputs: Inputs, config: SamplingConfig) -> Pictures:
     """Samples with DDIM."""
-    return generate(model, SAMPLERS["ddim"], Plan(nodes), rows, form)
+    return generate(model, SAMPLERS["ddim"], Steps(nodes), inputs, config)
 
 
 @jax.jit

@@ -1,0 +1,218 @@
+"""Validates a sampling request against the model and converts it to arrays."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ldm_jax.conditioning.base import as_list
+from ldm_jax.conditioning.pictures import Canvas, Geometry
+from ldm_jax.errors import RequestError
+from ldm_jax.models.ldm import LatentDiffusion
+from ldm_jax.sampling.request import MOST_SEED, STRENGTH, Request
+
+Array = Any  # jax.Array or np.ndarray
+
+
+class Toward(NamedTuple):
+    """The other ends of an interpolation.
+
+    Attributes:
+      seeds: As in `Inputs`.
+      encoded: As in `Inputs`.
+      mix: Position between the ends [b], in [0, 1].
+    """
+
+    seeds: Array
+    encoded: Any
+    mix: Array
+
+
+class Inputs(NamedTuple):
+    """The arrays of a request, one row for each picture: every leaf is [b, ...].
+
+    Every field is traced, so changing a value does not recompile; a field that is None is compiled
+    out.
+
+    Attributes:
+      seeds: uint32 [b], or [b, 2] (high and low words) where one has more than 32 bits.
+      encoded: Conditions as `Conditioner.encode` returns them.
+      null: The conditions to be guided away from.
+      guidance: Guidance scales [b].
+      interval: First and last timestep that is guided [b, 2].
+      rescale: Rescaling of guided outputs [b].
+      image: The picture to start from, uint8 [b, H, W, 3].
+      mask: uint8 [b, H, W, 1], 1 where ``image`` is painted.
+      variation: Distance from ``image`` [b], in [0, 1].
+      toward: The other ends of an interpolation.
+    """
+
+    seeds: Array
+    encoded: Any
+    null: Any = None
+    guidance: Array | None = None
+    interval: Array | None = None
+    rescale: Array | None = None
+    image: Array | None = None
+    mask: Array | None = None
+    variation: Array | None = None
+    toward: Toward | None = None
+
+
+def check_request(model: LatentDiffusion, request: Request) -> Request:
+    """Returns the request, with a strength where an image is given without another use for it.
+
+    Raises:
+      RequestError: The model does not take the request, or lacks something.
+    """
+    check_model(model)
+    conditioner = model.conditioner
+    conditioner.check_request(request)
+    if request.negative is not None and not conditioner.negative:
+        raise RequestError("negative prompts need a model of text")
+    if request.toward is not None and not conditioner.interpolates:
+        raise RequestError(
+            "interpolation needs a model of text, of classes, or without a condition"
+        )
+    for name in ("mask", "outpaint", "strength", "variation"):
+        if getattr(request, name) is not None and request.image is None:
+            raise RequestError(f"{name} needs an image: give one")
+    started = [name for name in ("strength", "variation") if getattr(request, name) is not None]
+    if started and not conditioner.edits:
+        raise RequestError(f"{started[0]}: this model does not start from an image's latents")
+    plain = request.mask is request.outpaint is None and not started
+    if request.image is not None and conditioner.edits and plain:
+        return dataclasses.replace(request, strength=STRENGTH)
+    return request
+
+
+def check_model(model: LatentDiffusion) -> None:
+    """Raises RequestError for a UNet that needs more conditions than the conditioner gives."""
+    conditioner, stage = model.conditioner, model.first_stage
+    if extra := model.unet.in_channels - stage.channels - conditioner.concat_channels:
+        raise RequestError(
+            f"this model concatenates {extra} channels to its latents that its conditioner does "
+            "not make: not supported"
+        )
+    way = model.config.get("original", {}).get("conditioning_key")
+    if conditioner.field is None and way == "crossattn":
+        raise RequestError(
+            "this model has no text encoder or other network for its condition: give one by "
+            "--text_encoder (text_encoder=)"
+        )
+    if model.unet.num_classes is not None and not conditioner.gives_vector:
+        raise RequestError(
+            "this model's UNet takes class numbers, which its conditioner does not give: not "
+            "supported"
+        )
+
+
+def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple[Canvas, Inputs]:
+    """Returns the canvas and the host arrays of n pictures.
+
+    Args:
+      model: The model.
+      request: The request, checked; its ``size`` is None where none was requested.
+      own: The request with all settings filled in.
+    """
+    conditioner, field = model.conditioner, model.conditioner.field
+    assert own.size is not None
+    geometry = Geometry(
+        size=None if request.size is None else (request.size[0], request.size[1]),
+        own=(own.size[0], own.size[1]),
+        factor=model.first_stage.downsampling,
+        multiple=2 ** (len(model.unet.channel_mult) - 1),
+        names=model.config.get("classes"),
+    )
+    canvas = conditioner.canvas(request, geometry)
+    value = None if field is None else getattr(request, field)
+    subjects = conditioner.parse(value, canvas, geometry)
+    pictures = max((len(a) for a in (canvas.image, canvas.mask) if a is not None), default=1)
+    what = field or "pictures"
+    _, seeds = pair(subjects * pictures if len(subjects) == 1 else subjects, request.seeds, what)
+    n = len(seeds)
+
+    def spread(part: Any) -> Any:
+        if len(part) not in (1, n):
+            raise RequestError(
+                f"{len(part)} images or masks for {n} pictures: give one, or one for each"
+            )
+        return np.broadcast_to(part, (n, *part.shape[1:]))  # not a copy
+
+    inputs = Inputs(seed_words(seeds), jax.tree.map(spread, conditioner.encode(subjects)))
+    inputs = inputs._replace(
+        image=None if canvas.image is None else spread(canvas.image),
+        mask=None if canvas.mask is None else spread(canvas.mask),
+        variation=None if own.variation is None else numbers(own.variation, n, "variations"),
+    )
+    if request.toward is not None:
+        others, to, mix = request.toward
+        if not n == len(to) == len(mix) or (field and len(others) != n):
+            raise RequestError(
+                f"toward needs as many ends, seeds and mixes as there are pictures, {n}"
+            )
+        others = conditioner.parse(list(others), canvas, geometry) if field else [None] * n
+        words = seed_words(pair(others, list(to), what)[1])
+        encoded = conditioner.encode(others)
+        inputs = inputs._replace(toward=Toward(words, encoded, numbers(mix, n, "mixes")))
+
+    scales = numbers(own.guidance, n, "guidance scales")
+    rescale = numbers(own.guidance_rescale, n, "rescales")
+    if not conditioner.guided:
+        if (scales != 1).any():
+            raise RequestError(
+                "this model has no null condition to be guided away from: leave guidance at 1"
+            )
+        return canvas, inputs
+    if negative := as_list(request.negative):
+        if len(negative) not in (1, n):
+            raise RequestError(
+                f"{len(negative)} negative prompts for {n} pictures: give one, or one for each"
+            )
+        null = conditioner.encode(negative * (n // len(negative)))
+    else:
+        null = jax.tree.map(spread, conditioner.null_row(inputs.encoded))
+    interval = own.guidance_interval
+    return canvas, inputs._replace(
+        null=null,
+        guidance=scales,
+        interval=None if interval is None else spread(np.asarray([interval], np.float32)),
+        rescale=rescale if rescale.any() else None,
+    )
+
+
+def pair(
+    subjects: list[Any], seeds: int | Sequence[int] | None, what: str = "prompts"
+) -> tuple[list[Any], list[int]]:
+    """Returns equally many subjects and seeds; raises RequestError where they do not pair up."""
+    if isinstance(seeds, int | np.integer):
+        seeds = [int(seeds)]
+    seeds = list(range(len(subjects))) if seeds is None else [int(seed) for seed in seeds]
+    if any(not 0 <= seed <= MOST_SEED for seed in seeds):
+        raise RequestError(f"seeds must be from 0 to {MOST_SEED}")
+    n = max(len(subjects), len(seeds))
+    if len(subjects) not in (1, n) or len(seeds) not in (1, n):
+        raise RequestError(
+            f"{len(subjects)} {what} and {len(seeds)} seeds do not pair up: give equally many, or "
+            "one of either"
+        )
+    return subjects * (n // len(subjects)), seeds * (n // len(seeds))
+
+
+def seed_words(seeds: Sequence[int]) -> np.ndarray:
+    """Returns seeds as uint32 [n], or [n, 2], high and low words, where one has more bits."""
+    if max(seeds, default=0) < 2**32:
+        return np.asarray(seeds, np.uint32)
+    return np.asarray([divmod(seed, 2**32) for seed in seeds], np.uint32)
+
+
+def numbers(value: Any, n: int, what: str) -> np.ndarray:
+    """Returns float32 [n] of one finite number, or of one for each picture."""
+    array = np.asarray(value, np.float32)
+    if array.shape not in ((), (n,)):
+        raise RequestError(f"{array.size} {what} for {n} pictures: give one, or one for each")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{what} must be finite numbers")
+    return np.broadcast_to(array, n)
