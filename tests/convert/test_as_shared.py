@@ -160,7 +160,13 @@ def test_missing_parts_are_named_and_taken_from_elsewhere(written, inpainting, t
         ({"controlnet_cond_embedding.conv_in.weight": (4, 3, 3, 3)}, "a ControlNet"),
         ({"conv_first.weight": (4, 3, 3, 3), "body.0.rdb1.conv1.weight": (4, 4)}, "ESRGAN"),
         ({"model.diffusion_model.double_blocks.0.x": (4,)}, "FLUX"),
-        ({"encoder.down_blocks.0.resnets.0.norm1.weight": (4,)}, "a diffusers folder"),
+        (
+            {
+                "encoder.conv_in.weight": (4, 3, 3, 3),
+                "encoder.down_blocks.0.resnets.0.norm1.weight": (4,),
+            },
+            "a diffusers folder",
+        ),
         ({"down_blocks.0.resnets.0.norm1.weight": (4,)}, "a diffusers folder"),
     ],
 )

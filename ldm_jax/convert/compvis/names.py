@@ -136,7 +136,7 @@ def harmless(names: Iterable[str], *, allow_unexpected: bool = False) -> dict[st
 def check_is_model(tensors: Mapping[str, Any], where: str) -> None:
     """Raises TargetError for a LoRA, an embedding, a ControlNet or other files."""
     sdxl = any(name.startswith(EMBEDDERS) for name in tensors)
-    models = (f"{UNET}input_blocks.", "encoder.conv_in.")
+    models = (f"{UNET}input_blocks.", "encoder.mid.", "encoder.down.")
     if not sdxl and any(name.startswith(models) for name in tensors):
         return
     for pattern, meaning in _OTHERS:

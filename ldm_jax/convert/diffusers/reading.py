@@ -178,7 +178,11 @@ class _Reading:
             sides, factor = latent_size(path), 2 ** (len(config["first_stage"]["ch_mult"]) - 1)
         kind, channels = config["conditioner"]["kind"], config["first_stage"]["embed_dim"]
         if kind in TOKENIZERS:
-            config["conditioner"] |= read_tokenizer(path / "tokenizer", kind, config["conditioner"])
+            fields = read_tokenizer(path / "tokenizer", kind, config["conditioner"])
+            config["conditioner"] |= fields
+            for field, value in fields.items():
+                shown = ", ".join(value) if isinstance(value, list) else value
+                self.assumed.append(f"{field.replace('_', ' ')} {shown}: of the tokenizer folder")
         extra = config["unet"]["in_channels"] - channels
         if name == "LDMSuperResolutionPipeline":
             config["scale_factor"] = 1.0  # that pipeline does not scale
