@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from ldm_jax.cli import run as cli
+from ldm_jax.cli.config import define_config_flag, with_config_path
 
 
 def define_flags() -> None:
     """Defines the command's flags."""
-    config_flags.DEFINE_config_file(
-        "config", None, "The config file, also without --config=.", lock_config=True
-    )
+    define_config_flag()
     flags.DEFINE_string(
         "topology",
         "cpu",
@@ -99,10 +97,7 @@ def _config_name() -> str:
 
 def main() -> None:
     """Runs ``ldm-plan``."""
-    name, *rest = sys.argv
-    if rest and not rest[0].startswith("-"):
-        rest[0] = f"--config={rest[0]}"
-    sys.argv = [name, *rest]
+    sys.argv = with_config_path(sys.argv, positional=1)
     define_flags()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     cli.run(plan_from_flags)
