@@ -106,7 +106,7 @@ def main() -> None:
     set_up(args)
     pipe, kind, results = pipeline(args.case, args.dtype), getattr(torch, args.dtype), []
     twin = Twin(pipe, kind, args.compile)
-    guidance: Any = pipe.defaults["guidance"]
+    guidance: Any = pipe.defaults.guidance
     for batch in args.batch:
         rng, seeds = np.random.default_rng(0), list(range(batch))
         if args.case == "emoji":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ldm_jax.convert.conversion import convert
     from ldm_jax.diffusion.samplers import SAMPLERS
     from ldm_jax.errors import LdmJaxError
+    from ldm_jax.eval.evaluation import evaluate
     from ldm_jax.kernels.cores import use_cores
     from ldm_jax.sampling.pipeline import Pipeline, load
     from ldm_jax.sampling.request import Request
@@ -24,6 +25,7 @@ _WHERE = {
     "Request": "ldm_jax.sampling.request",
     "SAMPLERS": "ldm_jax.diffusion.samplers",
     "LdmJaxError": "ldm_jax.errors",
+    "evaluate": "ldm_jax.eval.evaluation",
     "load": "ldm_jax.sampling.pipeline",
     "use_cores": "ldm_jax.kernels.cores",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "Request",
     "__version__",
     "convert",
+    "evaluate",
     "load",
     "train",
     "use_cores",

@@ -12,6 +12,7 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
+from ldm_jax.cli.config import config_names
 from ldm_jax.errors import LdmJaxError, did_you_mean
 
 # Errors of the machine, not of the program: no space, no permission, no such file ...
@@ -32,9 +33,14 @@ def run(main: Callable[[Any], None]) -> None:
     def parse(argv: list[str]) -> list[str]:
         config = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
         if config is not None and not (file := Path(re.sub(r"\.py:.*", ".py", config))).is_file():
-            sys.exit(fail(f"--config {file} does not exist"))
+            known = did_you_mean(file.stem, config_names())
+            near = known if known.startswith(";") else ""
+            sys.exit(fail(f"--config {file} does not exist{near}"))
         try:
-            return app.parse_flags_with_usage(argv) if "--help" in argv else flags.FLAGS(argv)
+            if "--help" not in argv:
+                return flags.FLAGS(argv)
+            _show_flags_of(main)
+            return app.parse_flags_with_usage(argv)
         except Exception as error:  # absl's own, and what a config file raises while it is read
             sys.exit(fail(_flag_mistake(error, argv)))
 
@@ -46,6 +52,18 @@ def run(main: Callable[[Any], None]) -> None:
             sys.exit(status)
 
     app.run(body, flags_parser=parse)
+
+
+def _show_flags_of(main: Callable[[Any], None]) -> None:
+    """Lets ``--help`` show the command's own description and flags.
+
+    absl shows those of the script that was started, which only imports the command.
+    """
+    sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("ldm_jax."):
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def one_line(name: str, main: Callable[[], None]) -> int:

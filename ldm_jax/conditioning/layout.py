@@ -113,7 +113,7 @@ class Layout(BertText):
         if empty:
             yield f"{len(empty)} of {len(rows.rows)} pictures have no box ({some(empty)})"
 
-    def encode(self, values: Sequence[Sequence[int]]) -> np.ndarray:
+    def encode(self, values: Sequence[Any]) -> np.ndarray:
         """Returns tokens int32 [b, max_length] of rows of ``max_length`` tokens each."""
         tokens = np.asarray(values, np.int32)
         if tokens.ndim != 2 or tokens.shape[1] != self.max_length:
@@ -126,8 +126,9 @@ class Layout(BertText):
         """Returns zeros."""
         return np.zeros((n, self.max_length), np.int32)
 
-    def tokenizer_json(self) -> None:
+    def tokenizer_json(self) -> str | None:
         """Returns None: tokens are not made of text."""
+        return None
 
     def encode_rows(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Encodes the tokens of a batch."""

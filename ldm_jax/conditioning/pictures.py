@@ -104,8 +104,7 @@ def read_mask(value: Any) -> np.ndarray:
     def convert(mask: Any) -> np.ndarray:
         if isinstance(mask, np.ndarray) and mask.ndim == 3 and mask.shape[2] in (2, 4):
             mask = Image.fromarray(mask)
-        clear = isinstance(mask, Image.Image) and mask.has_transparency_data
-        if not clear:
+        if not (isinstance(mask, Image.Image) and mask.has_transparency_data):
             return np.asarray(Image.fromarray(read_picture(mask, "mask")).convert("L"))
         pixels = np.asarray(mask.convert("RGBA"))
         tone, alpha = np.asarray(mask.convert("RGBA").convert("RGB").convert("L")), pixels[..., 3]

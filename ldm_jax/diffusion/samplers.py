@@ -185,6 +185,7 @@ def sample(
                 jax.random.fold_in(jax.random.fold_in(key, 1), index), purpose
             )
 
+        assert keys is not None
         return jax.vmap(one)(keys)
 
     def draw(index: jax.Array, purpose: int, count: int, kind: Any = jax.random.normal) -> Any:

@@ -633,7 +633,7 @@ def _recorded_sampling(subject: Any) -> dict[str, Any] | None:
 def _load_pipeline(subject: Any, dtype: str | None) -> Any:
     if not isinstance(subject, str | Path):
         return subject
-    return load_pipeline(str(subject), **({} if dtype is None else {"dtype": dtype}))
+    return load_pipeline(str(subject), dtype=dtype)
 
 
 def load_first_stage(subject: Any) -> Any:

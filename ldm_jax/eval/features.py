@@ -169,9 +169,10 @@ def inception(
     variables, digest = _load(path, net, 299, inception_table)
     mean, std = _RANGES.get(resizer, (128.0, 128.0))
     layers = tuple({layer: None, "2048": None, "spatial": None, "logits_unbiased": None})
+    apply: Any = net.apply
     return Extractor(
-        "InceptionV3", net.apply, variables, digest, 299, resizer, mean, std, layer, layers
-    )  # pyright: ignore[reportArgumentType]
+        "InceptionV3", apply, variables, digest, 299, resizer, mean, std, layer, layers
+    )
 
 
 def efficientnet(

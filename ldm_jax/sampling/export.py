@@ -95,6 +95,7 @@ def program_of(pipe: Pipeline, own: Request) -> tuple[Callable[..., jax.Array], 
     [b, H, W, 3].
     """
     assert own.size is not None
+    assert own.sampler is not None
     model, size, steps = pipe.model, pipe.check_size(own.size), pipe.steps(own)
     arguments, config = arguments_of(pipe), pipe.config(own, size, 1)
     names, tree = list(named(pipe)), jax.tree.structure(parameters(pipe))

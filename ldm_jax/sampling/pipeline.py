@@ -235,6 +235,7 @@ class Pipeline:
 
     def _shown(self, own: Request, steps: Steps) -> tuple[tuple[int, ...], list[int]]:
         """Returns the calls whose predictions are computed, and which of them are returned."""
+        assert own.sampler is not None
         if not own.progress_every:
             return (), []
         adaptive = SAMPLERS[own.sampler].adaptive
@@ -253,6 +254,9 @@ class Pipeline:
             raise RequestError(
                 f"sampler {own.sampler!r} does not exist{did_you_mean(own.sampler, OFFERED)}"
             )
+        assert own.sampler is not None
+        assert own.grid is not None
+        assert own.steps is not None
         sampler, noise = SAMPLERS[own.sampler], noise_options(own)
         if sampler.adaptive and not own.mask is own.outpaint is None:
             raise RequestError(
@@ -300,6 +304,7 @@ class Pipeline:
         Under jit, ``decode_batch`` is that of all devices together.
         """
         assert own.tile is not None
+        assert own.sampler is not None
         tile, f = own.tile, self.model.first_stage.downsampling
         if tile and (tile < 4 * f or tile % f):
             raise RequestError(f"tile must be 0 or a multiple of {f} from {4 * f} on, not {tile}")
@@ -326,14 +331,14 @@ class Pipeline:
     # ------------------------------------------------------------------------------- programs
 
     def compute(
-        self, sampler: str | None, config: SamplingConfig, steps: Steps, inputs: Inputs
+        self, sampler: str, config: SamplingConfig, steps: Steps, inputs: Inputs
     ) -> Pictures:
         """Samples a batch by the compiled `program`."""
         program, model, _ = self.prepare(sampler, config, inputs)
         return program(model, steps, inputs)
 
     def prepare(
-        self, sampler: str | None, config: SamplingConfig, inputs: Inputs
+        self, sampler: str, config: SamplingConfig, inputs: Inputs
     ) -> tuple[Callable[..., Pictures], LatentDiffusion, int]:
         """Returns (the program of a batch, the model where it runs, the number of cores).
 
@@ -351,7 +356,7 @@ class Pipeline:
         return self.program(sampler, config, count, apart), model, count
 
     def program(
-        self, sampler: str | None, config: SamplingConfig, count: int = 1, apart: bool = False
+        self, sampler: str, config: SamplingConfig, count: int = 1, apart: bool = False
     ) -> Callable[..., Pictures]:
         """Returns the compiled function of a sampler and a config.
 
@@ -482,7 +487,9 @@ def noise_options(own: Request) -> dict[str, float]:
 
     An eta of 0 is left to the sampler: ancestral ones take 1.
     """
-    options = {"eta": own.eta} if own.eta else {}
+    assert own.sampler is not None
+    assert own.temperature is not None
+    options: dict[str, float] = {"eta": own.eta} if own.eta else {}
     if own.temperature == 1:
         return options
     known = SAMPLERS[own.sampler].options
@@ -569,11 +576,9 @@ def read_parts(
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Returns (path, model config, parameters) of what `load` and `load_first_stage` take."""
     path = find_model(fetched(name))
-    parts = {"vae": vae, "text_encoder": text_encoder}
-    parts = {part: source for part, source in parts.items() if source is not None}
     try:
         if is_foreign(path):
-            converted = read_model(path, config=config, ema=ema, **parts)
+            converted = read_model(path, config=config, ema=ema, vae=vae, text_encoder=text_encoder)
             for line in converted.assumed:
                 LOG.info("%s: assumed %s", path.name, line)
             if converted.lacks:
@@ -586,8 +591,8 @@ def read_parts(
                 f"{path} is a model directory with a config of its own: leave config and ema out"
             )
         fields, params = load_model(path)
-        if parts:
-            fields, params = replace_parts(fields, params, **parts)
+        if vae is not None or text_encoder is not None:
+            fields, params = replace_parts(fields, params, vae=vae, text_encoder=text_encoder)
         return path, fields, params
     except (ConversionError, ReaderError, TargetError) as error:
         raise CheckpointError(str(error)) from error
@@ -623,7 +628,7 @@ def reconstruct(stage: FirstStage, picture: np.ndarray) -> np.ndarray:
         raise RequestError(
             "the reconstruction is NaN or infinite: try --dtype=float32, or get a sound file"
         )
-    return np.asarray(to_uint8(pixels[0, :h, :w]))
+    return np.asarray(to_uint8(jnp.asarray(pixels[0, :h, :w])))
 
 
 @jax.jit

@@ -4,13 +4,13 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.conditioning import make_conditioner
-from ldm_jax.conditioning.base import Rows, some
+from ldm_jax.conditioning.base import RowCondition, Rows, some
 from ldm_jax.conditioning.config import complete_model, frozen_conditioner
 from ldm_jax.data import Captions, Loader
 from ldm_jax.data.loader import UNREADABLE, fit_row, read_row
@@ -66,7 +66,7 @@ def check(config: Any, out: str | Path, *, sample: int = 2000) -> list[str]:
 
 def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
     """Finds problems of captions and conditions; a class of fewer than ``few`` pictures is one."""
-    source, condition = loader.source, loader.condition
+    source, condition = loader.source, cast(RowCondition | None, loader.condition)
     model = plain(config.model)
     fields, _ = frozen_conditioner(model.get("conditioner", {"kind": "none"}))
     model = complete_model({**model, "conditioner": fields}, condition, 0.0)

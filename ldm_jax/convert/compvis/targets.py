@@ -333,7 +333,7 @@ def open_clip_from_params(params: Mapping[str, Any]) -> CLIPText:
 
     Other sizes than ViT-H/14's are given by the fields of `CLIPText`.
     """
-    fields = VIT_H | pick_params(
+    fields: dict[str, Any] = VIT_H | pick_params(
         "FrozenOpenCLIPEmbedder",
         params,
         same=_TOWER,

@@ -76,8 +76,8 @@ def read_lora(
     found = []
     for base, arrays in layers.items():
         network, rest = _network(base)
-        entry = targets.get(network, {}).get(rest)
-        if network is None or entry is None:
+        entry = None if network is None else targets.get(network, {}).get(rest)
+        if entry is None:
             unknown += [f"{base}.{role}" for role in arrays]
             continue
         path, row = entry
