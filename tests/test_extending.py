@@ -88,7 +88,7 @@ def test_the_source_is_read_and_selected(block):
     assert batch["caption"] == ["b", "d"]
     assert batch["image"].shape == (2, 8, 8, 3)
     np.testing.assert_array_equal(names["source"][1]["image"], pictures[3])
-    with pytest.raises(DataError, match="give an .npz with image and caption"):
+    with pytest.raises(DataError, match=r"give an \.npz with image and caption"):
         SOURCES["arrays"]("pictures.npz", captions="caption")
 
 
