@@ -1,4 +1,4 @@
-"""Eight simulated devices on a CPU, programs compiled once per session, and a tiny model that answers to all of its inputs."""
+"""Eight simulated CPU devices, programs compiled once per session, and a tiny model."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-os.environ["FLAX_PROFILE"] = (
-    "false"  # names of scopes, which nobody reads here: a tenth of all tracing
-)
+# Scope names are not read here and slow down tracing.
+os.environ["FLAX_PROFILE"] = "false"
 
 import jaxlib
 
-if jaxlib.__version__.startswith(
-    "0.10."
-):  # a quarter less compiling; XLA ends the process where it does not know a flag
+# This flag shortens compilation; XLA aborts the process on flags it does not know.
+if jaxlib.__version__.startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
     )
@@ -59,7 +57,8 @@ KL = {
     "out_ch": 3,
 }
 
-# GroupNorm(32) of 32 channels is instance norm, in which an added time embedding cancels: the level of 64 channels sees the time.
+# GroupNorm(32) of 32 channels is instance norm and cancels an added time embedding; the level of 64
+# channels depends on the time.
 TINY = {
     "kind": "latent_diffusion",
     "objective": "eps",
@@ -93,7 +92,8 @@ TINY = {
     "sampling": {"size": [16, 16], "steps": 4, "guidance": 3.0},
 }
 
-# Still smaller, to train: compiling a step takes longer than all its running. Letters and digits have the first 1100 token ids.
+# A smaller model for training tests, whose time is mostly compilation. Letters and digits have the
+# first 1,100 token ids.
 SMALL_KL = {**KL, "ch_mult": [1]}
 SMALL = {
     **TINY,
@@ -105,31 +105,28 @@ SMALL = {
 
 
 def pytest_configure() -> None:
-    # Tracing makes very many objects and little rubbish: looking for it all the time takes a tenth of the time.
+    # Tracing allocates many objects and little garbage: collect it less often.
     gc.set_threshold(100_000, 20, 10)
-    jax.config.update(
-        "jax_traceback_in_locations_limit", 0
-    )  # nor are the lines of the code written into every program
+    # Programs carry no source lines.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     jax.config.update("jax_num_cpu_devices", 8)
-    # Nearly all the time goes into compiling programs that run for an instant; unoptimised ones are no less exact.
+    # Compilation dominates the run time of tiny programs; optimisation does not change exactness.
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if (
-        "JAX_COMPILATION_CACHE_DIR" not in os.environ
-    ):  # many tests, and their child processes, build the same programs
+    # Many tests and their child processes compile the same programs.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = tempfile.mkdtemp(prefix="ldm_jax_xla_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
         jax.config.update("jax_compilation_cache_dir", cache)
 
-    with contextlib.suppress(
-        SystemExit
-    ):  # absl defines its own flags at the first program; those stay
+    # absl defines its own flags at the first app.run; run_here keeps those.
+    with contextlib.suppress(SystemExit):
         app.run(lambda argv: None, argv=["pytest"])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file stays with one worker, which compiles and traces its fixtures once; the reference cases, which share none, fill up at the end."""
+    """Runs a file on one worker, which compiles its fixtures once; reference cases fill up."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -142,36 +139,35 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_unconfigure() -> None:
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     ours = Path(cache).name.startswith("ldm_jax_xla_")
-    if ours and "PYTEST_XDIST_WORKER" not in os.environ:  # which is done before the others are
+    if ours and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker ends before the others
         shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
 def cheap_compiling() -> Iterator[None]:
-    """Nobody may leave it switched off: everything after would take several times as long, and nothing else would tell."""
+    """No test may leave optimisation on: all later compilations would be slower."""
     yield
     assert jax.config.read("jax_disable_most_optimizations")
 
 
 @pytest.fixture(autouse=True)
 def own_log() -> None:
-    """A command run in this process sets up the log for people; a test wants to read it."""
+    """Restores the logger, which commands configure, so that caplog receives its records."""
     ours = logging.getLogger("ldm_jax")
     ours.handlers, ours.propagate, ours.disabled = [], True, False
-    ours.setLevel(
-        logging.WARNING
-    )  # not what it inherits: absl, where it is used, sets the root's to its own
+    # Explicitly, because absl changes the root logger's level.
+    ours.setLevel(logging.WARNING)
 
 
 @pytest.fixture
 def no_preview(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process show nothing: compiling a preview takes longer than the run."""
+    """Replaces the preview by a blank image: compiling one takes longer than the run."""
     blank = np.zeros((8, 8, 3), np.uint8)
     monkeypatch.setattr(DiffusionTask, "preview", lambda *_: blank)
 
 
 def worst(found, expected) -> float:
-    """The largest difference of any leaf, relative to the largest number of that leaf; NaN where one has a NaN."""
+    """The largest error of any leaf relative to its largest magnitude; NaN where one has a NaN."""
 
     def apart(a, b) -> float:
         a, b = (np.asarray(leaf, np.float64) for leaf in (a, b))
@@ -184,7 +180,7 @@ def worst(found, expected) -> float:
 
 
 def random_params(shapes: Any, seed: int) -> Any:
-    """Parameters of these shapes, none of them zero, so that layers which start at zero do something too."""
+    """Random nonzero parameters of these shapes, also for layers that are initialised to zero."""
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -202,7 +198,7 @@ def random_params(shapes: Any, seed: int) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory of a few thousand parameters; tests that change it take a copy."""
+    """A model directory of a few thousand parameters; tests that modify it make a copy."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     model, key = build(TINY, None, None), jax.random.key(0)
     params = random_params(jax.eval_shape(lambda: init_params(model, key)), 0)
@@ -239,7 +235,7 @@ def pipe(tiny_dir: Path) -> Pipeline:
 
 
 class ExactPipeline(Pipeline):
-    """Its pictures come out as they leave the decoder, not rounded to 8 bits; other pipelines, compiled in between, are as ever."""
+    """Returns the decoder's float32 output instead of 8-bit images."""
 
     def compute(self, *args: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -256,13 +252,13 @@ def load_exact(path: Path, **options: Any) -> ExactPipeline:
 
 @pytest.fixture(scope="session")
 def exact_pipe(tiny_dir: Path) -> ExactPipeline:
-    """The tiny model on one device, with pictures float32."""
+    """The tiny model on one device, with float32 images."""
     return load_exact(tiny_dir, devices=1)
 
 
 @pytest.fixture(scope="session")
 def compilations() -> list[str]:
-    """Grows by one at every compilation."""
+    """A list that grows by one entry per compilation."""
     seen = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration, **_: (
@@ -272,11 +268,11 @@ def compilations() -> list[str]:
     return seen
 
 
-# ------------------------------------------------------------------------------------------------------------- the two programs
+# --------------------------------------------------------------------------------- programs
 
 
 class Ran(NamedTuple):
-    """What a program left behind."""
+    """Exit status and output of a command."""
 
     status: int
     stdout: str
@@ -284,24 +280,23 @@ class Ran(NamedTuple):
 
     @property
     def lines(self) -> list[str]:
-        """What it said on stderr, but for the line that tells what is being loaded."""
+        """The lines of stderr, without the one that names the loaded model."""
         return [line for line in self.stderr.splitlines() if not line.startswith("loading ")]
 
 
 def run_here(
     script: str, *argv: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Ran:
-    """Runs train.py or sample.py in this process through its own flags: far quicker than a new process, and as true."""
-    import grain  # noqa: F401  (defines flags of its own, which are to stay)
+    """Runs a script in this process through its flags: faster than a new process."""
+    import grain  # noqa: F401  (defines flags, which must stay defined)
 
     ours, before = logging.getLogger("ldm_jax"), set(flags.FLAGS)
     kept = ours.handlers, ours.propagate, ours.level
     monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
-    # On one device, as nearly everybody's machine has: on eight, a batch of one is a batch of eight.
+    # One device: on eight, a batch of one would be padded to eight.
     monkeypatch.setattr(cores, "all_devices", lambda: jax.devices()[:1])
-    monkeypatch.setattr(
-        heap, "keep_large_blocks", lambda: False
-    )  # this process belongs to the tests
+    # The allocator of the test process stays unchanged.
+    monkeypatch.setattr(heap, "keep_large_blocks", lambda: False)
     capfd.readouterr()
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -317,7 +312,7 @@ def run_here(
 
 
 def child(script: str, *argv: Any, devices: int = 1, **popen: Any) -> subprocess.Popen[str]:
-    """train.py or sample.py in a new process, on simulated devices."""
+    """Starts a script in a new process on simulated devices."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -334,5 +329,5 @@ def child(script: str, *argv: Any, devices: int = 1, **popen: Any) -> subprocess
 def script(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Ran]:
-    """``script("sample.py", "--prompt=x", ...)`` -> what it left behind."""
+    """``script("sample.py", "--prompt=x", ...)`` runs the script and returns its `Ran`."""
     return partial(run_here, capfd=capfd, monkeypatch=monkeypatch)

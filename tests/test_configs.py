@@ -1,4 +1,4 @@
-"""Every config is one that the trainer takes, as shapes: nothing is computed."""
+"""Every config builds the trainer's networks as shapes, without computing anything."""
 
 import importlib
 from pathlib import Path
@@ -13,7 +13,8 @@ from ldm_jax.train.tasks import TASKS
 SHARED = ("common", "presets", "emoji_presets", "released")
 NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
 
-# Millions of parameters of the released networks (UNet and conditioner; encoder and decoder), by the shapes of their checkpoints.
+# Millions of parameters of the released networks (UNet and conditioner; encoder and decoder), by
+# the shapes of their checkpoints.
 RELEASED = {
     "celebahq": 274.1,
     "ffhq": 274.1,

@@ -36,7 +36,7 @@ def test_the_demo_paints_on_white_and_listens_to_its_prompt(pipe: Pipeline) -> N
     assert np.abs(images[0] - images[1]).mean() > 10
 
 
-def test_words_that_training_never_saw_say_nothing(pipe: Pipeline) -> None:
+def test_words_absent_from_training_have_no_effect(pipe: Pipeline) -> None:
     encode = pipe.model.conditioner.encode
     one, other = encode(["senate"]), encode(["philosophy"])
     assert (one != other).any()

@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source: who may import whom, and what no general file may ask."""
+"""Rules of the source: which package imports which, and where isinstance on a kind may stand."""
 
 import ast
 import re
@@ -100,9 +100,9 @@ def test_linen_is_imported_by_networks_alone():
 
 @pytest.mark.parametrize("package", PURE)
 def test_networks_and_sampling_know_neither_state_nor_platform(package):
-    asks = re.compile(r"ContextVar|contextvars|default_backend\(|\.platform\b|jax\.devices\(")
+    banned = re.compile(r"ContextVar|contextvars|default_backend\(|\.platform\b|jax\.devices\(")
     for path in (PACKAGE / package).rglob("*.py"):
-        found = asks.findall(path.read_text(encoding="utf-8"))
+        found = banned.findall(path.read_text(encoding="utf-8"))
         assert not found, f"{path.relative_to(PACKAGE)}: {found}"
         assert "distributed" not in ours(path), path.relative_to(PACKAGE)
 
@@ -117,11 +117,14 @@ def classes_in(folder: Path) -> set[str]:
     }
 
 
-def asked_kinds(path: Path) -> set[str]:
-    """Names of the classes that a file asks for with isinstance, issubclass or `case Class()`."""
+def kinds_tested(path: Path) -> set[str]:
+    """Names of the classes that a file tests with isinstance, issubclass or `case Class()`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "isinstance",
+            "issubclass",
+        ):
             found |= {
                 getattr(leaf, "id", getattr(leaf, "attr", ""))
                 for leaf in ast.walk(node.args[1])
@@ -133,13 +136,13 @@ def asked_kinds(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", ["conditioning", "train/tasks"])
-def test_no_file_elsewhere_asks_for_a_kind(folder):
+def test_no_other_package_tests_for_a_kind(folder):
     kinds = classes_in(PACKAGE / folder)
     assert kinds
     for path in SOURCES:
         if not path.is_relative_to(PACKAGE / folder) and folder.split("/")[0] in ours(path):
-            asked = asked_kinds(path) & kinds
-            assert not asked, f"{path.relative_to(PACKAGE)} asks for {asked}"
+            tested = kinds_tested(path) & kinds
+            assert not tested, f"{path.relative_to(PACKAGE)} tests for {tested}"
 
 
 def test_every_way_of_importing_is_seen(tmp_path, monkeypatch):
@@ -150,7 +153,8 @@ def test_every_way_of_importing_is_seen(tmp_path, monkeypatch):
         "from typing import TYPE_CHECKING\nfrom ldm_jax import plan\nfrom ..data import Loader\n"
         "from . import state\nif TYPE_CHECKING:\n    import configs.common\n"
         "def f():\n    import ldm_jax.models.unet\n    from ldm_jax.nn import layers\n"
-        "def g(x):\n    match x:\n        case Mask():\n            return isinstance(x, (A, b.C))\n"
+        "def g(x):\n    match x:\n        case Mask():\n"
+        "            return isinstance(x, (A, b.C))\n"
     )
     assert ours(file) == {"plan", "data", "train", "configs", "models", "nn"}
-    assert asked_kinds(file) == {"Mask", "A", "C", "b"}
+    assert kinds_tested(file) == {"Mask", "A", "C", "b"}

@@ -1,4 +1,4 @@
-"""train.py and sample.py as a person meets them: pictures on disk, and one line for each mistake."""
+"""The command lines of train.py and sample.py: output files, and one line per mistake."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- sample.py
+# ---------------------------------------------------------------------------------------- sample.py
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_file_of_prompts_makes_a_picture_of_each(sample, tmp_path):
     ]
 
 
-def test_what_will_be_made_is_said_once_the_request_is_known_to_be_good(sample):
+def test_the_planned_output_is_logged_after_the_request_is_validated(sample):
     good, bad = (
         sample("--prompt=red apple", "--num=1", "--steps=3"),
         sample("--prompt=red apple", "--steps=0"),
@@ -189,9 +189,9 @@ def test_a_task_is_made_again_from_its_picture(sample, tmp_path):
 
 def test_embeddings_are_remembered_by_their_file(sample, tiny_dir, tmp_path):
     model, file = shutil.copytree(tiny_dir, tmp_path / "model"), tmp_path / "vectors.npy"
-    told = json.loads((model / "config.json").read_text())
+    saved = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
-        json.dumps(told | {"conditioner": {"kind": "embeddings", "dim": 16}})
+        json.dumps(saved | {"conditioner": {"kind": "embeddings", "dim": 16}})
     )
     np.save(file, np.random.default_rng(0).standard_normal((3, 16)))
     assert sample(f"--embeddings={file}", "--num=1", "--steps=3", model=model).status == 0
@@ -268,7 +268,7 @@ def test_many_pictures_go_into_one_file(sample, tmp_path):
 
 
 def kinds_of_files(tiny_dir):
-    """One file of every kind in a model's params folder: (the kind, its path in the model directory)."""
+    """One file of every kind in a model directory: (kind, path relative to the directory)."""
     params = tiny_dir / "params"
     kinds = {}
     for path in sorted(
@@ -360,7 +360,7 @@ def test_sample_py_runs_as_a_program(tiny_dir, tmp_path):
     assert (tmp_path / "out" / "00000-red-apple-0.png").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------- train.py
+# ----------------------------------------------------------------------------------------- train.py
 
 
 @pytest.fixture
@@ -424,7 +424,8 @@ def folders(tmp_path):
         ([CONFIG, "--config.optim.accumulate=0"], "optim.accumulate must be at least 1, not 0"),
         (
             [CONFIG, "--config.batch_size=12"],
-            "batch_size 12 must be a multiple of 8: the mesh cuts it into 8, optim.accumulate into 1",
+            "batch_size 12 must be a multiple of 8: "
+            "the mesh cuts it into 8, optim.accumulate into 1",
         ),
         (
             [CONFIG, "--config.data.path={tmp}/none.zip"],
@@ -477,7 +478,7 @@ def test_data_without_one_readable_picture_is_one_line(script, folders):
     assert "Traceback" not in ran.stderr
 
 
-def test_train_py_says_a_mistake_as_a_program_too(tmp_path):
+def test_train_py_prints_one_line_for_a_mistake_in_a_new_process(tmp_path):
     process = child(
         "train.py", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.data.path=nowhere.zip"
     )
@@ -485,7 +486,7 @@ def test_train_py_says_a_mistake_as_a_program_too(tmp_path):
     assert process.returncode == 2
     assert stdout == ""
     assert (
-        stderr
-        == "train.py: nowhere.zip does not exist: give the path of a folder or .zip archive of pictures\n"
+        stderr == "train.py: nowhere.zip does not exist: "
+        "give the path of a folder or .zip archive of pictures\n"
     )
     assert not (tmp_path / "run").exists()

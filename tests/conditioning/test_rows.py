@@ -62,7 +62,7 @@ def test_mask_condition_draws_among_its_kinds():
     assert len(found) > 3
     assert condition({}, PICTURE, VIEW, rng()).shape == (24, 32, 1)
     with pytest.raises(
-        DataError, match="mask 'circle' does not exist .known: boxes, strokes, outpaint, half"
+        DataError, match=r"mask 'circle' does not exist .known: boxes, strokes, outpaint, half"
     ):
         RowMask(kinds=("circle",))
 
@@ -112,9 +112,8 @@ def test_gaussian_blur_is_a_gaussian_blur():
     dot[10, 15] = 1
     seen = degrade.convolve(dot, degrade.gaussian_kernel((1.0, 2.0), 0.0))[:, :, 1]
     y, x = np.mgrid[-10:11, -15:16]
-    np.testing.assert_allclose(
-        [(seen * x**2).sum(), (seen * y**2).sum()], [1, 4], rtol=0.05
-    )  # variances along x, y
+    # Variances along x, y.
+    np.testing.assert_allclose([(seen * x**2).sum(), (seen * y**2).sum()], [1, 4], rtol=0.05)
     np.testing.assert_allclose(seen.sum(), 1, rtol=1e-5)
     turned = degrade.convolve(dot, degrade.gaussian_kernel((1.0, 2.0), np.pi / 2))[:, :, 1]
     np.testing.assert_allclose([(turned * x**2).sum(), (turned * y**2).sum()], [4, 1], rtol=0.05)
@@ -147,7 +146,7 @@ def test_label_maps_keep_their_numbers(mode):
     )
 
 
-def test_what_is_no_label_map_is_said():
+def test_images_that_are_no_label_maps_are_errors():
     for data, message in [
         (encode(PICTURE), r"shape \(24, 32, 3\)"),
         (b"x", "label map: not a picture"),
@@ -157,7 +156,7 @@ def test_what_is_no_label_map_is_said():
 
 
 def test_a_label_map_is_cut_as_its_picture_is(tmp_path):
-    """A picture that shows its labels as grey, through a random crop, a flip and a resize by nearest neighbours."""
+    """An image of its own labels in grey, after random crop, flip and nearest-neighbour resize."""
     labels = np.repeat(np.repeat(rng().integers(0, 5, (5, 7)), 8, 0), 8, 1).astype(np.uint8)
     (tmp_path / "maps").mkdir()
     rows = []
@@ -202,14 +201,8 @@ def test_layout_tokens_are_those_of_the_original_s_builder():
     """By hand: 8192 tokens make a grid of 90; 16 tokens one of 4, as in its docstring's example."""
     assert layout_tokens([], length=3, vocabulary=16) == [15, 15, 15]
     quarter = (0.0, 0.0, 0.5, 0.5)
-    assert layout_tokens([(2, quarter)], length=6, vocabulary=16) == [
-        2,
-        0,
-        10,
-        15,
-        15,
-        15,
-    ]  # round(1.5) is 2
+    # round(1.5) is 2.
+    assert layout_tokens([(2, quarter)], length=6, vocabulary=16) == [2, 0, 10, 15, 15, 15]
     assert layout_tokens([(2, quarter), (3, quarter)], length=5, vocabulary=16) == [2, 0, 10, 0, 15]
     assert layout_tokens([(7, (1 / 3, 2 / 3, 1 / 3, 1 / 3))], length=3, vocabulary=16) == [7, 9, 14]
     tokens = layout_tokens([(5, (0.1, 0.2, 0.3, 0.4))], length=92, vocabulary=8192)
@@ -240,13 +233,11 @@ def test_boxes_follow_crop_and_mirror():
 
     same(seen(Crop(0, 0, 100, 200, False)), {1: (0, 0, 0.25, 0.5), 0: (0.5, 0.25, 0.25, 0.5)})
     same(seen(Crop(0, 0, 100, 200, True)), {1: (0.75, 0, 0.25, 0.5), 0: (0.25, 0.25, 0.25, 0.5)})
-    same(
-        seen(Crop(0, 100, 100, 100, False)), {0: (0, 0.25, 0.5, 0.5)}
-    )  # the right half; the other box is outside
+    # The right half; the other box is outside.
+    same(seen(Crop(0, 100, 100, 100, False)), {0: (0, 0.25, 0.5, 0.5)})
     same(seen(Crop(50, 100, 50, 100, True)), {0: (0.5, 0, 0.5, 0.5)})
-    with_crop = RowLayout(
-        "boxes", 8, 1 + 101**2, ("a", "b")
-    )  # says the crop, and leaves boxes those of the whole
+    # Appends the crop; boxes stay relative to the whole image.
+    with_crop = RowLayout("boxes", 8, 1 + 101**2, ("a", "b"))
     same(seen(Crop(0, 100, 100, 100, False), with_crop), {0: (0.5, 0.25, 0.25, 0.5)})
     assert with_crop(
         row, PICTURE, View(ImageTransform((8, 8)), Crop(0, 100, 100, 100, False), (100, 200)), rng()

@@ -1,7 +1,8 @@
-"""Throws mutated checkpoints at the reader: ``python tests/convert/fuzz_reader.py [--mutations 3000] [--seed 0]``.
+"""Fuzzes the reader: `python tests/convert/fuzz_reader.py [--mutations 3000] [--seed 0]`.
 
-Prints what came of them, and exits with status 1 at the first crash (anything but ReaderError), code run or file
-opened (as Python's audit events tell), hang over 10 s or 1 GB of memory. The file at fault stays where it says.
+Prints a summary and exits with status 1 at the first crash (anything but ReaderError), executed
+code or opened file (seen through Python's audit events), hang over 10 s or 1 GB of memory. The file
+that caused it is kept, and its path is printed.
 """
 
 import argparse
@@ -91,8 +92,9 @@ def main() -> None:
     for reason, count in reasons.most_common(25):
         print(f"  {count:6d}  {reason}")
     print(
-        f"{args.mutations} mutations: {outcomes['read']} still readable, {outcomes['refused']} refused, 0 crashes,"
-        f" 0 hangs (slowest {slowest:.2f} s), 0 runs of code, peak memory +{peak_mib() - before} MiB"
+        f"{args.mutations} mutations: {outcomes['read']} still readable, "
+        f"{outcomes['refused']} refused, 0 crashes, 0 hangs (slowest {slowest:.2f} s), "
+        f"0 runs of code, peak memory +{peak_mib() - before} MiB"
     )
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints that no reader should trust, made by hand, each with a name (mutations.py has those that chance makes).
+"""Hostile checkpoints, made by hand and named; mutations.py makes random ones.
 
-Each case is what lies on disk, {file name: bytes}, of which the first file is opened, and a part of the message that
-must come back. CANARY is the file that the calls in them would make.
+Each case is the files on disk, {file name: bytes}, of which the first is opened, and a part of the
+expected message. CANARY is the file that their calls would create.
 """
 
 import io
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     message: str
 
 
-# ------------------------------------------------------------------------------------------------ pickles, by opcodes
+# ------------------------------------------------------------------------------ pickles, by opcodes
 
 
 def text(value: str) -> bytes:
@@ -76,7 +76,7 @@ def mapping(**values: bytes) -> bytes:
 RUN = name("posix", "system"), text(f"touch {CANARY}")
 
 
-# -------------------------------------------------------------------------------------------------------- containers
+# --------------------------------------------------------------------------------------- containers
 
 
 def archive(
@@ -85,7 +85,7 @@ def archive(
     deflate: bool = False,
     **more: bytes,
 ) -> bytes:
-    """A zip checkpoint of the pickle of ``value``; ``more`` are further entries, "__" standing for "/"."""
+    """A zip checkpoint of the pickle of ``value``; ``more`` are extra entries ("__" for "/")."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED) as file:
         if value is not None:
@@ -135,7 +135,7 @@ GOOD_LEGACY = legacy(mapping(weight=legacy_tensor()))
 GOOD_SAFETENSORS = safetensors({"weight": entry()})
 
 
-# ------------------------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
 def _calls() -> Iterator[tuple[str, bytes, str]]:
@@ -219,14 +219,16 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
         "does not fit",
     )
     functions = """
-        builtins.eval builtins.exec builtins.compile builtins.getattr builtins.setattr builtins.open builtins.__import__
-        __builtin__.eval __builtin__.execfile builtins.input builtins.breakpoint os.popen os.execv nt.system
-        subprocess.Popen subprocess.check_output runpy.run_path importlib.import_module ctypes.CDLL socket.socket
-        shutil.rmtree pty.spawn webbrowser.open timeit.timeit code.InteractiveInterpreter pickle.loads marshal.loads
-        types.FunctionType types.CodeType operator.attrgetter multiprocessing.Process sys.exit pdb.run bdb.Bdb
-        commands.getoutput pip.main torch.hub.load torch.load torch.serialization.load torch.utils.cpp_extension.load
-        numpy.load numpy.testing._private.utils.runstring pandas.io.common.os.system __main__.evil evil.run
-        logging.FileHandler tempfile.NamedTemporaryFile urllib.request.urlopen cloudpickle.loads dill.Unpickler
+        builtins.eval builtins.exec builtins.compile builtins.getattr builtins.setattr builtins.open
+        builtins.__import__ __builtin__.eval __builtin__.execfile builtins.input builtins.breakpoint
+        os.popen os.execv nt.system subprocess.Popen subprocess.check_output runpy.run_path
+        importlib.import_module ctypes.CDLL socket.socket shutil.rmtree pty.spawn webbrowser.open
+        timeit.timeit code.InteractiveInterpreter pickle.loads marshal.loads types.FunctionType
+        types.CodeType operator.attrgetter multiprocessing.Process sys.exit pdb.run bdb.Bdb
+        commands.getoutput pip.main torch.hub.load torch.load torch.serialization.load
+        torch.utils.cpp_extension.load numpy.load numpy.testing._private.utils.runstring
+        pandas.io.common.os.system __main__.evil evil.run logging.FileHandler
+        tempfile.NamedTemporaryFile urllib.request.urlopen cloudpickle.loads dill.Unpickler
     """
     for full in functions.split():
         module, attribute = full.rsplit(".", 1)

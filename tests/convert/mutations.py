@@ -107,14 +107,14 @@ _MUTATIONS: list[Callable[[bytearray, bytes, random.Random], bytearray]] = [
 
 
 def inside(data: bytes, other: bytes, rng: random.Random) -> bytes:
-    """A zip checkpoint whose pickle is mutated and whose container is sound: what lies behind the container's checks."""
+    """A zip checkpoint with a mutated pickle in a sound container, to reach past its checks."""
     out = io.BytesIO()
     method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w", method) as target:
         for member in source.namelist():
             content = source.read(member)
             if member.endswith("/data.pkl"):
-                # Pieces of the same pickle rather than of another file: more of them mean something.
+                # Splices from the same pickle: more of them are valid opcodes.
                 content = mutate(content, content, rng)
             target.writestr(member, content)
     return out.getvalue()
@@ -134,7 +134,7 @@ def seeds() -> list[bytes]:
 
 
 def mutants(count: int, seed: int, more: list[bytes]) -> Iterator[bytes]:
-    """``count`` damaged files, the same for the same seed, made of `seeds` and of ``more`` good ones."""
+    """``count`` damaged copies of `seeds` and ``more``, deterministic in the seed."""
     rng, good = random.Random(seed), [*seeds(), *more]
     for _ in range(count):
         data, other = rng.choice(good), rng.choice(good)

@@ -1,4 +1,4 @@
-"""One tiny model of each kind that is published, in the original's names, and what the tests of conversion share."""
+"""A tiny model of every published kind under the original's names, shared by these tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +189,7 @@ Written = Callable[..., Path]
 
 
 def writer(folder: Path) -> Written:
-    """``written(name)`` -> the .safetensors of one of MODELS, with its YAML beside it, in ``folder``."""
+    """``written(name)`` writes one of MODELS as .safetensors and .yaml into ``folder``."""
     there: dict[tuple[Any, ...], Path] = {}
 
     def write(name: str, dtype: Any = np.float32, **options: Any) -> Path:
@@ -205,5 +205,5 @@ def writer(folder: Path) -> Written:
     return write
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
+def stderr_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""Checkpoints as people share them: wrapped, prefixed, with extra arrays, without a part."""
+"""Checkpoints as shared online: wrapped, prefixed, with extra arrays, without a part."""
 
 import hostile
 import numpy as np

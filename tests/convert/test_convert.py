@@ -1,4 +1,4 @@
-"""Conversion of whole checkpoints: nothing lost, nothing assumed in silence, and the same bits back."""
+"""Conversion of whole checkpoints: no array lost, no silent assumption, bit-exact round trips."""
 
 import json
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from originals import MODELS, Written, told, writer
+from originals import MODELS, Written, stderr_lines, writer
 from safetensors.numpy import load_file, save_file
 
 from ldm_jax.convert.__main__ import main
 from ldm_jax.convert.compvis.infer import infer
+from ldm_jax.convert.compvis.names import EMA
 from ldm_jax.convert.compvis.original import config_of, read_yaml
 from ldm_jax.convert.compvis.schedules import schedule_params
-from ldm_jax.convert.compvis.names import EMA
 from ldm_jax.convert.compvis.whole import BUFFERS, whole_from_config
 from ldm_jax.convert.conversion import read_model
 from ldm_jax.convert.converted import sha256
@@ -22,7 +22,7 @@ from ldm_jax.diffusion.schedule import make_betas
 from ldm_jax.errors import TargetError
 from ldm_jax.io.checkpoint import load_model, read_config
 
-# ------------------------------------------------------------------------------------------------------------- round trips
+# -------------------------------------------------------------------------------------- round trips
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_there_and_back_is_the_same_to_the_bit(written, tmp_path, name, dtype, w
 
 
 def without_size(section: Any) -> Any:
-    """How large its maps are, a file does not tell."""
+    """A file does not contain the resolution of its feature maps."""
     return (
         {k: without_size(v) for k, v in section.items() if k != "size"}
         if isinstance(section, dict)
@@ -92,7 +92,7 @@ def without_size(section: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_names_and_shapes_tell_what_the_yaml_says(written, name):
+def test_names_and_shapes_determine_the_yaml_configuration(written, name):
     arrays, (target, params) = load_file(written(name)), MODELS[name]
     found, given = infer(arrays), read_yaml(written(name).with_suffix(".yaml"))
     options = {"buffers": False} if "unet_config" in params else {}
@@ -116,7 +116,7 @@ def test_names_and_shapes_tell_what_the_yaml_says(written, name):
         assert ("scale_factor" in assumed) == ("scale_by_std" not in params)
 
 
-def test_averages_are_taken_unless_the_weights_are_asked_for(written, tmp_path, capsys):
+def test_averages_are_converted_unless_raw_weights_are_requested(written, tmp_path, capsys):
     source = written("class", ema=True)
     arrays = load_file(source)
     raw, average = "model.diffusion_model.out.2.bias", "model_ema.diffusion_modelout2bias"
@@ -134,12 +134,12 @@ def test_averages_are_taken_unless_the_weights_are_asked_for(written, tmp_path, 
         )
     assert "averaged" in capsys.readouterr().out
     assert main([str(written("class")), "--out", str(tmp_path / "none"), "--ema"]) == 2
-    assert told(capsys) == [
+    assert stderr_lines(capsys) == [
         f"error: {written('class').name} holds no averages of its weights; leave --ema out"
     ]
 
 
-def test_what_is_no_part_of_the_model_is_left_out_by_name(written, tmp_path):
+def test_arrays_outside_the_model_are_left_out_by_name(written, tmp_path):
     arrays = load_file(written("class"))
     beside = {"model_ema.decay", "model_ema.num_updates", "safety_checker.visual_projection.weight"}
     save_file(
@@ -173,7 +173,7 @@ def test_dtype_casts_the_parameters(written, tmp_path):
     assert not (out / "conversion.json").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -198,7 +198,7 @@ def test_dtype_casts_the_parameters(written, tmp_path):
     ],
     ids=lambda params: f"{params['beta_schedule']}{params['timesteps']}",
 )
-def test_schedules_are_told_from_their_betas(params, dtype):
+def test_schedules_are_recognised_by_their_betas(params, dtype):
     betas = make_betas(
         **{"kind" if name == "beta_schedule" else name: value for name, value in params.items()}
     )
@@ -222,7 +222,7 @@ def test_other_schedules_are_an_error_and_none_is_an_assumption():
     assert "none in the file" in line
 
 
-# ---------------------------------------------------------------------------------------------------------------- verify
+# ------------------------------------------------------------------------------------------- verify
 
 
 def test_verify_prints_the_error_of_a_recorded_case(written, tmp_path, capsys):

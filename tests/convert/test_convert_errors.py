@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from originals import MODELS, Written, told, writer
+from originals import MODELS, Written, stderr_lines, writer
 from safetensors.numpy import load_file, save_file
 
 import ldm_jax
@@ -61,11 +61,8 @@ UNET_ROW, STAGE_ROW = (
 @pytest.mark.parametrize(
     ("old", "new", "shape"),
     [
-        (
-            UNET_ROW,
-            UNET_ROW.replace("3", "3" * 30),
-            None,
-        ),  # a number that a loop would not come to the end of
+        # A count that a loop would never reach.
+        (UNET_ROW, UNET_ROW.replace("3", "3" * 30), None),
         (STAGE_ROW, STAGE_ROW.replace("1", "9" * 12), None),
         ("model.diffusion_model.input_blocks.0.0.weight", None, ()),
         ("model.diffusion_model.input_blocks.0.0.weight", None, (0, 4, 3, 3)),
@@ -83,7 +80,7 @@ def test_names_and_shapes_of_nothing_are_refused(written, tmp_path, capsys, old,
         renamed[old] = np.zeros(shape, np.float32)
     save_file(renamed, tmp_path / "x.safetensors")
     assert main([str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "m")]) == 2
-    assert told(capsys)[0].startswith("error: ")
+    assert stderr_lines(capsys)[0].startswith("error: ")
     assert not (tmp_path / "m").exists()
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
 
@@ -102,7 +99,7 @@ def test_nothing_is_written_over(written, tmp_path, capsys):
     ):
         capsys.readouterr()
         assert main(argv) == 2
-        (line,) = told(capsys)
+        (line,) = stderr_lines(capsys)
         assert "give a new" in line
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -125,12 +122,12 @@ def test_nothing_is_written_over(written, tmp_path, capsys):
         (None, "cannot be read: No such file"),
     ],
 )
-def test_a_yaml_that_says_nothing_is_one_line(written, tmp_path, capsys, text, message):
+def test_an_empty_yaml_is_a_one_line_error(written, tmp_path, capsys, text, message):
     file = tmp_path / "x.yaml"
     if text is not None:
         file.write_text(text)
     assert main([str(written("kl")), "--out", str(tmp_path / "m"), "--config", str(file)]) == 2
-    (line,) = told(capsys)
+    (line,) = stderr_lines(capsys)
     assert message in line
 
 
@@ -148,9 +145,9 @@ def test_numbers_in_yaml_are_numbers(tmp_path):
 def test_files_of_no_known_family_are_one_line(tmp_path, capsys):
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
     assert main([str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "m")]) == 2
-    assert "neither a latent diffusion model nor a first stage" in told(capsys)[0]
+    assert "neither a latent diffusion model nor a first stage" in stderr_lines(capsys)[0]
     assert main([str(tmp_path / "missing"), "--out", str(tmp_path / "m")]) == 2
-    assert "no such file" in told(capsys)[0]
+    assert "no such file" in stderr_lines(capsys)[0]
     assert main([str(tmp_path / "x.safetensors")]) == 2  # argparse says that --out is required
 
 
@@ -162,7 +159,7 @@ def test_files_of_no_known_family_are_one_line(tmp_path, capsys):
         ({"schedule": {"zero_terminal_snr": True}}, "zero terminal SNR"),
     ],
 )
-def test_what_the_original_cannot_hold_is_named(tmp_path, change, message):
+def test_options_the_original_lacks_are_named(tmp_path, change, message):
     target, params = MODELS["class"]
     config = config_of(Original(target, params), whole_from_config(target, params).modules)
     for section, value in change.items():

@@ -1,4 +1,4 @@
-"""Folders of diffusers without diffusers: there and back to the bit, configurations both ways, and one line for what does not fit.
+"""diffusers folders, without diffusers: bit-exact round trips, configs both ways, one-line errors.
 
 tests/peers holds the same code to diffusers itself.
 """
@@ -56,17 +56,47 @@ KL = {
 KL |= {"in_channels": 3, "out_ch": 3}
 VQ = KL | {"kind": "vq", "z_channels": 3, "n_embed": 16, "attn_resolutions": [8]}
 SECTIONS = {
-    "transformers": ("unet", UNET | {"attention_resolutions": [1], "num_heads": 4, "use_spatial_transformer": True, "context_dim": 8}),
-    "plain attention": ("unet", UNET | {"attention_resolutions": [2], "num_head_channels": 16, "num_classes": 3}),
+    "transformers": (
+        "unet",
+        UNET
+        | {
+            "attention_resolutions": [1],
+            "num_heads": 4,
+            "use_spatial_transformer": True,
+            "context_dim": 8,
+        },
+    ),
+    "plain attention": (
+        "unet",
+        UNET | {"attention_resolutions": [2], "num_head_channels": 16, "num_classes": 3},
+    ),
     "kl": ("first_stage", KL),
     "kl without attention": ("first_stage", KL | {"attn_type": "none", "norm_groups": 8}),
     "vq": ("first_stage", VQ),
-    "bert": ("conditioner", {"kind": "bert", "dim": 8, "depth": 1, "vocab_size": 20, "max_seq_len": 5, "heads": 2, "head_dim": 4}),
+    "bert": (
+        "conditioner",
+        {
+            "kind": "bert",
+            "dim": 8,
+            "depth": 1,
+            "vocab_size": 20,
+            "max_seq_len": 5,
+            "heads": 2,
+            "head_dim": 4,
+        },
+    ),
     "clip": (
         "conditioner",
-        {"kind": "clip", "vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {
+            "kind": "clip",
+            "vocab_size": 20,
+            "hidden_size": 8,
+            "intermediate_size": 12,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
     ),
-}  # fmt: skip
+}
 MODEL = {
     "kind": "latent_diffusion",
     "objective": "v",
@@ -292,19 +322,34 @@ def test_misfits_are_listed(written: Path, tmp_path: Path) -> None:
     assert raised.value.misshapen == [("encoder.conv_in.weight", (32, 2, 3, 3), (32, 3, 3, 3))]
 
 
-# -------------------------------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------ configs
 
 PUBLISHED = {
     # Stable Diffusion v1: 4 levels, 8 heads everywhere.
     "sd_v1": (
         unets.unet_condition_from,
-        {"_class_name": "UNet2DConditionModel", "sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
-        {"model_channels": 320, "channel_mult": (1, 2, 4, 4), "attention_resolutions": (1, 2, 4), "num_heads": 8, "context_dim": 768},
+        {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": 64,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 768,
+        },
+        {
+            "model_channels": 320,
+            "channel_mult": (1, 2, 4, 4),
+            "attention_resolutions": (1, 2, 4),
+            "num_heads": 8,
+            "context_dim": 768,
+        },
     ),
     # Stable Diffusion v2: heads of 64 channels, linear projections.
     "sd_v2": (
         unets.unet_condition_from,
-        {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
+        {
+            "attention_head_dim": [5, 10, 20, 20],
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+        },
         {"num_head_channels": 64, "context_dim": 1024},
     ),
     # ldm-celebahq-256.
@@ -313,10 +358,20 @@ PUBLISHED = {
         {
             "attention_head_dim": 32,
             "block_out_channels": [224, 448, 672, 896],
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "down_block_types": [
+                "DownBlock2D",
+                "AttnDownBlock2D",
+                "AttnDownBlock2D",
+                "AttnDownBlock2D",
+            ],
             "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
         },
-        {"model_channels": 224, "channel_mult": (1, 2, 3, 4), "attention_resolutions": (2, 4, 8), "num_head_channels": 32},
+        {
+            "model_channels": 224,
+            "channel_mult": (1, 2, 3, 4),
+            "attention_resolutions": (2, 4, 8),
+            "num_head_channels": 32,
+        },
     ),
     "kl_f16": (
         configs.kl_from,
@@ -328,15 +383,31 @@ PUBLISHED = {
             "latent_channels": 16,
             "force_upcast": True,
         },
-        {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "attn_resolutions": (16,), "z_channels": 16, "resolution": 256},
+        {
+            "ch": 128,
+            "ch_mult": (1, 1, 2, 2, 4),
+            "attn_resolutions": (16,),
+            "z_channels": 16,
+            "resolution": 256,
+        },
     ),
     "clip": (
         configs.clip_from,
-        {"architectures": ["CLIPTextModel"], "hidden_size": 768, "eos_token_id": 2, "dropout": 0.0, "torch_dtype": "float32"},
+        {
+            "architectures": ["CLIPTextModel"],
+            "hidden_size": 768,
+            "eos_token_id": 2,
+            "dropout": 0.0,
+            "torch_dtype": "float32",
+        },
         {"hidden_size": 768, "eos_token_id": None, "num_hidden_layers": 12},
     ),
-    "bert": (configs.bert_from, {"model_type": "ldmbert", "scale_embedding": False}, {"dim": 1280, "depth": 32, "vocab_size": 30522}),
-}  # fmt: skip
+    "bert": (
+        configs.bert_from,
+        {"model_type": "ldmbert", "scale_embedding": False},
+        {"dim": 1280, "depth": 32, "vocab_size": 30522},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -348,10 +419,26 @@ def test_published_configurations_are_understood(name: str) -> None:
 CONTEXT = {"use_spatial_transformer": True, "context_dim": 8}
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (unets.unet_condition_from, {"brand_new": 1}, "unknown parameters brand_new"),
-    (unets.unet_condition_from, {"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 is not supported, only None"),
-    (unets.unet_condition_from, {"layers_per_block": [2, 2, 2, 3]}, "layers_per_block=.* differs between levels"),
-    (unets.unet_condition_from, {"attention_head_dim": [5, 10, 20, 30]}, "attention_head_dim=.5, 10, 20, 30. gives heads of different widths"),
-    (unets.unet_condition_from, {"block_out_channels": [320, 480, 640, 640]}, "no multiples of the first"),
+    (
+        unets.unet_condition_from,
+        {"time_cond_proj_dim": 256},
+        "time_cond_proj_dim=256 is not supported, only None",
+    ),
+    (
+        unets.unet_condition_from,
+        {"layers_per_block": [2, 2, 2, 3]},
+        "layers_per_block=.* differs between levels",
+    ),
+    (
+        unets.unet_condition_from,
+        {"attention_head_dim": [5, 10, 20, 30]},
+        "attention_head_dim=.5, 10, 20, 30. gives heads of different widths",
+    ),
+    (
+        unets.unet_condition_from,
+        {"block_out_channels": [320, 480, 640, 640]},
+        "no multiples of the first",
+    ),
     (unets.unet_condition_from, {"down_block_types": ["K"] * 4}, "the block K is not supported"),
     (unets.unet_condition_from, {"up_block_types": ["UpBlock2D"] * 4}, "do not mirror each other"),
     (unets.unet_2d_from, {"flip_sin_to_cos": False}, "flip_sin_to_cos=False"),
@@ -359,16 +446,40 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (configs.vq_from, {"norm_type": "spatial"}, "norm_type='spatial'"),
     (configs.bert_from, {"encoder_ffn_dim": 100}, "must be 4 d_model"),
     (configs.clip_from, {"dropout": 0.5}, "dropout=0.5"),
-    (schedulers.schedule_from, {"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True"),
-    (schedulers.schedule_from, {"_class_name": "DDIMScheduler"}, "clip_sample=True would clip latents"),
-    (schedulers.schedule_from, {"_class_name": "EulerDiscreteScheduler", "trained_betas": [0.1]}, "trained_betas"),
-    (schedulers.schedule_from, {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "s"}, "beta_schedule='s'"),
+    (
+        schedulers.schedule_from,
+        {"_class_name": "DDIMScheduler", "thresholding": True},
+        "thresholding=True",
+    ),
+    (
+        schedulers.schedule_from,
+        {"_class_name": "DDIMScheduler"},
+        "clip_sample=True would clip latents",
+    ),
+    (
+        schedulers.schedule_from,
+        {"_class_name": "EulerDiscreteScheduler", "trained_betas": [0.1]},
+        "trained_betas",
+    ),
+    (
+        schedulers.schedule_from,
+        {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "s"},
+        "beta_schedule='s'",
+    ),
     (unets.unet_to, {"channel_mult": (2, 4)}, "its first level has model_channels channels"),
     (unets.unet_to, {"resblock_updown": True}, "cannot hold resblock_updown=True"),
-    (unets.unet_to, CONTEXT | {"num_head_channels": 24, "legacy": False}, "cannot hold heads of 24 channels"),
+    (
+        unets.unet_to,
+        CONTEXT | {"num_head_channels": 24, "legacy": False},
+        "cannot hold heads of 24 channels",
+    ),
     (unets.unet_to, {"num_heads": 2}, "the same width on every level"),
-    (unets.unet_to, {"num_heads": 1, "use_spatial_transformer": True}, "cannot hold context_dim=None"),
-]  # fmt: skip
+    (
+        unets.unet_to,
+        {"num_heads": 1, "use_spatial_transformer": True},
+        "cannot hold context_dim=None",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -376,7 +487,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     REFUSED,
     ids=lambda value: getattr(value, "__name__", None) or str(value)[:40],
 )
-def test_what_has_no_word_on_the_other_side_is_refused(
+def test_options_without_a_counterpart_are_refused(
     function: Any, fields: dict[str, Any], message: str
 ) -> None:
     given: Any = fields
@@ -451,7 +562,7 @@ def test_schedulers(fields: dict[str, Any], sampling: tuple[str, str], lines: in
         assert schedulers.schedule_from(schedulers.schedule_to(config))[0] == config
 
 
-# --------------------------------------------------------------------------------------------------- folders and the Hub
+# ------------------------------------------------------------------------------ folders and the Hub
 
 
 @pytest.fixture
@@ -473,31 +584,64 @@ def spoil_vocabulary(folder: Path) -> None:
 
 
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "pipeline": (lambda p: change(p / "model_index.json", _class_name="FluxPipeline"), "the pipeline FluxPipeline is not supported"),
-    "component": (lambda p: change(p / "model_index.json", unet_2=["diffusers", "X"]), "with the component unet_2 is not supported"),
-    "missing": (lambda p: change(p / "model_index.json", bert=[None, None]), "model_index.json lacks the component bert"),
-    "class": (lambda p: change(p / "unet" / "config.json", _class_name="AutoencoderKL"), "AutoencoderKL is not supported"),
-    "channels": (lambda p: change(p / "unet" / "config.json", in_channels=9), "found .32, 4, 3, 3., expected .32, 9, 3, 3."),
-    "no config": (lambda p: (p / "unet" / "config.json").unlink(), "config.json is missing; copy the folder whole"),
-    "no list": (lambda p: change(p / "unet" / "config.json", block_out_channels=5), "unet/config.json is not understood: 'int' object"),
-    "no levels": (lambda p: change(p / "vqvae" / "config.json", block_out_channels=[]), "vqvae/config.json is not understood: .* index out of range"),
-    "no number": (lambda p: change(p / "vqvae" / "config.json", scaling_factor="x"), "is not understood: could not convert string"),
-    "no weights": (lambda p: (p / "bert" / "model.safetensors").unlink(), "a folder without a checkpoint"),
+    "pipeline": (
+        lambda p: change(p / "model_index.json", _class_name="FluxPipeline"),
+        "the pipeline FluxPipeline is not supported",
+    ),
+    "component": (
+        lambda p: change(p / "model_index.json", unet_2=["diffusers", "X"]),
+        "with the component unet_2 is not supported",
+    ),
+    "missing": (
+        lambda p: change(p / "model_index.json", bert=[None, None]),
+        "model_index.json lacks the component bert",
+    ),
+    "class": (
+        lambda p: change(p / "unet" / "config.json", _class_name="AutoencoderKL"),
+        "AutoencoderKL is not supported",
+    ),
+    "channels": (
+        lambda p: change(p / "unet" / "config.json", in_channels=9),
+        "found .32, 4, 3, 3., expected .32, 9, 3, 3.",
+    ),
+    "no config": (
+        lambda p: (p / "unet" / "config.json").unlink(),
+        "config.json is missing; copy the folder whole",
+    ),
+    "no list": (
+        lambda p: change(p / "unet" / "config.json", block_out_channels=5),
+        "unet/config.json is not understood: 'int' object",
+    ),
+    "no levels": (
+        lambda p: change(p / "vqvae" / "config.json", block_out_channels=[]),
+        "vqvae/config.json is not understood: .* index out of range",
+    ),
+    "no number": (
+        lambda p: change(p / "vqvae" / "config.json", scaling_factor="x"),
+        "is not understood: could not convert string",
+    ),
+    "no weights": (
+        lambda p: (p / "bert" / "model.safetensors").unlink(),
+        "a folder without a checkpoint",
+    ),
     "no JSON": (lambda p: (p / "model_index.json").write_text("{"), "cannot be read"),
     "nested": (lambda p: (p / "unet" / "config.json").write_text("[" * 10**5), "nested too deeply"),
-    "vocabulary": (spoil_vocabulary, "its vocabulary is not the one that ldm_jax ships .30522 entries. but has 30521 entries"),
-}  # fmt: skip
+    "vocabulary": (
+        spoil_vocabulary,
+        "its vocabulary is not the one that ldm_jax ships .30522 entries. but has 30521 entries",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_folder_is_told_in_words(name: str, folder: Path) -> None:
+def test_a_damaged_folder_is_a_one_line_error(name: str, folder: Path) -> None:
     spoil, message = SPOILT[name]
     spoil(folder)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
 
 
-def test_what_is_no_folder_of_diffusers(tmp_path: Path) -> None:
+def test_folders_that_are_not_diffusers_are_refused(tmp_path: Path) -> None:
     assert not is_diffusers(tmp_path)
     for text in (
         "{",
@@ -515,7 +659,7 @@ def test_what_is_no_folder_of_diffusers(tmp_path: Path) -> None:
         from_diffusers(tmp_path)
 
 
-def test_what_diffusers_has_no_pipeline_for_is_refused(
+def test_models_without_a_diffusers_pipeline_are_refused(
     model: dict[str, Any], written: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(TargetError, match="no pipeline for conditioner 'class'"):
@@ -528,14 +672,14 @@ def test_what_diffusers_has_no_pipeline_for_is_refused(
 
 
 def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
-    monkeypatch.setattr(hub, "_download", lambda name: asked.append(name) or tmp_path)
+    fetched = []
+    monkeypatch.setattr(hub, "_download", lambda name: fetched.append(name) or tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for local in ("emoji", "runs/missing", "pkg:assets/emoji", "./a/b", "a/b/c", tmp_path):
         assert hub.fetched(local) is local
     assert hub.fetched("CompVis/stable-diffusion-v1-4") == tmp_path
-    assert asked == ["CompVis/stable-diffusion-v1-4"]
+    assert fetched == ["CompVis/stable-diffusion-v1-4"]
 
     def offline(name: str) -> Path:
         raise ConnectionError("no route to host\nand more")
@@ -548,13 +692,17 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 FILES = """
-    unet/config.json unet/diffusion_pytorch_model.safetensors vae/config.json vae/diffusion_pytorch_model.bin
+    unet/config.json unet/diffusion_pytorch_model.safetensors
+    vae/config.json vae/diffusion_pytorch_model.bin
     text_encoder/model-00001-of-00002.safetensors text_encoder/model-00002-of-00002.safetensors
-    text_encoder/model.safetensors.index.json tokenizer/vocab.json tokenizer/merges.txt model_index.json
+    text_encoder/model.safetensors.index.json tokenizer/vocab.json tokenizer/merges.txt
+    model_index.json
 """
 NOT_WANTED = """
-    README.md v1-4.ckpt unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.fp16.safetensors
-    unet/diffusion_pytorch_model.non_ema.safetensors safety_checker/model.safetensors unet/flax_model.msgpack
+    README.md v1-4.ckpt
+    unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.fp16.safetensors
+    unet/diffusion_pytorch_model.non_ema.safetensors unet/flax_model.msgpack
+    safety_checker/model.safetensors
 """
 
 

@@ -1,4 +1,4 @@
-"""The benchmark at full size measures what it says: its checkpoints are those of torch.save, and its networks run."""
+"""The full-size benchmark: its checkpoints equal torch.save's, and its networks run."""
 
 from pathlib import Path
 

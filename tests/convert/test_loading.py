@@ -31,7 +31,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 def ckpt(arrays: dict[str, np.ndarray], **beside: bytes) -> bytes:
-    """A .ckpt as PyTorch Lightning saves it, with what it holds beside the weights."""
+    """A .ckpt as PyTorch Lightning saves it, with its training state."""
     storages, state = {}, {}
     kinds = {
         "float32": "FloatStorage",
@@ -156,7 +156,7 @@ def test_the_losses_of_a_first_stage_are_left_out_by_name(written, tmp_path):
         ("clip inpainting", ["masked_image", "mask"], "joins 5 channels to its latents"),
     ],
 )
-def test_what_lacks_something_or_cannot_be_sampled_loads_and_says_so(written, name, keys, message):
+def test_incomplete_or_unsampleable_models_load_with_a_warning(written, name, keys, message):
     target, params = MODELS[name]
     config = None if keys is None else Original(target, params | {"concat_keys": keys})
     read = read_model(written(name), config=config)
@@ -166,20 +166,26 @@ def test_what_lacks_something_or_cannot_be_sampled_loads_and_says_so(written, na
     assert message in str(error.value)
 
 
-def test_text_and_channels_of_stable_diffusion_s_inpainting_are_told_apart(written):
+def test_text_and_channels_of_stable_diffusion_s_inpainting_are_separated(written):
     config = read_model(written("clip inpainting")).config
     assert config["conditioner"]["text"]["kind"] == "clip"
     assert config["conditioner"]["joined"] == {"channels": 5, "of": "masked_sd", "size": [256, 256]}
     assert config["sampling"]["guidance"] == 7.5
 
 
-def test_masked_and_small_pictures_are_told_apart(written):
+def test_masked_and_small_pictures_are_distinguished(written):
     assert read_model(written("held twice")).config["conditioner"] == {
-        "kind": "joined", "channels": 5, "of": "masked", "size": [128, 128]
-    }  # fmt: skip
+        "kind": "joined",
+        "channels": 5,
+        "of": "masked",
+        "size": [128, 128],
+    }
     assert read_model(written("small picture")).config["conditioner"] == {
-        "kind": "joined", "channels": 3, "of": "picture", "size": [128, 128]
-    }  # fmt: skip
+        "kind": "joined",
+        "channels": 3,
+        "of": "picture",
+        "size": [128, 128],
+    }
 
 
 def test_reading_takes_no_more_memory_than_the_parameters(tmp_path):

@@ -1,4 +1,4 @@
-"""The torch-free reader: every format and dtype as PyTorch wrote it, and nothing run, hung or blown up by hostile files."""
+"""The torch-free reader: every format and dtype of PyTorch, and hostile files do no harm."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def golden_checkpoints() -> list[str]:
     return sorted(path.name for path in GOLDEN.glob("*.ckpt")) or ["none"]
 
 
-# -------------------------------------------------------------------------------------------- what PyTorch has written
+# ------------------------------------------------------------------------- what PyTorch has written
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -63,7 +63,7 @@ def test_every_layout_and_dtype_of_torch_save(name):
 
 
 @pytest.mark.parametrize("name", SAVED[:3])
-def test_what_is_not_a_tensor(name):
+def test_objects_that_are_not_tensors(name):
     with open_checkpoint(DATA / name) as checkpoint:
         tree = checkpoint.tree
         assert (tree["epoch"], tree["global_step"], tree["lr"], tree["seen"]) == (
@@ -106,7 +106,7 @@ def test_a_module_saved_whole_is_named():
         open_checkpoint(DATA / "module.pth")
 
 
-# ------------------------------------------------------------------------------------------------ the golden checkpoints
+# --------------------------------------------------------------------------- the golden checkpoints
 
 
 @pytest.mark.parametrize("name", golden_checkpoints())
@@ -140,7 +140,7 @@ def test_golden_checkpoints(name):
                     np.testing.assert_array_equal(values, tensor.numpy().astype(values.dtype), key)
 
 
-# ----------------------------------------------------------------------------------------------------------- hand-made
+# ---------------------------------------------------------------------------------------- hand-made
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_bool_is_true_or_false(tmp_path):
 
 
 class Settings(dict):
-    """A class of somebody's training code."""
+    """A class from a user's training code."""
 
 
 def test_foreign_objects_become_inert(tmp_path):
@@ -252,9 +252,8 @@ def test_foreign_objects_become_inert(tmp_path):
         settings = Settings(lr=0.1)
         settings.note = "kept"
         hidden = pickle.dumps(settings, protocol)
-        hidden = hidden[
-            2 if protocol > 1 else 0 : -1
-        ]  # without PROTO and STOP, to put it into another pickle
+        # Without PROTO and STOP, to embed it in another pickle.
+        hidden = hidden[2 if protocol > 1 else 0 : -1]
         value = hostile.mapping(state_dict=tensor, settings=hidden)
         path = written(tmp_path, {"x": hostile.archive(value)})
         with open_checkpoint(path) as checkpoint:
@@ -291,7 +290,7 @@ def test_closed_and_shortened_files(tmp_path):
         weight.numpy()
 
 
-# ------------------------------------------------------------------------------------------------------------- hostile
+# ------------------------------------------------------------------------------------------ hostile
 
 CASES = hostile.cases()
 
@@ -367,12 +366,12 @@ def test_a_slice_of_the_mutations(tmp_path):
     assert not Path(hostile.CANARY).exists()
 
 
-def test_a_lazy_tensor_says_what_it_is():
+def test_a_lazy_tensor_has_shape_and_dtype():
     tensor = LazyTensor((2, 3), np.dtype(np.float16), lambda: np.zeros((2, 3), np.float16))
     assert (tensor.nbytes, repr(tensor)) == (12, "LazyTensor([2, 3], float16)")
 
 
-# ------------------------------------------------------------------------------------------------------------- inspect
+# ------------------------------------------------------------------------------------------ inspect
 
 
 def test_inspect(tmp_path, capsys):
@@ -387,8 +386,8 @@ def test_inspect(tmp_path, capsys):
     )
     path = written(tmp_path, {"x.ckpt": hostile.archive(tree)})
     assert inspect_main(["inspect", str(path)]) == 0
-    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert told == {
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed == {
         "file": "x.ckpt (zip)",
         "family": "latent diffusion (CompVis)",
         "values": "4 in 1 tensors, EMA and optimizer aside",

@@ -1,4 +1,4 @@
-"""Data sets as they are found: other tools' files, odd names and encodings, files made to harm."""
+"""Data sets as found in the wild: other tools' files, odd names and encodings, hostile files."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def png(width: int, height: int, extra: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
-# ------------------------------------------------------------------------------ hostile pictures
+# --------------------------------------------------------------------------------- hostile pictures
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
     assert "1 .cr3, 1 .jxl, 1 .svg" in caplog.text
 
 
-# -------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_metadata_in_several_folders_and_formats(tmp_path, caplog):
     assert sorted(values(path=tmp_path / "d.zip")) == [1, 2, 3]
 
 
-def test_caption_files_beside_pictures_and_metadata_without_captions(tmp_path, caplog):
+def test_caption_files_next_to_pictures_and_metadata_without_captions(tmp_path, caplog):
     files = THREE | {"0.txt": b"\xef\xbb\xbfnull \n", "1.caption": "größe".encode()}
     with caplog.at_level(logging.WARNING):
         assert texts(path=write_folder(tmp_path, files)) == ["null", "größe", ""]
@@ -187,13 +187,13 @@ def test_caption_files_beside_pictures_and_metadata_without_captions(tmp_path, c
     assert texts(path=tmp_path) == ["größe"]
 
 
-def test_a_column_that_is_asked_for_must_exist(tmp_path):
+def test_a_configured_column_must_exist(tmp_path):
     write_folder(tmp_path, THREE | {"t.csv": b"file_name,alt\n0.png,a\n"})
     assert texts(source="table", path=tmp_path / "t.csv", text="alt") == ["a"]
     fails("no column 'captoin' but", source="table", path=tmp_path / "t.csv", text="captoin")
 
 
-# ----------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -244,7 +244,7 @@ def test_missing_files_can_be_skipped(tmp_path, caplog):
     fails("choose 'error' or 'skip'", **config, missing="ignore")
 
 
-# ------------------------------------------------------------------------------ tables and JSON
+# ---------------------------------------------------------------------------------- tables and JSON
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_json_arrays_and_long_fields(tmp_path):
     assert texts(source="table", path=tmp_path / "t.json") == ["x" * 300_000, ""]
 
 
-# -------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 def test_a_zip_with_one_member_of_each_fault(tmp_path, caplog):
@@ -353,7 +353,7 @@ def test_compressed_shards_are_named(tmp_path):
     fails(r"a\.tar\.gz is not a plain tar .* unpack it first", source="webdataset", path=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------ COCO
+# --------------------------------------------------------------------------------------------- COCO
 
 
 def coco(tmp_path, **changes) -> dict:
@@ -406,7 +406,7 @@ def test_coco_faults_name_the_annotation(tmp_path, changes, message):
     fails(message, **coco(tmp_path, **changes))
 
 
-# ------------------------------------------------------------------------------------- mutations
+# ---------------------------------------------------------------------------------------- mutations
 
 
 @pytest.mark.processes

@@ -193,9 +193,8 @@ def test_caption_template():
 
 
 def test_every_epoch_is_another_permutation(pictures):
-    batches = take(
-        pictures, 12
-    )  # 60 rows: five epochs of 12 pictures, batches of 5 straddle their borders
+    # 60 rows: five epochs of 12 pictures, batches of 5 straddle their borders.
+    batches = take(pictures, 12)
     assert batches[0]["image"].shape == (5, 8, 8, 3)
     assert batches[0]["image"].dtype == np.uint8
     assert batches[0]["index"].dtype == np.int64

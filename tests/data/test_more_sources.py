@@ -36,7 +36,7 @@ def values(source) -> list[int]:
     return [int(decode_image(copy[i]["image"])[0, 0, 0]) for i in range(len(copy))]
 
 
-def test_every_source_is_tried_here_or_beside():
+def test_every_source_has_a_test():
     folder = pathlib.Path(__file__).parent
     text = "".join((folder / f"test_{n}sources.py").read_text() for n in ("", "more_"))
     text += (folder / "test_hf.py").read_text()
@@ -105,22 +105,22 @@ def test_pictures_outside_of_class_folders_are_named(tmp_path):
 def test_text_lists(tmp_path):
     files = {f"img/{i}.png": picture(i) for i in range(3)} | {"img/2.txt": "zwei ü\n".encode()}
     write_folder(tmp_path, files | {"list.txt": b"2.png\r\n\n0.png\ta caption, with comma\n"})
-    asked = {"source": "text_list", "path": tmp_path / "list.txt", "root": str(tmp_path / "img")}
-    source = make_source(asked)
+    settings = {"source": "text_list", "path": tmp_path / "list.txt", "root": str(tmp_path / "img")}
+    source = make_source(settings)
     assert [row["text"] for row in source.rows] == ["", "a caption, with comma"]
     assert values(source) == [2, 0]
-    beside = make_source(asked | {"captions": "beside"})
+    beside = make_source(settings | {"captions": "beside"})
     assert [row["text"] for row in beside.rows] == ["zwei ü", "a caption, with comma"]
     zipped = write_zip(tmp_path / "i.zip", {n.removeprefix("img/"): d for n, d in files.items()})
-    assert values(make_source(asked | {"root": str(zipped)})) == [2, 0]
+    assert values(make_source(settings | {"root": str(zipped)})) == [2, 0]
     with pytest.raises(
         DataError, match=r"2 of 2 files listed in list\.txt are missing \(first: 2\.png\)"
     ):
-        make_source(asked | {"root": ""})
+        make_source(settings | {"root": ""})
     with pytest.raises(DataError, match="'column' or 'beside'"):
-        make_source(asked | {"captions": "above"})
+        make_source(settings | {"captions": "above"})
     with pytest.raises(DataError, match=r"none\.txt cannot be read: No such file"):
-        make_source(asked | {"path": tmp_path / "none.txt"})
+        make_source(settings | {"path": tmp_path / "none.txt"})
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
@@ -170,8 +170,8 @@ def test_parquet_with_pictures_inside(tmp_path, struct, monkeypatch):
         parquet.write_table(
             pyarrow.Table.from_pylist(rows), tmp_path / f"train-{shard}.parquet", row_group_size=2
         )
-    asked = {"source": "parquet", "path": tmp_path, "text": "caption"}
-    source = make_source(asked)
+    settings = {"source": "parquet", "path": tmp_path, "text": "caption"}
+    source = make_source(settings)
     assert source.rows[5] == {
         "file_name": "train-1.parquet[0]",
         "caption": "number 5",
@@ -183,17 +183,17 @@ def test_parquet_with_pictures_inside(tmp_path, struct, monkeypatch):
         order = [6, 0, 3, 1, 5, 2, 4] * 6
         found = list(pool.map(lambda i: int(decode_image(source[i]["image"])[0, 0, 0]), order))
     assert found == order
-    assert len(make_source(asked | {"path": f"{tmp_path}/*-1.parquet"})) == 2
+    assert len(make_source(settings | {"path": f"{tmp_path}/*-1.parquet"})) == 2
     with pytest.raises(DataError, match=r"no column 'png' but image, caption, n: set data\.image"):
-        make_source(asked | {"image": "png"})
+        make_source(settings | {"image": "png"})
     with pytest.raises(DataError, match=r"there is no \.parquet there"):
-        make_source(asked | {"path": tmp_path / "none"})
+        make_source(settings | {"path": tmp_path / "none"})
     (tmp_path / "train-2.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"train-2\.parquet cannot be read"):
-        make_source(asked)
+        make_source(settings)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataError, match="Parquet needs pyarrow: pip install pyarrow"):
-        make_source(asked)
+        make_source(settings)
 
 
 def test_table_errors(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def test_table_errors(tmp_path, monkeypatch):
         make_source({"source": "table", "path": tmp_path / "t.parquet"})
 
 
-def test_label_maps_beside_their_pictures(tmp_path):
+def test_label_maps_next_to_their_pictures(tmp_path):
     labels = np.arange(48, dtype=np.uint8).reshape(6, 8)
     buffer = io.BytesIO()
     Image.fromarray(labels).save(buffer, "PNG")
@@ -260,13 +260,13 @@ def coco(tmp_path):
 
 
 def test_coco_captions_and_boxes(coco):
-    asked = {"source": "coco", "path": coco / "val", "annotations": str(coco / "captions.json")}
-    source = make_source(asked)
+    settings = {"source": "coco", "path": coco / "val", "annotations": str(coco / "captions.json")}
+    source = make_source(settings)
     assert [row["text"] for row in source.rows] == ["caption 0 of 7", "caption 0 of 8", ""]
     assert source.rows[0]["captions"] == ["caption 0 of 7", "caption 1 of 7"]
     assert values(source) == [7, 8, 9]
     both = f"{coco}/captions.json,{coco}/instances.json"
-    source = make_source(asked | {"annotations": both, "min_boxes": 1})
+    source = make_source(settings | {"annotations": both, "min_boxes": 1})
     assert [row["file_name"] for row in source.rows] == ["007.png", "008.png"]
     assert boxes_of(source.rows[0], "boxes") == [
         ("bicycle", (0.25, 0.25, 0.5, 0.5)),
@@ -274,25 +274,25 @@ def test_coco_captions_and_boxes(coco):
     ]
     assert source.rows[1]["text"] == "caption 0 of 8"
     source = make_source(
-        asked | {"path": coco, "annotations": both, "min_boxes": 1, "maps": "maps"}
+        settings | {"path": coco, "annotations": both, "min_boxes": 1, "maps": "maps"}
     )
     assert source.rows[0]["map"] == "maps/007.png"
     with pytest.raises(
         DataError,
         match=r"1 of 6 files listed in captions\.json are missing \(first: maps/009\.png\)",
     ):
-        make_source(asked | {"path": coco, "maps": "maps"})
+        make_source(settings | {"path": coco, "maps": "maps"})
 
 
 def test_coco_errors(coco):
-    asked = {"source": "coco", "path": coco / "val", "annotations": str(coco / "instances.json")}
+    settings = {"source": "coco", "path": coco / "val", "annotations": str(coco / "instances.json")}
     with pytest.raises(DataError, match=r"no picture is left: check data\.min_boxes"):
-        make_source(asked | {"min_boxes": 3})
+        make_source(settings | {"min_boxes": 3})
     with pytest.raises(DataError, match=r"none\.json does not exist: give COCO's"):
-        make_source(asked | {"annotations": "none.json"})
+        make_source(settings | {"annotations": "none.json"})
     (coco / "list.json").write_text("[]")
     with pytest.raises(DataError, match="no 'images' and 'annotations'"):
-        make_source(asked | {"annotations": str(coco / "list.json")})
+        make_source(settings | {"annotations": str(coco / "list.json")})
 
 
 def test_webdataset_shards(tmp_path):
@@ -338,7 +338,7 @@ def test_webdataset_shards(tmp_path):
         make_source({"source": "webdataset", "path": tmp_path})
 
 
-def test_lsun_without_lmdb_says_so(tmp_path, monkeypatch):
+def test_lsun_without_lmdb_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(DataError, match="need lmdb: pip install lmdb"):
         make_source({"source": "lsun", "path": tmp_path})

@@ -1,4 +1,4 @@
-"""Guidance by a classifier, where classes are Gaussians and everything is known in closed form, and by the network meant for it."""
+"""Classifier guidance on Gaussian classes, known in closed form, and with the UNet encoder."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def class_eps(x, t, labels):
 @pytest.mark.parametrize("t", [10, 400, 900, 250.5])
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
 def test_bayes(t, objective):
-    """The score of all pictures and the gradient of the true classifier add up to the score of the class, whatever the model predicts."""
+    """grad log p(x) + grad log p(y | x) = grad log p(x | y), for every prediction type."""
     t = jnp.asarray(t)
 
     def denoise(x, t):
@@ -78,7 +78,7 @@ def test_every_picture_has_its_own_scale():
 
 
 def test_the_networks_gradient_is_that_of_its_log_probability():
-    """Groups of several channels: alone, a channel's mean over pixels, which the head reads, is always the same."""
+    """Groups of several channels: in a group of one, each channel's spatial mean is constant."""
     net = EncoderUNet(
         in_channels=2,
         out_channels=3,

@@ -1,7 +1,8 @@
-"""What every sampler promises, on a distribution whose score is known: it converges, at its order, and an image depends on its seed alone.
+"""Contract of every sampler: convergence at its order, and images that depend on their seed alone.
 
-x0 ~ N(MEAN, STD^2) in each of three places, so a sampler's result is linear in the start and in the noise: running it on unit vectors gives
-its exact mean and covariance, and no random numbers hide the error.
+x0 ~ N(MEAN, STD^2) in each of three places, with a known score. A sampler is then linear in x_T and
+in its noise: running it on unit vectors gives its exact mean and covariance, without Monte Carlo
+error.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ ORDERS_WITHOUT_NOISE = [
     ("dpmpp_3m_sde", 3),
 ]
 TABLES = {name: s for name, s in SAMPLERS.items() if isinstance(s, (Tableau, PLMS))}
-# As many calls for every sampler. Single steps of order 3 fill up with one of order 2, which does not lower their order, where 2 calls are left.
+# The same number of model calls for every sampler. Where 2 calls are left, a single-step method of
+# order 3 ends with a step of order 2, which does not lower its order.
 COUNTS = [98, 194, 386]
 
 
@@ -61,7 +63,7 @@ def run(sampler: Any, nodes: Any, x: jax.Array, noise: jax.Array | None) -> jax.
 
 
 def linear(sampler: Any, nodes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(c, A, B [n, 3]) with x = c + A x_T + sum_i B_i z_i, found by running the sampler itself on 0 and on unit vectors."""
+    """(c, A, B [n, 3]) with x = c + A x_T + sum_i B_i z_i, from runs on 0 and unit vectors."""
     n = len(nodes.t) if sampler.draws else 0
     x = jnp.zeros((n + 2, 3)).at[1].set(1.0)
     noise = (
@@ -74,8 +76,10 @@ def linear(sampler: Any, nodes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def moments(
     sampler: Any, nodes: Any, start: float, stop: float, shift: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of y = x / sqrt(abar) at the sigma ``stop``, where its distribution at ``start`` is the right one, but for
-    a mean that is ``shift`` times the standard deviation off."""
+    """Mean and standard deviation of y = x / sqrt(abar) at the sigma ``stop``.
+
+    At ``start`` the distribution is exact, except for a mean ``shift`` standard deviations off.
+    """
     a, a_end = 1 / np.hypot(1, start), 1 / np.hypot(1, stop)
     c, gain, noise = linear(sampler, nodes)
     std = np.hypot(STD, start)
@@ -84,17 +88,21 @@ def moments(
 
 
 def table(sampler: Tableau, steps: int, **options: float) -> tuple[Any, float, float]:
-    """(nodes, first sigma, last sigma). log sigma is quadratic in the step: what begins with low orders begins with short steps, and its
-    own order shows."""
+    """(nodes, first sigma, last sigma).
+
+    log sigma is quadratic in the step: methods that start at low order start with short steps, so
+    that their own order shows.
+    """
     sigmas = START * (STOP / START) ** (np.linspace(0, 1, steps + 1) ** 2)
     sigmas = sigmas[::-1] if isinstance(sampler, Inversion) else sigmas
     return sampler.table(sigmas, np.zeros_like, **options), sigmas[0], sigmas[-1]
 
 
 def errors(sampler: Tableau, steps: int, **options: float) -> tuple[float, float]:
-    """(of the mean, of the standard deviation) over the true standard deviation, the largest of the three places.
+    """Errors (mean, standard deviation) over the true deviation, the largest of three places.
 
-    Solvers start one standard deviation off: the ODE carries quantiles over. Of those that draw noise it is the distribution that converges.
+    ODE solvers start one standard deviation off, because the ODE transports quantiles. For SDE
+    solvers only the distribution converges.
     """
     nodes, start, stop = table(sampler, steps, **options)
     noisy = {"eta", "restarts"} & set(sampler.options)
@@ -161,7 +169,7 @@ def test_fresh_noise_in_both_stages_is_of_first_order() -> None:
 
 
 def test_adaptive_steps() -> None:
-    """Images of a batch with steps of their own; the tolerance bounds the error, and order 3 says how many steps that takes."""
+    """Adaptive steps per image: the tolerance bounds the error, the order the number of steps."""
     sampler = SAMPLERS["dpm_adaptive"]
     assert isinstance(sampler, DPMAdaptive)
     y = MEAN + np.array([[1.0], [-0.5], [0.1]]) * np.hypot(STD, START)
@@ -179,7 +187,7 @@ def test_adaptive_steps() -> None:
     assert abs(slope(counts, off) - sampler.order) < 0.3
 
 
-# ---------------------------------------------------------------------------------------------------- through the schedule, with seeds
+# ----------------------------------------------------------------- through the schedule, with seeds
 
 
 @partial(jax.jit, static_argnums=0)
@@ -250,7 +258,7 @@ def run_from(sampler: Any, nodes: Any, start: Any, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_fewest_steps_give_pictures(name: str) -> None:
-    """One, two and three steps on every grid: near the distribution, and no division by zero anywhere."""
+    """One to three steps on every grid come near the distribution and stay finite."""
     sampler, x = SAMPLERS[name], jnp.asarray(np.random.default_rng(0).standard_normal((2, 3)))
     rows = 0
     for steps in (3, 2, 1):

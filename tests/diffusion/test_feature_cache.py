@@ -1,4 +1,4 @@
-"""What need not be computed twice: features reused (DeepCache), and what both halves of a guided batch share."""
+"""Work that is shared: reused deep features (DeepCache), and both halves of a guided batch."""
 
 import dataclasses
 from functools import partial
@@ -26,7 +26,7 @@ REQUEST = {"seeds": [5, 6], "guidance": 3.0}
 def by_hand(
     model, prompts: list[str], seeds: list[int], guidance: float, full: list[bool], depth: int
 ) -> np.ndarray:
-    """DDIM as a plain loop over the network: pixels [b, H, W, 3]. ``full`` says at which steps the whole network runs."""
+    """DDIM as a plain loop: pixels [b, h, w, 3]; ``full`` marks steps of the whole network."""
     nodes = SAMPLERS["ddim"].nodes(jax.device_get(model.schedule), np.array([1, 26, 51, 76]))
     condition = jax.jit(lambda tokens: model.conditioner(model.params["conditioner"], tokens))
     cond = condition(
@@ -68,9 +68,8 @@ def test_interval_2_is_a_full_call_and_then_a_shallow_one(exact_pipe):
         exact_pipe.model, [RED, BLUE], [5, 6], 3.0, [True, False, True, False], depth
     )
     assert difference(made, expected) < 1e-4
-    assert (
-        difference(made, exact_pipe([RED, BLUE], **REQUEST)) > 0.01
-    )  # the reuse is not without effect
+    # The reuse has an effect.
+    assert difference(made, exact_pipe([RED, BLUE], **REQUEST)) > 0.01
 
 
 def test_interval_1_changes_no_bit_and_no_program(pipe, compilations):
@@ -88,7 +87,7 @@ def test_prompts_seeds_and_guidance_compile_nothing(pipe, compilations):
 
 
 def test_image_to_image_begins_with_a_full_call(exact_pipe):
-    """With a strength the first rows of the scan are skipped: the first call that is made must be full, whichever row that is."""
+    """A strength below 1 skips the first rows of the scan; the first call made is a full one."""
     image, settings = (
         RNG.integers(0, 256, (16, 16, 3), np.uint8),
         {"seeds": 5, "guidance": 3.0, "strength": 0.3},
@@ -115,7 +114,7 @@ def test_a_multistep_sampler_takes_it(exact_pipe):
         ),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(pipe, settings, message):
+def test_impossible_requests_are_one_line_errors(pipe, settings, message):
     assert len(layout(pipe.model.unet).input) == 4
     with pytest.raises(RequestError, match=message):
         pipe.stream(RED, **settings)
@@ -137,7 +136,7 @@ def test_the_unet_with_its_own_deep_feature_is_the_unet(pipe):
         apply(x, t, cond, depth=5)
 
 
-# --------------------------------------------------------------------------------------------------------- what is compiled in
+# ------------------------------------------------------------------------------ what is compiled in
 
 
 def test_decoding_settings_reach_the_program(pipe):
@@ -170,10 +169,8 @@ def test_outside_the_guidance_interval_half_the_rows_run():
 
 
 def test_a_picture_outside_every_interval_is_unguided_with_the_cache_too(exact_pipe):
-    late, cache = (
-        {"guidance_interval": (200.0, 300.0)},
-        {"cache_interval": 2},
-    )  # later than the schedule
+    # The interval lies outside the schedule.
+    late, cache = ({"guidance_interval": (200.0, 300.0)}, {"cache_interval": 2})
     assert (
         difference(
             exact_pipe(RED, guidance=3.0, **late, **cache), exact_pipe(RED, guidance=1.0, **cache)
@@ -182,7 +179,7 @@ def test_a_picture_outside_every_interval_is_unguided_with_the_cache_too(exact_p
     )
 
 
-# -------------------------------------------------------------------------------------------------- before the condition is read
+# --------------------------------------------------------------------- before the condition is read
 
 
 def test_two_contexts_of_a_picture_share_what_lies_before_the_first_cross_attention(pipe):
@@ -214,7 +211,7 @@ def test_a_guided_call_computes_less_than_two_where_its_rows_stay_together(pipe)
     assert 1.5 < guided / flops(plain.denoiser(cond)) < 1.95
 
 
-def test_rows_that_devices_divide_or_other_conditions_tell_apart_are_repeated_at_once(pipe):
+def test_rows_sharded_or_with_differing_conditions_are_repeated_at_once(pipe):
     model, devices = pipe.model, make_mesh(2)
     context, picture = jnp.ones((2, 12, 16)), jnp.ones((2, 8, 8, 4))
     assert model.shares_rows(Cond(crossattn=context))

@@ -15,7 +15,7 @@ from ldm_jax.diffusion.schedule import make_schedule
 CONFIGS = Path(__file__).parents[2] / "configs"
 COUNTS = (1, 2, 3, 7, 20, 50)
 FEW = COUNTS[:4]  # for the schedules of OTHERS, after the first
-# Beside those of the configs: other shapes, short ones, and one that ends at pure noise.
+# More than the configs' schedules: other shapes, short ones, and one that ends at pure noise.
 OTHERS = [
     {"beta_schedule": "cosine"},
     {"beta_schedule": "sqrt_linear", "linear_start": 1e-4, "linear_end": 0.02},

@@ -27,7 +27,7 @@ def test_reading_a_perfect_network_gives_back_noise_and_picture(name):
     np.testing.assert_allclose(read.eps, noise, atol=1e-4)
 
 
-def test_objectives_say_the_same_in_other_words():
+def test_objectives_are_equivalent_parametrisations():
     x0, noise = RNG.standard_normal((2, 3, 8)).astype(np.float32)
     t = np.array([5, 400, 800])
     a, s = np.sqrt(ABAR[t])[:, None], np.sqrt(1 - ABAR[t])[:, None]
@@ -45,14 +45,17 @@ def test_objectives_say_the_same_in_other_words():
 def test_min_snr_weighs_the_error_of_x0_alike_whatever_the_network_predicts(
     name, weight_of_x0_error
 ):
-    """An error of the output counts weight_of_x0_error times that of x0, so all three come to min(SNR, gamma)."""
+    """The loss times the weight of an x0 error equals min(SNR, gamma) for all three outputs."""
     weights = obj.min_snr_weights(name, SCHEDULE, 5.0)
     assert weights.shape == (1000,)
     np.testing.assert_allclose(weights * weight_of_x0_error, np.minimum(SNR, 5.0), rtol=1e-6)
 
 
 def test_bound_weights_are_those_of_the_variational_bound():
-    """KL of two Gaussians with the posterior's variance: coef1^2 (x0 error) / (2 variance), x0 error = eps error (1 - abar) / abar."""
+    """KL of two Gaussians of the posterior's variance: coef1^2 (x0 error) / (2 variance).
+
+    Here x0 error = eps error (1 - abar) / abar.
+    """
     t = np.arange(1, 1000)
     expected = (
         SCHEDULE.posterior_mean_coef1[t] ** 2

@@ -45,13 +45,12 @@ PREDICT_AT_ANY_TIME = predictor(lambda x, t: x * (0.5 + t / 2000), SCHEDULE, "ep
 
 
 def draw(sampler, steps, eta, n=20000):
-    """Mean and standard deviation of n numbers sampled in ``steps`` steps. They are one picture: one key."""
+    """Mean and standard deviation of n numbers, drawn as one image from one key."""
     keys = jax.random.key(0)[None]
     nodes = sampler.nodes(SCHEDULE, step_grid("trailing", steps, 1000), eta=eta)
     a, s = SCHEDULE.sqrt_alphas_cumprod[-1], SCHEDULE.sqrt_one_minus_alphas_cumprod[-1]
-    start = a * MEAN + np.sqrt(a**2 * STD**2 + s**2) * initial_noise(
-        keys, (n,)
-    )  # the exact distribution of the last x_t
+    # The exact distribution of the last x_t.
+    start = a * MEAN + np.sqrt(a**2 * STD**2 + s**2) * initial_noise(keys, (n,))
     x = run(sampler, nodes, start, keys)
     return float(x.mean()), float(x.std())
 
@@ -66,7 +65,8 @@ def test_more_steps_come_closer_to_the_distribution(sampler, eta):
     results = [draw(SAMPLERS[sampler], steps, eta) for steps in (5, 40, 1000)]
     errors = [abs(std - STD) for _, std in results]
     assert errors[0] > errors[1] > 0.003
-    # 20000 samples know the standard deviation to 0.5 % (one sigma, 0.002) and the mean to 0.003; DDIM ends at the noise level of t = 0.
+    # Of 20,000 samples, the standard error is 0.5 % of the deviation (0.002) and 0.003 of the mean.
+    # DDIM ends at the noise level of t = 0.
     assert errors[2] < 0.008
     assert abs(results[2][0] - MEAN) < 0.012
 
@@ -109,7 +109,7 @@ class TestLoop:
         return SAMPLERS[name].nodes(SCHEDULE, step_grid("uniform", 4, 1000), eta=1.0)
 
     def step_noise(self, purpose, count):
-        """Steps' noise by the rule of the loop: the key folded with 1, step and purpose (0 the sampler's, 1 the known region's)."""
+        """The loop's noise: the key folded with 1, step and purpose (0 sampler, 1 known region)."""
         fold = jax.random.fold_in
         rows = [
             [
@@ -201,7 +201,7 @@ class TestLoop:
         )
         np.testing.assert_allclose(drawn, given, rtol=1e-5, atol=1e-6)
 
-    def test_it_asks_for_what_it_needs(self, name):
+    def test_missing_inputs_are_errors(self, name):
         x, known = jnp.zeros(self.SHAPE), Known(jnp.zeros(self.SHAPE), jnp.ones(self.SHAPE))
         with pytest.raises(ValueError, match="give keys"):
             sample(SAMPLERS[name], PREDICT, x, self.nodes(name))
@@ -246,7 +246,7 @@ def test_skipped_rows_do_nothing_and_every_start_is_one_program(name):
     assert run._cache_size() == 1
 
 
-def test_guidance_goes_from_the_null_condition_through_the_asked_one():
+def test_guidance_extrapolates_from_the_null_condition():
     def model(x, t, cond):
         return x + t[:, None] + cond
 

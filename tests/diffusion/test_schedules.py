@@ -97,7 +97,10 @@ def test_unknown_schedule_names_the_nearest():
 
 @pytest.mark.parametrize("v", [0.0, 0.3, 1.0])
 def test_posterior_agrees_with_bayes(v):
-    """Of Gaussians q(x_t | x_t-1) and q(x_t-1 | x_0): precisions add, means are weighed by them; v moves the variance towards beta."""
+    """The posterior as a product of q(x_t | x_t-1) and q(x_t-1 | x_0): precisions add.
+
+    v interpolates the variance towards beta.
+    """
     tables, t = schedule("linear", v_posterior=v), np.arange(1, T)
     a, betas = abar("linear").astype(np.float64), make_betas("linear", T, START, END)
     prev, x0, xt = a[t - 1], 0.7, -1.3

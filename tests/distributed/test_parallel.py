@@ -77,7 +77,7 @@ def unet_shapes():
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (4, 2), (2, 4)])
-def test_what_a_device_holds_falls_with_the_mesh(unet_shapes, fsdp, tensor):
+def test_memory_per_device_falls_with_the_mesh(unet_shapes, fsdp, tensor):
     mesh = make_mesh(fsdp=fsdp, tensor=tensor)
     total = held = split = 0
     for leaf, where in zip(
@@ -102,9 +102,10 @@ def test_a_split_leaves_whole_registers_where_it_can():
     assert spec("unet/in_conv/kernel", (3, 3, 320, 320), mesh) == PartitionSpec(
         None, None, "fsdp", None
     )
+    # 960 in lanes.
     assert spec("unet/in_conv/kernel", (3, 3, 960, 320), mesh) == PartitionSpec(
         None, None, None, "fsdp"
-    )  # 960 in lanes
+    )
     assert (
         spec("x", (320, 2560), mesh)
         == spec("x", (1280, 512), mesh)
@@ -126,9 +127,8 @@ def test_looking_up_words_in_a_split_table_reduces_no_activations(fsdp):
     words, channels, tokens = 2**16, 64, jax.ShapeDtypeStruct((16, 77), jnp.int32)
     where = spec("conditioner/token_embedding/embedding", (words, channels), mesh)
     assert where == PartitionSpec(None, "fsdp")
-    assert spec("quantize/embedding", (words, channels), mesh) == PartitionSpec(
-        "fsdp", None
-    )  # compared, not looked up alone
+    # Codes are compared with every encoding, not only looked up.
+    assert spec("quantize/embedding", (words, channels), mesh) == PartitionSpec("fsdp", None)
     rows, table = NamedSharding(mesh, ROWS), jax.ShapeDtypeStruct((words, channels), jnp.float32)
 
     def kinds(where):
@@ -201,7 +201,7 @@ def test_a_mesh_that_cannot_be_is_refused(axes, message):
 
 
 @pytest.mark.parametrize("most", [1, 3000, 2**29])
-def test_what_is_made_in_parts_is_what_is_made_at_once(most):
+def test_samples_in_batches_equal_those_made_at_once(most):
     def make(key):
         one, two = jax.random.split(key)
         return {
@@ -273,11 +273,11 @@ def together(file: Path, workdir: Path) -> list:
 
 
 def ended(*processes, status: int = 0) -> list[str]:
-    said = [process.communicate(timeout=300)[1] for process in processes]
+    outputs = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [status] * len(processes), "\n".join(
-        said
+        outputs
     )
-    return said
+    return outputs
 
 
 def reached(workdir: Path, step: int, *processes) -> None:
@@ -288,7 +288,7 @@ def reached(workdir: Path, step: int, *processes) -> None:
         time.sleep(0.005)
 
 
-def test_two_processes_are_one_run_and_it_goes_on_anywhere(
+def test_two_processes_are_one_run_that_resumes_on_any_topology(
     config, tmp_path, monkeypatch, no_preview
 ):
     train(config, tmp_path / "one")
@@ -298,9 +298,9 @@ def test_two_processes_are_one_run_and_it_goes_on_anywhere(
     reached(tmp_path / "two", 4, *processes)
     for process in processes:
         process.send_signal(signal.SIGKILL)
-    said = [process.communicate()[1] for process in processes]
+    outputs = [process.communicate()[1] for process in processes]
     kept = [int(p.name) for p in (tmp_path / "two" / "checkpoints").iterdir() if p.name.isdigit()]
-    assert 2 <= max(kept) < 8, "\n".join(said)
+    assert 2 <= max(kept) < 8, "\n".join(outputs)
 
     # On one process of eight devices, and then on one device.
     config.steps = 6
@@ -323,27 +323,27 @@ def test_two_processes_are_one_run_and_it_goes_on_anywhere(
         assert np.abs(ours_end[name].astype(np.float64) - expected_array).max() < 1e-5, name
 
 
-def test_signals_save_at_one_step_and_sigterm_says_how_to_go_on(config, tmp_path):
+def test_signals_save_at_one_step_and_sigterm_prints_how_to_resume(config, tmp_path):
     config.update(steps=2000, save_every=1000, eval_every=3, preview_every=1000)
     config.best.keep = 1
     file = write(config, tmp_path)
     processes = together(file, tmp_path / "run")
     reached(tmp_path / "run", 3, *processes)
-    processes[1].send_signal(signal.SIGUSR1)  # one is told, both save
+    processes[1].send_signal(signal.SIGUSR1)  # one process receives it, both save
     saved = tmp_path / "run" / "checkpoints"
     while (
         all(p.poll() is None for p in processes)
         and sum(p.name.isdigit() for p in saved.iterdir()) < 2
     ):
         time.sleep(0.02)
-    processes[1].send_signal(signal.SIGTERM)  # one is told, both stop
-    said = ended(*processes, status=75)
-    asked = [re.findall(r"SIGUSR1: step (\d+) is saved", text) for text in said]
-    assert (len(asked[0]), asked[1]) == (1, [])  # the first speaks for both
-    assert (saved / asked[0][0] / "state").is_dir()
+    processes[1].send_signal(signal.SIGTERM)  # one process receives it, both stop
+    outputs = ended(*processes, status=75)
+    saves = [re.findall(r"SIGUSR1: step (\d+) is saved", text) for text in outputs]
+    assert (len(saves[0]), saves[1]) == (1, [])  # only the first process logs
+    assert (saved / saves[0][0] / "state").is_dir()
     steps = {
         line.split(" at step ")[1].split(",")[0]
-        for text in said
+        for text in outputs
         for line in text.splitlines()
         if "stopped at" in line
     }

@@ -85,7 +85,7 @@ def write_folder(folder, images) -> None:
         Image.fromarray(image).save(folder / f"{i:03d}.png")
 
 
-# ------------------------------------------------------------------------------- resizers
+# ----------------------------------------------------------------------------------------- resizers
 
 
 @pytest.mark.parametrize(("h", "w"), [(5, 9), (32, 17), (40, 64)])
@@ -118,7 +118,7 @@ def test_every_resizer_keeps_a_constant_and_its_own_size(rng):
         resize(image, (3, 3), "pil_bicubik")
 
 
-# ------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_pictures_of_several_sizes_go_through_one_extractor(rng):
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def test_kernel_distance_is_unbiased_and_its_subsets_are_repeatable(rng):
@@ -264,7 +264,7 @@ def test_retrieval_leaves_the_own_picture_out(rng):
     assert found == 1
 
 
-# ------------------------------------------------------------------------------- evaluations
+# -------------------------------------------------------------------------------------- evaluations
 
 
 def test_the_figures_are_those_of_the_metrics(toy, rng, tmp_path):
@@ -362,7 +362,7 @@ def test_a_stopped_run_resumes_without_reading_again(toy, rng, tmp_path, monkeyp
         evaluate(made[:20], real, batch=16, out=tmp_path / "run", progress=False)
 
 
-# ------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 
 
 def test_statistics_stand_for_the_pictures(toy, rng, tmp_path):
@@ -423,7 +423,7 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path, arrays, message):
         read_statistics(tmp_path / "s.npz")
 
 
-# ------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 def test_a_first_stage_is_evaluated_by_its_reconstructions(toy, rng, tmp_path):
@@ -482,7 +482,7 @@ def test_clip_scores_need_a_folder_of_transformers_alone(toy, rng, tmp_path):
         evaluate(made, real, progress=False, **options)
 
 
-# ------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def test_mistakes_are_one_line_before_any_picture_is_read(toy, rng, tmp_path):
@@ -534,7 +534,7 @@ def test_an_npz_that_ends_early_is_named(tmp_path, rng):
         NpzPictures(tmp_path / "x.npz").read(4, 6)
 
 
-# ------------------------------------------------------------------------------- several hosts
+# ------------------------------------------------------------------------------------ several hosts
 
 TWO = """
 import sys, json, numpy as np

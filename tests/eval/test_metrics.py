@@ -18,7 +18,7 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return images / 127.5 - 1
 
 
-# ---------------------------------------------------------------------- PSNR
+# --------------------------------------------------------------------------------------------- PSNR
 
 
 def test_psnr_of_a_constant_error_per_image():
@@ -45,7 +45,7 @@ def test_images_that_do_not_fit_raise(measure):
         measure(images.astype(np.int64), images)
 
 
-# ---------------------------------------------------------------------- SSIM
+# --------------------------------------------------------------------------------------------- SSIM
 
 
 def test_ssim_of_identical_images_is_one(rng):
@@ -92,7 +92,7 @@ def test_ssim_needs_room_for_its_window():
         metrics.ssim(np.zeros((1, 10, 16, 3)), np.zeros((1, 10, 16, 3)))
 
 
-# ---------------------------------------------------------------------- Frechet distance
+# --------------------------------------------------------------------------------- Frechet distance
 
 
 def test_frechet_distance_of_commuting_covariances(rng):
@@ -127,7 +127,7 @@ def test_frechet_distance_names_shapes_that_do_not_fit():
         metrics.frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
 
 
-# ---------------------------------------------------------------------- precision and recall
+# ----------------------------------------------------------------------------- precision and recall
 
 
 def test_precision_recall_counted_by_hand():
@@ -167,13 +167,12 @@ def test_precision_recall_needs_more_points_than_neighbours():
         metrics.precision_recall(np.zeros((9, 2)), np.zeros((9, 3)))
 
 
-# ---------------------------------------------------------------------- running moments
+# ---------------------------------------------------------------------------------- running moments
 
 
 def test_running_moments_equal_those_of_the_whole(rng):
-    x = (
-        rng.normal(size=(100, 6)) @ rng.normal(size=(6, 6)) + 1e4
-    )  # far from 0: the textbook sum of squares would lose it
+    # Far from 0, where E[x^2] - E[x]^2 would lose all digits.
+    x = rng.normal(size=(100, 6)) @ rng.normal(size=(6, 6)) + 1e4
     moments = metrics.RunningMoments(6)
     for part in np.split(x, [1, 1, 30, 77]):
         moments.update(part)

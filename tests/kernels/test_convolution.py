@@ -28,33 +28,17 @@ def arrays(
     ("pays", "shape", "stride", "padding"),
     [
         (is_banded, (2, 32, 48, 8, 5, 3), 1, SAME),  # four bands a picture
-        (
-            is_banded,
-            (1, 65, 67, 34, 3, 3),
-            2,
-            ((0, 1), (0, 1)),
-        ),  # a downsampling, unevenly padded
-        (
-            is_banded,
-            (1, 71, 64, 3, 6, 4),
-            2,
-            SAME,
-        ),  # the discriminator's; no band divides 35 rows but 5, 7 and one
-        (
-            is_banded,
-            (7, 16, 16, 5, 7, 3),
-            1,
-            SAME,
-        ),  # bands of one small picture: no two divide seven
+        # Strided, with uneven padding.
+        (is_banded, (1, 65, 67, 34, 3, 3), 2, ((0, 1), (0, 1))),
+        # The discriminator: 35 output rows are divisible by 1, 5 and 7 only.
+        (is_banded, (1, 71, 64, 3, 6, 4), 2, SAME),
+        # One small image per band: 7 images do not pair.
+        (is_banded, (7, 16, 16, 5, 7, 3), 1, SAME),
         (is_banded, (48, 16, 24, 5, 7, 3), 2, SAME),  # of five or less, of 96 pixels: four
         (is_banded, (16, 16, 16, 5, 7, 3), 1, SAME),  # of two
         (is_product, (2, 16, 16, 248, 240, 3), 1, SAME),  # products
-        (
-            is_product,
-            (1, 9, 8, 200, 240, 4),
-            1,
-            ((1, 2), (2, 1)),
-        ),  # of an even kernel, unevenly padded
+        # An even kernel with uneven padding.
+        (is_product, (1, 9, 8, 200, 240, 4), 1, ((1, 2), (2, 1))),
         (is_product, (3, 5, 4, 248, 240, 3), 1, ((0, 0), (0, 0))),  # without padding
     ],
     ids=[

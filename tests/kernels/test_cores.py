@@ -38,7 +38,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     assert cores.available() == 7
 
 
-def test_using_cores_after_devices_were_asked_for_says_so():
+def test_using_cores_after_jax_is_initialised_logs_a_warning():
     assert jax.device_count() == 8
     with pytest.raises(RuntimeError, match="before any other use of JAX"):
         cores.use_cores()
@@ -116,7 +116,7 @@ def test_a_pipeline_has_the_same_pictures_on_cores_and_compiles_once(
     np.testing.assert_array_equal(again.images, made.images)
 
 
-def test_pictures_asked_for_at_once_are_those_of_one_after_the_other(exact_pipe, four):
+def test_pictures_of_a_batch_equal_those_of_single_requests(exact_pipe, four):
     pipe = Pipeline(exact_pipe.model)
 
     def make(seed):

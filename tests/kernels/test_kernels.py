@@ -63,7 +63,7 @@ def by_hand(function, *args) -> int:
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_a_network_of_which_nothing_is_said_is_plain_for_every_platform(model, platform):
+def test_a_network_uses_the_reference_forms_by_default_on_every_platform(model, platform):
     """No loop of chunks or bands, no barrier, no erf, no kernel, no hand-written gradient."""
     unet = UNet(**CONFIG["unet"])
 

@@ -65,17 +65,15 @@ def test_features_have_five_scales(params):
 
 def test_the_full_network_has_the_published_size():
     params = jax.eval_shape(VGG16Features().init, jax.random.key(0), images(0, (1, 32, 32, 3)))
-    assert (
-        sum(x.size for x in jax.tree.leaves(params)) == 14_714_688
-    )  # torchvision's vgg16().features
+    # torchvision's vgg16().features.
+    assert sum(x.size for x in jax.tree.leaves(params)) == 14_714_688
 
 
 @pytest.mark.parametrize("side", [8, 9])
 def test_pooling_is_linens_and_the_first_of_equals_takes_the_gradient(side):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(
-        rng.integers(0, 3, (2, side, side, 4)), jnp.float32
-    )  # many of a square are equal
+    # Few values, so that many windows have ties.
+    x = jnp.asarray(rng.integers(0, 3, (2, side, side, 4)), jnp.float32)
 
     def results(form):
         y, pull = jax.vjp(form, x)
@@ -219,7 +217,7 @@ def test_files_are_read_with_their_preprocessing(tmp_path, monkeypatch, metadata
     jax.tree.map(np.testing.assert_array_equal, alone, params["vgg"])
 
 
-def test_absent_files_and_unknown_preprocessing_say_so(tmp_path, monkeypatch):
+def test_absent_files_and_unknown_preprocessing_are_errors(tmp_path, monkeypatch):
     monkeypatch.delenv("LDM_JAX_VGG16", raising=False)
     with pytest.raises(FileNotFoundError, match="LDM_JAX_VGG16"):
         perceptual.load_vgg16()
@@ -237,6 +235,5 @@ def test_published_weights_see_structure():
     )
     batch = jnp.stack([stripes, jnp.roll(stripes, 4, axis=0), stripes.transpose(1, 0, 2)])
     deep = perceptual.unit_length(module.apply({"params": params}, batch)[3].mean(axis=(1, 2)))
-    assert (
-        deep[0] @ deep[1] > deep[0] @ deep[2] + 0.05
-    )  # shifted stripes are nearer than turned ones
+    # Shifted stripes are nearer than rotated ones.
+    assert deep[0] @ deep[1] > deep[0] @ deep[2] + 0.05

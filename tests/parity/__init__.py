@@ -1,2 +1,1 @@
-"""The reference data, read and compared: `LDM_JAX_GOLDEN=DIR pytest tests/parity` runs every case of a folder of that
-format."""
+"""Comparison with recorded reference data; `LDM_JAX_GOLDEN=DIR` selects another folder."""

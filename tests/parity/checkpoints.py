@@ -26,7 +26,7 @@ Results = dict[str, Any]
 
 
 def latent_diffusion(case: Case) -> Results:
-    """The model of a file, with its weights and where it has them with their averages: one call of each part, and sampling."""
+    """A file's model with its weights or their average: a call of each part, and sampling."""
     if (sampler := case.spec.get("sampler", "ddim")) != "ddim":
         raise NotYet(f"the sampler {sampler!r}")
     results, schedule = run(case, ema=False)
@@ -91,7 +91,7 @@ def first_stage_params(case: Case) -> dict[str, Any]:
 
 
 def vqgan(case: Case) -> Results:
-    """A whole first stage: the autoencoder, and its loss in evaluation, where the adversarial weight is 0."""
+    """A whole first stage and its loss in evaluation, where the adversarial weight is 0."""
     path, original = case.folder / case.spec["ckpt"], Original(case.cls, case.kwargs)
     converted = from_compvis(path, config=original)
     results = outputs_of(converted.config, converted.params, case.inputs)

@@ -1,4 +1,4 @@
-"""Says which reference data a run reads."""
+"""Reports the folder of reference data."""
 
 import pytest
 
@@ -10,5 +10,5 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The header again, which -q leaves out."""
+    """Repeats the header, which -q leaves out."""
     terminalreporter.write_line(pytest_report_header())

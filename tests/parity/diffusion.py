@@ -1,5 +1,4 @@
-"""Schedules, losses and samplers: the original's LatentDiffusion and DDPM objects, with the recorded noise handed
-in."""
+"""Schedules, losses and samplers of the original's LatentDiffusion and DDPM, on recorded noise."""
 
 import dataclasses
 import itertools
@@ -67,7 +66,7 @@ from .golden import Case, NotYet, nchw, nhwc, shapes_of
 Results = dict[str, Any]
 UNET = "model.diffusion_model."
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 def pick(kwargs: Mapping[str, Any], names: str) -> dict[str, Any]:
@@ -96,8 +95,8 @@ def network(config: Mapping[str, Any]) -> Any:
 def model_of(case: Case) -> tuple[LatentDiffusion, Table]:
     """The case's diffusion model, and the table of what ``params`` of it holds.
 
-    Conditions come to it ready made, hence no conditioner; samplers are told of the model by the case that their
-    weights come from.
+    Recorded conditions are already encoded, hence no conditioner. A sampler's case takes its model
+    from the case that holds the weights.
     """
     owner: Case | None = case
     while owner is not None and "unet_config" not in owner.kwargs:
@@ -120,8 +119,10 @@ def model_of(case: Case) -> tuple[LatentDiffusion, Table]:
 
 
 def condition_of(case: Case, name: str = "c") -> Cond:
-    """The condition that the input ``name`` (or <name>_concat, <name>_crossattn) is, by the model's conditioning key;
-    none where it is not there."""
+    """The condition of input ``name`` (or <name>_concat, <name>_crossattn), if there is one.
+
+    The model's conditioning key decides how it enters.
+    """
     owner: Case | None = case
     while owner is not None and "conditioning_key" not in owner.kwargs:
         owner = owner.base
@@ -145,7 +146,7 @@ def condition_of(case: Case, name: str = "c") -> Cond:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- schedules, q
+# ------------------------------------------------------------------------------------- schedules, q
 
 
 def register_schedule(case: Case) -> Results:
@@ -169,8 +170,8 @@ def ddim_schedules(case: Case) -> Results:
     for kind, steps, eta in case.kwargs["combos"]:
         grid = step_grid(kind, steps, schedule.timesteps, compat=True)
         nodes = jax.tree.map(lambda a: a[::-1], DDIM().nodes(schedule, grid, eta=eta))
-        # Two tables are float32 arithmetic on rounded values in the original (errors near 1e-5), which no sampler of
-        # ours repeats.
+        # Two tables are float32 arithmetic on rounded values in the original (errors near 1e-5),
+        # which our samplers do not repeat.
         abar, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
         values = {
             "timesteps": nodes.t,
@@ -206,12 +207,14 @@ def q_functions(case: Case) -> Results:
     return {name: nchw(a) for name, a in results.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def p_losses(case: Case) -> Results:
-    """Loss, its parts and gradients; latent models weight by logvar (learned or constant), pixel-space DDPM does
-    not."""
+    """Loss, its parts and gradients.
+
+    Latent models weight by logvar (learned or constant), pixel-space DDPM does not.
+    """
     model, table = model_of(case)
     kwargs, schedule = case.kwargs, model.schedule
     x0, noise, t = case.image("x_start"), case.image("noise"), jnp.asarray(case.inputs["t"])
@@ -254,12 +257,14 @@ def p_losses(case: Case) -> Results:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- samplers
+# ----------------------------------------------------------------------------------------- samplers
 
 
 def denoiser_of(case: Case, model: LatentDiffusion, scale: float) -> Denoiser:
-    """The model under the case's condition, guided by ``scale`` unless that is 1 or there is nothing to guide away
-    from."""
+    """The model under the case's condition.
+
+    Guided by ``scale``, unless that is 1 or the case has no unconditional input.
+    """
 
     def apply(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         return model.apply(model.params, x, t, cond)
@@ -343,8 +348,10 @@ def run_sampler(
     clip: bool = False,
     scale: float = 1.0,
 ) -> tuple[jax.Array, Trace]:
-    """The whole run from ``x`` with step noise [S, b, c, h, w], zeros where a case records none; ``options`` are the
-    sampler's eta and temperature."""
+    """A whole run from ``x`` with step noise [S, b, c, h, w], zeros where none is recorded.
+
+    ``options`` are the sampler's eta and temperature.
+    """
     quantize = (
         quantizer_of(case)
         if case.kwargs.get("quantize_x0") or case.kwargs.get("quantize_denoised")
@@ -537,7 +544,7 @@ def plms_sampler(case: Case) -> Results:
     }
 
 
-# DPM-Solver's own continuous time: t in (0, 1], timestep i at (i + 1) / N, log sqrt(abar) linear in between.
+# DPM-Solver's time: t in (0, 1], timestep i at (i + 1) / N, linear log sqrt(abar) in between.
 
 
 def log_alpha(schedule: Schedule, t: np.ndarray) -> np.ndarray:
@@ -677,7 +684,8 @@ K_SAMPLERS = [
     "dpmpp_2m_sde",
     "dpmpp_3m_sde",
 ]
-# What recorded runs have otherwise than the registry: fresh noise in both stages, the authors' third moment, the batch's error.
+# Recorded runs differ from the registry: fresh noise in both stages, the third moment as released,
+# the error norm of the batch.
 RECORDED = {
     "dpmpp_sde": Tableau(DPMppSDE(one_path=False), 1, history=1, draws=1),
     "dpmpp_3m_sde": Tableau(
@@ -691,7 +699,7 @@ RECORDED = {
 
 
 def k_sampler(case: Case) -> Results:
-    """k-diffusion's samplers, which keep x / sqrt(abar) where ours keep x: what goes in is scaled, and what comes out."""
+    """k-diffusion's samplers; their state is x / sqrt(abar), hence the scaling on both sides."""
     name = case.cls.split()[0].rsplit("sample_", 1)[1]
     kwargs, (model, _) = case.kwargs | case.kwargs.get("sample", {}), model_of(case)
     schedule, scale = model.schedule, kwargs.get("scale", 1.0)
@@ -788,7 +796,7 @@ def p_sample_loop(case: Case) -> Results:
 def k_loss(case: Case) -> Results:
     """k-diffusion's wrappers of a bare UNet: the loss of each sample, in sigmas, and x0.
 
-    Their losses are those of our targets: the mean squared error of eps, or of v (Salimans & Ho 2022).
+    The losses are those of our targets: the mean squared error of eps, or of v (arXiv 2202.00512).
     """
     unet_config = {
         "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
@@ -903,7 +911,7 @@ def k_log_likelihood(case: Case) -> Results:
     return {"ll": log_likelihood(denoise, case.inputs["x"], probe, *ends, **tolerances)}
 
 
-# ---------------------------------------------------------------------------------------------------------- the classes
+# -------------------------------------------------------------------------------------- the classes
 
 
 def latent_diffusion(case: Case) -> Results:
@@ -954,7 +962,8 @@ def ddpm(case: Case) -> Results:
 
 CASES: Mapping[str, Callable[[Case], Results]] = {
     "ldm.models.diffusion.ddpm.DDPM.register_schedule": register_schedule,
-    "ldm.modules.diffusionmodules.util.make_ddim_timesteps / make_ddim_sampling_parameters": ddim_schedules,
+    "ldm.modules.diffusionmodules.util.make_ddim_timesteps / "
+    "make_ddim_sampling_parameters": ddim_schedules,
     "ldm.models.diffusion.ddpm.DDPM": ddpm,
     "ldm.models.diffusion.ddpm.LatentDiffusion": latent_diffusion,
     "ldm.models.diffusion.ddpm.LatentDiffusion.p_sample_loop": p_sample_loop,

@@ -1,4 +1,4 @@
-"""Reading reference data and comparing with it; the format is described in tests/golden/README.md."""
+"""Reads reference data and compares with it; tests/golden/README.md describes the format."""
 
 import dataclasses
 import json
@@ -18,11 +18,11 @@ REPO = Path(__file__).parents[2]
 
 
 class NotYet(Exception):
-    """A case, or a part of its configuration, that this runner does not know; the reason is its message."""
+    """A case or an option that this runner does not support; the message is the reason."""
 
 
 def golden_folder() -> Path:
-    """LDM_JAX_GOLDEN, else the full set beside the repository, else the part that the repository carries."""
+    """LDM_JAX_GOLDEN, else the full set next to the repository, else the set within it."""
     if given := os.environ.get("LDM_JAX_GOLDEN"):
         folder = Path(given).expanduser()
         if not (folder / "manifest.json").is_file():
@@ -55,7 +55,7 @@ def nchw(x: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One case. ``spec`` is its manifest entry; arrays are as stored, in PyTorch's layouts, unless said otherwise."""
+    """One case: ``spec`` is its manifest entry; arrays are as stored, in PyTorch's layouts."""
 
     folder: Path
     name: str
@@ -115,9 +115,9 @@ class Case:
     ) -> dict[str, np.ndarray]:
         """The case's weights, float32: the base's first, then its own.
 
-        ``expected`` are the shapes that the model has by name. Where a bare key of the base is not among them, one of
-        the ``prefixes`` may make it so; what the model lacks, or has in another shape, is dropped from the base, and
-        only from there.
+        ``expected`` holds the model's shapes by name. A bare key of the base that is not among them
+        may be found under one of the ``prefixes``; arrays of the base that the model lacks, or has
+        in another shape, are dropped.
         """
         weights: dict[str, np.ndarray] = {}
         if self.base is not None:
@@ -128,8 +128,10 @@ class Case:
         return weights | self.weights(own=True)
 
     def weights(self, own: bool = False) -> dict[str, np.ndarray]:
-        """Everything that is stored, float32 where it is stored as float16; with the bases' weights below unless only
-        its ``own`` are asked for."""
+        """All stored arrays, float16 converted to float32.
+
+        The bases' weights come first, unless ``own`` is true.
+        """
         weights = {} if own or self.base is None else self.base.weights()
         return weights | {
             n: a.astype(np.float32) if a.dtype == np.float16 else a
@@ -139,8 +141,11 @@ class Case:
     def params(
         self, table: Table, shapes: Mapping[str, Any], only: tuple[str, ...] = ("",)
     ) -> dict[str, Any]:
-        """The case's weights, those whose names begin as in ``only``, as our parameter tree; ConversionError unless
-        they fit the table in full."""
+        """The case's weights whose names begin with one of ``only``, as our parameter tree.
+
+        Raises:
+            ConversionError: The weights do not fit the table in full.
+        """
         weights = {
             n: w
             for n, w in self.state_dict(source_shapes(table, shapes, self.cls)).items()
@@ -156,8 +161,10 @@ def load_cases(folder: Path) -> list[Case]:
 
 
 def excess(ours: np.ndarray, theirs: np.ndarray, atol: float, rtol: float) -> np.ndarray:
-    """|a - b| / (atol + rtol |b|) at every place, 0 where equal (also where both are the same infinity or nan) and inf
-    where only one is finite."""
+    """|a - b| / (atol + rtol |b|) elementwise.
+
+    0 where both are equal (infinities and nan too), inf where only one is finite.
+    """
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
     equal = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

@@ -1,4 +1,4 @@
-"""Networks and blocks: what to build from a case's class and arguments, what to feed it and what comes out."""
+"""Networks and blocks: construction by class and arguments, inputs and outputs of each case."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ def build(case: Case, prefix: str = "") -> tuple[Any, Any]:
     return module, case.params(table_of(module, prefix), shapes_of(module))
 
 
-# ----------------------------------------------------------------------------------------------------------------- UNet
+# --------------------------------------------------------------------------------------------- UNet
 
 
 def unet(case: Case) -> Results:
@@ -84,7 +84,7 @@ def timestep_embeddings(case: Case) -> Results:
     return results
 
 
-# --------------------------------------------------------------------------------------------------------- autoencoders
+# ------------------------------------------------------------------------------------- autoencoders
 
 
 def autoencoder_kl(case: Case) -> Results:
@@ -129,8 +129,8 @@ def diagonal_gaussian(case: Case) -> Results:
     )
     other = DiagonalGaussian.from_moments(other_moments)
     second = DiagonalGaussian.from_moments(jnp.concatenate([x, 0.3 * x], axis=-1))
-    # The original can sum over other axes; ours always sums over all but the batch, so that one is made from the terms
-    # of single places.
+    # The original can sum over other axes; ours sums over all but the batch, so that this one is
+    # computed from its terms.
     nll_terms = 0.5 * (np.log(2 * np.pi) + other.logvar + jnp.square(x - other.mean) / other.var)
     images = {
         "mean": d.mean,
@@ -157,7 +157,7 @@ def diagonal_gaussian(case: Case) -> Results:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def text_encoder(case: Case) -> Results:
@@ -184,7 +184,7 @@ def transformer_wrapper(case: Case) -> Results:
     return {"embeddings": module.apply(variables, tokens, mask), "logits": logits, "y": logits}
 
 
-# --------------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 class Built(NamedTuple):
@@ -323,7 +323,7 @@ def block(make: Callable[..., Built]) -> Callable[[Case], Results]:
     return run
 
 
-# --------------------------------------------------------------------------------------------------- discriminator, GPT
+# ------------------------------------------------------------------------------- discriminator, GPT
 
 
 def discriminator(case: Case) -> Results:

@@ -1,4 +1,4 @@
-"""First stages, quantisers, conditioning networks and the classifier: what to feed them and what comes out."""
+"""First stages, quantisers, conditioning networks and the classifier of each case."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -42,7 +42,7 @@ Results = dict[str, Any]
 
 
 def build(case: Case, prefix: str = "", **more: Any) -> tuple[Any, Any, Table]:
-    """(module, variables or parameters, table) of a case; which codes are in use is told beside its arguments."""
+    """(module, variables or parameters, table) of a case."""
     kwargs = dict(case.kwargs) | more
     if "used" in case.spec:
         kwargs["remap"] = case.spec["used"]
@@ -58,7 +58,7 @@ def build(case: Case, prefix: str = "", **more: Any) -> tuple[Any, Any, Table]:
     return module, case.params(table, shapes_of(module)), table
 
 
-# ---------------------------------------------------------------------------------------------------------- classifier
+# --------------------------------------------------------------------------------------- classifier
 
 
 def encoder_unet(case: Case) -> Results:
@@ -67,7 +67,7 @@ def encoder_unet(case: Case) -> Results:
     return {"y_pred": jax.jit(module.apply)({"params": params}, case.image("x"), t)}
 
 
-# ---------------------------------------------------------------------------------------------------------- quantisers
+# --------------------------------------------------------------------------------------- quantisers
 
 
 def seeds() -> dict[str, jax.Array]:
@@ -81,7 +81,7 @@ def quantizer_results(module: VectorQuantizer, out: Quantized, first: bool) -> R
 
 
 def vector_quantizer(case: Case) -> Results:
-    """Either of the original's; the first also gives one-hot encodings and returns its indices as a column."""
+    """Both of the original's quantisers; the first adds one-hot codes and an index column."""
     module, params, table = build(case)
     assert isinstance(module, VectorQuantizer)
     first, z, w = case.cls.endswith("VectorQuantizer"), case.image("z"), case.image("w")
@@ -172,7 +172,7 @@ def ema_quantizer(case: Case) -> Results:
     return results | {"eval_z_q": nchw(out.z), "eval_loss": out.loss, "eval_indices": out.indices}
 
 
-# -------------------------------------------------------------------------------------------------------- autoencoders
+# ------------------------------------------------------------------------------------- autoencoders
 
 
 def vqmodel(case: Case) -> Results:
@@ -267,11 +267,11 @@ def drawn(name: str, shape: list[int], seed: int) -> np.ndarray:
     return np.abs(a) if name.startswith("lin") else a
 
 
-# ----------------------------------------------------------------------------------------------- losses of first stages
+# --------------------------------------------------------------------------- losses of first stages
 
 
 def gan_loss(case: Case) -> Results:
-    """Losses, logs and gradients of a generator that is one convolution, for each recorded step and each optimiser."""
+    """Losses, logs and gradients of a one-convolution generator, per step and optimiser."""
     kwargs, inputs = case.kwargs, case.inputs
     kl = "contperceptual" in case.cls
     try:
@@ -415,7 +415,7 @@ def lit_ema(case: Case) -> Results:
     return results | {f"copied/{name}": a for name, a in (frozen | ema).items()}
 
 
-# -------------------------------------------------------------------------------------------------------- conditioning
+# ------------------------------------------------------------------------------------- conditioning
 
 
 def class_embedder(case: Case) -> Results:

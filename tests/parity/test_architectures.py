@@ -1,4 +1,4 @@
-"""The tables against every published configuration: each array's name and shape, without allocating one."""
+"""The conversion tables match the names and shapes of every published configuration."""
 
 import functools
 import gzip
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.convert.compvis import whole
-from ldm_jax.convert.compvis.networks import table_of
 from ldm_jax.convert.compvis.infer import Original, infer
+from ldm_jax.convert.compvis.networks import table_of
 from ldm_jax.convert.compvis.original import conditioning_key, config_of, fields_of, original_of
 from ldm_jax.convert.compvis.targets import module_from_config
 from ldm_jax.convert.tables import Duplicate, Entry, flatten, source_shapes
@@ -40,14 +40,13 @@ def traced_once() -> Iterator[None]:
 @pytest.mark.parametrize("name", architectures())
 def test_every_array_is_one_parameter(name: str) -> None:
     spec = architectures()[name]
-    # The listed names leave out schedule, averages and losses, and what merely duplicates the first stage.
+    # The list leaves out schedule, averages, losses and duplicates of the first stage.
     options = {"buffers": False} if "unet_config" in spec["params"] else {}
     model = whole.whole_from_config(spec["target"], spec["params"], losses=False, **options)
     table = [entry for entry in model.table if not isinstance(entry, Duplicate)]
     listed = {array: tuple(shape) for array, shape in spec["state_dict"].items()}
-    assert (
-        source_shapes(table, model.shapes, name) == listed
-    )  # which also raises unless each path is there once
+    # source_shapes also raises unless each path occurs once.
+    assert source_shapes(table, model.shapes, name) == listed
     used = [entry for entry in table if isinstance(entry, Entry)]
     assert {entry.path for entry in used} == set(flatten(model.shapes))
     assert ("duplicates" in spec.get("cond_stage_keys", "")) == (len(table) < len(model.table))
@@ -66,7 +65,7 @@ def modules(target: str, params: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", architectures())
-def test_names_and_shapes_tell_the_architecture(name: str) -> None:
+def test_names_and_shapes_determine_the_architecture(name: str) -> None:
     spec = architectures()[name]
     arrays = {
         array: np.broadcast_to(np.float32(0), shape) for array, shape in spec["state_dict"].items()
@@ -75,9 +74,8 @@ def test_names_and_shapes_tell_the_architecture(name: str) -> None:
     ours, theirs = modules(found.target, found.params), modules(spec["target"], spec["params"])
     assert ours.keys() == theirs.keys()
     if "unet" in ours:
-        assert layout(ours["unet"]) == layout(
-            theirs["unet"]
-        )  # with the heads, which are by convention
+        # Includes the number of heads, which shapes do not show.
+        assert layout(ours["unet"]) == layout(theirs["unet"])
     names = [
         [(entry.source, type(entry)) for entry in table_of(net["first_stage"])]
         for net in (ours, theirs)
@@ -87,7 +85,7 @@ def test_names_and_shapes_tell_the_architecture(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", architectures())
-def test_our_config_says_the_same_and_leads_back(name: str) -> None:
+def test_our_config_is_equivalent_and_converts_back(name: str) -> None:
     spec = architectures()[name]
     theirs = modules(spec["target"], spec["params"])
     parts = {

@@ -78,7 +78,7 @@ def test_a_folder_without_manifest_is_an_error(
         golden_folder()
 
 
-def test_every_runner_answers_or_says_not_yet(cases: dict[str, Case]) -> None:
+def test_every_runner_computes_or_raises_not_yet(cases: dict[str, Case]) -> None:
     """A class is either known or skipped with a reason: never an error of its own."""
     case = next(case for case in cases.values() if case.cls.endswith("UNetModel"))
     spec = {**case.spec, "kwargs": {**case.kwargs, "no_such_option": 1}}

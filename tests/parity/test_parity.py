@@ -1,5 +1,4 @@
-"""Every case of the reference data against what ldm_jax computes, chosen by the original's class,
-never by the case's name."""
+"""Every case of the reference data; its class in the original chooses the runner."""
 
 import jax
 import pytest

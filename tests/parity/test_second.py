@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ldm_jax.convert.compvis import blocks
-from ldm_jax.convert.compvis.compvis import param_shapes, unet_table
+from ldm_jax.convert.compvis.networks import param_shapes, unet_table
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.tables import source_shapes, to_ours
 from ldm_jax.models.clip import CLIPText

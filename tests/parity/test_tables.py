@@ -1,4 +1,4 @@
-"""Conversion is total and exact: round trips to the bit, and one error that lists everything that does not fit."""
+"""Conversion is total and exact: bit-exact round trips, one error that lists every mismatch."""
 
 from typing import Any
 
@@ -26,9 +26,9 @@ from ldm_jax.convert.tables import (
     to_theirs,
 )
 from ldm_jax.errors import ConversionError, TargetError
+from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.gpt import GPT
-from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.unet import UNet
 
 SMALL = {

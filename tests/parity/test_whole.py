@@ -1,4 +1,4 @@
-"""Whole checkpoints: every recorded file's names and shapes, duplicates, constants, averages and losses."""
+"""Whole checkpoints: recorded names and shapes, duplicates, constants, averages and losses."""
 
 import json
 from typing import Any
@@ -156,6 +156,6 @@ def test_losses_of_first_stages() -> None:
         ({"cond_stage_config": {"target": "no.such.Embedder"}}, r"no\.such\.Embedder"),
     ],
 )
-def test_what_is_not_supported_is_an_error(change: dict[str, Any], match: str) -> None:
+def test_unsupported_options_are_errors(change: dict[str, Any], match: str) -> None:
     with pytest.raises(TargetError, match=match):
         latent_diffusion(SMALL | change)

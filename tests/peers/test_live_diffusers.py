@@ -1,4 +1,4 @@
-"""Live peers: the networks of diffusers and transformers with random weights, converted, compute what they computed there.
+"""Converted networks of diffusers and transformers compute what their originals compute.
 
 Runs where the extra "parity" is installed; all weights are small and random.
 """
@@ -86,7 +86,7 @@ CLIP = {
 
 
 def random(module: Any, seed: int = 0) -> Any:
-    """The same module with weights that are all random and of a size that keeps signals alive, biases and gains too."""
+    """The module with random weights, biases and gains too, scaled to keep activations near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -125,7 +125,7 @@ def converted(model: Any, folder: Path) -> tuple[Any, dict[str, Any], Any]:
 
 
 def back(read: Any, cls: Any, folder: Path) -> Any:
-    """The model that diffusers or transformers loads from what we write; it names what is missing or unexpected."""
+    """The model diffusers or transformers loads from our files; no missing or unexpected keys."""
     to_diffusers(read.config, read.params, folder)
     model, report = cls.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
@@ -202,7 +202,7 @@ def test_text_encoders(tmp_path: Path) -> None:
         same(again(torch.from_numpy(tokens))[0].detach().numpy(), expected)
 
 
-# ------------------------------------------------------------------------------------------------------ whole pipelines
+# ---------------------------------------------------------------------------------- whole pipelines
 
 PROMPTS = ["a red apple", "the quick brown fox, oil on canvas"]
 SCHEDULE = {
@@ -299,10 +299,8 @@ def run(
     return np.asarray(made(model, noise, encoded, null))
 
 
-ORIGINAL = {
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}  # the ends and steps of the original's samplers
+# Step grid and last alpha of the original's samplers.
+ORIGINAL = {"set_alpha_to_one": False, "steps_offset": 1}
 PNDM = (
     {k: v for k, v in SCHEDULE.items() if k != "clip_sample"} | ORIGINAL | {"skip_prk_steps": True}
 )
@@ -392,7 +390,8 @@ def test_inpainting_pipeline(tmp_path: Path) -> None:
     """A UNet of nine channels: latents, mask, latents of the masked picture."""
     parts = stable_diffusion(SCHEDULERS["ddim"]()).components
     parts["unet"] = random(diffusers.UNet2DConditionModel(**SD_UNET | {"in_channels": 9}))
-    with torch.no_grad():  # there the masked picture's latents are a sample, here the mode: a spread of next to nothing
+    # diffusers samples the masked image's latents, ldm_jax takes the mode: the variance is tiny.
+    with torch.no_grad():
         parts["vae"].quant_conv.weight[4:] = 0
         parts["vae"].quant_conv.bias[4:] = -30
     theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
@@ -423,7 +422,7 @@ def test_inpainting_pipeline(tmp_path: Path) -> None:
     )
     assert np.abs(made - expected).max() <= 1e-4
 
-    # Through the pipeline itself, from its own noise: the compiled program makes the same of pixels.
+    # The pipeline, from its own noise: the compiled program gives the same pixels.
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     hole = np.zeros((16, 16), np.uint8)
     hole[:, 8:] = 255

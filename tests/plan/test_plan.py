@@ -117,9 +117,8 @@ def test_memory_options_reach_the_state(first_stage):
 def test_fsdp_divides_the_state_and_gathers_it(first_stage):
     first_stage.mesh.update(data=1, fsdp=8)
     made = plan(first_stage, parse_topology("cpu:8"))
-    small = (
-        BIASES + NORMS + DENSE + 9 * (3 * 32 + 32 * 3)
-    )  # on every device: too small to be split, or indivisible
+    # Replicated: too small to shard, or indivisible.
+    small = BIASES + NORMS + DENSE + 9 * (3 * 32 + 32 * 3)
     assert made.bytes["parameters"] <= 4 * ((PARAMETERS - small) / 8 + small)
     assert made.compiled is not None
     assert made.compiled.needed > made.bytes["parameters"] + made.bytes["optimiser"]
@@ -161,9 +160,8 @@ def test_forward_takes_whole_weights_in_the_dtype_of_products(diffusion):
     trained = plan(diffusion, parse_topology("cpu:8"), per_chip=2, compile=False, cached=True)
     assert made.parameters == {"unet": trained.parameters["unet"]}
     assert made.bytes["parameters"] == 4 * made.parameters["unet"]
-    assert (
-        2 < trained.useful / made.useful < 4
-    )  # forwards and twice as much backwards, and the text
+    # The backward pass costs twice the forward pass; the text encoder adds to both.
+    assert 2 < trained.useful / made.useful < 4
     assert made.compiled is not None
     assert made.compiled.collectives == []
     assert made.batch == 16
@@ -240,10 +238,8 @@ def test_arithmetic_is_counted_by_kind():
     forward = 2 * 2 * 2 * 5 * 9 * 3
     assert counted["convolution"] == forward
     backward = count_flops(jax.make_jaxpr(jax.grad(f, (0, 2)))(x, w, k).jaxpr)
-    assert backward["convolution"] in (
-        2 * forward,
-        3 * forward,
-    )  # of a sum the value itself may not be needed
+    # The primal of a sum may be dead code.
+    assert backward["convolution"] in (2 * forward, 3 * forward)
     assert counted["other"] > 0
 
 
@@ -259,17 +255,14 @@ def test_flops_of_kernels():
     given = [jax.ShapeDtypeStruct((2, n, 3, 40), jnp.float32) for n in (256, 384, 384)]
     once = 2 * 2 * 3 * 256 * 384
     assert arithmetic(plain, given)["attention"] == 6 * once * 40
-    assert (
-        arithmetic(chunked, given)["attention"] == 0
-    )  # products of one head have no batch dimensions
+    # Per-head products have no batch dimensions.
+    assert arithmetic(chunked, given)["attention"] == 0
     assert arithmetic(chunked, given)["product"] == 7 * once * 40
     kernel = arithmetic(splash, given)
-    assert (
-        kernel["attention"] == 7 * once * 40 + 2 * 2 * 3 * 256 * 40
-    )  # and the result's product with its gradient
-    assert (
-        kernel["padded"] == 7 * once * 128
-    )  # a head of 40 fills the matrix unit no better than one of 128
+    # Plus the product of the output and its gradient.
+    assert kernel["attention"] == 7 * once * 40 + 2 * 2 * 3 * 256 * 40
+    # A head of 40 channels costs the matrix unit as much as one of 128.
+    assert kernel["padded"] == 7 * once * 128
 
 
 def test_flops_of_cudnn_attention(monkeypatch):
@@ -283,7 +276,7 @@ def test_flops_of_cudnn_attention(monkeypatch):
     assert count_flops(jaxpr)["attention"] == 7 * 2 * 2 * 3 * 256**2 * 40
 
 
-def test_peak_bytes_counts_what_is_alive_at_once():
+def test_peak_bytes_counts_live_buffers():
     def f(x):
         a = x + 1
         b = a * 2  # a and b are alive, and then b alone

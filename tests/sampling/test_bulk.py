@@ -22,11 +22,11 @@ class Killed(Exception):
 
 
 def killed_after(batches: int):
-    def said(done: int, made: int) -> None:
+    def record(done: int, made: int) -> None:
         if done >= batches * 8:
             raise Killed
 
-    return said
+    return record
 
 
 def digest(path: Path) -> str:
@@ -36,7 +36,7 @@ def digest(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(pipe, tmp_path_factory):
-    """A run that nobody stopped, by format."""
+    """An uninterrupted run, per format."""
     out = tmp_path_factory.mktemp("whole")
     return {
         form: make_many(pipe, out / form, 50, form=form, batch=8, seed=3, prompts=PROMPTS)
@@ -45,7 +45,7 @@ def whole(pipe, tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["npz", "zip"])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(pipe, whole, tmp_path, form):
+def test_a_killed_run_resumes_and_writes_the_same_bytes(pipe, whole, tmp_path, form):
     request = {"form": form, "batch": 8, "seed": 3, "prompts": PROMPTS}
     for batches in (2, 4):
         with pytest.raises(Killed):
@@ -108,7 +108,7 @@ def test_another_request_needs_another_folder(pipe, whole, tmp_path):
     assert json.loads((folder / "run.json").read_text())["num"] == 50
 
 
-def test_labels_stand_beside_pictures_of_classes(tmp_path):
+def test_labels_stand_next_to_pictures_of_classes(tmp_path):
     config = {
         **TINY,
         "conditioner": {"kind": "class", "embed_dim": 16, "n_classes": 4},

@@ -1,4 +1,4 @@
-"""The exported program, as the lines of docs/exporting.md run it without ldm_jax; and what is refused."""
+"""The exported program, run without ldm_jax as in docs/exporting.md, and refused options."""
 
 import json
 import re
@@ -69,24 +69,23 @@ def test_the_lines_cannot_import_the_package(tmp_path):
     )
 
 
-def test_it_is_for_three_platforms_and_says_what_it_takes(exported, tiny_dir):
+def test_it_is_lowered_for_three_platforms_with_a_signature(exported, tiny_dir):
     program = jax_export.deserialize(bytearray((exported / "program.jax").read_bytes()))
-    told = json.loads((exported / "signature.json").read_text())
+    signature = json.loads((exported / "signature.json").read_text())
     assert program.platforms == ("cpu", "cuda", "tpu")
-    assert told["platforms"] == ["cpu", "cuda", "tpu"]
+    assert signature["platforms"] == ["cpu", "cuda", "tpu"]
     assert str(program.out_avals[0].shape) == "(b, 16, 16, 3)"
-    assert told["inputs"]["tokens"] == {"shape": ["b", 12], "dtype": "int32"}
-    assert told["inputs"]["guidance"] == {"shape": ["b"], "dtype": "float32", "default": 3.0}
-    assert told["outputs"] == {"images": {"shape": ["b", 16, 16, 3], "dtype": "uint8"}}
-    assert (told["settings"]["steps"], told["settings"]["cache_interval"]) == (3, 2)
+    assert signature["inputs"]["tokens"] == {"shape": ["b", 12], "dtype": "int32"}
+    assert signature["inputs"]["guidance"] == {"shape": ["b"], "dtype": "float32", "default": 3.0}
+    assert signature["outputs"] == {"images": {"shape": ["b", 16, 16, 3], "dtype": "uint8"}}
+    assert (signature["settings"]["steps"], signature["settings"]["cache_interval"]) == (3, 2)
     weights = load_file(exported / "weights.safetensors")
-    assert (exported / "program.jax").stat().st_size < sum(
-        a.nbytes for a in weights.values()
-    )  # they are not in it
+    # The weights are not in the program.
+    assert (exported / "program.jax").stat().st_size < sum(a.nbytes for a in weights.values())
 
 
 @pytest.mark.parametrize("text", ["bert", "clip"])
-def test_the_tokenizer_beside_it_gives_the_same_ids(text):
+def test_the_exported_tokenizer_gives_the_same_ids(text):
     from tokenizers import Tokenizer
 
     from ldm_jax.models.build import build_conditioner
@@ -127,7 +126,7 @@ def test_other_conditions_are_exported_too(tmp_path, kind):
     out = export(path, tmp_path / "out", steps=2)
     program = jax_export.deserialize(bytearray((out / "program.jax").read_bytes()))
     vectors = np.random.default_rng(0).standard_normal((2, 2, 16)).astype(np.float32)
-    given, asked = {
+    given, options = {
         "class": (
             {"classes": np.int32([3, 1]), "null_classes": np.int32([4, 4])},
             {"classes": [3, 1]},
@@ -142,7 +141,7 @@ def test_other_conditions_are_exported_too(tmp_path, kind):
     weights, seeds = load_file(out / "weights.safetensors"), np.uint32([7, 8])
     made = np.asarray(jax.jit(program.call)(weights, seeds=seeds, **given, **guidance))
     expected = pipe(
-        seeds=[7, 8], steps=2, **asked, **({"guidance": [2.0, 3.0]} if guidance else {})
+        seeds=[7, 8], steps=2, **options, **({"guidance": [2.0, 3.0]} if guidance else {})
     )
     assert np.abs(made.astype(int) - expected).max() <= 1
     assert set(json.loads((out / "signature.json").read_text())["inputs"]) == {

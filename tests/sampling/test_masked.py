@@ -1,4 +1,4 @@
-"""What a masked picture becomes beside the latents: its own, encoded with the hole black or filled, and the mask."""
+"""Conditioning of inpainting models: the masked image, black or filled, encoded, and its mask."""
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,14 @@ def first_stage():
     return FirstStage(random_params(shapes, 1), 0.5, module)
 
 
-def test_the_masked_picture_and_its_mask_are_what_is_joined():
+def test_the_masked_picture_and_its_mask_are_concatenated():
     stage = first_stage()
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
     mask = np.zeros((2, 16, 16, 1), np.uint8)
     mask[0, :, 8:] = 1
-    hidden = np.where(mask > 0, rng.integers(0, 256, image.shape), image).astype(
-        np.uint8
-    )  # what is behind the mask
+    # Other pixels under the mask.
+    hidden = np.where(mask > 0, rng.integers(0, 256, image.shape), image).astype(np.uint8)
     found = masked_condition(stage, to_float(image), jnp.asarray(mask))
     np.testing.assert_array_equal(
         found, masked_condition(stage, to_float(hidden), jnp.asarray(mask))
@@ -38,8 +37,8 @@ def test_the_masked_picture_and_its_mask_are_what_is_joined():
     )
 
 
-def test_a_filled_hole_goes_on_from_what_is_around_it():
-    """Against the same by hand in NumPy, with a side that does not halve; a ramp goes on as a ramp, and nothing of what is hidden shows."""
+def test_a_filled_hole_continues_its_surroundings():
+    """Matches NumPy for a side that does not halve; extends a ramp; leaks no hidden pixels."""
     rng = np.random.default_rng(0)
     pixels = rng.uniform(-1, 1, (2, 10, 12, 3)).astype(np.float32)
     known = (rng.uniform(size=(2, 10, 12, 1)) > 0.6).astype(np.float32)
@@ -76,9 +75,8 @@ def filled_by_hand(pixels, known):
         b, h, w, c = pixels.shape
         high, wide = behind.shape[1:3]
         out = np.zeros_like(pixels)
-        for y, x in np.ndindex(
-            h, w
-        ):  # halfway between centres: three quarters of the near one, a quarter of the next
+        # Bilinear halfway between centres: 3/4 of the nearer, 1/4 of the next.
+        for y, x in np.ndindex(h, w):
             rows = {min(max(y // 2 + (1 if y % 2 else -1), 0), high - 1): 0.25}
             columns = {min(max(x // 2 + (1 if x % 2 else -1), 0), wide - 1): 0.25}
             rows[y // 2], columns[x // 2] = (
@@ -92,7 +90,7 @@ def filled_by_hand(pixels, known):
     return behind
 
 
-def test_of_a_filled_picture_the_latents_and_how_much_of_a_cell_is_masked():
+def test_a_filled_picture_gives_latents_and_the_masked_share_of_each_cell():
     stage = first_stage()
     image = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
     mask = np.zeros((2, 16, 16, 1), np.uint8)

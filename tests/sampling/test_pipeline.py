@@ -1,4 +1,4 @@
-"""What a person asks a model for: the same seed means the same picture, however it is made."""
+"""Pipeline: one seed gives one image, whichever way it is sampled."""
 
 import dataclasses
 import logging
@@ -223,7 +223,7 @@ def test_a_first_stage_alone_is_no_model_for_pictures(tmp_path):
         ("sampling", "stpes", 3, r"sampling: field 'stpes' does not exist; did you mean 'steps'\?"),
     ],
 )
-def test_a_config_that_does_not_fit_its_parameters_says_so_in_one_line(
+def test_a_config_that_does_not_fit_its_parameters_is_a_one_line_error(
     tiny_dir, monkeypatch, section, field, value, message
 ):
     from ldm_jax.sampling import pipeline
@@ -248,7 +248,7 @@ def test_a_prompt_becomes_the_words_of_bert():
     assert tokens.dtype == np.int32
 
 
-def test_a_prompt_too_long_is_cut_with_a_warning_that_says_what_was_cut(caplog):
+def test_a_prompt_too_long_is_cut_with_a_warning_that_shows_the_rest(caplog):
     with caplog.at_level(logging.WARNING, logger="ldm_jax"):
         tokens = BertText.from_config(dim=16, depth=1, max_seq_len=4).encode(
             ["red apple on a table"]

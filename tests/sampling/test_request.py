@@ -91,7 +91,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
         read_prompts(tmp_path / "p.txt")
 
 
-# ------------------------------------------------------------------------------------------ masks
+# -------------------------------------------------------------------------------------------- masks
 
 HOLE = np.zeros((8, 12), bool)
 HOLE[2:5, 3:6] = True
@@ -137,7 +137,7 @@ def test_a_picture_of_absurd_shape_is_one_line():
     assert sized.size == (32, 32)
 
 
-# ------------------------------------------------------------------- results that are not numbers
+# --------------------------------------------------------------------- results that are not numbers
 
 
 def test_weights_that_are_not_numbers_are_named_not_painted_black():
@@ -150,7 +150,7 @@ def test_weights_that_are_not_numbers_are_named_not_painted_black():
         pipe("x", steps=2)
 
 
-def test_running_out_of_memory_says_what_needs_it():
+def test_running_out_of_memory_names_the_largest_buffers():
     text = "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
     with (
         pytest.raises(RequestError, match=r"out of memory: 8 pictures .*8\.0 GiB.*--batch"),

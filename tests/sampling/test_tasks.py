@@ -1,4 +1,4 @@
-"""The tasks beyond a prompt: pictures to begin with, masks, classes, maps, layouts, what lies between two requests."""
+"""Sampling beyond a prompt: initial images, masks, classes, maps, layouts, interpolation."""
 
 import dataclasses
 import logging
@@ -42,19 +42,18 @@ def off(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(np.asarray(a, int) - np.asarray(b, int)).mean())
 
 
-# ------------------------------------------------------------------------------------------------------------- image to image
+# ----------------------------------------------------------------------------------- image to image
 
 
 def test_image_to_image_is_the_originals_and_strength_compiles_nothing(pipe, compilations):
-    """Noise to step t_enc, then DDIM over the steps below it, as scripts/img2img.py: by hand, and through the pipeline."""
+    """Noise to step t_enc, then DDIM below it, as in scripts/img2img.py; by hand and Pipeline."""
     request = {"image": PICTURE, "seeds": [5, 6], "guidance": 3.0}
     half = pipe(RED, **request, strength=0.5)
     before = len(compilations)
     whole = pipe(RED, **request, strength=1.0)
     pipe(BLUE, image=PICTURE[::-1].copy(), seeds=[6, 7], strength=0.25, guidance=2.0)
-    other = pipe(
-        RED, image=[PICTURE, PICTURE[::-1]], seeds=[5, 5], guidance=3.0, strength=0.5
-    )  # one for each
+    # One image per prompt.
+    other = pipe(RED, image=[PICTURE, PICTURE[::-1]], seeds=[5, 5], guidance=3.0, strength=0.5)
     assert len(compilations) == before
     assert off(whole, half) > 3
     assert near(other[0], half[0])
@@ -88,17 +87,17 @@ def test_image_to_image_is_the_originals_and_strength_compiles_nothing(pipe, com
     [("ddim", 0.5, 50), ("ddim", 1.0, 99), ("dpmpp_2m", 0.5, 26), ("ddpm", 0.1, 1)],
 )
 def test_the_noise_of_a_picture_is_that_of_its_first_step(pipe, sampler, strength, level):
-    """The original's DDIM stands one step higher: grid 1, 26, 51, 76; strength 0.1 of 4 steps still makes one."""
+    """The original's grid is one higher: 1, 26, 51, 76; strength 0.1 of 4 steps makes one."""
     plan = pipe.steps(pipe.complete(Request(sampler=sampler, image=PICTURE, strength=strength)))
     assert plan.level == (51 if level == 50 else level)
     assert plan.nodes.t.shape == (4,)
     assert plan.start == 4 - max(int(4 * strength), 1)
 
 
-# -------------------------------------------------------------------------------------------------- inpainting, outpainting
+# -------------------------------------------------------------------------- inpainting, outpainting
 
 
-def test_only_the_white_of_a_mask_is_made_anew(pipe, compilations):
+def test_only_the_white_of_a_mask_is_sampled(pipe, compilations):
     images = pipe(RED, image=PICTURE, mask=HALF, seeds=[0, 1])
     assert (images[:, :, :8] == PICTURE[:, :8]).all()
     assert np.abs(images[0, :, 8:].astype(int) - images[1, :, 8:]).mean() > 3
@@ -127,7 +126,7 @@ def test_masks_of_pixels_become_masks_of_latents():
     assert whole_cells(jnp.asarray(mask), 2)[0, :, :, 0].tolist() == [[0, 1], [0, 0]]
 
 
-# ---------------------------------------------------------------------------------------------------- variations, interpolation
+# ------------------------------------------------------------------------ variations, interpolation
 
 
 def test_a_variation_goes_from_the_picture_to_the_seeds_own(pipe):
@@ -142,7 +141,7 @@ def test_a_variation_goes_from_the_picture_to_the_seeds_own(pipe):
     assert off(here, whole) < 0.2 * off(plain, whole)
 
 
-def test_what_lies_between_two_requests_begins_and_ends_at_them(pipe, compilations):
+def test_interpolation_begins_and_ends_at_its_two_requests(pipe, compilations):
     first, last = pipe(RED, seeds=[1, 1], toward=([BLUE] * 2, [2] * 2, [0.0, 1.0]))
     before = len(compilations)
     middle, _ = pipe(RED, seeds=[1, 1], toward=([BLUE] * 2, [2] * 2, [0.5, 0.6]))
@@ -175,7 +174,7 @@ def test_slerp_keeps_the_length_of_noise():
     np.testing.assert_allclose(slerp(a, b, jnp.array([1.0])), b, rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------- guidance, progress
+# ------------------------------------------------------------------------------- guidance, progress
 
 
 def test_negative_prompts_rescaling_and_intervals_are_settings(pipe, compilations):
@@ -189,15 +188,14 @@ def test_negative_prompts_rescaling_and_intervals_are_settings(pipe, compilation
     request = {"seeds": 1, "guidance_rescale": 0.7}
     rescaled = pipe([RED, RED], **request, guidance_interval=(0.0, 99.0))
     before = len(compilations)
-    without = pipe(
-        [RED, RED], **request, guidance_interval=(200.0, 300.0)
-    )  # later than the schedule
+    # The interval lies outside the schedule.
+    without = pipe([RED, RED], **request, guidance_interval=(200.0, 300.0))
     assert len(compilations) == before
     assert off(rescaled, plain) > 0.3
     assert near(without, pipe([RED, RED], seeds=1, guidance=1.0))
 
 
-def test_progress_shows_what_the_steps_predict(pipe):
+def test_progress_shows_the_predicted_x0(pipe):
     request = {"image": PICTURE, "strength": 0.5}
     (batch,) = pipe.stream([RED, BLUE], progress_every=1, **request)
     assert batch.progress.shape == (2, 2, 16, 16, 3)  # of the four steps, two are made
@@ -205,7 +203,7 @@ def test_progress_shows_what_the_steps_predict(pipe):
     assert off(batch.progress[:, 0], batch.progress[:, 1]) > 1
 
 
-# ------------------------------------------------------------------------------------------------------------------------ decoding
+# ----------------------------------------------------------------------------------------- decoding
 
 
 def test_decoding_in_parts_changes_nothing_and_in_tiles_little(pipe):
@@ -244,7 +242,7 @@ def test_how_many_pictures_are_decoded_at_a_time(platform, size, local, wanted, 
     assert decode_part(platform, size, local, wanted) == part
 
 
-def test_decoding_one_by_one_needs_what_one_picture_does(pipe):
+def test_decoding_one_by_one_needs_the_memory_of_one_picture(pipe):
     def temporary(n, batch):
         z = jax.ShapeDtypeStruct((n, 16, 16, 4), jnp.float32)
         run = jax.jit(partial(decode, batch=batch))
@@ -274,7 +272,7 @@ def test_tiles_cover_and_their_blend_is_exact_for_a_decoder_that_looks_no_furthe
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- other models
+# ------------------------------------------------------------------------------------- other models
 
 
 CLASSES = {
@@ -343,12 +341,12 @@ def test_a_model_that_inpaints_by_concatenation():
     assert (other[:, ::-1][:, :, 8:] != images[:, :, 8:]).any()
 
     stage, hole = pipe.model.first_stage, (HALF > 0)[None, :, :, None]
-    told = np.asarray(masked_condition(stage, to_float(PICTURE[None]), jnp.asarray(hole)))
+    condition = np.asarray(masked_condition(stage, to_float(PICTURE[None]), jnp.asarray(hole)))
     black = np.where(hole, 0, PICTURE[None])
     np.testing.assert_allclose(
-        told[..., :4], stage.encode(to_float(black)) / 0.5, rtol=1e-4, atol=1e-5
+        condition[..., :4], stage.encode(to_float(black)) / 0.5, rtol=1e-4, atol=1e-5
     )
-    assert (told[0, :, :, 4] == np.where(np.arange(8) < 4, -1, 1)).all()
+    assert (condition[0, :, :, 4] == np.where(np.arange(8) < 4, -1, 1)).all()
     for request, message in [
         ({"image": PICTURE}, "give an image, and a mask or outpaint"),
         ({}, "give an image, and a mask or outpaint"),
@@ -383,7 +381,8 @@ def test_a_model_that_inpaints_by_a_prompt(compilations):
     assert off(away[0, :, 8:], images[0, :, 8:]) > 0.5
     assert off(other[:, ::-1, 8:], images[:, :, 8:]) > 0.5
 
-    # By hand: the picture and its mask are the same on both sides of the guidance, which therefore leaves a prompt against itself alone.
+    # By hand: image and mask are the same on both sides of the guidance, which thus acts on the
+    # prompt alone.
     model, keys = pipe.model, jax.vmap(jax.random.key)(np.zeros(1, np.uint32))
     nodes = SAMPLERS["ddim"].nodes(model.schedule, step_grid("uniform", 2, 10))
 
@@ -418,14 +417,14 @@ def test_a_model_that_inpaints_by_a_prompt(compilations):
         pipe.stream(image=PICTURE, mask=HALF)
 
 
-def test_what_stable_diffusion_s_inpainting_is_told(pipe):
+def test_the_inpainting_condition_of_stable_diffusion(pipe):
     stage, hole = pipe.model.first_stage, (HALF > 0)[None, :, :, None]
-    told = np.asarray(
+    condition = np.asarray(
         masked_condition(stage, to_float(PICTURE[None]), jnp.asarray(hole), "masked_sd")
     )
-    assert (told[0, :, :, 0] == np.where(np.arange(8) < 4, 0, 1)).all()
+    assert (condition[0, :, :, 0] == np.where(np.arange(8) < 4, 0, 1)).all()
     grey = np.where(hole, 0.0, to_float(PICTURE[None]))
-    np.testing.assert_allclose(told[..., 1:], stage.encode(grey), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(condition[..., 1:], stage.encode(grey), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +441,7 @@ def test_what_stable_diffusion_s_inpainting_is_told(pipe):
         ({"text": SMALL["conditioner"]}, "missing 1 required positional argument: 'joined'"),
     ],
 )
-def test_a_hybrid_that_is_not_said_well(conditioner, message):
+def test_an_invalid_hybrid_condition_is_an_error(conditioner, message):
     with pytest.raises(ConfigError, match=message):
         build_conditioner({"conditioner": {"kind": "hybrid", **conditioner}})
 
@@ -489,7 +488,7 @@ def test_a_model_of_semantic_maps(tmp_path):
 
 
 def test_layouts_become_the_originals_tokens():
-    """16 tokens of a corner: rows of 4, as in the builder's own example, where (2/3, 1/3) is 6 and the last corner 15."""
+    """16 tokens of a corner, in rows of 4 as in the original: (2/3, 1/3) is 6, the last is 15."""
     tokens = request_tokens(
         [("cup", (2 / 3, 1 / 3, 1 / 3, 2 / 3))], length=8, vocabulary=16, names=["table", "cup"]
     )
@@ -509,9 +508,9 @@ def test_a_model_of_layouts():
         pipe(RED)
     # Guided as its config says, and if that says nothing, not at all.
     assert pipe.defaults.guidance == TINY["sampling"]["guidance"] == 3.0
-    untold = {name: value for name, value in TINY["sampling"].items() if name != "guidance"}
+    settings = {name: value for name, value in TINY["sampling"].items() if name != "guidance"}
     assert (
-        pipeline_of({**TINY, "conditioner": conditioner, "sampling": untold}).defaults.guidance
+        pipeline_of({**TINY, "conditioner": conditioner, "sampling": settings}).defaults.guidance
         == 1.0
     )
 
@@ -570,7 +569,7 @@ def test_a_model_of_ready_made_embeddings(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -638,7 +637,7 @@ def test_a_task_that_cannot_be_done_is_refused_at_once_in_one_line(
         ({"num_classes": 10}, "takes class numbers"),
     ],
 )
-def test_a_model_that_is_told_more_than_its_conditioner_says_is_refused(
+def test_a_unet_with_more_inputs_than_its_conditioner_gives_is_refused(
     pipe, monkeypatch, unet, message
 ):
     monkeypatch.setattr(
@@ -648,7 +647,7 @@ def test_a_model_that_is_told_more_than_its_conditioner_says_is_refused(
         pipe.stream(RED)
 
 
-def test_pictures_of_any_size_and_mode_are_fitted_and_that_is_said(pipe, caplog, tmp_path):
+def test_pictures_of_any_size_and_mode_are_fitted_with_a_log_line(pipe, caplog, tmp_path):
     Image.fromarray(PICTURE).convert("LA").resize((40, 25)).save(tmp_path / "grey.png")
     mask = Image.new("1", (20, 20), 1)
     with caplog.at_level(logging.INFO, logger="ldm_jax"):

@@ -67,9 +67,11 @@ def test_every_fault_is_a_line(folder, tmp_path):
         problems,
         [
             "train: 1 of 12 captions are empty (00.png)",
-            "train: 1 of 12 captions are cut after 4 tokens, model.conditioner.max_seq_len - 2 ('one two three four five')",
+            "train: 1 of 12 captions are cut after 4 tokens, "
+            "model.conditioner.max_seq_len - 2 ('one two three four five')",
             "train: 1 of 12 captions have tokens that the model does not know ('☃ x')",
-            "train: 1 of 12 pictures cannot be read and are skipped (03.png: not a picture that Pillow can read)",
+            "train: 1 of 12 pictures cannot be read and are skipped "
+            "(03.png: not a picture that Pillow can read)",
             "train: 1 of 12 pictures are smaller than 16x16 and are enlarged (04.png 9x16)",
         ],
         strict=True,
@@ -109,7 +111,8 @@ def test_check_is_a_command(script, folder, tmp_path):
     config = tmp_path / "tiny.py"
     made = config_of(folder, BERT).to_json()
     config.write_text(
-        f"import json, ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict(json.loads({made!r}))\n"
+        "import json, ml_collections\n\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict(json.loads({made!r}))\n"
     )
     ran = script("ldm_jax/data/__main__.py", "check", config, f"--out={tmp_path / 'sheet.png'}")
     assert ran.status == 0

@@ -1,4 +1,4 @@
-"""Diffusion stages of every conditioning: what reaches the network, what is trained, what the model says of itself."""
+"""Diffusion training for every conditioning: network inputs, trained parts, saved config."""
 
 import json
 
@@ -80,7 +80,7 @@ def one_device(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Twelve pictures with a caption, a class, a map of labels, boxes and two or three vectors each."""
+    """Twelve images, each with a caption, class, label map, boxes and two or three vectors."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     (folder / "maps").mkdir()
     rows = []
@@ -155,14 +155,13 @@ def make(data, first_stage):
 
 
 def test_every_kind_of_conditioner_is_here():
-    assert {c["kind"] for c, *_ in KINDS.values()} == set(CONDITIONERS) - {
-        "clip"
-    }  # text, like bert
+    # A text encoder, as bert is.
+    assert {c["kind"] for c, *_ in KINDS.values()} == set(CONDITIONERS) - {"clip"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_every_kind(make, kind, monkeypatch):
-    """Shapes alone, without compiling: what the network is told fits it, and everything trained gets a gradient."""
+    """As shapes, without compiling: the inputs fit and every trained parameter has a gradient."""
     config = make(kind)
     task = DiffusionTask.from_config(config)
     batch = task.host_batch(next(make_loader(config, "train").iterate()))
@@ -191,16 +190,13 @@ def test_a_step_of_every_kind(make, kind, monkeypatch):
 def test_a_run_of_classes_ends_in_a_model_that_knows_their_names(make, tmp_path, no_preview):
     saved, params = load_model(train(make("class"), tmp_path / "run"))
     assert saved["classes"] == sorted(NAMES)
-    assert saved["conditioner"] == {
-        "kind": "class",
-        "embed_dim": 16,
-        "n_classes": 4,
-    }  # the last is the null class
+    # The last class is the null class.
+    assert saved["conditioner"] == {"kind": "class", "embed_dim": 16, "n_classes": 4}
     assert params["conditioner"]["embedding"]["embedding"].shape == (4, 16)
 
 
 def test_a_model_learns_another_condition(make, tmp_path, no_preview):
-    """What fits is taken, new input channels begin at zero, the rest begins anew; unless it must fit whole."""
+    """Matching weights load, new input channels start at zero, the rest is initialised."""
     text = make("text")
     text.update(steps=1)
     _, before = load_model(train(text, tmp_path / "text"))
@@ -236,7 +232,7 @@ def test_a_model_learns_another_condition(make, tmp_path, no_preview):
 
 
 @pytest.mark.parametrize("kind", ["masked", "hybrid"])
-def test_a_run_of_inpainting_goes_on_and_shows_what_it_makes(make, kind, tmp_path):
+def test_an_inpainting_run_resumes_and_previews_its_samples(make, kind, tmp_path):
     """The first without parameters in its conditioner: nothing of it to save."""
     config = make(kind)
     config.steps = 1
@@ -246,11 +242,8 @@ def test_a_run_of_inpainting_goes_on_and_shows_what_it_makes(make, kind, tmp_pat
     assert saved["conditioner"]["kind"] == KINDS[kind][0]["kind"]
     assert saved["trained_steps"] == 2
     preview = np.asarray(Image.open(tmp_path / "run/previews/0000002.png"))
-    assert preview.shape == (
-        5 * 18 + 2,
-        8 * 18 + 2,
-        3,
-    )  # masked, made, true and reconstructed, of eight pictures; and one on its way
+    # Rows: masked, sampled, true, reconstructed (eight images each), and one trajectory.
+    assert preview.shape == (5 * 18 + 2, 8 * 18 + 2, 3)
     masked, made, true = preview[2:18], preview[20:36], preview[38:54]
     shown = (masked != 127).any(-1)
     assert not shown.all()
@@ -259,10 +252,10 @@ def test_a_run_of_inpainting_goes_on_and_shows_what_it_makes(make, kind, tmp_pat
     assert (made[~shown] != true[~shown]).mean() > 0.9
 
 
-def test_text_beside_a_masked_picture_is_dropped_alone(make, monkeypatch):
+def test_text_of_a_hybrid_is_dropped_without_the_masked_picture(make, monkeypatch):
     config = make("hybrid")
     config.loss.caption_dropout = 1.0
-    task, told = DiffusionTask.from_config(config), []
+    task, received = DiffusionTask.from_config(config), []
     batch, params = (
         task.host_batch(next(make_loader(config, "train").iterate())),
         task.init(jax.random.key(0)),
@@ -270,17 +263,17 @@ def test_text_beside_a_masked_picture_is_dropped_alone(make, monkeypatch):
     call = Hybrid.__call__
 
     def spy(self, params, encoded, **options):
-        told.append(encoded)
+        received.append(encoded)
         return call(self, params, encoded, **options)
 
     monkeypatch.setattr(Hybrid, "__call__", spy)
     for training in (True, False):
         task.loss(params, task.frozen, batch, jnp.int32(0), training)
     np.testing.assert_array_equal(
-        told[0]["text"], np.broadcast_to(task.frozen["null"], told[0]["text"].shape)
+        received[0]["text"], np.broadcast_to(task.frozen["null"], received[0]["text"].shape)
     )
-    np.testing.assert_array_equal(told[1]["text"], batch["encoded"])
-    for encoded in told:
+    np.testing.assert_array_equal(received[1]["text"], batch["encoded"])
+    for encoded in received:
         np.testing.assert_array_equal(encoded["joined"][..., 0], batch["mask"][:, ::2, ::2, 0])
 
 
@@ -330,7 +323,7 @@ def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
     ]
 
 
-def test_a_frozen_text_beside_masked_pictures_is_that_of_another_model(make, tmp_path):
+def test_a_frozen_text_encoder_of_a_hybrid_comes_from_another_model(make, tmp_path):
     made = {
         "unet": {},
         "conditioner": jax.jit(DiffusionTask.from_config(make("text")).init)(jax.random.key(7))[
@@ -376,7 +369,7 @@ def test_a_frozen_conditioner_is_read_and_kept_but_not_trained(make, tmp_path, n
     assert saved["conditioner"]["kind"] == "bert"
 
 
-def test_frozen_conditioners_that_are_not_said_well(tmp_path):
+def test_an_invalid_frozen_conditioner_is_an_error(tmp_path):
     save_model(
         tmp_path / "kl",
         {"kind": "first_stage", "conditioner": {"kind": "bert", "dim": 8}},
@@ -452,7 +445,7 @@ def test_frozen_conditioners_that_are_not_said_well(tmp_path):
         ),
     ],
 )
-def test_what_does_not_fit_is_said_in_one_line(make, kind, changes, message):
+def test_a_mismatch_is_a_one_line_error(make, kind, changes, message):
     config = make(kind)
     with config.unlocked():
         for name, value in changes.items():

@@ -1,4 +1,4 @@
-"""First stages with an adversary and with codebooks: their gradients, what they carry from step to step, their guards."""
+"""Adversarial and vector-quantised first stages: gradients, carried state, guards."""
 
 from importlib import import_module
 from types import SimpleNamespace
@@ -33,11 +33,11 @@ from ldm_jax.train.tasks.codebook import (
 VQ = {**SMALL_KL, "kind": "vq", "n_embed": 12, "quantizer": "ema"}
 
 
-# --------------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def test_the_generator_has_the_gradients_of_its_loss_with_d_weight_held():
-    """Against gradients of the whole, taken the long way: one for each side of d_weight, and one of the loss with that number in it."""
+    """Against full gradients: one per side of d_weight, and one of the loss with it fixed."""
     rng = np.random.default_rng(0)
     x, feat = rng.standard_normal((2, 2, 8, 8, 3)).astype(np.float32)
     disc = PatchDiscriminator(ndf=4, n_layers=1)
@@ -79,7 +79,7 @@ def test_the_generator_has_the_gradients_of_its_loss_with_d_weight_held():
             rollbacks=1,
         )[:2]
     )
-    # Before its start it counts nothing, then a quarter more with each step; one rollback has halved it.
+    # Zero before its start, then a quarter more each step; one rollback halves it.
     for step, grown in [(2, 0.0), (3, 0.25), (6, 1.0), (9, 1.0)]:
         grads, metrics = made(params, step)
         push = d_weight * 0.7 * grown * 0.5
@@ -110,10 +110,8 @@ def test_d_weight_is_bounded_by_the_cap_alone(monkeypatch):
 
     assert float(pushed(0.0)["adversarial_weight"]) == 5000.0
     capped = pushed(2.0)
-    assert (float(capped["d_weight"]), float(capped["adversarial_weight"])) == (
-        5000.0,
-        2.0,
-    )  # the log shows what happened
+    # The log shows that the cap applied.
+    assert (float(capped["d_weight"]), float(capped["adversarial_weight"])) == (5000.0, 2.0)
 
 
 def test_the_temperature_falls_by_half_a_cosine():
@@ -153,7 +151,7 @@ def test_every_config_builds_and_those_of_the_original_have_no_guards(name):
         get_config("smok")
 
 
-# ---------------------------------------------------------------------------------------------------------------- codebooks
+# ---------------------------------------------------------------------------------------- codebooks
 
 
 def test_dead_codes_start_again_on_encodings_of_the_batch():
@@ -166,9 +164,8 @@ def test_dead_codes_start_again_on_encodings_of_the_batch():
         opt_state=None,
     )
     usage = jnp.array([1.0, 0.0, 0.5, DEAD / 2, 0.0, 2.0])
-    candidates = rng.standard_normal((2, 1, 3)).astype(
-        np.float32
-    )  # two encodings for three dead codes
+    # Two encodings for three dead codes.
+    candidates = rng.standard_normal((2, 1, 3)).astype(np.float32)
     state, extra, count = restart_codes(state, {"usage": usage}, candidates, jax.random.key(0))
     assert int(count) == 2
     for found, before in ((state.params, codes), (state.ema, average)):
@@ -220,7 +217,7 @@ def test_new_codes_start_on_encodings_of_the_first_batch_and_trained_ones_stay()
     np.testing.assert_array_equal(kept.params["quantize"]["embedding"], before)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the step
+# ----------------------------------------------------------------------------------------- the step
 
 
 def config_of(**loss):
@@ -244,7 +241,7 @@ def make_setup(fields, *, fused=True, actnorm=False, loss="hinge", **changes) ->
     config.guard.rollbacks = 1
     if config.loss.learn_logvar:
         params["logvar"] = np.float32(0.1)
-    # Not Adam: it divides by the gradient's size, so that where this is nearly zero rounding decides the sign of a whole step.
+    # SGD: Adam divides by the gradient's magnitude, so that rounding of tiny gradients flips steps.
     tx, disc_tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.02)), optax.sgd(0.1)
     adversary = Adversary(
         PatchDiscriminator(ndf=4, n_layers=1, use_actnorm=actnorm), loss=loss, start=1, weight=0.5
@@ -307,7 +304,7 @@ def on_one_device():
 
 @pytest.mark.parametrize(("name", "mode"), [("vq", "jit"), ("vq", "pmap"), ("kl", "pmap")])
 def test_a_loss_does_not_depend_on_the_number_of_devices(on_one_device, name, mode):
-    """With everything that has statistics: batch or activation normalisation, d_weight, codes in use, a codebook that is averaged."""
+    """With all running statistics: batch norm, actnorm, d_weight, code usage, EMA codebook."""
     setup, expected, expected_metrics = on_one_device[name]
     state, metrics = run_steps(setup, 8, mode)
     for found, wanted in zip(metrics, expected_metrics, strict=True):
@@ -319,7 +316,7 @@ def test_a_loss_does_not_depend_on_the_number_of_devices(on_one_device, name, mo
     assert worst(state.extra, expected.extra) < 1e-3
 
 
-def test_both_networks_learn_and_what_is_not_a_parameter_moves_with_them(on_one_device):
+def test_both_networks_learn_and_their_statistics_update(on_one_device):
     for name, moved in {"vq": ("collections", "usage"), "kl": ()}.items():
         setup, state, metrics = on_one_device[name]
         before, after = setup.state.extra, state.extra
@@ -331,7 +328,7 @@ def test_both_networks_learn_and_what_is_not_a_parameter_moves_with_them(on_one_
         assert float(metrics[0]["disc_loss"]) == 0.0  # adversary.start is 1
         assert float(metrics[0]["adversarial_weight"]) == 0.0 < float(metrics[0]["d_weight"])
         assert float(metrics[1]["disc_loss"]) > 0.0 < float(metrics[1]["adversarial_weight"])
-    # Batch normalisation saw what was made and what is real once each a step; updates="parity" judges what was made twice.
+    # Batch norm sees fakes and reals once each per step; updates="parity" sees the fakes twice.
     stats = on_one_device["vq"][1].extra["discriminator"]["batch_stats"]["norm_1"]
     assert int(stats["count"]) == 2 * 3
     assert (

@@ -112,7 +112,7 @@ def test_the_last_batch_and_pictures_that_cannot_be_read_are_marked(
     assert source[2]["caption"] == source[3]["caption"]
 
 
-def test_an_encode_that_was_stopped_goes_on(config, cache, tmp_path, monkeypatch):
+def test_an_interrupted_encode_resumes(config, cache, tmp_path, monkeypatch):
     shards = sorted(path.name for path in cache.glob("*.array_record"))
     assert [name[:5] for name in shards].count("train") >= 2
     stopped, written, write = tmp_path / "stopped", [], cache_format.write_shard
@@ -177,7 +177,7 @@ def test_a_cache_of_something_else_is_refused(config, cache, tmp_path):
         make_loader(with_cache(config, tmp_path / "mine"), "train")
 
 
-def test_what_cannot_be_cached_is_said_at_once(config, pictures, first_stage, tmp_path):  # noqa: F811
+def test_uncacheable_data_is_an_error_before_encoding(config, pictures, first_stage, tmp_path):  # noqa: F811
     config.data.crop = "random"
     with pytest.raises(ConfigError, match="'center' or 'none'"):
         encode(config, tmp_path / "cache")

@@ -73,7 +73,7 @@ def config(request, pictures, first_stage) -> ConfigDict:
 
 
 def make_config(kind: str, pictures: Path, first_stage: Path) -> ConfigDict:
-    """``kind``: a task, or "adversarial", the autoencoder with all that it can carry: a discriminator, an averaged codebook, the guard."""
+    """``kind``: a task, or "adversarial": discriminator, averaged codebook and NaN guard."""
     task = "autoencoder" if kind == "adversarial" else kind
     config = base(task)
     config.update(
@@ -141,7 +141,7 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     config.best.update(keep=1, mode="max")  # of a loss that falls, so that the best is not the last
 
-    # In the validation of step 3 someone asks for a checkpoint: that of step 4 is one more, and changes nothing.
+    # SIGUSR1 during the validation of step 3: the extra checkpoint of step 4 changes nothing.
     def asking(*args):
         os.kill(os.getpid(), signal.SIGUSR1)
         return run_evaluation(*args)
@@ -155,10 +155,8 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(
     ] == ["SIGUSR1: step 4 is saved"]
     assert sorted(int(path.name) for path in (straight / "checkpoints").iterdir()) == [3, 4, 6]
 
-    for task in (
-        AutoencoderTask,
-        DiffusionTask,
-    ):  # compiling a preview again would show nothing new
+    # Skip the preview: compiling it again tests nothing new.
+    for task in (AutoencoderTask, DiffusionTask):
         monkeypatch.setattr(task, "preview", lambda *_: np.zeros((8, 8, 3), np.uint8))
     shorter = config.copy_and_resolve_references()
     shorter.steps = 3
@@ -268,7 +266,8 @@ def test_a_run_begins_with_a_models_parameters(quick, first_stage, tmp_path):
     quick.model.first_stage.z_channels = SMALL_KL["z_channels"] + 2
     with pytest.raises(
         ConfigError,
-        match=r"init: .* has decoder/conv_in/kernel \(3, 3, 4, 32\), not \(3, 3, 6, 32\) and \d+ more",
+        match=r"init: .* has decoder/conv_in/kernel \(3, 3, 4, 32\), "
+        r"not \(3, 3, 6, 32\) and \d+ more",
     ):
         train(quick, tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -289,7 +288,7 @@ def test_a_diffusion_run_that_begins_with_a_model_takes_its_scale(pictures, firs
     jax.tree.map(np.testing.assert_array_equal, trained, {**params, "first_stage": stage})
 
 
-def test_a_run_under_pmap_on_8_devices_evaluates_saves_and_goes_on(quick, tmp_path, monkeypatch):
+def test_a_run_under_pmap_on_8_devices_evaluates_saves_and_resumes(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", make_mesh)
     quick.update(parallel="pmap", steps=1, save_every=1, eval_every=1, preview_every=2)
     train(quick, tmp_path)
@@ -301,7 +300,7 @@ def test_a_run_under_pmap_on_8_devices_evaluates_saves_and_goes_on(quick, tmp_pa
 
 
 def poison(monkeypatch, bad) -> None:
-    """Batches for whose number (counted as they are asked for, from 1) ``bad(number)`` is true are not numbers."""
+    """Fills batches with NaN where ``bad(number)`` is true; numbers count requests from 1."""
     host_batch, calls = AutoencoderTask.host_batch, []
 
     def poisoned(self, raw, first_row=0):
@@ -339,7 +338,7 @@ def guarded(pictures, first_stage) -> ConfigDict:
 def test_a_guarded_run_goes_back_to_its_last_good_checkpoint(
     guarded, tmp_path, monkeypatch, caplog
 ):
-    """A batch that is not a number once, at step 5: the run goes back to step 3, and ends as one whose adversary weighed half from there on."""
+    """One NaN batch at step 5: back to step 3, the adversarial weight halved from there on."""
     poison(monkeypatch, lambda number: number == 5)
     train(guarded, tmp_path / "hit")
     lines = [
@@ -347,7 +346,8 @@ def test_a_guarded_run_goes_back_to_its_last_good_checkpoint(
     ]
     assert len(lines) == 1
     assert re.fullmatch(
-        r"the loss is nan and its gradient's norm nan at step 5: back to step 3 \(1 of at most 2 times\)",
+        r"the loss is nan and its gradient's norm nan at step 5: "
+        r"back to step 3 \(1 of at most 2 times\)",
         lines[0],
     )
     assert [m["step"] for m in metrics(tmp_path / "hit") if m["part"] == "train"] == [
@@ -363,9 +363,8 @@ def test_a_guarded_run_goes_back_to_its_last_good_checkpoint(
         int(at_3["['extra']['guard']['rollbacks']"]),
         int(at_6["['extra']['guard']['rollbacks']"]),
     ) == (0, 1)
-    assert np.isinf(
-        at_6.pop("['extra']['guard']['lowest']")
-    )  # of averages over so few steps there is none yet
+    # No average exists after this few steps.
+    assert np.isinf(at_6.pop("['extra']['guard']['lowest']"))
     assert all(np.isfinite(a).all() for a in at_6.values())
     weight = {
         m["step"]: m["adversarial_weight"] / m["d_weight"]
@@ -373,9 +372,8 @@ def test_a_guarded_run_goes_back_to_its_last_good_checkpoint(
         if m["part"] == "train"
     }
     assert weight[3] == pytest.approx(1.0, rel=1e-4)  # the ramp is over, and d_weight below the cap
-    assert [weight[4], weight[6]] == pytest.approx(
-        [0.5, 0.5], rel=1e-4
-    )  # of figures rounded to six digits
+    # The figures are rounded to six digits.
+    assert [weight[4], weight[6]] == pytest.approx([0.5, 0.5], rel=1e-4)
 
 
 def test_a_guarded_run_that_diverges_again_and_again_stops(guarded, tmp_path, monkeypatch):
@@ -386,7 +384,7 @@ def test_a_guarded_run_that_diverges_again_and_again_stops(guarded, tmp_path, mo
     assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [0, 3]
 
 
-def test_an_exploding_d_weight_is_said_and_a_ruined_reconstruction_is_taken_back(
+def test_an_exploding_d_weight_is_logged_and_a_ruined_reconstruction_rolled_back(
     guarded, tmp_path, monkeypatch, caplog
 ):
     """An adversary whose weight is a million, from step 7 on; taken back once, it has none."""
@@ -396,12 +394,12 @@ def test_an_exploding_d_weight_is_said_and_a_ruined_reconstruction_is_taken_back
     guarded.guard.update(rollbacks=1, lower=0.0, rise=1.5)
     guarded.optim.update(lr=3e-3, warmup=6, clip=0.0)
     train(guarded, tmp_path / "run")
-    said = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
     assert re.match(
         r"step 7: d_weight is \S+, above adversary.alarm 1000",
-        next(s for s in said if "alarm" in s),
+        next(s for s in messages if "alarm" in s),
     )
-    back = [line for line in said if "back to step" in line]
+    back = [line for line in messages if "back to step" in line]
     assert len(back) == 1
     assert re.match(
         r"the reconstruction loss is \S+ times its lowest at step (8|9|10|11|12): back to step 6 ",
@@ -462,7 +460,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.runs, self.told, self.metrics, self.finished, self.Image = [], [], [], 0, np.shape
+        self.runs, self.logged, self.metrics, self.finished, self.Image = [], [], [], 0, np.shape
 
     def init(self, **given):
         self.runs.append(given)
@@ -472,13 +470,13 @@ class FakeWandb(types.ModuleType):
         self.metrics.append((name, step_metric))
 
     def log(self, values):
-        self.told.append(values)
+        self.logged.append(values)
 
     def finish(self):
         self.finished += 1
 
 
-def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(
+def test_wandb_logs_what_tensorboard_logs_and_a_resumed_run_keeps_its_id(
     quick, tmp_path, monkeypatch
 ):
     quick.wandb.project = "icons"
@@ -494,7 +492,7 @@ def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(
         assert (run["config"]["optim"]["lr"], run["id"]) == (1e-3, wandb.runs[0]["id"])
     assert [len(wandb.runs), wandb.finished] == [2, 2]
     assert ("*", "step") in wandb.metrics
-    train_, validation, preview = wandb.told[:3]
+    train_, validation, preview = wandb.logged[:3]
     assert {**train_, "train/images_per_second": 0.0} == {
         "train/loss": 1.0,
         "train/grad_norm": 0.5,
@@ -505,7 +503,7 @@ def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(
     }
     assert validation == {"validation/psnr": 20.0, "step": 1}
     assert preview == {"preview": (4, 6, 3), "step": 1}
-    assert [told["step"] for told in wandb.told] == [1, 1, 1, 3, 3, 3]
+    assert [logged["step"] for logged in wandb.logged] == [1, 1, 1, 3, 3, 3]
 
     def refuse(**given):
         raise RuntimeError("api_key not configured\nmore")
@@ -516,10 +514,10 @@ def test_wandb_is_told_what_tensorboard_is_and_a_resumed_run_is_the_same(
 
 
 @pytest.mark.parametrize(("ready", "share"), [((True, True), 0.5), ((True, False), 0.0)])
-def test_waiting_for_data_is_said_where_the_device_waited_too(
+def test_waiting_for_data_is_reported_only_if_the_device_waited(
     quick, tmp_path, monkeypatch, caplog, ready, share
 ):
-    """A batch takes as long as all the rest; it costs nothing while the device is still at the step before."""
+    """A slow loader is hidden while the device still computes the previous step."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     caplog.set_level(logging.INFO, "ldm_jax")
@@ -534,10 +532,9 @@ def test_waiting_for_data_is_said_where_the_device_waited_too(
     assert ("waits 50 % of the time for data" in caplog.text) == bool(share)
 
 
-@pytest.mark.parametrize(
-    "there", [None, types.ModuleType("wandb")]
-)  # nothing, or a folder of that name
-def test_a_project_without_wandb_is_said_before_anything_is_done(
+# Not installed, or a folder of that name.
+@pytest.mark.parametrize("there", [None, types.ModuleType("wandb")])
+def test_a_wandb_project_without_wandb_is_an_error_before_the_run(
     quick, tmp_path, monkeypatch, there
 ):
     quick.wandb.project = "icons"
@@ -550,7 +547,7 @@ def test_a_project_without_wandb_is_said_before_anything_is_done(
 def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(
     guarded, pictures, tmp_path
 ):
-    """With a discriminator, train.py itself, and SIGKILL: nothing has time to tidy up. The learning rate decays, so that a wrong step would show."""
+    """SIGKILL of train.py with a discriminator; the learning rate decays, to expose lost steps."""
     config = tmp_path / "tiny.py"
     guarded.update(steps=16, save_every=2)
     guarded.optim.update(decay="cosine")
@@ -619,7 +616,7 @@ def test_the_best_validations_are_kept(tmp_path):
         assert kept() == [3, 4]
         assert best.restore(3, weights)[1] == {"scale_factor": 0.5}
         np.testing.assert_array_equal(best.restore(3, weights)[0]["x"], weights["x"])
-    # Gone on with, asked for fewer and for something else.
+    # Reopened with a smaller number and another metric.
     with contextlib.closing(BestCheckpoints(tmp_path, 1, "psnr", "max")) as best:
         assert best.best() == 3
         assert not offered(best, 6, 0.0, 2.5)
@@ -629,7 +626,7 @@ def test_the_best_validations_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "difference"),
     [
         (
             {"a": {"kernel": (3, 5)}},
@@ -639,7 +636,7 @@ def test_the_best_validations_are_kept(tmp_path):
         ({"c": (3, 4)}, "lacks ema/c and 3 more; it has in addition ema/a/kernel and 3 more"),
     ],
 )
-def test_a_checkpoint_of_other_code_says_what_differs(tmp_path, other, said):
+def test_a_checkpoint_of_another_version_names_the_difference(tmp_path, other, difference):
     def state(shapes):
         params = jax.tree.map(np.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
         return create_state(params, optax.chain(optax.clip(1.0), optax.adam(0.1)), ema=True)
@@ -648,7 +645,8 @@ def test_a_checkpoint_of_other_code_says_what_differs(tmp_path, other, said):
         checkpoints.save(1, state({"a": {"kernel": (3, 4)}}), {})
         same, _ = checkpoints.restore(1, state({"a": {"kernel": (3, 4)}}))
         assert same.params["a"]["kernel"].shape == (3, 4)
-        with pytest.raises(CheckpointError, match=f"was written by another version: .* it {said}"):
+        message = f"was written by another version: .* it {difference}"
+        with pytest.raises(CheckpointError, match=message):
             checkpoints.restore(1, state(other))
 
 

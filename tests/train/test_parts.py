@@ -25,7 +25,7 @@ from ldm_jax.train.tasks import diffusion
 from ldm_jax.train.tasks.autoencoder import AutoencoderTask
 from ldm_jax.train.tasks.diffusion import DiffusionTask
 
-# ------------------------------------------------------------------------------------------------------------------ learning rate
+# ------------------------------------------------------------------------------------ learning rate
 
 
 def rates(steps=100, **options):
@@ -48,7 +48,7 @@ def test_learning_rate_decays_to_its_final_value_at_the_last_step(decay, warmup)
 
 
 def original_cycles(n, shape, lengths, warmup, start, high, low):
-    """The original's schedule, as its text has it: the first cycle whose end is not yet past, then warm-up or fall inside it."""
+    """The original's schedule: warm-up or decay inside the first cycle that has not ended."""
     ends = np.cumsum(lengths)
     i = next((i for i, end in enumerate(ends) if n <= end), None)
     n = n - (ends[i] - lengths[i])
@@ -72,7 +72,7 @@ def test_the_original_s_cycles(shape):
     found = rates(steps=60, decay=f"cycles_{shape}", cycles=ConfigDict(cycles))
     expected = [0.8 * original_cycles(min(n, 50), shape, **cycles) for n in range(61)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    # The original's one-cycle schedule (inpainting): warm-up from a thousandth, then down, and there it stays.
+    # The original's one-cycle schedule (inpainting): warm-up from 1/1000, then decay to a constant.
     one = ConfigDict(
         {"lengths": (40,), "warmup": (10,), "start": (0.001,), "high": (0.1,), "low": (0.0001,)}
     )
@@ -82,7 +82,7 @@ def test_the_original_s_cycles(shape):
         rates(decay="cycles_cosine", cycles=ConfigDict(cycles | {"warmup": (1,)}))
 
 
-def test_the_learning_rate_that_is_meant_is_said():
+def test_the_absolute_learning_rate_is_logged():
     config = base("diffusion").optim
     config.lr = 1e-6
     assert with_scaled_rate(config, 48).lr == 1e-6
@@ -93,7 +93,7 @@ def test_the_learning_rate_that_is_meant_is_said():
     assert describe_rate(config, 48) == "learning rate 4.8e-05 = 1e-06 x 48 pictures in a batch"
 
 
-def test_gradients_are_clipped_where_that_is_asked_for():
+def test_gradients_are_clipped_if_configured():
     config = SimpleNamespace(
         kind="adamw",
         mu_dtype="float32",
@@ -110,16 +110,15 @@ def test_gradients_are_clipped_where_that_is_asked_for():
     tx = make_optimizer(config, 10)
     _, state = tx.update({"x": jnp.array([30.0, 40.0])}, tx.init(params), params)
     seen = [np.asarray(leaf) for leaf in jax.tree.leaves(state) if np.shape(leaf) == (2,)]
-    np.testing.assert_allclose(
-        seen[0], [0.6, 0.8], rtol=1e-6
-    )  # Adam's first moment, of the clipped gradient
+    # Adam's first moment of the clipped gradient.
+    np.testing.assert_allclose(seen[0], [0.6, 0.8], rtol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------------------- the average
+# -------------------------------------------------------------------------------------- the average
 
 
 def test_average_follows_its_rule():
-    """d = min(decay, (1 + n) / (10 + n)) after n updates, by hand on three steps of plain gradient descent."""
+    """d = min(decay, (1 + n) / (10 + n)) after n updates, by hand over three SGD steps."""
     tx = optax.sgd(1.0)
     state = create_state({"x": jnp.array(0.0)}, tx, ema=True)
     expected, x = 0.0, 0.0
@@ -133,14 +132,14 @@ def test_average_follows_its_rule():
         np.testing.assert_allclose(state.params["x"], x, rtol=1e-6)
 
 
-def test_no_average_is_kept_where_none_is_asked_for():
+def test_no_average_is_kept_unless_configured():
     tx = optax.sgd(1.0)
     state = create_state({"x": jnp.array(0.0)}, tx, ema=False)
     state, _ = apply_gradients(state, {"x": jnp.array(1.0)}, {}, tx, 0.5)
     assert state.ema is None
 
 
-# ------------------------------------------------------------------------------------------------------------- whole training steps
+# ----------------------------------------------------------------------------- whole training steps
 
 
 def config_of(task: str, seed: int = 0, **loss) -> ConfigDict:
@@ -151,7 +150,7 @@ def config_of(task: str, seed: int = 0, **loss) -> ConfigDict:
 
 
 class Setup(SimpleNamespace):
-    """A task at work on the tiny model: its ``step(parts)``, ``state``, ``frozen`` and ``batch``."""
+    """A task on the tiny model: its ``step(parts)``, ``state``, ``frozen`` and ``batch``."""
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ def setups():
     rng, key = np.random.default_rng(0), jax.random.key(0)
     images = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
     rows = np.arange(8, dtype=np.int32)
-    # Not Adam: it divides by the gradient's size, so that where this is nearly zero rounding decides the sign of a whole step.
+    # SGD: Adam divides by the gradient's magnitude, so that rounding of tiny gradients flips steps.
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.02))
 
     module = build_first_stage(SMALL)
@@ -214,9 +213,8 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole():
     params = {"w": rng.standard_normal(5).astype(np.float32)}
     whole, parts = accumulate(loss, params, batch, 1), accumulate(loss, params, batch, 4)
     assert worst(parts, whole) < 1e-6
-    assert (
-        worst(accumulate(loss, params, jax.tree.map(lambda a: a[:8], batch), 1), whole) > 0.01
-    )  # a part alone differs
+    # One micro-batch alone differs.
+    assert worst(accumulate(loss, params, jax.tree.map(lambda a: a[:8], batch), 1), whole) > 0.01
 
 
 def run_steps(setup, devices, mode, parts, n, zero1=False, **axes):
@@ -272,20 +270,18 @@ def test_training_depends_neither_on_devices_nor_on_parts(
         leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(state.ema)
     ]
     assert (min(shares) < 1) == bool(axes)
-    np.testing.assert_allclose(
-        losses[0], expected_losses[0], rtol=3e-6
-    )  # two dozen roundings of float32
+    # About 24 float32 roundings.
+    np.testing.assert_allclose(losses[0], expected_losses[0], rtol=3e-6)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert losses[0] != losses[-1]
-    assert (
-        worst(expected.params, setups[task].state.params) > 1e-3
-    )  # or there would be nothing to compare
+    # The parameters moved, so that the comparison means something.
+    assert worst(expected.params, setups[task].state.params) > 1e-3
     assert worst(state.params, expected.params) < 1e-5
     assert worst(state.ema, expected.ema) < 1e-5
     assert int(state.step) == 5
 
 
-# ------------------------------------------------------------------------------------------------- what diffusion training is made of
+# --------------------------------------------------------------- what diffusion training is made of
 
 
 def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_step(
@@ -350,6 +346,6 @@ def test_scale_factor_brings_latents_to_unit_spread(setups):
     batches = [{"image": rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)} for _ in range(3)]
     scale = diffusion.scale_factor(unscaled, batches, 0)
     assert abs(scale - 1) > 0.01
-    # Scaled by it, the same latents have a spread of 1: measured once more, nothing is left to scale.
+    # Latents scaled by it have a standard deviation of 1, so a second measurement gives 1.
     scaled = FirstStage(unscaled.params, np.float32(scale), unscaled.module)
     np.testing.assert_allclose(diffusion.scale_factor(scaled, batches, 0), 1.0, rtol=1e-4)

@@ -34,7 +34,7 @@ def test_each_is_one_line(tmp_path, error, message, wrapped):
     assert caught.value.__suppress_context__
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_are_unchanged(tmp_path):
     with pytest.raises(ZeroDivisionError), resource_errors(tmp_path, ""):
         _ = 1 / 0
     with pytest.raises(FileNotFoundError), resource_errors(tmp_path, ""):

@@ -1,6 +1,7 @@
-"""Made the small checkpoints in this folder, with torch 2.13.0: ``python make.py`` in an environment that has it.
+"""Makes the small checkpoints of this folder: run `python make.py` with torch 2.13.0.
 
-The same state dict goes through every format of torch.save; expected.json says what a reader must find.
+One state dict goes through every format of torch.save; expected.json lists what the reader must
+return.
 """
 
 import collections

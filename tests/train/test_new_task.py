@@ -102,7 +102,7 @@ def test_a_new_task_trains_previews_samples_and_exports(config, tmp_path):
     assert any(exported.iterdir())
 
 
-def test_a_new_task_has_no_latent_cache_unless_it_says_so(config, tmp_path):
+def test_a_new_task_has_no_latent_cache_by_default(config, tmp_path):
     with pytest.raises(ConfigError, match="trains on pictures, not on latents"):
         encode(config, tmp_path / "cache")
 
