@@ -1,10 +1,16 @@
 """The pages name messages, flags and files that exist."""
 
 import ast
+import inspect
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+
+from ldm_jax.configs.common import base
+from ldm_jax.data import SOURCES
+from ldm_jax.train.tasks.base import flatten, plain
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.stem: page.read_text("utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -74,3 +80,26 @@ def test_the_readme_is_short_and_its_links_exist():
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
     assert {f"{name}.md" for name in PAGES} == set(re.findall(r"[\w-]+\.md", text))
+
+
+def test_every_dotted_name_exists():
+    for name, page in PAGES.items():
+        if name != "migration":
+            for dotted in set(re.findall(r"\bldm_jax(?:\.\w+)+\b(?!\()(?![./])", page)):
+                assert pkgutil.resolve_name(dotted) is not None, name
+
+
+def test_every_config_field_exists():
+    known = {"data.where", "data.split_column", "data.holdout", "data.pair_holdout"}
+    known |= {"data.source", "data.condition.column", "data.condition.most", "data.condition"}
+    known |= {f"data.{a}" for s in SOURCES.values() for a in inspect.signature(s).parameters}
+    for task in ("diffusion", "autoencoder"):
+        known |= flatten(plain(base(task))).keys()
+    sections = "data|optim|loss|mesh|best|guard|adversary|wandb"
+    for name, page in PAGES.items():
+        for code in re.findall(r"`([^`]+)`", page):
+            for field in re.findall(
+                rf"(?<![\w./-])(?:--)?(?:config\.)?((?:{sections})\.[\w.]+)", code
+            ):
+                if not field.endswith((".md", ".json", ".jsonl", ".py", ".update")):
+                    assert field.rstrip(".") in known, (name, field)

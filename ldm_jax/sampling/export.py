@@ -12,7 +12,7 @@ The folder holds
     signature.json       names, shapes and dtypes of arguments and result, and the settings that
                          are compiled in
 
-docs/sampling.md has the ten lines that run it. Conditions, seeds and guidance are arguments;
+docs/exporting.md has the ten lines that run it. Conditions, seeds and guidance are arguments;
 sampler, steps, size and dtype are compiled in.
 """
 
