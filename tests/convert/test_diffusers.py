@@ -200,9 +200,10 @@ def test_a_component_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
 
 
 def test_a_pipeline_comes_back_to_the_bit(model: dict[str, Any], written: Path) -> None:
-    config, params, entries, _, assumed = from_diffusers(written)
+    read = from_diffusers(written)
+    config, params, entries = read.config, read.params, read.entries
     assert digests(params) == digests(model)
-    assert not assumed
+    assert not read.assumed
     assert {key: config[key] for key in ("objective", "scale_factor", "schedule")} == {
         key: MODEL[key] for key in ("objective", "scale_factor", "schedule")
     }
@@ -686,7 +687,7 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(hub, "_download", offline)
     with pytest.raises(
-        CheckpointError, match=r"the Hugging Face Hub does not give it: no route to host$"
+        CheckpointError, match=r"no folder 'org/name', and its download failed: no route to host$"
     ):
         hub.fetched("org/name")
 

@@ -390,7 +390,7 @@ def test_inspect(tmp_path, capsys):
     assert printed == {
         "file": "x.ckpt (zip)",
         "family": "latent diffusion (CompVis)",
-        "values": "4 in 1 tensors, EMA and optimizer aside",
+        "values": "4 in 1 tensors without EMA",
         "dtype": "float32 4",
         "EMA": "1 tensors",
         "step": "epoch 3, global_step 12",
