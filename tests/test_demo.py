@@ -9,6 +9,8 @@ import ldm_jax
 from ldm_jax.conditioning.tokenizers import ASSETS
 from ldm_jax.sampling.pipeline import Pipeline
 
+pytestmark = pytest.mark.compile
+
 EMOJI = ASSETS / "emoji"
 
 

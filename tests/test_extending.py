@@ -26,6 +26,8 @@ from ldm_jax.models.build import build_first_stage
 from ldm_jax.train import loop
 from ldm_jax.train.tasks import TASKS
 
+pytestmark = pytest.mark.compile
+
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text("utf-8")
 REGISTRIES = (SAMPLERS, CONDITIONERS, SOURCES, FORMATS, TASKS)
 PIXELS = {

@@ -11,6 +11,8 @@ from PIL import Image
 from ldm_jax.cli.sample import REPLAYED
 from ldm_jax.io.png import read_settings, save_png
 
+pytestmark = pytest.mark.compile
+
 ADVERSARY = ["--config.adversary.weight=0.5"]
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_kl.py'}:smoke"
 
@@ -344,6 +346,7 @@ def test_a_garbled_model_config_is_one_line(sample, tiny_dir, tmp_path, config, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_sample_py_runs_as_a_program(tiny_dir, tmp_path):
     process = child(
         "sample.py",
@@ -478,6 +481,7 @@ def test_data_without_one_readable_picture_is_one_line(script, folders):
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.processes
 def test_train_py_prints_one_line_for_a_mistake_in_a_new_process(tmp_path):
     process = child(
         "train.py", CONFIG, f"--workdir={tmp_path / 'run'}", "--config.data.path=nowhere.zip"

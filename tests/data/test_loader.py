@@ -258,6 +258,7 @@ def test_no_readable_picture(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.processes
 def test_workers_give_the_same_stream_and_pass_errors_on(damaged):
     assert_equal(take(damaged, 7, start=3, num_workers=2), take(damaged, 7, start=3))
     assert not multiprocessing.active_children()

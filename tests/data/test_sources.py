@@ -74,6 +74,7 @@ def concepts(count: int = 200) -> ImageFolder:
     return source
 
 
+@pytest.mark.processes
 def test_importing_data_loads_nothing_heavy():
     heavy = ("jax", "flax", "grain", "tensorflow_datasets")
     code = f"import sys, ldm_jax.data; print([m for m in {heavy} if m in sys.modules])"

@@ -18,6 +18,8 @@ from ldm_jax.models.unet import layout
 from ldm_jax.plan.flops import count_flops
 from ldm_jax.sampling.program import SamplingConfig
 
+pytestmark = pytest.mark.compile
+
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
 REQUEST = {"seeds": [5, 6], "guidance": 3.0}

@@ -288,6 +288,7 @@ def reached(workdir: Path, step: int, *processes) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.processes
 def test_two_processes_are_one_run_that_resumes_on_any_topology(
     config, tmp_path, monkeypatch, no_preview
 ):
@@ -323,6 +324,7 @@ def test_two_processes_are_one_run_that_resumes_on_any_topology(
         assert np.abs(ours_end[name].astype(np.float64) - expected_array).max() < 1e-5, name
 
 
+@pytest.mark.processes
 def test_signals_save_at_one_step_and_sigterm_prints_how_to_resume(config, tmp_path):
     config.update(steps=2000, save_every=1000, eval_every=3, preview_every=1000)
     config.best.keep = 1

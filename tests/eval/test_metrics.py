@@ -201,6 +201,7 @@ def test_running_moments_refuse_what_does_not_fit():
         moments.merge(metrics.RunningMoments(2))
 
 
+@pytest.mark.processes
 def test_metrics_imports_no_jax():
     code = (
         f"import sys, runpy; runpy.run_path({metrics.__file__!r}); sys.exit('jax' in sys.modules)"

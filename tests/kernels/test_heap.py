@@ -39,6 +39,7 @@ def faults(kept: str) -> tuple[str, int]:
     return result, int(count)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 def test_large_blocks_are_taken_from_the_system_once():
     result, count = faults("keep_large_blocks()")

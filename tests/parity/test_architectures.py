@@ -20,6 +20,8 @@ from ldm_jax.models.unet import layout
 
 from .golden import golden_folder
 
+pytestmark = pytest.mark.parity
+
 FILE = golden_folder() / "architectures.json.gz"
 
 

@@ -8,6 +8,8 @@ import pytest
 from .golden import Case, NotYet, compare, excess, golden_folder, load_cases, nchw, nhwc
 from .test_parity import RUNNERS
 
+pytestmark = pytest.mark.parity
+
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, Case]:

@@ -6,6 +6,8 @@ import pytest
 from . import diffusion, evaluation, networks, schedulers, stages
 from .golden import Case, NotYet, compare, golden_folder, load_cases
 
+pytestmark = pytest.mark.parity
+
 PARTS = (networks, stages, diffusion, schedulers, evaluation)
 RUNNERS = {name: runner for part in PARTS for name, runner in part.CASES.items()}
 

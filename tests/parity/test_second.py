@@ -25,9 +25,12 @@ from .golden import REPO, nchw, nhwc
 FOLDER = Path(os.environ.get("LDM_JAX_GOLDEN2", REPO.parent / "shared" / "golden2"))
 UNET = "model.diffusion_model."
 
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "manifest.json").is_file(), reason="LDM_JAX_GOLDEN2 names no reference data"
-)
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(
+        not (FOLDER / "manifest.json").is_file(), reason="LDM_JAX_GOLDEN2 names no reference data"
+    ),
+]
 
 
 class Case:

@@ -25,9 +25,12 @@ from ldm_jax.convert.verify import outputs_of
 from .golden import REPO
 
 FOLDER = Path(os.environ.get("LDM_JAX_GOLDEN2", REPO.parent / "shared" / "golden2"))
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "manifest.json").is_file(), reason="LDM_JAX_GOLDEN2 names no reference data"
-)
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.skipif(
+        not (FOLDER / "manifest.json").is_file(), reason="LDM_JAX_GOLDEN2 names no reference data"
+    ),
+]
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 128,

@@ -31,6 +31,8 @@ from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.gpt import GPT
 from ldm_jax.models.unet import UNet
 
+pytestmark = pytest.mark.parity
+
 SMALL = {
     "in_channels": 3,
     "out_channels": 3,

@@ -19,6 +19,8 @@ from ldm_jax.models.perceptual import VGG16_WIDTHS
 
 from .golden import golden_folder
 
+pytestmark = pytest.mark.parity
+
 CASES = json.loads((golden_folder() / "manifest.json").read_text())["cases"]
 CKPTS = [name for name, spec in CASES.items() if "ckpt_keys" in spec]
 NARROW = (4, 4, 4, 4, 4)

@@ -32,6 +32,8 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (  # 
     LDMBertModel,
 )
 
+pytestmark = pytest.mark.compile
+
 UNET = {
     "sample_size": 8,
     "in_channels": 4,

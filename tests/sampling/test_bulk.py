@@ -14,6 +14,8 @@ from ldm_jax.errors import RequestError
 from ldm_jax.io.png import read_settings
 from ldm_jax.sampling.bulk import labels_of, make_many
 
+pytestmark = pytest.mark.compile
+
 PROMPTS = ["red apple", "blue boat", "green tree"]
 
 

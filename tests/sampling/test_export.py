@@ -20,6 +20,8 @@ from ldm_jax.errors import RequestError
 from ldm_jax.io.checkpoint import save_model
 from ldm_jax.sampling.export import export, parameters
 
+pytestmark = pytest.mark.compile
+
 README = (ROOT / "docs" / "exporting.md").read_text(encoding="utf-8")
 LINES = re.search(r"<!-- export-lines -->\n```python\n(.*?)```", README, re.DOTALL)[1]
 PROMPTS = '["red apple, noto style", "rocket, twemoji style"]'
@@ -40,6 +42,7 @@ def written(tmp_path, config):
     return pipe, path
 
 
+@pytest.mark.processes
 def test_the_ten_lines_of_the_readme_make_the_pipelines_pictures_without_this_package(
     exported, pipe, tmp_path
 ):
@@ -60,6 +63,7 @@ def test_the_ten_lines_of_the_readme_make_the_pipelines_pictures_without_this_pa
     assert expected.std() > 10
 
 
+@pytest.mark.processes
 def test_the_lines_cannot_import_the_package(tmp_path):
     (tmp_path / "ldm_jax.py").write_text("raise ImportError('the model code is not to be used')\n")
     (tmp_path / "run.py").write_text("import ldm_jax\n")

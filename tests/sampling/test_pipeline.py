@@ -14,6 +14,8 @@ from ldm_jax.errors import CheckpointError, RequestError
 from ldm_jax.io.checkpoint import save_model
 from ldm_jax.sampling.pipeline import load
 
+pytestmark = pytest.mark.compile
+
 RED, BLUE = "red apple", "blue boat"
 
 

@@ -25,6 +25,8 @@ from ldm_jax.sampling.inputs import make_inputs
 from ldm_jax.sampling.program import SamplingConfig, slerp, whole_cells
 from ldm_jax.sampling.request import Request, interpolation
 
+pytestmark = pytest.mark.compile
+
 RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (16, 16, 3), np.uint8)

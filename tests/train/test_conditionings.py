@@ -27,6 +27,8 @@ from ldm_jax.train.loop import train
 from ldm_jax.train.tasks import diffusion as tasks
 from ldm_jax.train.tasks.diffusion import DiffusionTask
 
+pytestmark = pytest.mark.compile
+
 NAMES = ("circle", "square", "star")
 BERT = {**SMALL["conditioner"], "vocab_size": 1100}
 # kind -> conditioner, data.condition, channels joined to the latents, length of the context

@@ -30,6 +30,8 @@ from ldm_jax.train.tasks.codebook import (
     update_usage,
 )
 
+pytestmark = pytest.mark.compile
+
 VQ = {**SMALL_KL, "kind": "vq", "n_embed": 12, "quantizer": "ema"}
 
 

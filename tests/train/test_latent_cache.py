@@ -20,6 +20,8 @@ from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.loop import train
 from ldm_jax.train.tasks.diffusion import DiffusionTask
 
+pytestmark = pytest.mark.compile
+
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch) -> None:

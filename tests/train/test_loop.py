@@ -36,6 +36,8 @@ from ldm_jax.train.tasks import autoencoder
 from ldm_jax.train.tasks.autoencoder import AutoencoderTask
 from ldm_jax.train.tasks.diffusion import DiffusionTask
 
+pytestmark = pytest.mark.compile
+
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch) -> None:
@@ -544,6 +546,7 @@ def test_a_wandb_project_without_wandb_is_an_error_before_the_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(
     guarded, pictures, tmp_path
 ):

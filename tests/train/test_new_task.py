@@ -30,6 +30,8 @@ from ldm_jax.train.state import normal_rows, row_keys
 from ldm_jax.train.tasks import TASKS
 from ldm_jax.train.tasks.base import Task, flatten, plain
 
+pytestmark = pytest.mark.compile
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneLevel(Task):
