@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from ldm_jax.conditioning import CONDITIONERS
 from ldm_jax.configs.common import base
 from ldm_jax.data import SOURCES
+from ldm_jax.diffusion import grids
+from ldm_jax.diffusion.objective import OBJECTIVES
+from ldm_jax.diffusion.samplers import SAMPLERS
+from ldm_jax.diffusion.schedule import BETA_SCHEDULES
+from ldm_jax.eval.evaluation import METRICS
+from ldm_jax.eval.protocols import PRESETS
 from ldm_jax.train.tasks.base import flatten, plain
 
 ROOT = Path(__file__).parent.parent
@@ -103,3 +110,21 @@ def test_every_config_field_exists():
             ):
                 if not field.endswith((".md", ".json", ".jsonl", ".py", ".update")):
                     assert field.rstrip(".") in known, (name, field)
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("sampling", {*SAMPLERS} - {"ddim_inversion"}),
+        ("sampling", grids.ALL),
+        ("data", SOURCES),
+        ("data", CONDITIONERS),
+        ("training", OBJECTIVES),
+        ("training", BETA_SCHEDULES),
+        ("evaluation", METRICS),
+        ("evaluation", PRESETS),
+    ],
+)
+def test_every_entry_of_a_registry_is_on_its_page(page, names):
+    missing = [name for name in names if not re.search(rf'[`"]{name}[`"]', PAGES[page])]
+    assert not missing, missing
