@@ -1,4 +1,4 @@
-"""The pages name messages, flags and files that exist."""
+"""Messages, flags and files that the pages name exist."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""The blocks of docs/extending.md run, and what they add works."""
+"""The examples of docs/extending.md run and work."""
 
 import json
 import re

@@ -40,7 +40,7 @@ EVERYTHING = {*ALLOWED, "cli", "configs", ""}
 
 
 def package_of(module: str) -> str:
-    """ldm_jax.data.loader -> data; ldm_jax -> ""; ldm_jax.export -> cli."""
+    """Package of a module: ldm_jax.data.loader -> data; ldm_jax -> ""; ldm_jax.export -> cli."""
     if module.startswith(ASSEMBLY):
         return "assembly"
     first, *rest = module.split(".")

@@ -368,7 +368,7 @@ def test_sample_py_runs_as_a_program(tiny_dir, tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Things that are not what they should be."""
+    """Invalid files, one of each kind."""
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("precious")
     (tmp_path / "other_run").mkdir()

@@ -1,4 +1,4 @@
-"""What a condition is made of: masks, small pictures, maps, boxes, classes."""
+"""Conditions from rows of a data set: masks, small pictures, label maps, boxes, classes."""
 
 import io
 import pickle
@@ -198,7 +198,7 @@ def test_a_label_map_is_cut_as_its_picture_is(tmp_path):
 
 
 def test_layout_tokens_are_those_of_the_original_s_builder():
-    """By hand: 8192 tokens make a grid of 90; 16 tokens one of 4, as in its docstring's example."""
+    """By hand: 8192 tokens are a grid of side 90; 16 tokens one of side 4, as in its docstring."""
     assert layout_tokens([], length=3, vocabulary=16) == [15, 15, 15]
     quarter = (0.0, 0.0, 0.5, 0.5)
     # round(1.5) is 2.
@@ -317,7 +317,7 @@ def test_classes_are_the_sorted_names_or_the_numbers_themselves():
 
 
 def test_conditions_are_drawn_by_the_sample_alone(tmp_path):
-    """The same step gives the same masks, wherever reading began."""
+    """A step draws the same masks wherever reading started."""
     for i in range(5):
         Image.fromarray(PICTURE).save(tmp_path / f"{i}.png")
 

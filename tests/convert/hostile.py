@@ -139,7 +139,7 @@ GOOD_SAFETENSORS = safetensors({"weight": entry()})
 
 
 def _calls() -> Iterator[tuple[str, bytes, str]]:
-    """Values that would run code, and what the refusal must name."""
+    """Pickled calls, and what the refusal must name."""
     function, argument = RUN
     yield "reduce", call(function, argument), "posix.system"
     yield "mention only", function, "posix.system"
@@ -240,7 +240,7 @@ def _calls() -> Iterator[tuple[str, bytes, str]]:
 
 
 def _pickles() -> Iterator[tuple[str, bytes, str]]:
-    """Values that are damaged, endless, or far larger than they look."""
+    """Damaged, endless or oversized values."""
     yield "underflow", b"0", "damaged"
     yield "no mark", b"t", "damaged"
     yield "memo miss", b"h\x07", "damaged"
@@ -605,7 +605,7 @@ def _others() -> Iterator[tuple[str, bytes, str]]:
 
 
 def cases() -> list[Case]:
-    """All of them; made anew each time, some are large."""
+    """Every case, built on each call because some are large."""
     found = [
         Case(f"call {title}", {"x.ckpt": archive(value)}, message)
         for title, value, message in _calls()

@@ -173,7 +173,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def arrays_of(whole: Whole, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Random arrays under the original's names; constants and duplicates as they have to be."""
+    """Random arrays under the original's names, with consistent constants and duplicates."""
     rng = np.random.default_rng(0)
     tree: dict[str, Any] = {}
     for path, shape in flatten(whole.shapes).items():

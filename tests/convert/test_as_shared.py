@@ -22,7 +22,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 @pytest.fixture(scope="module")
 def inpainting(written):
-    """(arrays, the model that they convert to)."""
+    """(arrays, the model they convert to)."""
     path = written("clip inpainting")
     return load_file(path), read_model(path)
 

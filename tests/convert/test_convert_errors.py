@@ -1,4 +1,4 @@
-"""Conversion: one line for each mistake."""
+"""Conversion: one-line errors."""
 
 import numpy as np
 import pytest

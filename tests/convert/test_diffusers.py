@@ -158,7 +158,7 @@ def model() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def written(model: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MODEL as a pipeline folder. Tests that change it take a copy."""
+    """MODEL as a pipeline folder; tests that modify it make a copy."""
     out = tmp_path_factory.mktemp("diffusers") / "pipeline"
     to_diffusers(MODEL, model, out)
     return out
@@ -568,7 +568,7 @@ def test_schedulers(fields: dict[str, Any], sampling: tuple[str, str], lines: in
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A copy of the pipeline folder, to spoil."""
+    """A copy of the pipeline folder, to damage."""
     return shutil.copytree(written, tmp_path / "pipeline")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as models to sample from: what loads, what is left out, what memory it takes."""
+"""Loading checkpoints to sample from: supported files, left-out arrays, memory."""
 
 import json
 import tracemalloc

@@ -1,4 +1,4 @@
-"""LoRA files merged into a model, against what kohya, LyCORIS and peft computed from the same."""
+"""LoRA files merged into a model equal recorded results of kohya, LyCORIS and peft."""
 
 import json
 import os

@@ -125,7 +125,7 @@ def _mutate_file(path: Path, mutate: Callable[[bytes, random.Random], bytes], rn
 
 
 def make(seed: int, folder: Path) -> tuple[dict[str, Any], int]:
-    """Writes a mutated data set; returns its settings and how many pictures it should have."""
+    """Writes a mutated data set; returns its settings and expected number of pictures."""
     rng = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]
     image = rng.choice(FORMATS)
@@ -231,7 +231,7 @@ class _Messages(logging.Handler):
 
 
 def read(settings: dict[str, Any], expected: int) -> str:
-    """Reads all of a data set as training does; returns what is wrong with how that went, or ""."""
+    """Reads a whole data set as training does; returns the first fault, or ""."""
     handler = _Messages()
     logging.getLogger("ldm_jax").addHandler(handler)
     found = 0

@@ -31,7 +31,7 @@ def write_tar(path: pathlib.Path, files: dict[str, bytes], mode: str = "w") -> p
 
 
 def values(source) -> list[int]:
-    """What the pictures of one value each are, through a copy as workers have it."""
+    """The values of single-colour pictures, read through a pickled copy of the source."""
     copy = pickle.loads(pickle.dumps(source))
     return [int(decode_image(copy[i]["image"])[0, 0, 0]) for i in range(len(copy))]
 

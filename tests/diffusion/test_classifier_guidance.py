@@ -20,7 +20,7 @@ X, LABELS = jnp.array([[0.3, 0.1], [-0.5, 1.0], [1.5, 1.5]]), jnp.array([0, 1, 2
 
 
 def joint(x, t):
-    """log p(x_t, class) [b, n] but for a constant, and the variance of x_t in a class."""
+    """log p(x_t, class) [b, n] up to a constant, and the variance of x_t in a class."""
     a, s = level(SCHEDULE, t, x)
     a, s = jnp.reshape(a, (-1, 1, 1)), jnp.reshape(s, (-1, 1, 1))
     variance = a**2 * STD**2 + s**2

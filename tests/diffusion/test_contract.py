@@ -157,13 +157,13 @@ def test_order_on_timesteps(name: str, options: dict[str, float]) -> None:
 
 
 def test_released_third_order_is_of_second_order() -> None:
-    """Why the registry departs from the authors' code: half a moment is missing there."""
+    """The reason to depart from the authors' code: it drops half a moment."""
     released = Tableau(Multistep(3, third="released"), 3, history=2)
     assert abs(slope(COUNTS, [errors(released, n)[1] for n in COUNTS]) - 2) < 0.3
 
 
 def test_fresh_noise_in_both_stages_is_of_first_order() -> None:
-    """Why DPM++ SDE follows one Brownian path."""
+    """The reason for DPM++ SDE to follow one Brownian path."""
     fresh = Tableau(DPMppSDE(one_path=False), 1, history=1, draws=1)
     assert abs(slope(COUNTS, [errors(fresh, n)[1] for n in COUNTS]) - 1) < 0.3
 
@@ -194,7 +194,7 @@ def test_adaptive_steps() -> None:
 def pictures(
     sampler: Any, nodes: Any, seeds: jax.Array, scale: jax.Array, phi: jax.Array, last: jax.Array
 ) -> jax.Array:
-    """A model that is no Gaussian's, guided, on pictures of 4 x 4 x 2."""
+    """A guided nonlinear model on pictures of 4 x 4 x 2."""
 
     def model(x: jax.Array, t: jax.Array, cond: jax.Array) -> jax.Array:
         return jnp.tanh(x + lift(cond, x)) * lift(0.5 + t / 2000, x)
@@ -278,7 +278,7 @@ def test_the_fewest_steps_give_pictures(name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_step_calls_the_model_once_in_the_program(name: str) -> None:
-    """Steps of several stages are rows of one loop: the model is in the program once."""
+    """Multi-stage steps are rows of one loop, so that the program holds the model once."""
     calls = []
 
     def counted(x: jax.Array, t: jax.Array, at: Any = None, eps: Any = None) -> Prediction:

@@ -1,4 +1,4 @@
-"""What the network learns, and the loss on it."""
+"""Prediction targets and their losses."""
 
 import jax
 import jax.numpy as jnp

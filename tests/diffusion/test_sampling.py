@@ -1,4 +1,4 @@
-"""Samplers against distributions whose perfect denoiser is known, and the loop around them."""
+"""Samplers on distributions with a known denoiser, and the loop around them."""
 
 from functools import partial
 

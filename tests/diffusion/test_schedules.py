@@ -1,4 +1,4 @@
-"""The forward process' tables."""
+"""Tables of the forward process."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ KINDS = [kind for kind in BETA_SCHEDULES if kind != "flow"]
 
 
 def beta(kind: str, i: int) -> float:
-    """Beta i, by another way than the code's."""
+    """Beta i, computed independently of the code."""
     even = i / (T - 1)
     match kind:
         case "linear":

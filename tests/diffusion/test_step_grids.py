@@ -1,4 +1,4 @@
-"""The timesteps at which samplers stop."""
+"""Step grids of the samplers."""
 
 import numpy as np
 import pytest

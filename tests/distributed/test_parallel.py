@@ -1,4 +1,4 @@
-"""Meshes, what they split, and several processes."""
+"""Meshes, shardings and runs of several processes."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ from tests.train.test_loop import (  # noqa: F401
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU v5p's, as far as a mesh reads it."""
+    """The attributes of a TPU v5p device that a mesh reads."""
 
     id: int
     coords: tuple[int, int, int]
@@ -96,7 +96,7 @@ def test_memory_per_device_falls_with_the_mesh(unet_shapes, fsdp, tensor):
 
 
 def test_a_split_leaves_whole_registers_where_it_can():
-    """A TPU lays the less padded dimension along its 128 lanes; the other one is split."""
+    """A TPU lays the less padded dimension along its 128 lanes; the other is sharded."""
     mesh = make_mesh(data=2, fsdp=4)
     rows, columns = PartitionSpec("fsdp", None), PartitionSpec(None, "fsdp")
     assert spec("unet/in_conv/kernel", (3, 3, 320, 320), mesh) == PartitionSpec(
@@ -146,7 +146,7 @@ def test_looking_up_words_in_a_split_table_reduces_no_activations(fsdp):
 
 @pytest.mark.parametrize("fsdp", [2, 8])
 def test_the_gradient_of_a_split_table_is_summed_by_channels(fsdp):
-    """Left to itself the compiler sums the gradient of the whole table on every device."""
+    """Without the constraint the compiler sums the whole table's gradient on every device."""
     mesh, given = make_mesh(data=8 // fsdp, fsdp=fsdp), np.random.default_rng(0)
     rows, split = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     values = jnp.asarray(given.standard_normal((512, 64)), jnp.float32)
@@ -237,7 +237,7 @@ def test_rows_are_split_over_data_and_fsdp():
 
 @pytest.fixture
 def config(pictures, first_stage, tmp_path):  # noqa: F811
-    """A diffusion run of eight steps on eight devices, split three ways."""
+    """A diffusion run of eight steps on eight devices, sharded three ways."""
     config = make_config("diffusion", pictures, first_stage)
     config.update(steps=8, save_every=2, eval_every=8, preview_every=8)
     # Adam divides by a gradient's size: near zero, rounding decides the sign of a step.
@@ -247,7 +247,7 @@ def config(pictures, first_stage, tmp_path):  # noqa: F811
 
 
 def write(config, folder: Path, **changes) -> Path:
-    """The config as a file of its own."""
+    """Writes the config as a Python file."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
     file = folder / f"config{abs(hash(str(changes)))}.py"

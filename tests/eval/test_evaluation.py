@@ -50,7 +50,7 @@ def rng() -> np.random.Generator:
 
 
 def small_extractor(name: str = "Toy", size: int = 8, **changes) -> features.Extractor:
-    """Six projections of the resized picture: features without a network to compile."""
+    """Six projections of the resized picture: features without a compiled network."""
     matrix = np.random.default_rng(5).normal(size=(size * size * 3, 6)).astype(np.float32) / 10
     layers = changes.pop("layers", ("pool",))
 
@@ -65,7 +65,7 @@ def small_extractor(name: str = "Toy", size: int = 8, **changes) -> features.Ext
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extractors "toy" and, in the place of "inception", one with all of its layers."""
+    """The extractor "toy", and another under the name "inception" with all of its layers."""
     layers = ("2048", "spatial", "logits_unbiased")
 
     def inception(weights=None, *, resizer="tf1_bilinear", layer="2048"):

@@ -1,4 +1,4 @@
-"""Metrics against closed forms and against their definitions written out."""
+"""Metrics equal closed forms and their definitions."""
 
 import subprocess
 import sys

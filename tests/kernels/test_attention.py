@@ -1,4 +1,4 @@
-"""Each form of attention against the plain one, on one device and on a mesh, and the choice."""
+"""Each form of attention equals the plain one, on one device and on a mesh; its choice."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The CPU's convolutions against XLA's in values and gradients, and where they are used."""
+"""The CPU convolutions equal XLA's in values and gradients; where they are used."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A CPU's cores as devices: their number, their rows, and the same pictures from a pipeline."""
+"""CPU cores as devices: their number, rows per core, equal pictures from a pipeline."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from tests.conftest import ExactPipeline
 
 @pytest.fixture
 def four(monkeypatch):
-    """As if `use_cores` had made four devices."""
+    """Simulates `use_cores` with four devices."""
     monkeypatch.setattr(cores, "_used", True)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
     return cores.mesh_of(cores.devices())

@@ -1,4 +1,4 @@
-"""Forms for GPUs against the reference, as far as a CPU can compute them."""
+"""GPU forms equal the reference, as far as a CPU can compute them."""
 
 import jax
 import jax.numpy as jnp

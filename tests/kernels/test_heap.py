@@ -1,4 +1,4 @@
-"""The C library's memory as a training program sets it up, each time in a process of its own."""
+"""Allocator settings of a training program, each in a new process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The fence: what a program computes depends on its kernels alone, and plain ones are plain JAX."""
+"""Kernels alone decide what a program computes, and the reference ones are plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def inputs(n: int = 1, side: int = 16):
 
 
 def by_hand(function, *args) -> int:
-    """How many gradients written by hand its program has."""
+    """The number of custom gradients in its program."""
     return str(jax.make_jaxpr(function)(*args)).count("custom_vjp_call")
 
 
@@ -64,7 +64,7 @@ def by_hand(function, *args) -> int:
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_a_network_uses_the_reference_forms_by_default_on_every_platform(model, platform):
-    """No loop of chunks or bands, no barrier, no erf, no kernel, no hand-written gradient."""
+    """No loop over chunks or bands, barrier, erf, kernel or custom gradient."""
     unet = UNet(**CONFIG["unet"])
 
     def loss(params, *args):
@@ -154,7 +154,7 @@ def test_portable_kernels_are_the_cpu_s_where_a_program_is_lowered_for_it(model)
 
 
 def test_results_do_not_depend_on_the_table(pipe, monkeypatch):
-    """As if kernels/cpu.py had been deleted: the same pictures."""
+    """Without kernels/cpu.py: the same pictures."""
     pipeline = type(pipe)(pipe.model, devices=1)
     expected = pipe("red apple", seeds=[3])
     for platform in PLATFORMS:

@@ -1,4 +1,4 @@
-"""Normalisation of each platform against plain formulas: values, gradients, residuals."""
+"""Normalisation of each platform equals plain formulas: values, gradients, residuals."""
 
 from functools import partial
 

@@ -39,7 +39,7 @@ def random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def params() -> dict:
-    """Random LPIPS parameters of the narrow network, from NumPy: Flax' initialisers compile."""
+    """Random LPIPS parameters of a narrow network, from NumPy to avoid compilation."""
     shapes = {k: v for k, v in lpips_shapes(NARROW).items() if not k.startswith("scaling_layer.")}
     fans = {k: np.prod(v[1:], initial=1) for k, v in shapes.items()}
     tensors = {k: v * np.sqrt(2 / fans[k]) for k, v in random_tensors(shapes).items()}

@@ -1,4 +1,4 @@
-"""Networks that no recorded case reaches: pools, codebooks across devices, resizing."""
+"""Networks without a recorded case: pools, codebooks across devices, resizing."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Layers that every network shares."""
+"""Shared layers."""
 
 import dataclasses
 from typing import Any
@@ -39,7 +39,7 @@ def test_repeat_batch_repeats_whole_batches():
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """As a conditioner holds a module, in another one perhaps."""
+    """A module held by another, as conditioners hold theirs."""
 
     inner: Any
     size: int = 3

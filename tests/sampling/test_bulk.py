@@ -1,4 +1,4 @@
-"""Many pictures: one size of batch, and a run that may be killed at any time."""
+"""Bulk sampling: a fixed batch size, and runs that may be killed at any time."""
 
 import hashlib
 import json

@@ -29,7 +29,7 @@ PROMPTS = '["red apple, noto style", "rocket, twemoji style"]'
 
 @pytest.fixture(scope="module")
 def exported(tiny_dir, tmp_path_factory):
-    """The tiny model's program, where the lines of docs/exporting.md find it."""
+    """The exported tiny model, where the code in docs/exporting.md finds it."""
     out = tmp_path_factory.mktemp("export") / "emoji_export"
     assert main([str(tiny_dir), "--out", str(out), "--steps", "3", "--cache_interval", "2"]) == 0
     return out

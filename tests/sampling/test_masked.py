@@ -12,7 +12,7 @@ from ldm_jax.models.ldm import FirstStage, to_float
 
 
 def first_stage():
-    """A random one that halves pictures, with a scale that is not 1."""
+    """A random first stage of downsampling factor 2 with a scale other than 1."""
     module = build_first_stage({"first_stage": KL})
     shapes = jax.eval_shape(lambda: init_autoencoder(module, jax.random.key(0)))
     return FirstStage(random_params(shapes, 1), 0.5, module)

@@ -1,4 +1,4 @@
-"""The request as the one record: signatures, values, seeds, masks; results that are not numbers."""
+"""Request: signatures, values, seeds, masks; non-finite results."""
 
 import dataclasses
 import inspect

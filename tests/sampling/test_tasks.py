@@ -35,12 +35,12 @@ HALF[:, 8:] = 255  # the right half is to be made anew
 
 
 def near(a: np.ndarray, b: np.ndarray) -> bool:
-    """The same pictures but for roundings to 8 bits."""
+    """Whether pictures are equal up to rounding to 8 bits."""
     return np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
 
 def off(a: np.ndarray, b: np.ndarray) -> float:
-    """How far pictures are apart, in levels of 255."""
+    """The mean absolute difference, in levels of 255."""
     return float(np.abs(np.asarray(a, int) - np.asarray(b, int)).mean())
 
 

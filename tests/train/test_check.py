@@ -131,7 +131,7 @@ def test_check_is_a_command(script, folder, tmp_path):
     "module", [emoji_class, emoji_inpaint, emoji_sr, emoji_semantic, emoji_layout]
 )
 def test_configs_fit_their_data(module):
-    """Shapes alone: what the data give is what the model takes."""
+    """As shapes: the data match the inputs of the model."""
     config = module.get_config("smoke")
     if "count" in config.data:
         config.data.count = 40

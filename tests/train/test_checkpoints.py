@@ -1,4 +1,4 @@
-"""Damaged checkpoints: what is whole is restored exactly, what is not is named with a way out."""
+"""Damaged checkpoints: intact steps restore exactly, errors name damaged ones and a remedy."""
 
 import contextlib
 import gc
@@ -45,7 +45,7 @@ def run(saved, tmp_path) -> Path:
 
 
 def restored(run: Path, state, **options) -> int:
-    """Restores the newest step, which must be the state to the bit."""
+    """Restores the newest step, bit-exact."""
     with contextlib.closing(TrainingCheckpoints(run, **options)) as checkpoints:
         step = checkpoints.latest()
         assert step is not None
@@ -56,7 +56,7 @@ def restored(run: Path, state, **options) -> int:
 
 
 def test_a_newest_checkpoint_cut_at_any_byte(saved, state, tmp_path, capfd):
-    """Files that nothing reads may be cut; no other cut goes unnoticed, none prints a traceback."""
+    """Truncated files are either never read or reported, without a traceback."""
     rng, refused = np.random.default_rng(1), 0
     files = [path for path in (saved / "checkpoints/3").rglob("*") if path.is_file()]
     for file in files:

@@ -235,7 +235,7 @@ def test_a_model_learns_another_condition(make, tmp_path, no_preview):
 
 @pytest.mark.parametrize("kind", ["masked", "hybrid"])
 def test_an_inpainting_run_resumes_and_previews_its_samples(make, kind, tmp_path):
-    """The first without parameters in its conditioner: nothing of it to save."""
+    """The first conditioner has no parameters, so that none are saved."""
     config = make(kind)
     config.steps = 1
     train(config, tmp_path / "run")
@@ -280,7 +280,7 @@ def test_text_of_a_hybrid_is_dropped_without_the_masked_picture(make, monkeypatc
 
 
 def test_a_preview_of_captions_and_codes(make, tmp_path, monkeypatch):
-    """What is on it; traced and not compiled."""
+    """The content of a preview, traced without compiling."""
     stage = {**KL, "kind": "vq", "n_embed": 12}
     shapes = jax.eval_shape(
         lambda: init_autoencoder(build_first_stage({"first_stage": stage}), jax.random.key(0))
@@ -523,7 +523,7 @@ def test_a_check_of_the_data_names_pictures_with_too_few_vectors(make, tmp_path)
 
 
 def test_offset_noise_moves_whole_channels(make, monkeypatch):
-    """Seen where the noise arrives."""
+    """Recorded at the network's input."""
     task = DiffusionTask.from_config(make("none"))
     seen = []
     monkeypatch.setattr(

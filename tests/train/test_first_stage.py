@@ -93,7 +93,7 @@ def test_the_generator_has_the_gradients_of_its_loss_with_d_weight_held():
 
 
 def test_d_weight_is_bounded_by_the_cap_alone(monkeypatch):
-    """A fault put in: the adversary's gradient has vanished, and the ratio explodes."""
+    """An injected fault: the adversary's gradient vanishes, and the ratio explodes."""
     monkeypatch.setattr(adversarial, "adaptive_weight", lambda a, b: jnp.float32(1e4))
     x = np.zeros((2, 8, 8, 3), np.float32)
     disc = PatchDiscriminator(ndf=4, n_layers=1)
@@ -230,7 +230,7 @@ def config_of(**loss):
 
 
 class Setup(SimpleNamespace):
-    """A first stage at work: its ``step``, ``state`` and ``batch``."""
+    """A first-stage task: its ``step``, ``state`` and ``batch``."""
 
 
 def make_setup(fields, *, fused=True, actnorm=False, loss="hinge", **changes) -> Setup:
@@ -278,7 +278,7 @@ SETUPS = {
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_the_second_step_is_the_program_of_the_first(name):
-    """A leaf whose type the step changes, a weak one too, would have it compiled twice."""
+    """A leaf that changes its type (weak types too) would compile the step twice."""
     setup = SETUPS[name]()
     after, _ = jax.eval_shape(setup.step, setup.state, {}, setup.batch)
     kinds = [
@@ -360,7 +360,7 @@ def test_activation_normalisation_is_fitted_to_what_was_made_first(on_one_device
 
 
 def test_the_fused_update_moves_the_autoencoder_as_the_original_does(on_one_device):
-    """Its own update is the same; only what the discriminator then sees differs."""
+    """The generator's update is the same; the discriminator sees other pictures."""
     expected = on_one_device["vq"][2]
     other, metrics = run_steps(make_setup(VQ, fused=False, restart_codes=False), 1, "jit", 1)
     for key in (
@@ -380,7 +380,7 @@ def test_the_fused_update_moves_the_autoencoder_as_the_original_does(on_one_devi
 
 @pytest.mark.parametrize(("quantizer", "codes"), [("vq", "embedding"), ("gumbel", "embed")])
 def test_codes_that_are_parameters_are_trained(quantizer, codes):
-    """Without an adversary; the codebook's batch in two parts."""
+    """Without an adversary; the codebook's batch in two micro-batches."""
     module, key, tx = (
         build_first_stage({"first_stage": {**VQ, "quantizer": quantizer}}),
         jax.random.key(0),

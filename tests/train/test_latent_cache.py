@@ -1,4 +1,4 @@
-"""Training from cached latents is training from the pictures."""
+"""Training from cached latents equals training from pictures."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def encoded(pictures, first_stage, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def cache(encoded, tmp_path):
-    """A copy, which a test may damage."""
+    """A copy that tests may damage."""
     return shutil.copytree(encoded, tmp_path / "cache")
 
 
@@ -211,7 +211,7 @@ def test_bfloat16_keeps_its_bits(config, tmp_path):
 
 
 def test_captions_drawn_from_the_cache_are_those_of_the_pictures(config, cache):
-    """At any step that a run resumes from."""
+    """The stream is the same from any step of a resumed run."""
     config.data.update(
         caption_templates=("{text}, one", "{text}, two[, {file_name}]"),
         caption_weights=(1.0, 3.0),
@@ -236,7 +236,7 @@ def test_captions_drawn_from_the_cache_are_those_of_the_pictures(config, cache):
 
 
 def test_a_cache_of_before_is_read_and_completed(config, cache):
-    """Of format 1, without text columns."""
+    """A cache of format 1, without text columns."""
     made = encoding.CacheInfo
     info = json.loads((cache / "cache.json").read_text())
     old = {k: v for k, v in info.items() if k != "columns"} | {"format": 1}

@@ -1,4 +1,4 @@
-"""Whole runs of the loop: what they leave behind, and that stopping costs nothing."""
+"""Whole training runs: their output files, and exact resumption."""
 
 import contextlib
 import json
@@ -41,13 +41,13 @@ pytestmark = pytest.mark.compile
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch) -> None:
-    """Spares the compiling for several; `test_parts` shows that devices do not matter."""
+    """One device, to compile less; test_parts shows that results do not depend on it."""
     monkeypatch.setattr(loop, "make_mesh", lambda **axes: make_mesh(1))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Twenty pictures of noise on a colour, with captions of a digit."""
+    """Twenty pictures of noise over a colour, captioned by a digit."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     rows = []
     for i in range(20):
@@ -70,7 +70,7 @@ def first_stage(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=["adversarial", "diffusion"])
 def config(request, pictures, first_stage) -> ConfigDict:
-    """A run of six steps, a checkpoint each three."""
+    """A run of six steps with a checkpoint every three."""
     return make_config(request.param, pictures, first_stage)
 
 
@@ -379,7 +379,7 @@ def test_a_guarded_run_goes_back_to_its_last_good_checkpoint(
 
 
 def test_a_guarded_run_that_diverges_again_and_again_stops(guarded, tmp_path, monkeypatch):
-    """A fault that stays: after its two attempts the run stops as any other does."""
+    """A permanent fault: after two attempts the run stops with an error."""
     poison(monkeypatch, lambda number: number >= 4)
     with pytest.raises(TrainingDiverged, match=r"loss is nan .* at step 4; .* step 3, in "):
         train(guarded, tmp_path / "run")
@@ -389,7 +389,7 @@ def test_a_guarded_run_that_diverges_again_and_again_stops(guarded, tmp_path, mo
 def test_an_exploding_d_weight_is_logged_and_a_ruined_reconstruction_rolled_back(
     guarded, tmp_path, monkeypatch, caplog
 ):
-    """An adversary whose weight is a million, from step 7 on; taken back once, it has none."""
+    """An adversarial weight of 1e6 from step 7 on; after one rollback it is 0."""
     monkeypatch.setattr(autoencoder, "GUARD_DECAY", 0.0)
     guarded.update(steps=12, save_every=6)
     guarded.adversary.update(weight=1e6, start=6, ramp=0, cap=0.0, alarm=1e3)
@@ -418,7 +418,7 @@ def test_an_exploding_d_weight_is_logged_and_a_ruined_reconstruction_rolled_back
 
 
 def report_of(workdir, config, first=0):
-    """A report of a run that needs no model."""
+    """The report of a run without a model."""
     return Report(workdir, config, AutoencoderTask(config, None), first, lambda step: 0.1)
 
 
@@ -458,7 +458,7 @@ def test_a_problem_stops_a_run(guarded, tmp_path, metrics, problem):
 
 
 class FakeWandb(types.ModuleType):
-    """Weights & Biases, as far as a run speaks to it."""
+    """The part of the Weights & Biases API that a run uses."""
 
     def __init__(self):
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""A third training task is one class: it trains, previews, samples and exports."""
+"""A new training task is one class: it trains, previews, samples and exports."""
 
 import dataclasses
 from typing import Any

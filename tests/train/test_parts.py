@@ -1,4 +1,4 @@
-"""The pieces of training: learning rate, average, accumulation, losses, steps."""
+"""Parts of training: learning rate, EMA, gradient accumulation, losses, steps."""
 
 from types import SimpleNamespace
 
@@ -195,7 +195,7 @@ def setup(request, setups):
 
 
 def test_a_batch_in_parts_has_the_gradients_of_the_whole():
-    """On a quadratic loss with a metric, where the mean over rows is exact to rounding."""
+    """On a quadratic loss with a metric, whose mean over rows is exact up to rounding."""
     rng = np.random.default_rng(0)
     batch = {
         "x": rng.standard_normal((16, 5)).astype(np.float32),
@@ -287,7 +287,7 @@ def test_training_depends_neither_on_devices_nor_on_parts(
 def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_step(
     setups, monkeypatch
 ):
-    """Seen where the captions arrive: at the conditioner."""
+    """Recorded at the conditioner's input."""
     model, frozen = setups["diffusion"].model, setups["diffusion"].frozen
     seen = []
 

@@ -1,4 +1,4 @@
-"""A full disk and exhausted memory are one line each, wherever they are noticed."""
+"""A full disk and exhausted memory are one-line errors, wherever they occur."""
 
 import errno
 import logging
