@@ -65,7 +65,7 @@ def main() -> None:
 
     path.write_bytes(hostile.GOOD_ZIP)
     with open_checkpoint(path) as checkpoint:
-        checkpoint.tensors["weight"].numpy()  # whatever numpy imports late is imported now
+        checkpoint.tensors["weight"].numpy()  # triggers late imports of numpy
     sys.addaudithook(audit)
     before, slowest, outcomes, reasons = peak_mib(), 0.0, Counter(), Counter()
     for number, data in enumerate(mutations.mutants(args.mutations, args.seed, good)):

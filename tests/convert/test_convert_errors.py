@@ -148,7 +148,7 @@ def test_files_of_no_known_family_are_one_line(tmp_path, capsys):
     assert "neither a latent diffusion model nor a first stage" in stderr_lines(capsys)[0]
     assert main([str(tmp_path / "missing"), "--out", str(tmp_path / "m")]) == 2
     assert "no such file" in stderr_lines(capsys)[0]
-    assert main([str(tmp_path / "x.safetensors")]) == 2  # argparse says that --out is required
+    assert main([str(tmp_path / "x.safetensors")]) == 2  # argparse requires --out
 
 
 @pytest.mark.parametrize(

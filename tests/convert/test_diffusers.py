@@ -188,7 +188,7 @@ def test_a_component_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
         assert layout(after) == layout(before)
     else:
         assert type(after) is type(before)
-    # Every array of the file is accounted for, with the hash of what it holds.
+    # The report lists every array of the file with its hash.
     (file,) = (tmp_path / "out").glob("*.safetensors")
     stored = {f"out/{name}": array for name, array in load_file(file).items()}
     assert {row["source"] for row in (*read.entries, *read.left_out)} == stored.keys()

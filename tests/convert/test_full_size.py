@@ -55,7 +55,7 @@ def test_the_checkpoint_is_one_that_the_reader_takes_whole(tmp_path: Path) -> No
     assert shapes == source_shapes(whole.table, whole.shapes)
     once = sum(4 * np.prod(shape) for name, shape in shapes.items() if name not in twice)
     assert twice
-    assert once < size < once + 1000 * len(shapes)  # what is held twice is stored once
+    assert once < size < once + 1000 * len(shapes)  # duplicates are stored once
     scales = [
         float(a.std()) * np.prod(a.shape[:-1]) ** 0.5
         for a in jax.tree.leaves(params)

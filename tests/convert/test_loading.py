@@ -194,7 +194,7 @@ def test_reading_takes_no_more_memory_than_the_parameters(tmp_path):
     save_file(arrays, tmp_path / "kl.safetensors")
     size, largest = sum(a.nbytes for a in arrays.values()), max(a.nbytes for a in arrays.values())
     del arrays
-    read_model(tmp_path / "kl.safetensors")  # whatever is imported or traced once
+    read_model(tmp_path / "kl.safetensors")  # warms up imports and traces
     tracemalloc.start()
     converted = read_model(tmp_path / "kl.safetensors")
     peak = tracemalloc.get_traced_memory()[1]

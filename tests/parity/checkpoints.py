@@ -40,7 +40,7 @@ def latent_diffusion(case: Case) -> Results:
 
 
 def run(case: Case, ema: bool) -> tuple[Results, Schedule]:
-    """(what the converted model computes, its schedule)."""
+    """(results of the converted model, its schedule)."""
     converted = from_compvis(
         case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs), ema=ema
     )
@@ -83,7 +83,7 @@ def sampled(case: Case, model: LatentDiffusion) -> Results:
 
 
 def first_stage_params(case: Case) -> dict[str, Any]:
-    """The parameters of a first stage that lies in a file of its own."""
+    """The parameters of a first stage in a separate file."""
     params = from_compvis(
         case.folder / case.spec["ckpt"], config=Original(case.cls, case.kwargs)
     ).params["first_stage"]

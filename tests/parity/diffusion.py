@@ -70,7 +70,7 @@ UNET = "model.diffusion_model."
 
 
 def pick(kwargs: Mapping[str, Any], names: str) -> dict[str, Any]:
-    """The named (apart by spaces) arguments that are given."""
+    """The given ones of the named arguments, a string separated by spaces."""
     return {name: kwargs[name] for name in names.split() if name in kwargs}
 
 
@@ -448,11 +448,10 @@ def img2img(case: Case, model: LatentDiffusion) -> Results:
 def rows_from(
     node: Any, sampler: Any, recorded: np.ndarray | None, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Recorded noise [draws, b, c, h, w] at the rows that draw it, [n, 1, b, h, w, c], zeros
-    elsewhere.
+    """Recorded noise [draws, b, c, h, w] at the rows that draw it, [n, 1, b, h, w, c], else zeros.
 
-    Samplers with churn draw when a step begins and dpm_fast where it ends, even where that adds
-    nothing; others where the noise has a weight.
+    Samplers with churn draw at the start of a step and dpm_fast at its end, even with weight 0;
+    others only with a nonzero weight.
     """
     noise = np.zeros((len(node.t), *shape), np.float32)
     if recorded is not None and sampler.draws:
@@ -484,8 +483,10 @@ def run_rows(
     correct: Correct | None = None,
     objective: str | None = None,
 ) -> tuple[np.ndarray, Trace]:
-    """(x before every row and at the end, Trace); `rounded` gives the model the nearest
-    timestep."""
+    """(x before every row and at the end, Trace).
+
+    `rounded` passes the nearest timestep to the model.
+    """
     steps = rows_from(node, sampler, noise, x.shape)
     correct = corrector(case.kwargs, model.schedule) if correct is None else correct
 
@@ -579,7 +580,7 @@ def dpm_solver_grid(
 
 @dataclasses.dataclass(frozen=True)
 class DenoiseToZero:
-    """An algorithm, and the x0 predicted where it ends."""
+    """Runs an algorithm; also returns the x0 predicted at its last step."""
 
     algorithm: Multistep | Singlestep
 
@@ -759,8 +760,10 @@ def k_sampler(case: Case) -> Results:
 
 
 def p_sample_loop(case: Case) -> Results:
-    """Ancestral sampling from timestep `timesteps` - 1 (or `start_T` - 1) of the schedule;
-    pixel-space models clip what they predict."""
+    """Ancestral sampling from timestep `timesteps` - 1 (or `start_T` - 1) of the schedule.
+
+    Pixel-space models clip the predicted x0.
+    """
     kwargs, (model, _) = case.kwargs, model_of(case)
     pixels = case.cls.endswith("ddpm.DDPM")
     clip = kwargs.get("clip_denoised", pixels)

@@ -1,4 +1,4 @@
-"""InceptionV3, resizers and metrics of sets against the codes that papers use."""
+"""InceptionV3, resizers and set metrics of the reference implementations."""
 
 import zlib
 from functools import cache
@@ -22,7 +22,7 @@ SIZE = (299, 299)
 
 
 def recipe_weights(case: Case) -> dict[str, np.ndarray]:
-    """The weights that the manifest's rule makes, of the case or of the one that it names."""
+    """Weights by the manifest's rule, of the case or of the case that it names."""
     base = case.spec.get("params_from_recipe_of")
     spec = case.spec if base is None else case.manifest[base]
     seed = spec["param_recipe"]["seed"]

@@ -1,5 +1,4 @@
-"""diffusers' schedulers, step by step with recorded outputs of the model: class and config to our
-sampler, grid and options."""
+"""Maps diffusers' scheduler configs to samplers, grids and options; replays recorded steps."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -119,7 +118,7 @@ def continuous(case: Case, schedule: Schedule, steps: int) -> tuple[Any, Any, np
 
 
 def ipndm(case: Case, steps: int) -> tuple[Any, Any, np.ndarray]:
-    """Its own levels: sin(t pi / 2)^2 of noise at even t, and the angle of them as the time."""
+    """Noise levels sin(t pi / 2)^2 at even t, with their angle as the time."""
     noise = np.sin(np.linspace(1, 0, steps + 1) * np.pi / 2) ** 2
     signal = np.sqrt(1 - noise**2)
     sampler, sigmas = PLMS(improved=False, end=None), noise / np.maximum(signal, 1e-9)
@@ -128,7 +127,7 @@ def ipndm(case: Case, steps: int) -> tuple[Any, Any, np.ndarray]:
 
 
 def scheduler(case: Case) -> Results:
-    """Every step with the recorded output of the model; states there may be y = x / sqrt(abar)."""
+    """Replays every step with recorded model outputs; recorded states may be x / sqrt(abar)."""
     kwargs, steps = case.kwargs, case.spec["set_timesteps"]["num_inference_steps"]
     if wrong := [name for name in OFF.split() if kwargs.get(name)]:
         raise NotYet(", ".join(wrong))

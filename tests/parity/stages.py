@@ -429,7 +429,7 @@ def rescaler(case: Case) -> Results:
 
 
 def clip_text(case: Case) -> Results:
-    # A tower is stored under whatever prefix its owner has.
+    # A tower is stored under the prefix of its owner.
     last = "embeddings.token_embedding.weight"
     prefix = next(name for name in case.weights() if name.endswith(last)).removesuffix(last)
     module, params, _ = build(case, prefix)

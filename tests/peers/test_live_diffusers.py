@@ -346,7 +346,7 @@ def test_pipelines_with_text(build: Any, sampler: str, tmp_path: Path) -> None:
     to_diffusers(config, params, tmp_path / "back")
     again = type(theirs).from_pretrained(tmp_path / "back")
     again.set_progress_bar_config(disable=True)
-    if sampler == "plms":  # we write DDIM, whatever the model's sampler is
+    if sampler == "plms":  # our writer always names DDIM
         again.scheduler = theirs.scheduler
     np.testing.assert_allclose(again(PROMPTS, **options).images, expected, atol=1e-5)
 

@@ -181,7 +181,7 @@ def test_an_accelerator_decodes_one_large_picture_after_the_other(diffusion):
     assert one.parameters == eight.parameters == {"first_stage": PARAMETERS}
     assert eight.useful == 8 * one.useful
     grown = eight.bytes["activations"] - one.bytes["activations"]
-    assert 7 * pixels <= grown <= 7 * 3 * pixels  # what is done is kept, and turned into uint8
+    assert 7 * pixels <= grown <= 7 * 3 * pixels  # finished pictures stay, and become uint8
     assert eight.bytes["batch"] == 8 * one.bytes["batch"] > 0
 
 

@@ -42,7 +42,7 @@ def test_a_picture_depends_on_its_prompt_seed_guidance_and_steps(exact_pipe):
     for setting, value in others.items():
         assert difference(exact_pipe(RED, **{setting: value}), here) > 0.01, setting
     assert difference(exact_pipe(BLUE), here) > 0.01
-    # The network itself tells one timestep from another.
+    # The network depends on the timestep.
     model = exact_pipe.model
     x, cond = (
         np.ones((1, 8, 8, 4), np.float32),

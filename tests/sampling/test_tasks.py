@@ -31,7 +31,7 @@ RED, BLUE = "red apple", "blue boat"
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (16, 16, 3), np.uint8)
 HALF = np.zeros((16, 16), np.uint8)
-HALF[:, 8:] = 255  # the right half is to be made anew
+HALF[:, 8:] = 255  # samples the right half
 
 
 def near(a: np.ndarray, b: np.ndarray) -> bool:
@@ -508,7 +508,7 @@ def test_a_model_of_layouts():
     assert (images[0] != images[1]).any()
     with pytest.raises(RequestError, match="conditioned on layout, not prompts"):
         pipe(RED)
-    # Guided as its config says, and if that says nothing, not at all.
+    # Guided as configured, by default not at all.
     assert pipe.defaults.guidance == TINY["sampling"]["guidance"] == 3.0
     settings = {name: value for name, value in TINY["sampling"].items() if name != "guidance"}
     assert (

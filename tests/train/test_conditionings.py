@@ -539,7 +539,7 @@ def test_offset_noise_moves_whole_channels(make, monkeypatch):
     for offset in (0.0, 0.5):
         task.config.loss.offset_noise = offset
         task.loss({"unet": {}, "conditioner": {}}, task.frozen, batch, jnp.int32(0), True)
-        # The mean over a channel of 64 pixels has the variance 1 / 64, and what is added.
+        # The mean over a channel of 64 pixels has the variance 1 / 64 plus the added one.
         means = seen[-1].mean((1, 2))
         np.testing.assert_allclose(means.var(), 1 / 64 + offset**2, rtol=0.15)
         np.testing.assert_allclose((seen[-1] - means[:, None, None]).var(), 63 / 64, rtol=0.02)

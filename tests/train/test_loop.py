@@ -192,7 +192,7 @@ def test_a_run_stopped_and_resumed_is_the_run_that_never_stopped(
     ]
     assert list(straight.glob("events.out.tfevents*"))
 
-    # The best validation is kept beside the newest, in both runs, and is a model of its own.
+    # Both runs keep the checkpoint of the best validation next to the newest, and write its model.
     losses = {m["step"]: m["loss"] for m in metrics(straight) if m["part"] == "validation"}
     top = max(losses, key=losses.__getitem__)
     for run in (straight, stopped):
