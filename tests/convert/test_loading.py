@@ -150,10 +150,10 @@ def test_the_losses_of_a_first_stage_are_left_out_by_name(written, tmp_path):
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
-        ("held twice", None, "this model is conditioned on image, not prompts"),
+        ("held twice", None, "this model paints a masked part of an image: give an image, and"),
         ("small picture", None, "this model is conditioned on image, not prompts"),
-        ("clip inpainting", None, "give a mask or outpaint with the image"),
-        ("clip inpainting", ["masked_image", "mask"], "joins 5 channels to its latents"),
+        ("clip inpainting", None, "give an image, and a mask or outpaint"),
+        ("clip inpainting", ["masked_image", "mask"], "concatenates 5 channels to its latents"),
     ],
 )
 def test_incomplete_or_unsampleable_models_load_with_a_warning(written, name, keys, message):

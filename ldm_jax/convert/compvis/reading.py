@@ -159,7 +159,9 @@ def _without_missing(
     if not there[CONDITIONER] and not there[EMBEDDERS]:
         if stored and not str(target).endswith("SpatialRescaler"):
             params["cond_stage_config"] = {"target": IDENTITIES[0]}
-        if crosses and (stored or lacks or (latents and target == IDENTITIES[0])):
+        # A YAML may describe a model that takes embeddings.
+        guessed = latents and target == IDENTITIES[0] and original.assumed
+        if crosses and (stored or lacks or guessed):
             lacks[CONDITIONER] = (
                 "no text encoder (cond_stage_model.*): the model takes embeddings; give one with"
                 " --text_encoder PATH"
