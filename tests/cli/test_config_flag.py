@@ -4,6 +4,8 @@ import pytest
 
 from ldm_jax.cli.config import CONFIGS, config_names, config_path, with_config_path
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("name", "expected"),

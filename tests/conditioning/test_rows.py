@@ -19,6 +19,8 @@ from ldm_jax.data import ImageFolder, ImageTransform, Loader
 from ldm_jax.data.transforms import Crop, View
 from ldm_jax.errors import DataError, UnreadablePicture
 
+pytestmark = pytest.mark.fast
+
 PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
 SPOTS = np.repeat(np.random.default_rng(0).integers(0, 256, (8, 8, 1)), 3, 2).astype(np.uint8)
 PHOTO = np.asarray(Image.fromarray(SPOTS).resize((64, 64), Image.Resampling.BICUBIC))

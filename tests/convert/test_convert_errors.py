@@ -104,6 +104,7 @@ def test_nothing_is_written_over(written, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -131,6 +132,7 @@ def test_an_empty_yaml_is_a_one_line_error(written, tmp_path, capsys, text, mess
     assert message in line
 
 
+@pytest.mark.fast
 def test_numbers_in_yaml_are_numbers(tmp_path):
     (tmp_path / "x.yaml").write_text(
         "target: a.B\nparams: {a: 1e-4, b: [2E3, text, 1.5e-06], c: 1}"
@@ -142,6 +144,7 @@ def test_numbers_in_yaml_are_numbers(tmp_path):
     )
 
 
+@pytest.mark.fast
 def test_files_of_no_known_family_are_one_line(tmp_path, capsys):
     save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
     assert main([str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "m")]) == 2

@@ -24,6 +24,8 @@ from ldm_jax.sampling.inputs import Inputs
 from ldm_jax.sampling.pipeline import Pipeline
 from ldm_jax.sampling.program import SamplingConfig, generate
 
+pytestmark = pytest.mark.compile
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:

@@ -39,6 +39,7 @@ def golden_checkpoints() -> list[str]:
 # ------------------------------------------------------------------------- what PyTorch has written
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", SAVED)
 def test_every_layout_and_dtype_of_torch_save(name):
     with open_checkpoint(DATA / name) as checkpoint:
@@ -62,6 +63,7 @@ def test_every_layout_and_dtype_of_torch_save(name):
             )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", SAVED[:3])
 def test_objects_that_are_not_tensors(name):
     with open_checkpoint(DATA / name) as checkpoint:
@@ -86,6 +88,7 @@ def test_objects_that_are_not_tensors(name):
         }
 
 
+@pytest.mark.fast
 def test_metadata():
     with open_checkpoint(DATA / "zip.ckpt") as checkpoint:
         assert checkpoint.metadata == {"version": "3", "byteorder": "little"}
@@ -93,6 +96,7 @@ def test_metadata():
         assert checkpoint.metadata["protocol_version"] == 1001
 
 
+@pytest.mark.fast
 def test_the_ending_does_not_matter(tmp_path):
     for i, name in enumerate(SAVED):
         copy = tmp_path / f"model{i}.{('safetensors', 'json', 'bin', 'txt')[i]}"
@@ -101,6 +105,7 @@ def test_the_ending_does_not_matter(tmp_path):
             assert checkpoint.tensors
 
 
+@pytest.mark.fast
 def test_a_module_saved_whole_is_named():
     with pytest.raises(ReaderError, match=r"torch\.nn\.modules\.linear\.Linear"):
         open_checkpoint(DATA / "module.pth")
@@ -109,6 +114,7 @@ def test_a_module_saved_whole_is_named():
 # --------------------------------------------------------------------------- the golden checkpoints
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", golden_checkpoints())
 def test_golden_checkpoints(name):
     if name == "none":
@@ -143,6 +149,7 @@ def test_golden_checkpoints(name):
 # ---------------------------------------------------------------------------------------- hand-made
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "data",
     [
@@ -157,6 +164,7 @@ def test_the_hand_made_ones_are_good_before_they_are_spoilt(tmp_path, data):
         assert checkpoint.tensors["weight"].numpy().tolist() == [0.0] * 4
 
 
+@pytest.mark.fast
 def test_safetensors_of_the_library(tmp_path):
     from safetensors.numpy import save_file
 
@@ -179,6 +187,7 @@ def test_safetensors_of_the_library(tmp_path):
             assert checkpoint.tensors[name].dtype == array.dtype
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_sharded(tmp_path, kind):
     first, second = (
@@ -207,6 +216,7 @@ def test_sharded(tmp_path, kind):
             assert checkpoint.metadata == {"total_size": 32}
 
 
+@pytest.mark.fast
 def test_the_other_byte_order(tmp_path):
     values = np.array([1, 2.5, -3, 4e9], ">f4")
     big = {
@@ -224,6 +234,7 @@ def test_the_other_byte_order(tmp_path):
             )
 
 
+@pytest.mark.fast
 def test_views_of_the_oldest_legacy_files(tmp_path):
     view = hostile.tup(hostile.text("v"), hostile.number(1), hostile.number(2))
     data = hostile.legacy(
@@ -234,6 +245,7 @@ def test_views_of_the_oldest_legacy_files(tmp_path):
         assert checkpoint.tensors["weight"].numpy().tolist() == [1.0, 2.0]
 
 
+@pytest.mark.fast
 def test_a_bool_is_true_or_false(tmp_path):
     value = hostile.mapping(mask=hostile.tensor(hostile.storage("BoolStorage")))
     with open_checkpoint(
@@ -246,6 +258,7 @@ class Settings(dict):
     """A class from a user's training code."""
 
 
+@pytest.mark.fast
 def test_foreign_objects_become_inert(tmp_path):
     tensor = hostile.mapping(weight=hostile.tensor())
     for protocol in range(6):
@@ -264,6 +277,7 @@ def test_foreign_objects_become_inert(tmp_path):
             assert checkpoint.tree["settings"].state == {"note": "kept"}
 
 
+@pytest.mark.fast
 def test_reading_takes_no_more_memory_than_the_tensor(tmp_path):
     values = bytes(8 << 20)
     value = hostile.mapping(weight=hostile.tensor(hostile.storage(numel=2 << 20), shape=(2 << 20,)))
@@ -279,6 +293,7 @@ def test_reading_takes_no_more_memory_than_the_tensor(tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.fast
 def test_closed_and_shortened_files(tmp_path):
     path = written(tmp_path, {"x": hostile.GOOD_SAFETENSORS})
     with open_checkpoint(path) as checkpoint:
@@ -307,6 +322,7 @@ def one_line(error: ReaderError) -> bool:
     return str(error).isprintable() and len(str(error)) < 600
 
 
+@pytest.mark.fast
 def test_the_corpus_is_large_and_its_names_differ():
     assert len(CASES) > 200
     assert len({case.name for case in CASES}) == len(CASES)
@@ -329,6 +345,7 @@ def test_hostile_files_end_in_one_clear_line(case, tmp_path):
     )
 
 
+@pytest.mark.fast
 def test_paths_that_hold_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").mkdir()
@@ -366,6 +383,7 @@ def test_a_slice_of_the_mutations(tmp_path):
     assert not Path(hostile.CANARY).exists()
 
 
+@pytest.mark.fast
 def test_a_lazy_tensor_has_shape_and_dtype():
     tensor = LazyTensor((2, 3), np.dtype(np.float16), lambda: np.zeros((2, 3), np.float16))
     assert (tensor.nbytes, repr(tensor)) == (12, "LazyTensor([2, 3], float16)")
@@ -374,6 +392,7 @@ def test_a_lazy_tensor_has_shape_and_dtype():
 # ------------------------------------------------------------------------------------------ inspect
 
 
+@pytest.mark.fast
 def test_inspect(tmp_path, capsys):
     state = hostile.mapping(
         **{

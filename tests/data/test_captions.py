@@ -20,6 +20,7 @@ def draws(captions: Captions, row: dict, count: int = 400) -> Counter:
     return Counter(captions(row, np.random.default_rng(i)) for i in range(count))
 
 
+@pytest.mark.fast
 def test_parts_in_brackets_are_left_out_where_their_columns_are_empty():
     captions = Captions(("{text}[, {style} style][ with {tags}][ no {none}] [[{n}]] {tags[0]}",))
     assert captions(ROW) == "a cat with fur, paw, tail [3] fur"
@@ -30,6 +31,7 @@ def test_parts_in_brackets_are_left_out_where_their_columns_are_empty():
         Captions(("{text}[ {colour}]",))(ROW)
 
 
+@pytest.mark.fast
 def test_draws_follow_their_probabilities():
     found = draws(Captions(("{text}", "{n}"), weights=(3, 1)), ROW)
     assert found.keys() == {"a cat", "3"}
@@ -41,6 +43,7 @@ def test_draws_follow_their_probabilities():
     assert Captions(("{tags:any}",))(ROW) == "fur"
 
 
+@pytest.mark.fast
 def test_tags_are_shuffled_and_dropped_but_for_the_first():
     captions = Captions(("{tags}",), tag_column="tags", tag_shuffle=True, tag_keep=1)
     assert draws(captions, ROW).keys() == {"fur, paw, tail", "fur, tail, paw"}
@@ -52,6 +55,7 @@ def test_tags_are_shuffled_and_dropped_but_for_the_first():
     assert dropped(row) == "one,two, three"  # nothing is drawn in validation
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -67,6 +71,7 @@ def test_settings_are_checked(fields, message):
         Captions(**fields)
 
 
+@pytest.mark.fast
 def test_a_config_of_before_and_one_with_every_setting():
     assert configured_captions({"caption": "{text}"}) == Captions(("{text}",))
     assert configured_captions({"caption": None}) is None
@@ -135,6 +140,7 @@ def cached(source, folder, columns=None):
     return folder
 
 
+@pytest.mark.fast
 def test_a_latent_cache_draws_the_captions_of_the_pictures(source, tmp_path):
     folder = cached(source, tmp_path / "cache")
     pictures = Loader(source, ImageTransform((8, 8)), batch_size=4, caption=RANDOM)
@@ -152,6 +158,7 @@ def test_a_latent_cache_draws_the_captions_of_the_pictures(source, tmp_path):
         check_key(folder, latents.source.info, {"data.size": (9, 9)})
 
 
+@pytest.mark.fast
 def test_a_cache_without_columns_keeps_its_captions(source, tmp_path):
     folder = cached(source, tmp_path / "cache", columns=[])
     assert "columns" not in (folder / "cache.json").read_text()
@@ -166,6 +173,7 @@ def test_a_cache_without_columns_keeps_its_captions(source, tmp_path):
         check_key(folder, info, {"data.caption": "a"})
 
 
+@pytest.mark.fast
 def test_text_columns_are_those_that_json_keeps():
     rows = [{"a": "x", "b": [1, "y"], "c": b"bytes", "d": {"k": 1}, "e": None}, {"a": 2}]
     assert text_columns(rows) == ["a", "b", "e"]

@@ -55,6 +55,7 @@ def png(width: int, height: int, extra: bytes = b"") -> bytes:
 # --------------------------------------------------------------------------------- hostile pictures
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -76,6 +77,7 @@ def test_hostile_pictures_are_one_line(data, message, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
 def test_large_pictures_are_converted_in_strips_to_the_same_pixels(mode, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (37, 11, 4)).astype(np.uint8)
@@ -89,6 +91,7 @@ def test_large_pictures_are_converted_in_strips_to_the_same_pixels(mode, monkeyp
     np.testing.assert_array_equal(to_rgb(image), whole)
 
 
+@pytest.mark.fast
 def test_suffixes_of_pictures(tmp_path):
     pixels = Image.fromarray(np.full((6, 8), 9, np.uint8))
     suffixes = {"jpe": "JPEG", "PGM": "PPM", "pnm": "PPM", "tga": "TGA", "jp2": "JPEG2000"}
@@ -97,6 +100,7 @@ def test_suffixes_of_pictures(tmp_path):
     assert len(values(path=tmp_path / "d")) == len(suffixes)
 
 
+@pytest.mark.fast
 def test_files_that_are_not_read_are_named(tmp_path, caplog):
     files = THREE | {"a.svg": b"<svg/>", "b.cr3": b"x", "notes.txt": b"", "x.jxl": b"\xff\x0a"}
     with caplog.at_level(logging.WARNING):
@@ -107,6 +111,7 @@ def test_files_that_are_not_read_are_named(tmp_path, caplog):
 # ----------------------------------------------------------------------------------------- captions
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
@@ -125,6 +130,7 @@ def test_delimited_tables_of_other_programs(tmp_path, table, expected, encoding)
     assert texts(path=tmp_path) == expected
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -146,6 +152,7 @@ def test_values_of_captions(tmp_path, values, expected, column):
     assert next(iter(loader.batches()))["caption"] == [*expected, ""]
 
 
+@pytest.mark.fast
 def test_missing_values_in_templates_are_empty(tmp_path):
     rows = [{"file_name": "0.png", "text": "a", "style": None}, {"file_name": "1.png", "text": "b"}]
     rows[1]["score"] = float("nan")
@@ -156,6 +163,7 @@ def test_missing_values_in_templates_are_empty(tmp_path):
     assert next(iter(loader.batches()))["caption"] == ["a||", "b||"]
 
 
+@pytest.mark.fast
 def test_metadata_in_several_folders_and_formats(tmp_path, caplog):
     files = {
         "a/x.png": picture(1),
@@ -178,6 +186,7 @@ def test_metadata_in_several_folders_and_formats(tmp_path, caplog):
     assert sorted(values(path=tmp_path / "d.zip")) == [1, 2, 3]
 
 
+@pytest.mark.fast
 def test_caption_files_next_to_pictures_and_metadata_without_captions(tmp_path, caplog):
     files = THREE | {"0.txt": b"\xef\xbb\xbfnull \n", "1.caption": "größe".encode()}
     with caplog.at_level(logging.WARNING):
@@ -187,6 +196,7 @@ def test_caption_files_next_to_pictures_and_metadata_without_captions(tmp_path, 
     assert texts(path=tmp_path) == ["größe"]
 
 
+@pytest.mark.fast
 def test_a_configured_column_must_exist(tmp_path):
     write_folder(tmp_path, THREE | {"t.csv": b"file_name,alt\n0.png,a\n"})
     assert texts(source="table", path=tmp_path / "t.csv", text="alt") == ["a"]
@@ -196,6 +206,7 @@ def test_a_configured_column_must_exist(tmp_path):
 # -------------------------------------------------------------------------------------------- names
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("kind", ["list", "csv", "jsonl"])
 def test_names_match_across_unicode_forms(tmp_path, form, kind):
@@ -212,6 +223,7 @@ def test_names_match_across_unicode_forms(tmp_path, form, kind):
     assert values(path=path, **config) == [5]
 
 
+@pytest.mark.fast
 def test_names_with_backslashes_case_and_other_folders(tmp_path):
     files = {"img/Photo.PNG": picture(1), "other/2.png": picture(2)}
     write_folder(tmp_path, files)
@@ -223,6 +235,7 @@ def test_names_with_backslashes_case_and_other_folders(tmp_path):
     fails("1 of 1 files", source="text_list", path=tmp_path / "amb.txt")  # two would fit
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("encoding", ["cp1251", "big5", "euc-kr"])
 def test_zip_names_of_other_encodings(tmp_path, encoding):
     name = {"cp1251": "кот", "big5": "照片", "euc-kr": "사진"}[encoding] + ".png"
@@ -234,6 +247,7 @@ def test_zip_names_of_other_encodings(tmp_path, encoding):
     assert values(path=path) == [6]
 
 
+@pytest.mark.fast
 def test_missing_files_can_be_skipped(tmp_path, caplog):
     write_folder(tmp_path, THREE | {"t.tsv": b"path\ttext\n0.png\ta\nno.png\tb\n2.png\tc\n"})
     config = {"source": "table", "path": tmp_path / "t.tsv"}
@@ -247,6 +261,7 @@ def test_missing_files_can_be_skipped(tmp_path, caplog):
 # ---------------------------------------------------------------------------------- tables and JSON
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -267,6 +282,7 @@ def test_tables_that_cannot_be_read_name_the_row(tmp_path, name, data, message):
     fails(message, source="table", path=tmp_path / name)
 
 
+@pytest.mark.fast
 def test_json_arrays_and_long_fields(tmp_path):
     rows = [{"image": "1.png", "caption": "x" * 300_000}, {"image": "0.png", "caption": None}]
     write_folder(tmp_path, THREE | {"t.json": json.dumps(rows, indent=1).encode()})
@@ -276,6 +292,7 @@ def test_json_arrays_and_long_fields(tmp_path):
 # ----------------------------------------------------------------------------------------- archives
 
 
+@pytest.mark.fast
 def test_a_zip_with_one_member_of_each_fault(tmp_path, caplog):
     path = write_zip(tmp_path / "d.zip", THREE | {"3.png": picture(3), "4.png": picture(4)})
     data = bytearray(path.read_bytes())
@@ -311,6 +328,7 @@ def write_shard(path: Path, files: list[tuple[str, bytes]], link: str = "") -> P
     return path
 
 
+@pytest.mark.fast
 def test_shards_with_dots_and_twins_in_folders(tmp_path, caplog):
     files = [
         ("s.1/a.b.c.jpg", picture(1)),
@@ -337,6 +355,7 @@ def test_shards_with_dots_and_twins_in_folders(tmp_path, caplog):
     assert values(source="webdataset", path=path, image="depth.png") == [9]
 
 
+@pytest.mark.fast
 def test_links_and_damaged_headers_in_tars(tmp_path, caplog):
     path = write_shard(tmp_path / "d.tar", list(THREE.items()), link="again.png")
     assert sorted(values(path=path)) == [0, 0, 1, 2]
@@ -348,6 +367,7 @@ def test_links_and_damaged_headers_in_tars(tmp_path, caplog):
     assert "is damaged at byte 1024: its other files are lost" in caplog.text
 
 
+@pytest.mark.fast
 def test_compressed_shards_are_named(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
     fails(r"a\.tar\.gz is not a plain tar .* unpack it first", source="webdataset", path=tmp_path)
@@ -367,6 +387,7 @@ def coco(tmp_path, **changes) -> dict:
     return {"source": "coco", "path": tmp_path, "annotations": str(tmp_path / "a.json")}
 
 
+@pytest.mark.fast
 def test_coco_of_other_tools_is_read(tmp_path):
     images = [
         {"id": "x1", "file_name": "0.png"},  # no size: the picture's own
@@ -389,6 +410,7 @@ def test_coco_of_other_tools_is_read(tmp_path):
     assert [row["text"] for row in source.rows] == ["", "12"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

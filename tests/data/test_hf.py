@@ -12,6 +12,8 @@ from test_sources import picture
 from ldm_jax.data import ImageTransform, Loader, decode_image, make_source
 from ldm_jax.errors import DataError
 
+pytestmark = pytest.mark.fast
+
 
 def test_without_datasets_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)

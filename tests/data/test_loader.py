@@ -67,6 +67,7 @@ def assert_equal(a: list[dict], b: list[dict]):
             np.testing.assert_array_equal(x[key], y[key])
 
 
+@pytest.mark.fast
 def test_transparency_lies_on_white():
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[0, 0] = (200, 0, 0, 255)
@@ -87,6 +88,7 @@ def test_transparency_lies_on_white():
     )
 
 
+@pytest.mark.fast
 def test_grey_and_16_bit():
     grey = noise(3, 4)
     expected = np.repeat(grey[:, :, None], 3, axis=2)
@@ -105,6 +107,7 @@ def test_grey_and_16_bit():
         to_rgb(np.zeros((2, 2, 3)))
 
 
+@pytest.mark.fast
 def test_cmyk_and_exif_orientation():
     red = decode_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
     assert red.shape == (8, 8, 3)
@@ -120,6 +123,7 @@ def test_cmyk_and_exif_orientation():
     np.testing.assert_array_equal(decode_image(damaged), picture)
 
 
+@pytest.mark.fast
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_unreadable_bytes(kind):
@@ -132,12 +136,14 @@ def test_unreadable_bytes(kind):
         assert "0x" not in str(caught.value)  # no object addresses
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("crop", ["center", "random", "none"])
 def test_target_size_is_not_resampled(crop):
     image = noise(8, 8, 3)
     np.testing.assert_array_equal(ImageTransform((8, 8), crop=crop)(image, RNG), image)
 
 
+@pytest.mark.fast
 def test_crops_keep_pixels_and_stay_inside():
     image = noise(8, 20, 3)
     np.testing.assert_array_equal(ImageTransform((8, 8))(image, RNG), image[:, 6:14])
@@ -148,6 +154,7 @@ def test_crops_keep_pixels_and_stay_inside():
     assert flipped == {image[:, 6:14].tobytes(), image[:, 6:14][:, ::-1].tobytes()}
 
 
+@pytest.mark.fast
 def test_short_side_fits_and_aspect_ratio_stays():
     wide = np.zeros((40, 100, 3), np.uint8)
     wide[:, 30:70] = 255  # the central square
@@ -162,6 +169,7 @@ def test_short_side_fits_and_aspect_ratio_stays():
     )
 
 
+@pytest.mark.fast
 def test_min_crop_zooms_and_deterministic_drops_all_randomness():
     ramp = np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, 0), 3, 2)
     zoom = ImageTransform((64, 64), crop="random", flip=True, min_crop=0.25)
@@ -171,6 +179,7 @@ def test_min_crop_zooms_and_deterministic_drops_all_randomness():
     np.testing.assert_array_equal(zoom.deterministic()(ramp, RNG), ramp)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "options",
     [{"size": (8,)}, {"size": (8, 0)}, {"crop": "left"}, {"resample": "area"}, {"min_crop": 0.0}],
@@ -180,6 +189,7 @@ def test_transform_settings_are_checked(options):
         ImageTransform(**{"size": (8, 8), **options})
 
 
+@pytest.mark.fast
 def test_caption_template():
     row = {"text": "dolphin", "style": "noto", "tags": ["flipper", "sea"], "image": b""}
     assert caption_template("{text}, {style} style ({tags}; {tags[0]})", row) == (
@@ -192,6 +202,7 @@ def test_caption_template():
             caption_template(malformed, row)
 
 
+@pytest.mark.fast
 def test_every_epoch_is_another_permutation(pictures):
     # 60 rows: five epochs of 12 pictures, batches of 5 straddle their borders.
     batches = take(pictures, 12)
@@ -206,6 +217,7 @@ def test_every_epoch_is_another_permutation(pictures):
     np.testing.assert_array_equal(ordered, np.arange(25) % 12)
 
 
+@pytest.mark.fast
 def test_augmentation_differs_between_epochs_and_seeds(pictures):
     batches = take(pictures, 12, batch_size=12)
     views = {b["image"][list(b["index"]).index(3)].tobytes() for b in batches}
@@ -213,12 +225,14 @@ def test_augmentation_differs_between_epochs_and_seeds(pictures):
     assert not np.array_equal(take(pictures, 1)[0]["index"], take(pictures, 1, seed=8)[0]["index"])
 
 
+@pytest.mark.fast
 def test_restart_continues_exactly(pictures):
     whole = take(pictures, 9)
     assert_equal(whole[6:], take(pictures, 3, start=6))
     assert_equal(whole, take(pictures, 9, read_threads=1, prefetch=1))
 
 
+@pytest.mark.fast
 def test_processes_share_each_global_batch(pictures):
     whole = take(pictures, 4, batch_size=6)
     parts = [take(pictures, 4, batch_size=6, process_index=p, process_count=3) for p in range(3)]
@@ -228,11 +242,13 @@ def test_processes_share_each_global_batch(pictures):
             np.testing.assert_array_equal(joined, batch[key])
 
 
+@pytest.mark.fast
 def test_data_shorter_than_a_batch_repeat(pictures):
     batch = take(pictures, 1, batch_size=30)[0]
     assert set(np.bincount(batch["index"], minlength=12)) <= {2, 3}
 
 
+@pytest.mark.fast
 def test_broken_pictures_are_replaced_and_named_once(damaged, pictures, caplog):
     reader = loader(damaged)
     with caplog.at_level(logging.WARNING), contextlib.closing(reader.iterate()) as stream:
@@ -248,6 +264,7 @@ def test_broken_pictures_are_replaced_and_named_once(damaged, pictures, caplog):
     assert [m.rsplit(": ", 1)[1] for m in messages] == ["1 so far", "2 so far", "3 so far"]
 
 
+@pytest.mark.fast
 def test_no_readable_picture(tmp_path):
     for name in ("a.png", "b.png", "c.png"):
         (tmp_path / name).write_bytes(b"text")
@@ -268,6 +285,7 @@ def test_workers_give_the_same_stream_and_pass_errors_on(damaged):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fast
 def test_finite_pass(damaged, pictures):
     reader = loader(damaged, caption="{file_name}")
     batches = list(reader.batches())
@@ -291,6 +309,7 @@ def test_finite_pass(damaged, pictures):
     ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -305,6 +324,7 @@ def test_loader_settings_are_checked(pictures, options, message):
         loader(pictures, **options)
 
 
+@pytest.mark.fast
 def test_missing_columns_are_named(pictures):
     with pytest.raises(DataError, match="no column 'style': there are file_name, text"):
         take(pictures, 1, columns=("style",))

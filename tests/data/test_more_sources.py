@@ -20,6 +20,8 @@ from ldm_jax.data.sources.files import Files
 from ldm_jax.data.transforms import Crop, ImageTransform, View
 from ldm_jax.errors import DataError
 
+pytestmark = pytest.mark.fast
+
 
 def write_tar(path: pathlib.Path, files: dict[str, bytes], mode: str = "w") -> pathlib.Path:
     with tarfile.open(path, mode) as archive:

@@ -82,6 +82,7 @@ def test_importing_data_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("write", [write_zip, write_folder])
 @pytest.mark.parametrize("top", ["", "set/"])
 def test_folder_and_zip_with_metadata(tmp_path, write, top):
@@ -108,6 +109,7 @@ def test_folder_and_zip_with_metadata(tmp_path, write, top):
     assert copy[0] == source[0]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("write", [write_zip, write_folder])
 def test_folder_and_zip_without_metadata(tmp_path, write):
     names = [
@@ -125,6 +127,7 @@ def test_folder_and_zip_without_metadata(tmp_path, write):
     assert source.name(3) == "z.png"
 
 
+@pytest.mark.fast
 def test_metadata_without_any_text_gets_empty_text(tmp_path):
     files = {"1.png": picture(1), "metadata.jsonl": lines({"file_name": "1.png", "width": 8})}
     assert ImageFolder(write_zip(tmp_path / "d.zip", files)).rows == [
@@ -132,6 +135,7 @@ def test_metadata_without_any_text_gets_empty_text(tmp_path):
     ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -154,6 +158,7 @@ def test_metadata_errors_are_one_clear_line(tmp_path, metadata, message):
     assert "d.zip" in str(caught.value)
 
 
+@pytest.mark.fast
 def test_path_errors(tmp_path):
     with pytest.raises(DataError, match="none does not exist"):
         ImageFolder(tmp_path / "none")
@@ -164,6 +169,7 @@ def test_path_errors(tmp_path):
         ImageFolder(tmp_path / "empty")
 
 
+@pytest.mark.fast
 def test_select_by_values_and_by_list_columns():
     source = concepts(10)
     chosen = select(source, {"style": ["a", "c"], "tags": "t1"})
@@ -179,6 +185,7 @@ def test_select_by_values_and_by_list_columns():
         select(source, {"style": ["z"]})
 
 
+@pytest.mark.fast
 def test_split_is_disjoint_complete_and_keeps_values_together():
     source = concepts()
     train, held = (
@@ -195,6 +202,7 @@ def test_split_is_disjoint_complete_and_keeps_values_together():
     assert other != held_codes
 
 
+@pytest.mark.fast
 def test_split_depends_on_seed_and_value_alone():
     source = concepts()
     codes = {row["hexcode"] for row in split_by(source, "hexcode", 0.05, part="validation").rows}
@@ -219,6 +227,7 @@ def test_split_depends_on_seed_and_value_alone():
     assert again == codes & {row["hexcode"] for row in shuffled.rows}
 
 
+@pytest.mark.fast
 def test_hold_out_pairs_takes_combinations_not_concepts():
     source = concepts()
     train, held = (
@@ -234,6 +243,7 @@ def test_hold_out_pairs_takes_combinations_not_concepts():
         hold_out_pairs(source, fraction=1.0)
 
 
+@pytest.mark.fast
 def test_subsets_nest(tmp_path):
     source = ImageFolder(write_folder(tmp_path, {f"{i}.png": picture(i) for i in range(6)}))
     nested = Subset(Subset(source, [5, 3, 1]), [2, 0])
@@ -242,6 +252,7 @@ def test_subsets_nest(tmp_path):
     assert nested.source is source
 
 
+@pytest.mark.fast
 def test_make_source_parts_and_package_path():
     config = {
         "path": "pkg:assets/emoji_subset.zip",
@@ -260,6 +271,7 @@ def test_make_source_parts_and_package_path():
     assert decode_image(parts["pairs"][0]["image"]).shape == (64, 64, 3)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("config", "message"),
     [

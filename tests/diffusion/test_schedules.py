@@ -14,6 +14,8 @@ from ldm_jax.diffusion.schedule import (
     q_sample,
 )
 
+pytestmark = pytest.mark.fast
+
 T, START, END, S = 1000, 0.0015, 0.0195, 8e-3
 KINDS = [kind for kind in BETA_SCHEDULES if kind != "flow"]
 

@@ -7,6 +7,8 @@ from ldm_jax.diffusion.grids import ALL, SIGMA_GRIDS, time_grid, vp_sigma
 from ldm_jax.diffusion.samplers import step_grid
 from ldm_jax.diffusion.schedule import make_schedule, t_to_sigma
 
+pytestmark = pytest.mark.fast
+
 T = 1000
 
 

@@ -48,6 +48,7 @@ class Chip:
     process_index: int = 0
 
 
+@pytest.mark.fast
 def test_an_axis_of_a_mesh_may_be_a_part_of_a_torus_axis():
     places = [(x, y, z) for z in range(2) for y in range(8) for x in range(8)]
     mesh = make_mesh([Chip(i, place) for i, place in enumerate(places)], fsdp=4)
@@ -95,6 +96,7 @@ def test_memory_per_device_falls_with_the_mesh(unet_shapes, fsdp, tensor):
     assert (split > 0.25 * total) == (tensor > 1)
 
 
+@pytest.mark.fast
 def test_a_split_leaves_whole_registers_where_it_can():
     """A TPU lays the less padded dimension along its 128 lanes; the other is sharded."""
     mesh = make_mesh(data=2, fsdp=4)
@@ -186,6 +188,7 @@ def test_every_tensor_rule_meets_a_parameter(unet_shapes):
         assert spec(met[0], shape, mesh)[dim] == "tensor"
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
@@ -221,6 +224,7 @@ def test_samples_in_batches_equal_those_made_at_once(most):
     assert {shard.data.shape for shard in parts["a"].addressable_shards} == {(8, 24)}
 
 
+@pytest.mark.fast
 def test_rows_are_split_over_data_and_fsdp():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     assert row_shards(mesh) == 4

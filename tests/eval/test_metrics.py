@@ -21,12 +21,14 @@ def to_float(images: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------- PSNR
 
 
+@pytest.mark.fast
 def test_psnr_of_a_constant_error_per_image():
     a = np.full((3, 8, 8, 3), 100, np.uint8)
     b = a + np.array([1, 10, 0], np.uint8)[:, None, None, None]
     assert metrics.psnr(a, b) == pytest.approx([20 * np.log10(255), 20 * np.log10(25.5), np.inf])
 
 
+@pytest.mark.fast
 def test_psnr_takes_uint8_and_float_alike(rng):
     a, b = rng.integers(0, 256, (2, 4, 8, 8, 3), dtype=np.uint8)
     expected = metrics.psnr(a, b)
@@ -34,6 +36,7 @@ def test_psnr_takes_uint8_and_float_alike(rng):
     assert metrics.psnr(a, to_float(b).astype(np.float32)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("measure", [metrics.psnr, metrics.ssim])
 def test_images_that_do_not_fit_raise(measure):
     images = np.zeros((2, 16, 16, 3), np.uint8)
@@ -48,17 +51,20 @@ def test_images_that_do_not_fit_raise(measure):
 # --------------------------------------------------------------------------------------------- SSIM
 
 
+@pytest.mark.fast
 def test_ssim_of_identical_images_is_one(rng):
     a = rng.integers(0, 256, (2, 16, 20, 3), dtype=np.uint8)
     assert metrics.ssim(a, a) == pytest.approx([1, 1])
 
 
+@pytest.mark.fast
 def test_ssim_of_constant_images_is_the_luminance_term():
     a, b = np.full((1, 12, 12, 1), 51, np.uint8), np.full((1, 12, 12, 1), 204, np.uint8)
     c1 = 0.01**2
     assert metrics.ssim(a, b) == pytest.approx([(2 * 0.2 * 0.8 + c1) / (0.2**2 + 0.8**2 + c1)])
 
 
+@pytest.mark.fast
 def test_ssim_is_the_papers_formula_written_out(rng):
     a, b = rng.uniform(-1, 1, (2, 2, 12, 13, 3))
     y, x = np.mgrid[-5:6, -5:6]
@@ -82,11 +88,13 @@ def test_ssim_is_the_papers_formula_written_out(rng):
     assert metrics.ssim(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.fast
 def test_ssim_falls_below_zero_for_a_negative(rng):
     a = rng.integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
     assert metrics.ssim(a, 255 - a)[0] < -0.5
 
 
+@pytest.mark.fast
 def test_ssim_needs_room_for_its_window():
     with pytest.raises(ValueError, match="11x11"):
         metrics.ssim(np.zeros((1, 10, 16, 3)), np.zeros((1, 10, 16, 3)))
@@ -95,6 +103,7 @@ def test_ssim_needs_room_for_its_window():
 # --------------------------------------------------------------------------------- Frechet distance
 
 
+@pytest.mark.fast
 def test_frechet_distance_of_commuting_covariances(rng):
     basis = np.linalg.qr(rng.normal(size=(5, 5)))[0]
     v1, v2 = rng.uniform(0, 4, (2, 5))
@@ -104,6 +113,7 @@ def test_frechet_distance_of_commuting_covariances(rng):
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.fast
 def test_frechet_distance_of_covariances_that_do_not_commute():
     # For 2x2: trace sqrt(M) = sqrt(trace M + 2 sqrt(det M)), with M = sigma1 sigma2.
     s1, s2 = np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([[1.0, -0.5], [-0.5, 0.5]])
@@ -112,6 +122,7 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     assert metrics.frechet_distance(np.zeros(2), s1, np.zeros(2), s2) == pytest.approx(expected)
 
 
+@pytest.mark.fast
 def test_frechet_distance_holds_on_singular_covariances(rng):
     x = rng.normal(size=(10, 64))  # fewer rows than features: rank 9
     mu, sigma = x.mean(0), np.cov(x, rowvar=False)
@@ -122,6 +133,7 @@ def test_frechet_distance_holds_on_singular_covariances(rng):
     )
 
 
+@pytest.mark.fast
 def test_frechet_distance_names_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"\(3,\)"):
         metrics.frechet_distance(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2))
@@ -130,6 +142,7 @@ def test_frechet_distance_names_shapes_that_do_not_fit():
 # ----------------------------------------------------------------------------- precision and recall
 
 
+@pytest.mark.fast
 def test_precision_recall_counted_by_hand():
     # With k = 1 the balls around 0, 1, 4 reach 1, 1, 3: the real manifold is [-1, 7].
     # Those around 0.5, 8, 20 reach 7.5, 7.5, 12.
@@ -137,12 +150,14 @@ def test_precision_recall_counted_by_hand():
     assert metrics.precision_recall(real, generated, k=1) == (pytest.approx(1 / 3), 1.0)
 
 
+@pytest.mark.fast
 def test_precision_recall_at_the_extremes(rng):
     x = rng.normal(size=(50, 4))
     assert metrics.precision_recall(x, x) == (1.0, 1.0)
     assert metrics.precision_recall(x, x + 100) == (0.0, 0.0)
 
 
+@pytest.mark.fast
 def test_one_mode_of_two_has_precision_without_recall(rng):
     real = np.concatenate([rng.normal(size=(200, 2)), rng.normal(size=(200, 2)) + 50])
     precision, recall = metrics.precision_recall(real, rng.normal(size=(200, 2)))
@@ -150,6 +165,7 @@ def test_one_mode_of_two_has_precision_without_recall(rng):
     assert 0.4 < recall <= 0.5
 
 
+@pytest.mark.fast
 def test_precision_recall_does_not_depend_on_the_block(rng):
     real, generated = rng.normal(size=(37, 3)), rng.normal(size=(41, 3)) + 1
     whole = metrics.precision_recall(real, generated)
@@ -160,6 +176,7 @@ def test_precision_recall_does_not_depend_on_the_block(rng):
     assert whole[0] == pytest.approx(inside.mean())
 
 
+@pytest.mark.fast
 def test_precision_recall_needs_more_points_than_neighbours():
     with pytest.raises(ValueError, match="k=3"):
         metrics.precision_recall(np.zeros((3, 2)), np.zeros((9, 2)))
@@ -170,6 +187,7 @@ def test_precision_recall_needs_more_points_than_neighbours():
 # ---------------------------------------------------------------------------------- running moments
 
 
+@pytest.mark.fast
 def test_running_moments_equal_those_of_the_whole(rng):
     # Far from 0, where E[x^2] - E[x]^2 would lose all digits.
     x = rng.normal(size=(100, 6)) @ rng.normal(size=(6, 6)) + 1e4
@@ -181,6 +199,7 @@ def test_running_moments_equal_those_of_the_whole(rng):
     np.testing.assert_allclose(moments.covariance, np.cov(x, rowvar=False), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.fast
 def test_running_moments_of_several_hosts_merge(rng):
     x = rng.normal(size=(40, 3))
     parts = [metrics.RunningMoments(3).update(p) for p in (x[:7], x[7:])]
@@ -191,6 +210,7 @@ def test_running_moments_of_several_hosts_merge(rng):
     assert parts[0].count == 7
 
 
+@pytest.mark.fast
 def test_running_moments_refuse_what_does_not_fit():
     moments = metrics.RunningMoments(3)
     with pytest.raises(ValueError, match=r"\[n, 3\]"):

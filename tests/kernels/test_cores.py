@@ -22,6 +22,7 @@ def four(monkeypatch):
     return cores.mesh_of(cores.devices())
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("rows", "most", "count"),
     [(1, 8, 1), (2, 8, 2), (8, 2, 2), (5, 4, 3), (16, 8, 8), (9, 8, 5), (3, 1, 1)],
@@ -30,6 +31,7 @@ def test_as_many_cores_as_are_done_soonest(rows, most, count):
     assert cores.fewest(rows, most) == count
 
 
+@pytest.mark.fast
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
@@ -38,6 +40,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     assert cores.available() == 7
 
 
+@pytest.mark.fast
 def test_using_cores_after_jax_is_initialised_logs_a_warning():
     assert jax.device_count() == 8
     with pytest.raises(RuntimeError, match="before any other use of JAX"):
@@ -45,6 +48,7 @@ def test_using_cores_after_jax_is_initialised_logs_a_warning():
     assert cores.devices() == []
 
 
+@pytest.mark.fast
 def test_arrays_are_shared_without_a_copy(four):
     array = jax.device_put(jnp.arange(4096.0), jax.devices()[0])
     made = cores.replicate({"a": array}, four)["a"]
@@ -54,6 +58,7 @@ def test_arrays_are_shared_without_a_copy(four):
     np.testing.assert_array_equal(made, np.arange(4096.0))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("rows", [1, 4, 6])
 def test_rows_are_divided_and_come_back_in_order(four, rows):
     def call(scale, part):
@@ -97,6 +102,7 @@ REQUESTS = {
 }
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
 def test_a_pipeline_has_the_same_pictures_on_cores_and_compiles_once(
     exact_pipe, four, compilations, request_
@@ -116,6 +122,7 @@ def test_a_pipeline_has_the_same_pictures_on_cores_and_compiles_once(
     np.testing.assert_array_equal(again.images, made.images)
 
 
+@pytest.mark.compile
 def test_pictures_of_a_batch_equal_those_of_single_requests(exact_pipe, four):
     pipe = Pipeline(exact_pipe.model)
 

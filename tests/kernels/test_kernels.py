@@ -15,6 +15,8 @@ from ldm_jax.models.unet import UNet
 from ldm_jax.sampling.inputs import Inputs
 from ldm_jax.sampling.program import SamplingConfig, Steps, generate
 
+pytestmark = pytest.mark.compile
+
 CONFIG = {
     "kind": "latent_diffusion",
     "objective": "eps",

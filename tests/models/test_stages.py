@@ -46,6 +46,7 @@ def test_pools_give_one_row_a_picture(pool: str) -> None:
     assert (y.shape, y.dtype) == ((2, 4), jnp.float32)
 
 
+@pytest.mark.fast
 def test_an_unknown_pool_is_an_error() -> None:
     with pytest.raises(ValueError, match="'max' is not one of"):
         jax.eval_shape(
@@ -189,6 +190,7 @@ def test_the_image_tower_projects_its_class_token() -> None:
     assert (last.shape, pooled.shape) == ((2, 5, 16), (2, 6))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", PERMUTERS)
 @pytest.mark.parametrize("size", [(4, 6), (3, 3), (1, 4)])
 def test_permuters_are_permutations(name: str, size: tuple[int, int]) -> None:

@@ -31,6 +31,7 @@ def test_given_parameters_have_their_shapes_compared_without_an_initialiser(laye
     assert layer.apply(variables, X).shape[:3] == X.shape[:3]
 
 
+@pytest.mark.fast
 def test_repeat_batch_repeats_whole_batches():
     a = jnp.arange(3)
     assert repeat_batch(a, jnp.zeros((6, 2))).tolist() == [0, 1, 2, 0, 1, 2]
@@ -45,6 +46,7 @@ class Holder:
     size: int = 3
 
 
+@pytest.mark.fast
 def test_kernels_reach_every_module_and_leave_the_rest():
     cpu, norm = for_platform("cpu"), nn.LayerNorm()
     changed = with_kernels(Holder(Holder(Dense(8))), cpu)
@@ -54,6 +56,7 @@ def test_kernels_reach_every_module_and_leave_the_rest():
         assert with_kernels(other, cpu) is other
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("size", [(8, 8), (2, 3)], ids=["many pixels", "few"])
 def test_doubling_and_convolving_is_one_convolution_for_a_tpu(size):
     module, x = Upsample(), jax.random.normal(jax.random.key(0), (2, *size, 8))

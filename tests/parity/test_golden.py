@@ -8,7 +8,7 @@ import pytest
 from .golden import Case, NotYet, compare, excess, golden_folder, load_cases, nchw, nhwc
 from .test_parity import RUNNERS
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.fast, pytest.mark.parity]
 
 
 @pytest.fixture(scope="module")

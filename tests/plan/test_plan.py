@@ -292,6 +292,7 @@ def parse_file(name):
     return parse((Path(__file__).parent / name).read_text())
 
 
+@pytest.mark.fast
 def test_collectives_of_a_compiled_text():
     found = {
         (c.kind, c.size, c.group, c.times) for c in collectives(parse_file("collectives.hlo"), 16)
@@ -313,6 +314,7 @@ def test_collectives_of_a_compiled_text():
     assert reduced.sent == 2 * 44 * 3 / 4
 
 
+@pytest.mark.fast
 def test_kernels_of_a_gpu_text():
     chip = chips.CHIPS["h200"]
     found = {k.name: k for k in kernels_of(parse_file("gpu.hlo"), chip)}
@@ -377,18 +379,21 @@ def test_the_largest_batch_is_found_in_four_compilations(start, limit):
 # ---- errors
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("text", ["", "v5e", "v5e:4x", "v5e:0x4", "tpu:8", "cpu:x"])
 def test_malformed_topologies_are_refused(text):
     with pytest.raises(PlanError, match=r"write KIND:SHAPE, for example v5e:4x4"):
         parse_topology(text)
 
 
+@pytest.mark.fast
 def test_topologies():
     assert parse_topology("cpu").size == 1
     assert parse_topology("v5p:8x8x16").size == 1024
     assert parse_topology("h200:8").chip == chips.CHIPS["h200"]
 
 
+@pytest.mark.fast
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     assert find_devices(parse_topology("v5e:4x4")) == (

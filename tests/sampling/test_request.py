@@ -21,6 +21,7 @@ from ldm_jax.sampling.program import keys_of
 from ldm_jax.sampling.request import OPTIONS, Request, read_prompts
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("method", [Pipeline.__call__, Pipeline.stream])
 def test_the_signature_is_that_of_the_record(method):
     found = list(inspect.signature(method).parameters.values())[1:]
@@ -32,10 +33,12 @@ def test_the_signature_is_that_of_the_record(method):
     assert {name: hints[name] for name in types} == types
 
 
+@pytest.mark.fast
 def test_every_option_of_the_record_has_a_help():
     assert all(f.metadata["help"] for f in OPTIONS.values() if f.metadata["kind"])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -61,6 +64,7 @@ def test_a_value_of_another_kind_is_one_line(wrong):
     assert any(name in str(caught.value) for name in (*wrong, "mixes"))
 
 
+@pytest.mark.fast
 def test_a_row_is_the_request_of_one_picture():
     request = Request(
         prompts=["a", "b"], negative="n", seeds=[3, 2**40], guidance=[1.0, 2.0], steps=7, eta=0.5
@@ -72,6 +76,7 @@ def test_a_row_is_the_request_of_one_picture():
     assert (again.steps, again.eta) == (7, 0.5)
 
 
+@pytest.mark.fast
 def test_seeds_have_up_to_64_bits():
     assert seed_words([0, 2**32 - 1]).shape == (2,)
     words = seed_words([5, 2**32 + 5, 2**64 - 1])
@@ -82,6 +87,7 @@ def test_seeds_have_up_to_64_bits():
     assert len(np.unique(data(long), axis=0)) == 3
 
 
+@pytest.mark.fast
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
     for text in ("\ufeffred apple\n", "blue\n\ufeffred apple\n"):
         (tmp_path / "p.txt").write_text(text, encoding="utf-8")
@@ -118,6 +124,7 @@ MASKS = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", MASKS)
 def test_the_alpha_of_a_mask_is_used(name, tmp_path):
     given = MASKS[name]
@@ -127,6 +134,7 @@ def test_the_alpha_of_a_mask_is_used(name, tmp_path):
     np.testing.assert_array_equal(read_mask(given) >= 128, HOLE)
 
 
+@pytest.mark.fast
 def test_a_picture_of_absurd_shape_is_one_line():
     geometry = Geometry(None, (64, 64), 4, 2)
     with pytest.raises(RequestError, match="aspect ratio is beyond 16:1"):
@@ -140,6 +148,7 @@ def test_a_picture_of_absurd_shape_is_one_line():
 # --------------------------------------------------------------------- results that are not numbers
 
 
+@pytest.mark.compile
 def test_weights_that_are_not_numbers_are_named_not_painted_black():
     pipe = pipeline_of(SMALL)
     params = jax.tree.map(lambda a: a, pipe.model.params)
@@ -150,6 +159,7 @@ def test_weights_that_are_not_numbers_are_named_not_painted_black():
         pipe("x", steps=2)
 
 
+@pytest.mark.fast
 def test_running_out_of_memory_names_the_largest_buffers():
     text = "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
     with (
@@ -184,6 +194,7 @@ class Brightness(Conditioner):
         return Cond(crossattn=jnp.broadcast_to(encoded[:, None, None], (len(encoded), 1, self.dim)))
 
 
+@pytest.mark.compile
 def test_a_kind_of_condition_is_registered_sampled_and_exported(monkeypatch):
     monkeypatch.setitem(CONDITIONERS, "brightness", Brightness)
     pipe = pipeline_of({**SMALL, "conditioner": {"kind": "brightness", "dim": 16}, "sampling": {}})

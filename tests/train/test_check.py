@@ -86,6 +86,7 @@ def test_every_fault_is_a_line(folder, tmp_path):
     ]
 
 
+@pytest.mark.fast
 def test_classes_and_conditions_are_looked_at(folder, tmp_path):
     problems = check(
         config_of(folder, {"kind": "class", "embed_dim": 8}, column="kind"), tmp_path / "a.png"
@@ -107,6 +108,7 @@ def test_classes_and_conditions_are_looked_at(folder, tmp_path):
     assert problems == ["train: 12 of 12 pictures have no box (00.png, 01.png, 02.png ...)"]
 
 
+@pytest.mark.fast
 def test_check_is_a_command(script, folder, tmp_path):
     config = tmp_path / "tiny.py"
     made = config_of(folder, BERT).to_json()

@@ -87,6 +87,7 @@ def test_parts_of_a_checkpoint_that_are_missing(run, state, missing):
         restored(run, state)
 
 
+@pytest.mark.fast
 def test_the_newest_whole_checkpoint_is_named(run, state):
     for step in (2, 3):
         shutil.rmtree(run / f"checkpoints/{step}/info")

@@ -9,6 +9,8 @@ import pytest
 from ldm_jax.errors import ResourceError
 from ldm_jax.train.resources import resource_errors
 
+pytestmark = pytest.mark.fast
+
 ERRORS = [
     (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
     (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
