@@ -183,7 +183,15 @@ def test_conditioners() -> None:
 
 
 def test_the_image_tower_projects_its_class_token() -> None:
-    tower = CLIPVision(16, 32, 1, 2, image_size=8, patch_size=4, projection_dim=6)
+    tower = CLIPVision(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=6,
+    )
     last, pooled = jax.eval_shape(
         lambda: tower.init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 3)))[0]
     )
