@@ -13,6 +13,7 @@ in ldm_jax/assets/emoji/README.md.
 import ml_collections
 
 from ldm_jax.configs.common import base, section, short
+from ldm_jax.configs.emoji_kl import FIRST_STAGE
 from ldm_jax.configs.emoji_presets import CHANNELS, CONTEXT, emoji_unet
 
 
@@ -41,7 +42,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     model.schedule = section(
         beta_schedule="linear", linear_start=0.0015, linear_end=0.0195, timesteps=1000
     )
-    model.first_stage = section(path="runs/emoji_kl/model")
+    # The architecture is given too, so that a plan needs no trained first stage.
+    model.first_stage = section(path="runs/emoji_kl/model", **FIRST_STAGE)
     model.conditioner = section(
         kind="bert", dim=CONTEXT, depth=2, max_seq_len=24, heads=4, head_dim=32, embed_std=1.0
     )
