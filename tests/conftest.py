@@ -143,6 +143,16 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(cache, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory() -> Iterator[None]:
+    """Drops compiled programs after a file if the process has grown: workers stay under 3 GB."""
+    yield
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+    if pages * os.sysconf("SC_PAGE_SIZE") > 3 * 2**29:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def cheap_compiling() -> Iterator[None]:
     """No test may leave optimisation on: all later compilations would be slower."""

@@ -582,9 +582,7 @@ def read_parts(
             for line in converted.assumed:
                 LOG.info("%s: assumed %s", path.name, line)
             if converted.lacks:
-                raise RequestError(
-                    f"{path}: {converted.lacks[0]}; give it by --vae or --text_encoder PATH"
-                )
+                raise RequestError(f"{path}: {converted.lacks[0]}")
             return path, converted.config, converted.params
         if config is not None or ema is not None:
             raise RequestError(
