@@ -139,7 +139,8 @@ class Kernels:
 
         shape, rest = self.mesh.shape, [None] * (tokens.ndim - 1)
         x = jnp.take(table, split(tokens, "data"), axis=0)
-        return split(x, "data", *rest, "fsdp" if x.shape[-1] % shape["fsdp"] == 0 else None)
+        channels = "fsdp" if x.shape[-1] % shape.get("fsdp", x.shape[-1] + 1) == 0 else None
+        return split(x, "data", *rest, channels)
 
     def per_device(self, form: Callable[..., Array], q: Array, k: Array, v: Array) -> Array | None:
         """``form(q, k, v)`` on the rows of each device, and on its heads if the mesh splits those.

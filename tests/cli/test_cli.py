@@ -359,7 +359,7 @@ def test_sample_py_runs_as_a_program(tiny_dir, tmp_path):
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert stdout == ""
-    assert [line.split()[0] for line in stderr.splitlines()] == ["loading", "making", "1"], stderr
+    assert [line.split()[0] for line in stderr.splitlines()] == ["loading", "sampling", "1"], stderr
     assert (tmp_path / "out" / "00000-red-apple-0.png").exists()
 
 

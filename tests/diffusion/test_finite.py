@@ -61,6 +61,8 @@ def test_tables_are_finite(arguments, kind):
     with np.errstate(all="raise", under="ignore"):
         counts = FEW if arguments in OTHERS[1:] else COUNTS
         for steps in sorted({min(count, total) for count in counts}):
+            if total == 1 and str(kind).startswith("ays"):
+                continue  # these grids have two timesteps at least, and are refused
             for name, leaf in tables(schedule, kind, steps):
                 assert np.isfinite(leaf).all(), (name, steps)
 

@@ -99,9 +99,9 @@ def test_another_request_needs_another_folder(pipe, whole, tmp_path):
     for request, message in [
         ({"form": "jpg"}, "format 'jpg' does not exist"),
         ({"num": 0}, "0 pictures from seed 0 on"),
-        ({"seed": 2**32 - 1, "num": 2}, "seeds must be from 0 to 4294967295"),
-        ({"classes": [1]}, "this model knows no classes"),
-        ({"prompts": None}, "there is no prompt"),
+        ({"seed": 2**64 - 1, "num": 2}, r"seeds must be from 0 to 2\*\*64 - 1"),
+        ({"classes": [1]}, "this model has no classes"),
+        ({"prompts": None}, "conditioned on prompts: give at least one"),
         ({"steps": 0}, "steps must be from 1 to 100, not 0"),
     ]:
         with pytest.raises(RequestError, match=message):

@@ -164,7 +164,7 @@ def test_other_conditions_are_exported_too(tmp_path, kind):
         (["{model}", "--size", "16"], "write HEIGHTxWIDTH, for example 64x96"),
         (["{model}", "--sampler", "dimm"], "sampler 'dimm' does not exist; did you mean 'ddim'?"),
         (["{model}", "--cache_interval", "0"], "cache_interval must be at least 1"),
-        (["nowhere"], "model 'nowhere' is no folder, no file and none that ships with ldm_jax"),
+        (["nowhere"], "model 'nowhere' is neither a path nor a model that ships with ldm_jax"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(tiny_dir, tmp_path, capsys, argv, message):

@@ -98,7 +98,7 @@ def test_prompts_and_seeds_pair_up(prompts, seeds, pairs):
 
 
 def test_temperature_is_of_the_noise_that_is_added(pipe):
-    for sampler, noise in (("ddim", "sigma"), ("ddpm", "std")):
+    for sampler, noise in (("ddim", "noise"), ("ddpm", "noise")):
         eta = 1.0 if sampler == "ddim" else 0.0
         warm, cold = (
             pipe.steps(pipe.settings(sampler=sampler, eta=eta, temperature=t)).nodes._asdict()
@@ -222,7 +222,12 @@ def test_a_first_stage_alone_is_no_model_for_pictures(tmp_path):
             "linaer",
             r"'linaer' does not exist; did you mean 'linear'\?",
         ),
-        ("sampling", "stpes", 3, r"sampling: field 'stpes' does not exist; did you mean 'steps'\?"),
+        (
+            "sampling",
+            "stpes",
+            3,
+            r"sampling: setting 'stpes' does not exist; did you mean 'steps'\?",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_its_parameters_is_a_one_line_error(
@@ -257,5 +262,5 @@ def test_a_prompt_too_long_is_cut_with_a_warning_that_shows_the_rest(caplog):
         )
     assert tokens.tolist() == [[101, 2417, 6207, 102]]
     assert [record.getMessage() for record in caplog.records] == [
-        "prompt is 5 tokens long, 2 are read; cut: 'on a table'"
+        "prompt of 5 tokens: the last 3 are cut: 'on a table'"
     ]

@@ -306,7 +306,10 @@ def test_caption_dropout_replaces_its_share_of_captions_the_same_at_the_same_ste
         "encoded": np.repeat(model.conditioner.encode(["7"]), b, axis=0),
     }
     tiny = SimpleNamespace(
-        moments=lambda x: x[:, ::2, ::2, :1], latents=lambda moments, noise: moments, channels=1
+        with_kernels=lambda kernels: tiny,
+        moments=lambda x: x[:, ::2, ::2, :1],
+        latents=lambda moments, noise: moments,
+        channels=1,
     )
     frozen = frozen | {"first_stage": tiny}
 
