@@ -493,7 +493,7 @@ def test_classes_are_cached_and_masks_cannot_be(make, tmp_path):
     config = make("masked")
     config.data.cache = "somewhere"
     with pytest.raises(ConfigError, match="holds captions, classes and vectors only"):
-        check_cache(config, DiffusionTask.from_config(config))
+        DiffusionTask.from_config(config).cache()
 
 
 def test_vectors_are_cached_and_dropped_for_zeros(make, tmp_path):
