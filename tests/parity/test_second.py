@@ -102,7 +102,8 @@ def unet_params(unet: UNet, weights: dict[str, np.ndarray], label: str = "") -> 
     table, shapes = unet_table(bare, UNET), param_shapes(bare)
     expected = source_shapes(table, shapes, "the case")
     # Weights of another case may be of layers that this one lacks, or has in another shape.
-    own = {n: a for n, a in matrices(weights).items() if expected.get(n) == a.shape}
+    own = {n: a for n, a in weights.items() if expected.get(n) == a.shape}
+    own |= {n: a for n, a in matrices(weights).items() if expected.get(n) == a.shape}
     params = to_ours(table, own, shapes=shapes, where="the case")
     return {**params, "label_emb": pair(weights, f"{UNET}label_emb.{label}")} if label else params
 
