@@ -57,7 +57,7 @@ class Text(Conditioner):
         """Returns the tokens of the empty caption, ``n`` times."""
         return np.repeat(self.encode([""]), n, axis=0)
 
-    def tokenizer_json(self) -> str:
+    def tokenizer_json(self) -> str | None:
         """Returns a `tokenizers.Tokenizer` as JSON that encodes a caption as `encode` does."""
         from tokenizers import Tokenizer
 

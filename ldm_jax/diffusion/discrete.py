@@ -262,8 +262,8 @@ class PLMS:
             rows.append((sigma, sigma, to, adams))
         called, base, to = np.array([row[:3] for row in rows], np.float64).T
         weights = np.array([row[3] + [0.0] * (5 - len(row[3])) for row in rows])
-        levels: Any = [(1 / np.hypot(1, s), s / np.hypot(1, s)) for s in (called, base, to)]
-        return to_precision(PLMSNode(time(called), *levels, called == base, weights))
+        at, start, end = ((1 / np.hypot(1, s), s / np.hypot(1, s)) for s in (called, base, to))
+        return to_precision(PLMSNode(time(called), at, start, end, called == base, weights))
 
     def init(self, x: jax.Array) -> Any:
         """The state where the step began, and the last four eps."""

@@ -209,6 +209,8 @@ class Pipeline:
         request = check_request(self.model, request)
         own = self.complete(request)
         assert own.size is not None
+        assert own.sampler is not None
+        sampler: str = own.sampler
         self.check_size(own.size)
         canvas, inputs = make_inputs(self.model, request, own)
         steps, n, devices = self.steps(own), len(inputs.seeds), self.mesh.devices.size
@@ -222,7 +224,7 @@ class Pipeline:
                 places = np.minimum(np.arange(first, first + count), n - 1)
                 part = jax.tree.map(lambda a, places=places: a[places], inputs)
                 with reported_memory(f"{count} pictures of {height}x{width} at a time"):
-                    result = self.compute(own.sampler, config, steps, part)
+                    result = self.compute(sampler, config, steps, part)
                     images = np.asarray(result.images)
                     progress = None if result.progress is None else np.asarray(result.progress)
                 images = self._finite(images, result, own, config, part)
