@@ -96,13 +96,13 @@ def main() -> None:
     results = []
     for made in map(partial(measure, dtype=args.dtype, repeats=args.repeats), args.shapes):
         results.append(made)
-        told = [
+        lines = [
             f"{what} {1e3 * t['plain']:.1f} -> {1e3 * t['chosen']:.1f} ms, x {t['ratio']:.2f} "
             f"({t['quartiles'][0]:.2f} to {t['quartiles'][1]:.2f})"
             for what, t in made.items()
             if isinstance(t, dict)
         ]
-        print(f"{made['shape']:>20} {made['form']:>8}: " + "; ".join(told), flush=True)
+        print(f"{made['shape']:>20} {made['form']:>8}: " + "; ".join(lines), flush=True)
     if args.json:
         device = jax.devices()[0].device_kind
         args.json.write_text(

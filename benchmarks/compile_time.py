@@ -40,8 +40,8 @@ def child(case: str, steps: int, batch: int, dtype: str) -> dict[str, float]:
     sampler = SAMPLERS["ddim"]
     schedule = jax.device_get(model.schedule)
     plan = Steps(sampler.nodes(schedule, time_grid("uniform", steps, schedule)))
-    told = model.conditioner.encode_null(batch)
-    rows = Inputs(np.zeros(batch, np.uint32), told, told, np.full(batch, 5.0, np.float32))
+    encoded = model.conditioner.encode_null(batch)
+    rows = Inputs(np.zeros(batch, np.uint32), encoded, encoded, np.full(batch, 5.0, np.float32))
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), (model, plan, rows)
     )

@@ -89,7 +89,7 @@ def main() -> None:
                         times[fetch][name] += [seconds] if turn else []
 
     share = 1 - runs["cache"].flops / runs["pictures"].flops
-    told: dict[str, Any] = {
+    results: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "batch": args.batch,
         "encoder_share": share,
@@ -109,10 +109,10 @@ def main() -> None:
                 f"    from {name:9} {middle * 1e3:7.1f} ms a step, "
                 f"{args.batch / middle:6.1f} images/s"
             )
-        told[label] = {"seconds": times[fetch], "ratio": ratio}
+        results[label] = {"seconds": times[fetch], "ratio": ratio}
     print(f"encoding is {share:.1%} of the picture step's arithmetic")
     if args.json:
-        args.json.write_text(json.dumps(told, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ class Twin:
             jax.tree.map(lambda a: a.astype(jnp.float32), (model.params, model.first_stage.params))
         )
 
-        def ready(module: torch.nn.Module, told: Any) -> Any:
-            fill(module, told)
+        def ready(module: torch.nn.Module, params: Any) -> Any:
+            fill(module, params)
             module = (
                 module.eval()
                 .requires_grad_(False)
@@ -126,7 +126,7 @@ def main() -> None:
         )
         noise = as_torch(initial_noise(jax.vmap(jax.random.key)(jnp.asarray(rows.seeds)), shape))
         words = torch.long if args.case == "emoji" else kind
-        told = (
+        twin_inputs = (
             as_torch(rows.encoded, words),
             as_torch(rows.null, words),
             noise,
@@ -138,7 +138,7 @@ def main() -> None:
             return np.asarray(pipe.compute("ddim", form, plan, rows).images)
 
         images = ours().astype(int)
-        theirs = twin(*told).cpu().permute(0, 2, 3, 1).numpy().astype(int)
+        theirs = twin(*twin_inputs).cpu().permute(0, 2, 3, 1).numpy().astype(int)
         off = np.abs(images - theirs)
         print(
             f"batch {batch}: the images differ by {off.mean():.3f} of 255 on average, "
@@ -155,7 +155,9 @@ def main() -> None:
             "ours": Side(
                 ours, None if memory is None else float(count * memory.temp_size_in_bytes)
             ),
-            "torch.compile" if args.compile else "eager": in_torch(lambda told=told: twin(*told)),
+            "torch.compile" if args.compile else "eager": in_torch(
+                lambda twin_inputs=twin_inputs: twin(*twin_inputs)
+            ),
         }
         what = f"{args.case} text to image, {args.steps} steps, batch {batch}, {args.dtype}"
         results.append(

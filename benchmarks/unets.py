@@ -76,5 +76,5 @@ def pair(name: str, batch: int, dtype: str) -> Pair:
     if torch.cuda.is_available():
         twin = twin.cuda()
     inputs = tuple(jax.device_put(a) for a in (x, t, context))
-    told = (as_torch(x, kind), as_torch(t), as_torch(context, kind))
-    return Pair(unet, jax.device_put(params), twin, inputs, told)
+    torch_inputs = (as_torch(x, kind), as_torch(t), as_torch(context, kind))
+    return Pair(unet, jax.device_put(params), twin, inputs, torch_inputs)

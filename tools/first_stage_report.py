@@ -39,8 +39,8 @@ ADVERSARY = (
 )
 
 
-def told(run: Path, part: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a metric, of "train" or "validation"; empty where it is not told."""
+def history(run: Path, part: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric, of "train" or "validation"; empty where it was not logged."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [
         (line["step"], line[metric]) for line in lines if line["part"] == part and metric in line
@@ -50,7 +50,7 @@ def told(run: Path, part: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 def curves(before: Path, after: dict[str, Path], path: Path) -> None:
     """Validation's metrics and the discriminator's, a line for each run."""
-    steps = int(told(before, "train", "loss")[0].max())
+    steps = int(history(before, "train", "loss")[0].max())
     start = json.loads((next(iter(after.values())) / "config.json").read_text())["adversary"][
         "start"
     ]
@@ -59,7 +59,7 @@ def curves(before: Path, after: dict[str, Path], path: Path) -> None:
         for metric, title in CURVES + ADVERSARY
     ]
     there = [
-        row for row in wanted if any(len(told(run, row[0], row[1])[0]) for run in after.values())
+        row for row in wanted if any(len(history(run, row[0], row[1])[0]) for run in after.values())
     ]
     figure, axes = plt.subplots(
         -(-len(there) // 2),
@@ -71,10 +71,10 @@ def curves(before: Path, after: dict[str, Path], path: Path) -> None:
     for axis in axes.flat[len(there) :]:
         axis.axis("off")
     for axis, (part, metric, title) in zip(axes.flat, there, strict=False):
-        at, values = told(before, part, metric)
+        at, values = history(before, part, metric)
         axis.plot(at, values, color="grey", label="before")
         for name, run in after.items():
-            at, values = told(run, part, metric)
+            at, values = history(run, part, metric)
             axis.plot(at + steps, values, label=name)
         axis.axvline(steps + start, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(title, fontsize=10)
@@ -136,7 +136,7 @@ def main() -> None:
     for name, run in ({"before": args.before} | after).items():
         columns.append(reconstructions(run, images))
         sharp = float((sharpness(columns[-1]) / sharpness(images)).mean())
-        psnr, lpips = (told(run, "validation", metric)[1] for metric in ("psnr", "p_loss"))
+        psnr, lpips = (history(run, "validation", metric)[1] for metric in ("psnr", "p_loss"))
         distance = f", LPIPS {lpips[-1]:.4f}" if len(lpips) else ""
         print(
             f"{name}: PSNR {psnr[-1]:.2f} dB{distance}, sharpness {sharp:.3f}, "

@@ -62,7 +62,7 @@ class Batch:
 class Pipeline:
     """A model that samples pictures.
 
-    Calling it returns uint8 [n, H, W, 3]; `stream` yields batches as they are finished. Rows of a
+    Calling it returns uint8 [n, H, W, 3]; `stream` yields each finished batch. Rows of a
     batch are split over all devices, or the first ``devices``. After `ldm_jax.use_cores` a pipeline
     without ``devices`` computes on the cores of one CPU.
 

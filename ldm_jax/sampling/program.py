@@ -23,7 +23,7 @@ class SamplingConfig:
     Attributes:
       size: (H, W) in pixels.
       progress: The calls of the model whose predicted x0 are returned.
-      progress_rows: Of so many pictures, the first of the batch; 0 is all.
+      progress_rows: Number of pictures with progress, from the first; 0 is all.
       decode_batch: Pictures decoded at a time, a divisor of the batch; 0 is all.
       tile: Pixels of a tile, where a side is longer; 0 is never.
       quantize: Whether predicted x0 are replaced by the nearest codes of the first stage.
