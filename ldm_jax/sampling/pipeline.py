@@ -1,13 +1,14 @@
 """Requests to pictures: a model, its compiled programs, and batches of one size."""
 
 import dataclasses
+import inspect
 import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,23 @@ class Batch:
     places: range
     images: np.ndarray
     progress: np.ndarray | None = None
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_signature_of(other: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Gives a method the explicit parameters of another, for editors and `inspect`."""
+
+    def decorate(method: Callable[..., R]) -> Callable[P, R]:
+        result = method.__annotations__["return"]
+        signature = inspect.signature(other).replace(return_annotation=result)
+        method.__signature__ = signature  # type: ignore[attr-defined]
+        method.__annotations__ = {**other.__annotations__, "return": result}
+        return method
+
+    return decorate
 
 
 class Pipeline:
@@ -144,45 +162,13 @@ class Pipeline:
         given = {name: value for name, value in locals().items() if name != "self"}
         return np.concatenate([batch.images for batch in self.stream(**given)])
 
-    def stream(
-        self,
-        prompts: str | Sequence[str] | None = None,
-        *,
-        classes: int | str | Sequence[int | str] | None = None,
-        semantic_map: Any = None,
-        layout: Any = None,
-        embeddings: Any = None,
-        condition: Any = None,
-        negative: str | Sequence[str] | None = None,
-        image: Any = None,
-        mask: Any = None,
-        outpaint: Sequence[int] | None = None,
-        strength: float | None = None,
-        variation: float | Sequence[float] | None = None,
-        toward: tuple[Sequence[Any], Sequence[int], Sequence[float]] | None = None,
-        seeds: int | Sequence[int] | None = None,
-        batch: int | None = None,
-        progress_every: int = 0,
-        steps: int | None = None,
-        guidance: float | Sequence[float] | None = None,
-        eta: float | None = None,
-        temperature: float | None = None,
-        sampler: str | None = None,
-        grid: str | Sequence[float] | None = None,
-        size: Sequence[int] | None = None,
-        guidance_rescale: float | Sequence[float] | None = None,
-        guidance_interval: Sequence[float] | None = None,
-        decode_batch: int | None = None,
-        tile: int | None = None,
-        cache_interval: int | None = None,
-        cache_depth: int | None = None,
-    ) -> Iterator[Batch]:
+    @_with_signature_of(__call__)
+    def stream(self, prompts: str | Sequence[str] | None = None, **given: Any) -> Iterator[Batch]:
         """Checks the request at once and returns an iterator over finished batches.
 
-        The arguments are the fields of `Request`.
+        The arguments are those of calling the pipeline.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
-        return self.batches(Request(**given))
+        return self.batches(Request(prompts=prompts, **given))
 
     def settings(self, **given: Any) -> Request:
         """Returns a request with all settings: those given and not None, else the model's own."""
