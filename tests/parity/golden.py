@@ -160,6 +160,14 @@ def load_cases(folder: Path) -> list[Case]:
     return [Case(folder, name, spec, cases) for name, spec in cases.items()]
 
 
+def all_cases() -> list[Case]:
+    """The cases to run: those of LDM_JAX_GOLDEN, else every set that the repository carries."""
+    folders = [golden_folder()]
+    if "LDM_JAX_GOLDEN" not in os.environ:
+        folders += [REPO / "tests" / "golden" / name for name in ("second", "third")]
+    return [case for folder in folders for case in load_cases(folder)]
+
+
 def excess(ours: np.ndarray, theirs: np.ndarray, atol: float, rtol: float) -> np.ndarray:
     """|a - b| / (atol + rtol |b|) elementwise.
 

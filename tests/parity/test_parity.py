@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from . import diffusion, evaluation, networks, schedulers, stages
-from .golden import Case, NotYet, compare, golden_folder, load_cases
+from .golden import Case, NotYet, all_cases, compare
 
 pytestmark = pytest.mark.parity
 
@@ -12,7 +12,7 @@ PARTS = (networks, stages, diffusion, schedulers, evaluation)
 RUNNERS = {name: runner for part in PARTS for name, runner in part.CASES.items()}
 
 
-@pytest.mark.parametrize("case", load_cases(golden_folder()), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
 def test_case(case: Case) -> None:
     if case.cls not in RUNNERS:
         pytest.skip(f"no runner yet for {case.cls}")
