@@ -1,6 +1,5 @@
 """InceptionV3, resizers and set metrics of the reference implementations."""
 
-import zlib
 from functools import cache
 from typing import Any
 
@@ -21,29 +20,6 @@ Results = dict[str, Any]
 SIZE = (299, 299)
 
 
-def recipe_weights(case: Case) -> dict[str, np.ndarray]:
-    """Weights by the manifest's rule, of the case or of the case that it names."""
-    base = case.spec.get("params_from_recipe_of")
-    spec = case.spec if base is None else case.manifest[base]
-    seed = spec["param_recipe"]["seed"]
-    weights = {}
-    for name, shape in spec["param_shapes"].items():
-        rng = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0x7FFFFFFF)
-        n = rng.standard_normal(shape)
-        if n.ndim == 4:
-            n *= np.sqrt(2 / np.prod(shape[1:]))
-        elif n.ndim == 2:
-            n /= np.sqrt(shape[1])
-        elif name.endswith("running_var"):
-            n = 1 + 0.2 * np.abs(n)
-        elif name.endswith("bn.weight"):
-            n = 1 + 0.1 * n
-        else:
-            n *= 0.1
-        weights[name] = n.astype(np.float32).astype(np.float16).astype(np.float32)
-    return weights
-
-
 @cache
 def network() -> tuple[Any, Any, Any]:
     """(module, compiled apply, shapes of the variables) of InceptionV3."""
@@ -60,7 +36,7 @@ def features(case: Case, pixels: Any) -> dict[str, Any]:
     _, apply, shapes = network()
     key = case.spec.get("params_from_recipe_of", case.name)
     if key not in _VARIABLES:
-        weights = recipe_weights(case)
+        weights = case.weights()
         _VARIABLES[key] = to_ours(inception_table(shapes), weights, shapes=shapes, where=key)
     return apply(_VARIABLES[key], pixels)
 

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 from ldm_jax.convert.compvis.networks import param_shapes
 from ldm_jax.convert.tables import Table, source_shapes, to_ours
 
+from .recipes import recipe_weights
+
 REPO = Path(__file__).parents[2]
 
 
@@ -128,11 +130,13 @@ class Case:
         return weights | self.weights(own=True)
 
     def weights(self, own: bool = False) -> dict[str, np.ndarray]:
-        """All stored arrays, float16 converted to float32.
+        """All arrays of the case, stored ones converted from float16 to float32.
 
-        The bases' weights come first, unless ``own`` is true.
+        The bases' weights come first, unless ``own`` is true; then those of a recipe.
         """
         weights = {} if own or self.base is None else self.base.weights()
+        of = self.spec.get("params_from_recipe_of")
+        weights = weights | recipe_weights(self.spec if of is None else self.manifest[of])
         return weights | {
             n: a.astype(np.float32) if a.dtype == np.float16 else a
             for n, a in self.part("param").items()
