@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ldm_jax.kernels.cores import use_cores
     from ldm_jax.sampling.pipeline import Pipeline, load
     from ldm_jax.sampling.request import Request
+    from ldm_jax.sampling.server import serve
     from ldm_jax.train.loop import train
 
 # Public names and the modules that define them; JAX is imported when one is used.
@@ -27,6 +28,7 @@ _WHERE = {
     "LdmJaxError": "ldm_jax.errors",
     "evaluate": "ldm_jax.eval.evaluation",
     "load": "ldm_jax.sampling.pipeline",
+    "serve": "ldm_jax.sampling.server",
     "use_cores": "ldm_jax.kernels.cores",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "convert",
     "evaluate",
     "load",
+    "serve",
     "train",
     "use_cores",
 ]

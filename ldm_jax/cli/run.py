@@ -137,6 +137,13 @@ def setup() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def program_folder() -> Path:
+    """Returns the folder of compiled programs, within that of the compilation cache."""
+    import jax
+
+    return Path(jax.config.values["jax_compilation_cache_dir"]) / "programs"
+
+
 def say(text: str) -> None:
     """Prints one line on stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -111,6 +111,7 @@ def sample(args: Any) -> None:
         parallel=args.parallel,
         vae=model.get("vae"),
         text_encoder=model.get("text_encoder"),
+        programs=cli.program_folder(),
     )
     if args.format and kept is None:
         return many(pipe, args, requests, out, began)

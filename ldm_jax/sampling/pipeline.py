@@ -35,6 +35,7 @@ from ldm_jax.models.unet import layout
 from ldm_jax.sampling.decoding import decode_part
 from ldm_jax.sampling.inputs import Inputs, check_request, make_inputs
 from ldm_jax.sampling.program import Pictures, SamplingConfig, Steps, finish, generate
+from ldm_jax.sampling.programs import ProgramStore, shape_and_type
 from ldm_jax.sampling.request import OPTIONS, SETTINGS, Request, check_names
 
 LOG = logging.getLogger(__name__)
@@ -58,6 +59,34 @@ class Batch:
     places: range
     images: np.ndarray
     progress: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked request: what is compiled, and the arrays of its pictures.
+
+    Attributes:
+      own: The request with all settings filled in.
+      config: What is compiled in beside the sampler.
+      steps: The sampler's tables.
+      inputs: One row for each picture.
+      count: Pictures in a batch.
+      keep: Height and width of the pictures; the rest of the canvas is cut off.
+      made: Which of the computed predictions are returned.
+    """
+
+    own: Request
+    config: SamplingConfig
+    steps: Steps
+    inputs: Inputs
+    count: int
+    keep: tuple[int, int]
+    made: list[int]
+
+    def rows(self, places: range) -> Inputs:
+        """Returns a batch of these pictures, filled up with the last: all have one shape."""
+        chosen = np.minimum(np.arange(places.start, places.start + self.count), places.stop - 1)
+        return jax.tree.map(lambda a: a[chosen], self.inputs)
 
 
 P = ParamSpec("P")
@@ -97,6 +126,7 @@ class Pipeline:
         name: str = "",
         parallel: Mode = "jit",
         devices: int | None = None,
+        programs: ProgramStore | None = None,
     ):
         if devices is not None and not 1 <= devices <= jax.device_count():
             raise RequestError(f"devices must be from 1 to {jax.device_count()}, not {devices}")
@@ -114,6 +144,8 @@ class Pipeline:
         self.defaults = default_settings(model)
         self._schedule = jax.device_get(model.schedule)
         self._programs: dict[Any, Callable[..., Any]] = {}
+        self._executables: dict[Any, Callable[..., Any]] = {}
+        self._store = programs
         self._shared: dict[int, LatentDiffusion] = {}
 
     # ------------------------------------------------------------------------------- requests
@@ -192,34 +224,52 @@ class Pipeline:
 
     def batches(self, request: Request) -> Iterator[Batch]:
         """Like `stream`, of a `Request`."""
+        return self.run(self.job(request))
+
+    def job(self, request: Request) -> Job:
+        """Checks a request and returns the arrays of its pictures.
+
+        Raises:
+          RequestError: The model does not take the request.
+        """
         request = check_request(self.model, request)
         own = self.complete(request)
         assert own.size is not None
-        assert own.sampler is not None
-        sampler: str = own.sampler
         self.check_size(own.size)
         canvas, inputs = make_inputs(self.model, request, own)
-        steps, n, devices = self.steps(own), len(inputs.seeds), self.mesh.devices.size
-        count = -(-(request.batch or min(n, 8)) // devices) * devices
+        steps, devices = self.steps(own), self.mesh.devices.size
+        count = -(-(request.batch or min(len(inputs.seeds), 8)) // devices) * devices
         shown, made = self._shown(own, steps)
-        config, (height, width) = self.config(own, canvas.size, count, shown), canvas.keep
+        config = self.config(own, canvas.size, count, shown)
+        return Job(own, config, steps, inputs, count, canvas.keep, made)
 
-        def run() -> Iterator[Batch]:
-            for first in range(0, n, count):
-                # The last batch is filled up with its last picture: every batch has one shape.
-                places = np.minimum(np.arange(first, first + count), n - 1)
-                part = jax.tree.map(lambda a, places=places: a[places], inputs)
-                with reported_memory(f"{count} pictures of {height}x{width} at a time"):
-                    result = self.compute(sampler, config, steps, part)
-                    images = np.asarray(result.images)
-                    progress = None if result.progress is None else np.asarray(result.progress)
-                images = self._finite(images, result, own, config, part)
-                done = range(first, min(first + count, n))
-                if progress is not None:
-                    progress = progress[: len(done), np.array(made, int), :height, :width]
-                yield Batch(done, images[: len(done), :height, :width], progress)
+    def run(self, job: Job) -> Iterator[Batch]:
+        """Samples the pictures of a job, batch after batch."""
+        n, (height, width), own = len(job.inputs.seeds), job.keep, job.own
+        assert own.sampler is not None
+        for first in range(0, n, job.count):
+            part = job.rows(range(first, min(first + job.count, n)))
+            with reported_memory(f"{job.count} pictures of {height}x{width} at a time"):
+                result = self.compute(own.sampler, job.config, job.steps, part)
+                images = np.asarray(result.images)
+                progress = None if result.progress is None else np.asarray(result.progress)
+            images = self._finite(images, result, own, job.config, part)
+            done = range(first, min(first + job.count, n))
+            if progress is not None:
+                progress = progress[: len(done), np.array(job.made, int), :height, :width]
+            yield Batch(done, images[: len(done), :height, :width], progress)
 
-        return run()
+    @_with_signature_of(__call__)
+    def warmup(self, prompts: str | Sequence[str] | None = None, **given: Any) -> None:
+        """Compiles the program of a request, or loads it, without running it.
+
+        The arguments are those of calling the pipeline. A later call samples at once if its number
+        of steps, batch, size, sampler and kind of task are the same.
+        """
+        job = self.job(Request(prompts=prompts, **given))
+        n = len(job.inputs.seeds)
+        assert job.own.sampler is not None
+        self.executable(job.own.sampler, job.config, job.steps, job.rows(range(min(n, job.count))))
 
     def _shown(self, own: Request, steps: Steps) -> tuple[tuple[int, ...], list[int]]:
         """Returns the calls whose predictions are computed, and which of them are returned."""
@@ -322,13 +372,32 @@ class Pipeline:
         self, sampler: str, config: SamplingConfig, steps: Steps, inputs: Inputs
     ) -> Pictures:
         """Samples a batch by the compiled `program`."""
-        program, model, _ = self.prepare(sampler, config, inputs)
+        program, model = self.executable(sampler, config, steps, inputs)
         return program(model, steps, inputs)
+
+    def executable(
+        self, sampler: str, config: SamplingConfig, steps: Steps, inputs: Inputs
+    ) -> tuple[Callable[..., Pictures], LatentDiffusion]:
+        """Returns (the compiled program of a batch, the model where it runs)."""
+        program, model, count = self.prepare(sampler, config, inputs)
+        leaves, tree = jax.tree.flatten((steps, inputs))
+        # The program is its own function for every sampler, config and number of cores.
+        key = program, tree, tuple(map(shape_and_type, leaves))
+        if key not in self._executables:
+            arguments = model, steps, inputs
+            if self._store is None:
+                compiled = program.lower(*arguments).compile()
+            else:
+                result = Pictures(0, 0 if config.progress else None, 0, 0)
+                described = sampler, config, count, self.parallel, self.dtype
+                compiled = self._store.get(program, arguments, result, *described)
+            self._executables[key] = compiled
+        return self._executables[key], model
 
     def prepare(
         self, sampler: str, config: SamplingConfig, inputs: Inputs
-    ) -> tuple[Callable[..., Pictures], LatentDiffusion, int]:
-        """Returns (the program of a batch, the model where it runs, the number of cores).
+    ) -> tuple[Any, LatentDiffusion, int]:
+        """Returns (the jitted function of a batch, the model where it runs, the number of cores).
 
         A CPU's cores are as many as there are rows for in the network, two for a guided picture.
         """
@@ -517,6 +586,7 @@ def load(
     devices: int | None = None,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    programs: str | Path | None = None,
 ) -> Pipeline:
     """Loads a model.
 
@@ -531,6 +601,8 @@ def load(
       devices: The number of devices, the first ones; None for all.
       vae: A model or checkpoint whose first stage takes the place of the model's.
       text_encoder: A model or checkpoint whose text encoder takes the place of the model's.
+      programs: A folder where compiled programs are kept, so that a later process does not compile
+        them again; only its user may write there. See `ldm_jax.sampling.programs.ProgramStore`.
 
     Raises:
       RequestError, CheckpointError: The model cannot be loaded.
@@ -543,13 +615,24 @@ def load(
             "diffusion model, or --reconstruct a folder of pictures"
         )
     try:
-        params = jax.tree.map(lambda a: jnp.asarray(a, DTYPES[dtype]), params)
+        params = as_dtype(params, dtype)
         params = {"conditioner": {}, **params}  # an empty tree leaves no trace on disk
         first_stage = params.pop("first_stage", None)
         params.pop("logvar", None)  # of the training loss alone
         model = build(fields, params, first_stage, dtype)
-        check_params(model)
-        return Pipeline(model, dtype=dtype, name=str(name), parallel=parallel, devices=devices)
+        store = None if programs is None else ProgramStore(programs)
+        if store is None:
+            check_params(model)
+        else:
+            store.once(check_params, model)
+        return Pipeline(
+            model,
+            dtype=dtype,
+            name=str(name),
+            parallel=parallel,
+            devices=devices,
+            programs=store,
+        )
     except ConfigError as error:
         where = path if is_foreign(path) else path / "config.json"
         raise CheckpointError(f"{where}: {error}") from None
@@ -594,7 +677,7 @@ def load_first_stage(name: str | Path, *, dtype: str | None = None) -> FirstStag
         module = build_first_stage(fields, dtype)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    params = jax.tree.map(lambda a: jnp.asarray(a, DTYPES[dtype]), params["first_stage"])
+    params = jax.device_put(as_dtype(params["first_stage"], dtype))
     stage = FirstStage(params, fields.get("scale_factor", 1.0), module)
     mesh = cores.mesh_of(cores.all_devices()[:1])
     return stage.with_kernels(for_platform(cores.platform_of(mesh), differentiable=False))
@@ -620,6 +703,11 @@ def reconstruct(stage: FirstStage, picture: np.ndarray) -> np.ndarray:
 @jax.jit
 def _reconstruct(stage: FirstStage, picture: jax.Array) -> jax.Array:
     return stage.decode(stage.encode(to_float(picture)))
+
+
+def as_dtype(params: Any, dtype: str) -> Any:
+    """Returns parameters in a type, on the host: eager conversions would each be compiled."""
+    return jax.tree.map(lambda a: np.asarray(a).astype(DTYPES[dtype], copy=False), params)
 
 
 def check_dtype(dtype: str | None) -> str:
