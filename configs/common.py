@@ -65,7 +65,7 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.num_workers = 0  # decoding processes; 0 decodes in threads
 
     config.optim = section()
-    config.optim.kind = "adamw"  # or "adafactor", whose second moments are factored
+    config.optim.kind = "adamw"  # or "adafactor" (factored second moments), "muon"
     config.optim.mu_dtype = "float32"  # or "bfloat16": dtype of the first moments
     config.optim.lr = 1e-4
     config.optim.warmup = 0  # steps

@@ -107,13 +107,34 @@ def min_snr_weights(objective: str, schedule: Schedule, gamma: float) -> np.ndar
     return (np.minimum(snr, gamma) / get_objective(objective).x0_error(snr)).astype(np.float32)
 
 
-def pointwise(kind: str, prediction: Array, truth: Array) -> Array:
-    """Mean "l1" or "l2" distance of every sample: [b, ...] -> [b], float32."""
-    losses = {"l1": jnp.abs, "l2": jnp.square}
-    if kind not in losses:
-        raise ConfigError(f"loss_type {kind!r} is not one of {', '.join(losses)}")
+def p2_weights(objective: str, schedule: Schedule, gamma: float, k: float = 1.0) -> np.ndarray:
+    """Weights [T], float32, 1 / (k + SNR)^gamma on eps's error.
+
+    Choi et al. 2022, arXiv:2204.00227, equation 8. The error of eps is the squared error of x0
+    times the SNR.
+    """
+    abar = np.asarray(schedule.alphas_cumprod, np.float64)
+    snr = np.maximum(abar / (1 - abar), 1e-12)
+    weights = snr / (k + snr) ** gamma / get_objective(objective).x0_error(snr)
+    return weights.astype(np.float32)
+
+
+# Pointwise errors of a difference and a scale c. The pseudo-Huber loss is quadratic below c and
+# linear above it (Song & Dhariwal 2023, arXiv:2310.14189, section 3.3); it has the curvature of l2.
+POINTWISE = {
+    "l1": lambda d, c: jnp.abs(d),
+    "l2": lambda d, c: jnp.square(d),
+    # 2 c (sqrt(d^2 + c^2) - c), without the difference of nearly equal numbers.
+    "huber": lambda d, c: 2 * c * jnp.square(d) / (jnp.sqrt(jnp.square(d) + c**2) + c),
+}
+
+
+def pointwise(kind: str, prediction: Array, truth: Array, c: float = 0.1) -> Array:
+    """Mean error of every sample by a loss of POINTWISE: [b, ...] -> [b], float32."""
+    if kind not in POINTWISE:
+        raise ConfigError(f"loss_type {kind!r} is not one of {', '.join(POINTWISE)}")
     diff = prediction.astype(jnp.float32) - truth
-    return losses[kind](diff).mean(tuple(range(1, diff.ndim)))
+    return POINTWISE[kind](diff, c).mean(tuple(range(1, diff.ndim)))
 
 
 def diffusion_loss(

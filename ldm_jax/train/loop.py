@@ -29,6 +29,7 @@ from ldm_jax.train.config import check_config, check_rows, check_workdir, claim_
 from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import describe_rate, learning_rate, make_optimizer, with_scaled_rate
+from ldm_jax.train.page import write_page
 from ldm_jax.train.report import Report
 from ldm_jax.train.resources import resource_errors
 from ldm_jax.train.start import load_start, with_parameters
@@ -43,9 +44,9 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
     """Trains a model, resuming where an earlier run in ``workdir`` stopped.
 
     ``workdir`` then has config.json, checkpoints/, previews/*.png, TensorBoard events,
-    metrics.jsonl and at the end model/; with ``config.best.keep`` also best/, the checkpoints of
-    the best validations, and model_best/, made of the best one; with ``config.wandb.project``
-    wandb_id.txt and wandb/.
+    metrics.jsonl and at the end report.html and model/; with ``config.best.keep`` also best/, the
+    checkpoints of the best validations, and model_best/, made of the best one; with
+    ``config.wandb.project`` wandb_id.txt and wandb/.
 
     Args:
       config: A config of `ldm_jax.configs`.
@@ -105,6 +106,7 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
     if config.best.keep:
         batch = task.host_batch(first_batches(eval_loader, 1)[0])
         means = jax.eval_shape(task.evaluate, task.weights(shapes), task.frozen, batch)
+        means = task.summary(dict.fromkeys(means, 1.0))
         if (metric := config.best.metric) not in means:
             raise ConfigError(
                 f"best.metric {metric!r} is no validation metric{did_you_mean(metric, means)}"
@@ -241,6 +243,13 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
             folder = workdir / "model_best"
             export(task, folder, top, lambda: best.restore(top, task.weights(like))[0])
             LOG.info("the best by %s, of step %d, is in %s", best.metric, top, folder)
+    if is_first():
+        facts = {
+            "task": config.task,
+            "data": f"{config.data.path}: {counts[0]} pictures to train on, {counts[1]} held out",
+            "parameters": f"{total:.2f} M ({by_part})",
+        }
+        LOG.info("the report is %s", write_page(workdir, config, facts))
     LOG.info("finished: the model is in %s", model_dir)
     return model_dir
 
@@ -276,7 +285,7 @@ def run_evaluation(
         first_row = i * config.batch_size + jax.process_index() * len(raw["caption"])
         batch = global_rows(task.host_batch(raw, first_row), mesh)
         results.append(jax.device_get(evaluate(weights, frozen, batch)))
-    return {k: float(np.mean([r[k] for r in results])) for k in results[0]}
+    return task.summary({k: float(np.mean([r[k] for r in results])) for k in results[0]})
 
 
 def mesh_of(config: Any) -> jax.sharding.Mesh:

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW or Adafactor with warm-up, decay and clipping, from a config."""
+"""The optimiser: AdamW, Adafactor or Muon with warm-up, decay and clipping, from a config."""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from ldm_jax.errors import ConfigError, did_you_mean
 
-KINDS = ("adamw", "adafactor")
+KINDS = ("adamw", "adafactor", "muon")
 
 
 def learning_rate(config: Any, steps: int) -> optax.Schedule:
@@ -103,9 +104,13 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     """Builds the optimiser of a config's "optim".
 
     Clipping by global norm (``clip``; 0 for none), then AdamW (Loshchilov & Hutter 2019,
-    arXiv:1711.05101) or Adafactor (Shazeer & Stern 2018, arXiv:1804.04235). ``mu_dtype`` is the
-    type of the first moments. Adafactor keeps the second moments of a matrix as a row and a
-    column; its learning rate is not relative to the size of the parameters.
+    arXiv:1711.05101), Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) or Muon (Jordan 2024).
+    ``mu_dtype`` is the type of the first moments. Adafactor keeps the second moments of a matrix
+    as a row and a column; its learning rate is not relative to the size of the parameters. Muon
+    orthogonalises the momentum of matrices and of convolutions, read as matrices [h w in, out],
+    and scales it to the size of AdamW's updates (arXiv:2502.16982), so that learning rate and
+    weight decay are AdamW's; biases, scales and tables of embeddings take AdamW with Nesterov's
+    momentum.
     """
     rate = learning_rate(config, steps)
     if config.kind == "adafactor":
@@ -116,7 +121,31 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
             momentum=config.b1 or None,
             dtype_momentum=config.mu_dtype,
         )
+    elif config.kind == "muon":
+        chosen = optax.contrib.muon(
+            rate,
+            beta=0.95,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.mu_dtype,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
     else:
         moments = {"b1": config.b1, "b2": config.b2, "mu_dtype": config.mu_dtype}
         chosen = optax.adamw(rate, weight_decay=config.weight_decay, **moments)
     return optax.chain(optax.clip_by_global_norm(config.clip), chosen) if config.clip else chosen
+
+
+def _matrices(params: Any) -> Any:
+    """Which axes of a parameter are a matrix's inputs and outputs; None for those of AdamW."""
+
+    def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if getattr(path[-1], "key", "") != "kernel" or leaf.ndim < 2:
+            return None
+        inputs = tuple(range(leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)

@@ -93,14 +93,36 @@ def test_errors_are_means_over_each_picture(kind, expected):
     np.testing.assert_allclose(errors, expected)
 
 
+def test_huber_is_l2_below_its_scale_and_a_line_above():
+    truth = jnp.zeros((2, 3))
+    small, large = jnp.full((1, 3), 1e-3), jnp.full((1, 3), 50.0)
+    errors = obj.pointwise("huber", jnp.concatenate([small, large]), truth, 0.5)
+    np.testing.assert_allclose(errors[0], 1e-6, rtol=1e-3)
+    np.testing.assert_allclose(errors[1], 2 * 0.5 * (50 - 0.5), rtol=1e-3)
+    slopes = jax.grad(lambda d: obj.pointwise("huber", d, truth, 0.5).sum())(
+        jnp.concatenate([small, large])
+    )
+    np.testing.assert_allclose(slopes[:, 0] * 3, [2e-3, 2 * 0.5], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["eps", "x0", "v"])
+def test_p2_weighs_the_error_of_eps_alike_whatever_the_network_predicts(name):
+    """The error of x0 of size 1 has the squared error `x0_error` in the network's output."""
+    weights = obj.p2_weights(name, SCHEDULE, 0.5, 2.0)
+    snr = np.asarray(ABAR, np.float64) / (1 - np.asarray(ABAR, np.float64))
+    found = weights * obj.get_objective(name).x0_error(snr)
+    np.testing.assert_allclose(found, snr / np.sqrt(2.0 + snr), rtol=1e-5)
+    assert np.allclose(obj.p2_weights("eps", SCHEDULE, 0.0), 1)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: obj.get_objective("noise"), "objective 'noise' does not exist"),
         (lambda: obj.elbo_weights("noise", SCHEDULE), "objective 'noise' does not exist"),
         (
-            lambda: obj.pointwise("huber", jnp.zeros((1, 2)), jnp.zeros((1, 2))),
-            "'huber' is not one of l1, l2",
+            lambda: obj.pointwise("l3", jnp.zeros((1, 2)), jnp.zeros((1, 2))),
+            "'l3' is not one of l1, l2, huber",
         ),
     ],
 )

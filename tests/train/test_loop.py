@@ -572,7 +572,15 @@ def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(
         line
         for line in stderr.splitlines()
         if not line.startswith(
-            ("step ", "validation ", "finished", "20 pictures", "0.", "learning rate ")
+            (
+                "step ",
+                "validation ",
+                "finished",
+                "the report ",
+                "20 pictures",
+                "0.",
+                "learning rate ",
+            )
         )
     ]
     assert not noise

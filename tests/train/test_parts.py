@@ -342,6 +342,51 @@ def test_a_shift_moves_timesteps_up():
         assert np.median(t) == pytest.approx(1000 * shift / (1 + shift), abs=1.5)
 
 
+def test_logit_normal_times_have_normal_logits():
+    u = (jnp.arange(20_000) + 0.5) / 20_000
+    at = diffusion.logit_normal(u, 0.4, 0.7)
+    logits = np.log(at / (1 - at))
+    np.testing.assert_allclose([logits.mean(), logits.std()], [0.4, 0.7], atol=2e-3)
+    assert at.min() > 0
+    assert at.max() < 1
+
+
+def test_errors_of_each_quarter_are_means_over_all_batches():
+    t = jnp.array([0, 24, 25, 99, 60, 61])
+    errors = jnp.array([1.0, 3.0, 5.0, 7.0, 9.0, 11.0])
+    parts = [diffusion.by_quarter(errors[i : i + 3], t[i : i + 3], 100) for i in (0, 3)]
+    means = {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+    found = diffusion.mean_of_quarters({"loss": 1.0, **means})
+    expected = {"loss": 1.0, "loss_simple_q1": 2.0, "loss_simple_q2": 5.0, "loss_simple_q3": 10.0}
+    assert found == pytest.approx(expected | {"loss_simple_q4": 7.0})
+    empty = diffusion.mean_of_quarters({k: v for k, v in means.items() if "quarter1" in k})
+    assert list(empty) == ["loss_simple_q1"]
+
+
+def test_muon_orthogonalises_matrices_and_convolutions_alone():
+    params = {
+        "dense": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)},
+        "conv": {"kernel": jnp.ones((3, 3, 2, 4))},
+        "embedding": jnp.ones((5, 4)),
+    }
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params)
+    config = base("diffusion").optim
+    config.update(kind="muon", lr=1.0, weight_decay=0.0)
+    tx = make_optimizer(config, 10)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    for leaf in (updates["dense"]["kernel"], updates["conv"]["kernel"].reshape(18, 4)):
+        values = np.linalg.svd(leaf, compute_uv=False)
+        assert values.max() < 1.8 * values.min()
+    raw = np.linalg.svd(grads["dense"]["kernel"], compute_uv=False)
+    assert raw.max() > 1.8 * raw.min()
+    adam = optax.nadamw(1.0, config.b1, config.b2, weight_decay=0.0)
+    expected, _ = adam.update(grads, adam.init(params), params)
+    for name in ("bias", "embedding"):
+        leaf, other = (tree["dense"].get(name, tree["embedding"]) for tree in (updates, expected))
+        np.testing.assert_allclose(leaf, other, rtol=1e-5)
+
+
 def test_scale_factor_brings_latents_to_unit_spread(setups):
     model = setups["diffusion"].model
     unscaled = FirstStage(model.first_stage.params, 1.0, model.first_stage.module)

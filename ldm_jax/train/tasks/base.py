@@ -157,6 +157,10 @@ class Task:
         """Returns the metrics of one batch, pure; a batch always draws the same noise."""
         return self.loss(weights, frozen, batch, jnp.int32(0), False)[1]
 
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Returns what is recorded of a validation, from the means of `evaluate`."""
+        return means
+
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
         """Returns the arrays that the step takes, from a loader's batch.
 

@@ -76,15 +76,21 @@ class DiffusionTask(Task):
             "scale_factor_batches": 64,  # batches that the latents' scale is measured on
             "preview_captions": (),  # prompts of previews; (): captions of held-out images
             "loss": {
-                "kind": "l2",  # or "l1"
+                "kind": "l2",  # or "l1", "huber"
+                "huber_c": 0.1,  # where "huber" turns from a parabola to a line
                 "posterior": "sample",  # of the first stage; or "mode"
                 "simple_weight": 1.0,
                 "elbo_weight": 0.0,
                 "logvar_init": 0.0,
                 "learn_logvar": False,
                 "min_snr_gamma": 0.0,  # 0: all timesteps have the same weight
+                "p2_gamma": 0.0,  # the same; 0.5 or 1 are usual (arXiv:2204.00227)
+                "p2_k": 1.0,
                 # Above 1, noisy timesteps are drawn more often (arXiv:2403.03206, equation 23).
                 "timestep_shift": 1.0,
+                "timesteps": "uniform",  # or "logit_normal" (arXiv:2403.03206, equation 19)
+                "logit_mean": 0.0,
+                "logit_std": 1.0,
                 "caption_dropout": 0.1,  # of any condition, for classifier-free guidance
                 "offset_noise": 0.0,  # standard deviation of the per-channel noise offset
             },
@@ -93,7 +99,20 @@ class DiffusionTask(Task):
     @classmethod
     def check_config(cls, config: Any) -> None:
         """Checks the choices among names."""
-        check_choices(config, {"loss.kind": ("l1", "l2"), "loss.posterior": ("sample", "mode")})
+        check_choices(
+            config,
+            {
+                "loss.kind": obj.POINTWISE,
+                "loss.posterior": ("sample", "mode"),
+                "loss.timesteps": ("uniform", "logit_normal"),
+            },
+        )
+        loss = config.loss
+        for name in ("huber_c", "logit_std", "p2_k"):
+            if loss[name] <= 0:
+                raise ConfigError(f"loss.{name} must be above 0, not {loss[name]}")
+        if loss.min_snr_gamma and loss.p2_gamma:
+            raise ConfigError("loss.min_snr_gamma and loss.p2_gamma both weigh timesteps: set one")
 
     @classmethod
     def from_config(cls, config: Any, weights: bool = True) -> "DiffusionTask":
@@ -215,8 +234,10 @@ class DiffusionTask(Task):
         def uniform(purpose: int) -> jax.Array:
             return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, purpose)))(keys)
 
-        shift = config.timestep_shift if train else 1.0
-        t = draw_timesteps(uniform(TIMESTEP), schedule.timesteps, shift)
+        u = uniform(TIMESTEP)
+        if train and config.timesteps == "logit_normal":
+            u = logit_normal(u, config.logit_mean, config.logit_std)
+        t = draw_timesteps(u, schedule.timesteps, config.timestep_shift if train else 1.0)
         noise = normal_rows(keys, NOISE, shape)
         if config.offset_noise:
             offset = normal_rows(keys, OFFSET, (1, 1, first_stage.channels))
@@ -231,20 +252,26 @@ class DiffusionTask(Task):
         conditioner = frozen["conditioner"] if "conditioner" in frozen else params["conditioner"]
         cond = model.conditioner(conditioner, encoded, train=train, rngs=rngs)
         out = model.apply(params, q_sample(schedule, z, t, noise), t, cond, train=train, rngs=rngs)
-        target, gamma = obj.target(model.objective, schedule, z, noise, t), config.min_snr_gamma
+        target = obj.target(model.objective, schedule, z, noise, t)
+        errors = obj.pointwise(config.kind, out, target, config.huber_c)
         logvar = jnp.full(schedule.timesteps, config.logvar_init)
         with jax.ensure_compile_time_eval():  # tables of the schedule: constants of the program
             elbo = obj.elbo_weights(model.objective, schedule)
-            snr = obj.min_snr_weights(model.objective, schedule, gamma) if gamma else None
-        return obj.diffusion_loss(
-            obj.pointwise(config.kind, out, target),
+            weights = timestep_weights(config, model.objective, schedule)
+        loss, parts = obj.diffusion_loss(
+            errors,
             t,
             elbo=elbo,
             simple_weight=config.simple_weight,
             elbo_weight=config.elbo_weight,
-            weights=snr,
+            weights=weights,
             logvar=params.get("logvar", logvar),
         )
+        return loss, parts if train else parts | by_quarter(errors, t, schedule.timesteps)
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Returns the means with the errors of each quarter of the timesteps."""
+        return mean_of_quarters(means)
 
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
         """Returns the arrays that `loss` takes."""
@@ -398,6 +425,50 @@ def first_stage_shapes(fields: dict[str, Any], path: str | None) -> tuple[dict[s
     if module is None:
         return fields, None
     return fields, jax.eval_shape(partial(init_autoencoder, module), jax.random.key(0))
+
+
+def timestep_weights(loss: Any, objective: str, schedule: Any) -> np.ndarray | None:
+    """Returns the weights [T] of a config's "loss"; None where all are 1."""
+    if loss.min_snr_gamma:
+        return obj.min_snr_weights(objective, schedule, loss.min_snr_gamma)
+    if loss.p2_gamma:
+        return obj.p2_weights(objective, schedule, loss.p2_gamma, loss.p2_k)
+    return None
+
+
+def by_quarter(errors: jax.Array, t: jax.Array, timesteps: int) -> dict[str, jax.Array]:
+    """Returns sums over the batch, divided by its size, of each quarter of the timesteps.
+
+    Args:
+      errors: [b].
+      t: Timesteps [b].
+      timesteps: Their number.
+    """
+    quarter = jnp.minimum(4 * t // timesteps, 3)
+    found = {}
+    for i in range(4):
+        inside = quarter == i
+        found[f"quarter{i + 1}_share"] = inside.mean()
+        found[f"quarter{i + 1}_error"] = jnp.where(inside, errors, 0.0).mean()
+    return found
+
+
+def mean_of_quarters(means: dict[str, float]) -> dict[str, float]:
+    """Replaces the means of `by_quarter` by "loss_simple_q1" to "loss_simple_q4".
+
+    The first quarter has the least noise. A quarter without a sample is left out.
+    """
+    kept = {name: value for name, value in means.items() if not name.startswith("quarter")}
+    for i in range(1, 5):
+        share = means.get(f"quarter{i}_share", 0.0)
+        if share > 0:
+            kept[f"loss_simple_q{i}"] = means[f"quarter{i}_error"] / share
+    return kept
+
+
+def logit_normal(u: jax.Array, mean: float, std: float) -> jax.Array:
+    """Uniform numbers [b] -> numbers in (0, 1) with normal logits (arXiv:2403.03206, eq. 19)."""
+    return jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1 - 1e-6)))
 
 
 def draw_timesteps(u: jax.Array, timesteps: int, shift: float) -> jax.Array:
