@@ -26,6 +26,7 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.dtype = "float32"  # of the computation; parameters are always float32
     config.remat = "none"  # or "blocks": the backward pass recomputes the inside of each block
     config.ema = 0.9999  # decay of the parameters' moving average; 0: no average
+    config.ema_warmup = True  # a lower decay in the first steps, which forgets the start
     config.parallel = "jit"  # or "pmap": one host, everything replicated
     config.mesh = section()  # axis sizes; -1: the devices that the other axes leave
     config.mesh.data = -1

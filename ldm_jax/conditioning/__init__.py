@@ -5,6 +5,7 @@ from typing import Any
 
 from ldm_jax.conditioning.base import Cond, Conditioner, RowCondition
 from ldm_jax.conditioning.class_label import ClassLabel
+from ldm_jax.conditioning.class_vector import ClassVector
 from ldm_jax.conditioning.embeddings import Embeddings
 from ldm_jax.conditioning.hybrid import Hybrid
 from ldm_jax.conditioning.layout import Layout
@@ -29,6 +30,7 @@ CONDITIONERS: dict[str, type[Conditioner]] = {
     "tokens": Layout,
     "clip": ClipText,
     "class": ClassLabel,
+    "class_vector": ClassVector,
     "rescale": SemanticMap,
     "joined": SmallPicture,
     "hybrid": Hybrid,

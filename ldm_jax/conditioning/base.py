@@ -178,6 +178,11 @@ class Conditioner:
         """
         return dict(fields)
 
+    @classmethod
+    def unet_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of the UNet that follow from those of `complete`."""
+        return {}
+
     def row_problems(self, rows: "Rows", column: str, few: int) -> Iterator[str]:
         """Yields what is wrong with the conditions of training rows, one line each.
 

@@ -40,19 +40,16 @@ class RowClass(RowCondition):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassLabel(Conditioner):
-    """A class as one context token (the original's ClassEmbedder).
-
-    Where a model is trained for guidance the last class is the null class, as in cin256-v2: 1000
-    of 1001.
-    """
-
-    module: ClassEmbedder
+class Classes(Conditioner):
+    """What every condition on a class has in common; ``count`` is the number of classes."""
 
     field = "classes"
-    network = ClassEmbedder
-    interpolates = True
     argument = "classes"
+
+    @property
+    def count(self) -> int:
+        """The number of classes, the null class included."""
+        raise NotImplementedError
 
     @classmethod
     def row_condition(
@@ -65,6 +62,58 @@ class ClassLabel(Conditioner):
     def row_labels(cls, row: Mapping[str, Any], column: str) -> Iterable[Any]:
         """Yields the row's class."""
         return [column_of(row, column)]
+
+    def row_problems(self, rows: Rows, column: str, few: int) -> Iterator[str]:
+        """Yields classes with few pictures."""
+        counts = Counter(row.get(column) for row in rows.rows)
+        listed = [f"{name} {n}" for name, n in counts.most_common()]
+        LOG.info("%d classes: %s", len(counts), some(listed, 20))
+        if rare := [str(name) for name, n in counts.items() if n < few]:
+            yield (
+                f"{len(rare)} of {len(counts)} classes have fewer than {few} pictures "
+                f"({some(rare)})"
+            )
+
+    def encode(self, values: Sequence[int | str]) -> np.ndarray:
+        """Returns labels int32 [b]."""
+        labels = np.asarray([int(label) for label in values], np.int32)
+        if len(labels) and (labels.min() < 0 or labels.max() >= self.count):
+            raise ValueError(f"labels must be from 0 to {self.count - 1}")
+        return labels
+
+    def parse(self, value: Any, canvas: Any, geometry: Any) -> list[int]:
+        """Returns the numbers of classes given by number or name; "all" is every class."""
+        return self.numbers(as_list(value), geometry.names)
+
+    def numbers(self, labels: Sequence[Any], names: Sequence[str] | None) -> list[int]:
+        """Returns the numbers of classes given by number or name; ["all"] is every class."""
+        count = self.count
+        if list(labels) == ["all"]:
+            return list(range(len(names or range(count))))
+        return class_numbers(labels, count, names)
+
+    def cache_fields(self) -> dict[str, dict[str, Any]]:
+        """Returns a number for each row."""
+        return {"condition": {"dtype": "int64", "shape": ()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassLabel(Classes):
+    """A class as one context token (the original's ClassEmbedder).
+
+    Where a model is trained for guidance the last class is the null class, as in cin256-v2: 1000
+    of 1001.
+    """
+
+    module: ClassEmbedder
+
+    network = ClassEmbedder
+    interpolates = True
+
+    @property
+    def count(self) -> int:
+        """The number of classes, the null class included."""
+        return self.module.n_classes
 
     @classmethod
     def complete(
@@ -85,27 +134,9 @@ class ClassLabel(Conditioner):
             )
         return fields
 
-    def row_problems(self, rows: Rows, column: str, few: int) -> Iterator[str]:
-        """Yields classes with few pictures."""
-        counts = Counter(row.get(column) for row in rows.rows)
-        listed = [f"{name} {n}" for name, n in counts.most_common()]
-        LOG.info("%d classes: %s", len(counts), some(listed, 20))
-        if rare := [str(name) for name, n in counts.items() if n < few]:
-            yield (
-                f"{len(rare)} of {len(counts)} classes have fewer than {few} pictures "
-                f"({some(rare)})"
-            )
-
-    def encode(self, values: Sequence[int | str]) -> np.ndarray:
-        """Returns labels int32 [b]."""
-        labels = np.asarray([int(label) for label in values], np.int32)
-        if len(labels) and (labels.min() < 0 or labels.max() >= self.module.n_classes):
-            raise ValueError(f"labels must be from 0 to {self.module.n_classes - 1}")
-        return labels
-
     def encode_null(self, n: int) -> np.ndarray:
         """Returns the last class, ``n`` times."""
-        return np.full(n, self.module.n_classes - 1, np.int32)
+        return np.full(n, self.count - 1, np.int32)
 
     def __call__(
         self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
@@ -114,24 +145,9 @@ class ClassLabel(Conditioner):
         token: Any = self.module.apply({"params": params}, encoded)
         return Cond(crossattn=token)
 
-    def parse(self, value: Any, canvas: Any, geometry: Any) -> list[int]:
-        """Returns the numbers of classes given by number or name; "all" is every class."""
-        return self.numbers(as_list(value), geometry.names)
-
-    def numbers(self, labels: Sequence[Any], names: Sequence[str] | None) -> list[int]:
-        """Returns the numbers of classes given by number or name; ["all"] is every class."""
-        count = self.module.n_classes
-        if list(labels) == ["all"]:
-            return list(range(len(names or range(count))))
-        return class_numbers(labels, count, names)
-
     def signature(self, names: Sequence[str] | None) -> dict[str, Any]:
         """Returns the null class and the names."""
-        return {"null_class": self.module.n_classes - 1, "classes": names}
-
-    def cache_fields(self) -> dict[str, dict[str, Any]]:
-        """Returns a number for each row."""
-        return {"condition": {"dtype": "int64", "shape": ()}}
+        return {"null_class": self.count - 1, "classes": names}
 
 
 def class_numbers(

@@ -89,7 +89,13 @@ def complete_model(
     except ValueError as error:
         raise ConfigError(f"model.conditioner.{error}") from None
     names = getattr(condition, "names", ())
-    return {**model, "conditioner": completed} | ({"classes": list(names)} if names else {})
+    done = {**model, "conditioner": completed} | ({"classes": list(names)} if names else {})
+    if follows := conditioner_class(fields).unet_fields(completed):
+        done["unet"] = unet = {**follows, **model.get("unet", {})}
+        for name, value in follows.items():
+            if unet[name] != value:
+                raise ConfigError(f"model.unet.{name} is {unet[name]}: the condition needs {value}")
+    return done
 
 
 def frozen_conditioner(

@@ -218,6 +218,17 @@ def level(schedule: Schedule, t: Array, x: Array) -> tuple[jax.Array, jax.Array]
     )
 
 
+def condition_timesteps(timesteps: int, count: int) -> np.ndarray:
+    """Returns the noise level of the condition at each timestep, int32 [timesteps].
+
+    The original's shortened schedule of the condition: ``count`` levels spread over all timesteps
+    come first, and every later timestep has the last one.
+    """
+    levels = np.full(timesteps, timesteps - 1, np.int32)
+    levels[:count] = np.round(np.linspace(0, timesteps - 1, count))
+    return levels
+
+
 # ------------------------------------------------------------------------- the process' Gaussians
 
 

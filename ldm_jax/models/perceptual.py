@@ -69,8 +69,9 @@ class VGG16Features(Module):
 class LPIPS(Module):
     """The LPIPS distance with VGG-16 features (arXiv:1801.03924, equation 1).
 
-    Two batches of RGB images [b, h, w, 3] in [-1, 1] -> distances float32 [b], not bounded. There
-    is no dropout before the heads: it acts only in their training.
+    Two batches of RGB images [b, h, w, 3] in [-1, 1] -> distances float32 [b], not bounded.
+    ``use_dropout`` is the dropout of one half before the heads, which acts only with ``train``: in
+    the training of the heads, and in the original also while a first stage is trained.
 
     With preprocess="caffe" this is an approximation of LPIPS: the published heads were fitted to
     torchvision's VGG-16, not to the Caffe weights. Figures from the two must not be compared.
@@ -78,15 +79,40 @@ class LPIPS(Module):
 
     widths: Sequence[int] = VGG16_WIDTHS
     preprocess: str = "torchvision"
+    use_dropout: bool = True
 
     @nn.compact
-    def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        a: jax.Array,
+        b: jax.Array,
+        train: bool = False,
+        uniforms: Sequence[jax.Array] | None = None,
+    ) -> jax.Array:
+        """Returns the distances.
+
+        Args:
+          a: Images.
+          b: As many images.
+          train: Whether features are dropped.
+          uniforms: Uniform numbers [b, h_i, w_i, widths[i]] of the dropout, which keeps features
+            from 0.5 on; else drawn from the rng "dropout".
+
+        Raises:
+          ValueError: The shapes differ.
+        """
         if a.shape != b.shape:
             raise ValueError(f"LPIPS: the shapes {a.shape} and {b.shape} differ")
         vgg = self.layer(VGG16Features)(self.widths, self.preprocess, name="vgg")
         distance = jnp.zeros(a.shape[0], jnp.float32)
         for i, (fa, fb) in enumerate(zip(vgg(a), vgg(b), strict=True)):
             difference = jnp.square(unit_length(fa) - unit_length(fb))
+            if train and self.use_dropout:
+                if uniforms is None:
+                    u = jax.random.uniform(self.make_rng("dropout"), difference.shape)
+                else:
+                    u = uniforms[i]
+                difference = jnp.where(u >= 0.5, 2.0 * difference, 0.0)
             # The head is a 1x1 convolution to one channel without bias: it commutes with the mean
             # over space.
             head = nn.Dense(1, use_bias=False, precision="highest", name=f"lin{i}")

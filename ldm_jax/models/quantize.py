@@ -22,7 +22,8 @@ class Quantized:
     Attributes:
       z: The codes [b, h, w, c], with a straight-through gradient.
       loss: [], trains codebook and encoder.
-      indices: int32 [b, h, w], or [b * h * w] where ``sane_index_shape`` is off.
+      indices: int32 [b, h, w]; where ``sane_index_shape`` is off [b * h * w], of nearest codes
+        with a ``remap`` [b * h * w, 1].
       perplexity: [], exp of the entropy of the codes' use over the batch; None for Gumbel.
     """
 
@@ -82,13 +83,21 @@ class Quantizer(Module):
             return self.n_embed
         return len(self.remap) + (self.unknown_index == "extra")
 
-    def remap_to_used(self, indices: Array) -> Array:
-        """Indices of codes [...] -> positions in ``remap``."""
+    def remap_to_used(self, indices: Array, drawn: Array | None = None) -> Array:
+        """Indices of codes [...] -> positions in ``remap``.
+
+        Args:
+          indices: Indices of codes.
+          drawn: Where ``unknown_index`` is "random", the positions [...] that unknown codes become,
+            else drawn from the rng "remap".
+        """
         if self.remap is None:
             return indices
         match = indices[..., None] == jnp.asarray(self.remap, jnp.int32)
         if self.unknown_index == "random":
-            unknown: Any = jax.random.randint(self.key("remap"), indices.shape, 0, self.re_embed)
+            unknown: Any = drawn
+            if drawn is None:
+                unknown = jax.random.randint(self.key("remap"), indices.shape, 0, self.re_embed)
         else:
             unknown = len(self.remap) if self.unknown_index == "extra" else self.unknown_index
         return jnp.where(match.any(-1), match.argmax(-1), unknown).astype(jnp.int32)
@@ -106,9 +115,9 @@ class Quantizer(Module):
         used = jnp.asarray(self.remap, jnp.int32)
         return used[jnp.where(indices >= len(self.remap), 0, indices)]
 
-    def shaped(self, indices: Array, b: int, h: int, w: int) -> Array:
-        """Indices remapped, in the shape in which they are returned."""
-        indices = self.remap_to_used(indices.reshape(b, h, w))
+    def shaped(self, indices: Array, b: int, h: int, w: int, drawn: Array | None = None) -> Array:
+        """Indices remapped, in the shape in which they are returned; see `remap_to_used`."""
+        indices = self.remap_to_used(indices.reshape(b, h, w), drawn)
         return indices if self.sane_index_shape else indices.reshape(-1)
 
 
@@ -132,8 +141,8 @@ class VectorQuantizer(Quantizer):
             (self.n_embed, self.embed_dim),
         )
 
-    def __call__(self, h: Array) -> Quantized:
-        """``h`` [b, h, w, embed_dim] -> its nearest codes."""
+    def __call__(self, h: Array, drawn: Array | None = None) -> Quantized:
+        """``h`` [b, h, w, embed_dim] -> its nearest codes; ``drawn`` is that of `remap_to_used`."""
         b, height, width, c = h.shape
         h = h.astype(jnp.float32)
         indices = nearest_codes(h.reshape(-1, c), self.embedding)
@@ -145,7 +154,10 @@ class VectorQuantizer(Quantizer):
         )
         use = perplexity_of(indices, self.n_embed)
         z = straight_through(h, codes).astype(self.dtype)
-        return Quantized(z, loss, self.shaped(indices, b, height, width), use)
+        indices = self.shaped(indices, b, height, width, drawn)
+        if self.remap is not None and not self.sane_index_shape:
+            indices = indices[:, None]
+        return Quantized(z, loss, indices, use)
 
     def codes(self, indices: Array) -> Array:
         """Returned indices [...] -> codes [..., embed_dim]."""
@@ -202,8 +214,9 @@ class GumbelQuantizer(Quantizer):
         z = z.astype(self.dtype)
         q = jax.nn.softmax(logits, axis=-1)
         loss = self.kl_weight * jnp.sum(q * jnp.log(q * self.n_embed + 1e-10), axis=-1).mean()
-        indices = self.remap_to_used(jnp.asarray(used, jnp.int32)[place]).reshape(b, height, width)
-        return Quantized(z, loss, indices)
+        # All codes are in use: nothing is drawn.
+        indices = self.remap_to_used(jnp.asarray(used, jnp.int32)[place], place)
+        return Quantized(z, loss, indices.reshape(b, height, width))
 
     def codes(self, indices: Array) -> Array:
         """Returned indices [...] -> codes [..., embed_dim]."""

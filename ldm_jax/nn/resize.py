@@ -68,20 +68,36 @@ def resize(x: Array, scale: float, method: Method = "bilinear") -> Array:
       ValueError: The method does not exist, or no pixel would be left.
     """
     _, h, w, _ = x.shape
-    sizes = [int(np.floor(n * scale)) for n in (h, w)]
+    sizes = int(np.floor(h * scale)), int(np.floor(w * scale))
     if min(sizes) < 1:
         raise ValueError(f"resize: {h}x{w} pixels by {scale} leave {sizes[0]}x{sizes[1]}")
+    return _resample(x, sizes, (scale, scale), method)
+
+
+def resize_to(x: Array, size: tuple[int, int], method: Method = "bilinear") -> Array:
+    """``x`` [b, h, w, c] -> [b, *size, c], computed in float32.
+
+    Raises:
+      ValueError: The method does not exist.
+    """
+    _, h, w, _ = x.shape
+    return _resample(x, size, (size[0] / h, size[1] / w), method)
+
+
+def _resample(x: Array, sizes: tuple[int, int], scales: tuple[float, float], method: str) -> Array:
+    """Resizes; the scales give the coordinates of the source."""
+    _, h, w, _ = x.shape
+    axes = list(zip((h, w), sizes, scales, strict=True))
     if method == "nearest":
-        step = np.float32(1.0 / scale)
         rows, columns = (
-            np.minimum(np.floor(np.arange(m, dtype=np.float32) * step).astype(int), n - 1)
-            for n, m in zip((h, w), sizes, strict=True)
+            np.minimum(
+                (np.arange(m, dtype=np.float32) * np.float32(1.0 / scale)).astype(int), n - 1
+            )
+            for n, m, scale in axes
         )
         return x[:, rows][:, :, columns]
     if method not in _MATRICES:
         raise ValueError(f"resize: method {method!r} is not one of nearest, {', '.join(_MATRICES)}")
-    vertical, horizontal = (
-        _MATRICES[method](n, m, scale) for n, m in zip((h, w), sizes, strict=True)
-    )
+    vertical, horizontal = (_MATRICES[method](n, m, scale) for n, m, scale in axes)
     y = jnp.einsum("ph,bhwc->bpwc", vertical, x.astype(jnp.float32), precision="highest")
     return jnp.einsum("qw,bpwc->bpqc", horizontal, y, precision="highest").astype(x.dtype)

@@ -168,7 +168,8 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
             for step in range(start + 1, config.steps + 1):
                 # The host reads, encodes and transfers a batch while the device runs.
                 with report.waiting(pending and pending[1]):
-                    batch = global_rows(task.host_batch(next(batches), first_row), mesh)
+                    raw = task.batch_at(next(batches), step - 1)
+                    batch = global_rows(task.host_batch(raw, first_row), mesh)
                 compiles = step == start + 1
                 with report.pause() if compiles else contextlib.nullcontext():
                     state, metrics = step_fn(state, frozen, batch)

@@ -49,27 +49,42 @@ def averaged(state: TrainState) -> Any:
     return state.params if state.ema is None else state.ema
 
 
-def ema_update(ema: Any, params: Any, updates: jax.Array, decay: float) -> Any:
+def ema_update(ema: Any, params: Any, updates: jax.Array | None, decay: float) -> Any:
     """Returns ema - (1 - d) (ema - params), as LitEma of the original.
 
     Args:
       ema: The average.
       params: The parameters after this update.
-      updates: The number n of updates, this one included.
+      updates: The number n of updates, this one included; None for a constant d.
       decay: The largest d; d = min(decay, (1 + n) / (10 + n)) forgets the start quickly.
     """
-    n = updates.astype(jnp.float32)
-    rate = 1.0 - jnp.minimum(decay, (1 + n) / (10 + n))
+    if updates is None:
+        rate: Any = 1.0 - decay
+    else:
+        n = updates.astype(jnp.float32)
+        rate = 1.0 - jnp.minimum(decay, (1 + n) / (10 + n))
     return jax.tree.map(lambda e, p: e - rate * (e - p), ema, params)
 
 
 def apply_gradients(
-    state: TrainState, grads: Any, metrics: dict, tx: optax.GradientTransformation, decay: float
+    state: TrainState,
+    grads: Any,
+    metrics: dict,
+    tx: optax.GradientTransformation,
+    decay: float,
+    warmup: bool = True,
 ) -> tuple[TrainState, dict]:
-    """Returns the next state, and the metrics with the norm of ``grads``; ``extra`` is kept."""
+    """Returns the next state, and the metrics with the norm of ``grads``; ``extra`` is kept.
+
+    Without ``warmup`` the average has its full decay from the first step.
+    """
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, updates), state.step + 1
-    ema = None if state.ema is None else ema_update(state.ema, params, step, decay)
+    ema = (
+        None
+        if state.ema is None
+        else ema_update(state.ema, params, step if warmup else None, decay)
+    )
     state = dataclasses.replace(state, step=step, params=params, ema=ema, opt_state=opt_state)
     return state, metrics | {"grad_norm": optax.tree.norm(grads)}
 

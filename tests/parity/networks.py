@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_jax.convert.compvis import blocks
 from ldm_jax.convert.compvis.networks import param_shapes, table_of
-from ldm_jax.convert.compvis.targets import module_from_config, transformer_wrapper_from_params
+from ldm_jax.convert.compvis.targets import module_from_config
 from ldm_jax.convert.tables import Table, to_theirs, unused
 from ldm_jax.errors import TargetError
 from ldm_jax.models.autoencoder import DiagonalGaussian, normal_kl
@@ -168,20 +168,6 @@ def text_encoder(case: Case) -> Results:
         "embeddings": run({"params": params}, tokens),
         "logits": run({"params": params}, tokens, logits=True),
     }
-
-
-def transformer_wrapper(case: Case) -> Results:
-    kwargs = dict(case.kwargs)
-    encoder = kwargs.pop("encoder")
-    try:
-        module = transformer_wrapper_from_params(kwargs.get("wrapper", kwargs), encoder)
-    except TargetError as error:
-        raise NotYet(str(error)) from None
-    params = case.params(table_of(module, ""), shapes_of(module))
-    mask = case.inputs["mask"].astype(bool) if "mask" in case.inputs else None
-    tokens, variables = case.inputs["tokens"], {"params": params}
-    logits = module.apply(variables, tokens, mask, logits=True)
-    return {"embeddings": module.apply(variables, tokens, mask), "logits": logits, "y": logits}
 
 
 # ------------------------------------------------------------------------------------------- blocks
@@ -411,7 +397,6 @@ CASES: Mapping[str, Callable[[Case], Results]] = {
     "ldm.modules.distributions.distributions.DiagonalGaussianDistribution": diagonal_gaussian,
     "ldm.modules.encoders.modules.BERTEmbedder": text_encoder,
     "ldm.modules.encoders.modules.TransformerEmbedder": text_encoder,
-    "ldm.modules.x_transformer.TransformerWrapper": transformer_wrapper,
     "ldm.modules.diffusionmodules.openaimodel.ResBlock": block(_res_block),
     "ldm.modules.diffusionmodules.openaimodel.AttentionBlock": block(_attention_block),
     "ldm.modules.attention.SpatialTransformer": block(_spatial_transformer),

@@ -1,5 +1,6 @@
 """First stages, quantisers, conditioning networks and the classifier of each case."""
 
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +20,6 @@ from ldm_jax.models.permuter import PERMUTERS
 from ldm_jax.models.quantize import (
     EMAQuantizer,
     GumbelQuantizer,
-    Quantized,
     VectorQuantizer,
     share_of,
 )
@@ -32,11 +32,12 @@ from ldm_jax.train.tasks.adversarial import (
     generator_gradients,
     judge,
     make_nll,
+    with_condition,
 )
 from ldm_jax.train.tasks.autoencoder import code_metrics
 
 from . import checkpoints
-from .golden import Case, NotYet, nchw, shapes_of
+from .golden import Case, NotYet, nchw, nhwc, shapes_of, summed_gradient
 
 Results = dict[str, Any]
 
@@ -75,9 +76,16 @@ def seeds() -> dict[str, jax.Array]:
     return {"remap": jax.random.key(0)}
 
 
-def quantizer_results(module: VectorQuantizer, out: Quantized, first: bool) -> Results:
-    indices = out.indices.reshape(-1, 1) if first else out.indices
-    return {"z_q": nchw(out.z), "loss": out.loss, "indices": indices}
+def replaced(
+    module: VectorQuantizer, indices: jax.Array, recorded: np.ndarray | None
+) -> jax.Array | None:
+    """Recorded draws, one for each unknown code of ``indices`` in order, where they are."""
+    if recorded is None:
+        return None
+    unknown = ~np.isin(np.asarray(indices), np.asarray(module.remap))
+    drawn = np.zeros(unknown.shape, np.int32)
+    drawn[unknown] = recorded
+    return jnp.asarray(drawn)
 
 
 def vector_quantizer(case: Case) -> Results:
@@ -85,30 +93,41 @@ def vector_quantizer(case: Case) -> Results:
     module, params, table = build(case)
     assert isinstance(module, VectorQuantizer)
     first, z, w = case.cls.endswith("VectorQuantizer"), case.image("z"), case.image("w")
+    b, h, width, c = z.shape
+    weight = re.search(r"\+ *(\d+) *\* *loss", case.spec["call"])
+    weight = float(weight[1]) if weight else 2.0 if first else 3.0
+    plain = module.clone(remap=None, sane_index_shape=True).apply({"params": params}, z).indices
+    drawn = replaced(module, plain, case.inputs.get("r_forward"))
 
     @jax.jit
     def run(params: Any, z: jax.Array) -> Any:
         def objective(params: Any, z: jax.Array) -> Any:
-            out = module.apply({"params": params}, z, rngs=seeds())
-            return (out.z * w).sum() + (2 if first else 3) * out.loss, out
+            out = module.apply({"params": params}, z, drawn, rngs=seeds())
+            return (out.z * w).sum() + weight * out.loss, out
 
         (_, out), grads = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, z)
         return out, grads
 
     out, (grads, grad_z) = run(params, z)
     bound = module.bind({"params": params}, rngs=seeds())
-    b, h, width, c = z.shape
     entries = bound.codes(out.indices)
-    results = quantizer_results(module, out, first) | {
+    results = {
+        "z_q": nchw(out.z),
+        "loss": out.loss,
+        "indices": out.indices.reshape(-1, 1) if first else out.indices,
         "perplexity": out.perplexity,
         "min_encodings": jax.nn.one_hot(out.indices.reshape(-1), module.n_embed),
         "codebook_entry": nchw(entries.reshape(b, h, width, c)),
         "codebook_entry_noshape": entries.reshape(-1, c),
-        "grad:z": nchw(grad_z),
+        "grad:z": summed_gradient(case, "grad:z", nchw(grad_z)),
     }
     if module.remap is not None:
-        results["remap_all"] = bound.remap_to_used(jnp.arange(module.n_embed)[None])
-        results["unmap_all"] = bound.unmap_to_all(jnp.arange(module.re_embed)[None])
+        codes = jnp.asarray(case.inputs.get("codes", np.arange(module.n_embed)[None]), jnp.int32)
+        drawn = replaced(module, codes, case.inputs.get("r_remap_all"))
+        results["remap_all"] = bound.remap_to_used(codes, drawn)
+        shape = case.expected["unmap_all"].shape
+        all_of = jnp.arange(np.prod(shape)).reshape(shape) % module.re_embed
+        results["unmap_all"] = bound.unmap_to_all(all_of)
     return results | {f"grad:{name}": a for name, a in to_theirs(table, grads).items()}
 
 
@@ -272,10 +291,13 @@ def drawn(name: str, shape: list[int], seed: int) -> np.ndarray:
 
 def gan_loss(case: Case) -> Results:
     """Losses, logs and gradients of a one-convolution generator, per step and optimiser."""
-    kwargs, inputs = case.kwargs, case.inputs
+    kwargs, inputs, stored = case.kwargs, case.inputs, case.weights()
     kl = "contperceptual" in case.cls
+    heads = [f"perceptual_loss.lin{i}.model.1.weight" for i in range(5)]
+    widths = case.spec.get("vgg_widths", [stored[name].shape[1] for name in heads])
+    ndf = {"disc_ndf": stored["discriminator.main.0.weight"].shape[0]}  # not of the KL class
     try:
-        whole = loss_parts({"target": case.cls, "params": kwargs}, "", case.spec["vgg_widths"])
+        whole = loss_parts({"target": case.cls, "params": {**kwargs, **ndf}}, "", widths)
     except TargetError as error:
         raise NotYet(str(error)) from None
     parts = case.params(whole.table, whole.shapes)
@@ -286,39 +308,50 @@ def gan_loss(case: Case) -> Results:
         start=kwargs["disc_start"],
         factor=kwargs.get("disc_factor", 1.0),
         weight=kwargs.get("disc_weight", 1.0),
+        idle_weight=not kl,
     )
     weight = kwargs.get("kl_weight" if kl else "codebook_weight", 1.0)
     x = case.image("inputs")
-    nll = make_nll(
-        x,
-        kwargs.get("pixel_loss", "l1"),
-        kwargs.get("perceptual_weight", 1.0),
-        lambda a, b: lpips.apply({"params": parts["lpips"]}, a, b),
-        summed=kl,
-    )
+    cond = case.image("cond") if kwargs.get("disc_conditional") else None
+    perceptual = kwargs.get("perceptual_weight", 1.0)
+    dropped = [nhwc(inputs[f"u_dropout{i}"]) for i in range(5)] if "u_dropout0" in inputs else None
+
+    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+        variables = {"params": parts["lpips"]}
+        return lpips.apply(variables, a, b, dropped is not None, dropped)
+
+    def make(weights: Any = None) -> Any:
+        kind = kwargs.get("pixel_loss", "l1")
+        return make_nll(
+            x, kind, perceptual, distance if perceptual else None, summed=kl, weights=weights
+        )
+
+    nll, weighted = make(), None
+    if "weights" in inputs:
+        of_pixels = inputs["weights"]
+        weighted = make(nhwc(of_pixels) if of_pixels.ndim == 4 else of_pixels)
     params = {"last_weight": CONV.to_ours(inputs["last_weight"]), "last_bias": inputs["last_bias"]}
+    params["feat"] = case.image("feat")
+    moments = "moments" if "moments" in inputs else "posterior_parameters"
     if kl:
-        params |= {
-            "logvar": parts["logvar"],
-            "posterior_parameters": case.image("posterior_parameters"),
-        }
+        params |= {"logvar": parts["logvar"], moments: case.image(moments)}
+    else:
+        params["codebook_loss"] = inputs["codebook_loss"]
 
     def forward(params: Any) -> Any:
         places = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(
-            case.image("feat"), params["last_weight"], (1, 1), "SAME", dimension_numbers=places
+            params["feat"], params["last_weight"], (1, 1), "SAME", dimension_numbers=places
         )
         if not kl:
-            return (y + params["last_bias"], jnp.mean(inputs["codebook_loss"])), y + params[
-                "last_bias"
-            ]
-        posterior = DiagonalGaussian.from_moments(params["posterior_parameters"])
-        return (y + params["last_bias"], posterior.kl().mean()), y + params["last_bias"]
+            return (y + params["last_bias"], jnp.mean(params["codebook_loss"])), None
+        posterior = DiagonalGaussian.from_moments(params[moments])
+        return (y + params["last_bias"], posterior.kl().mean()), None
 
     @jax.jit
     def evaluated(step: jax.Array) -> Any:
         (y, penalty), _ = forward(params)
-        real, fake = (adversary.module.apply(variables, a) for a in (x, y))
+        real, fake = (adversary.module.apply(variables, with_condition(a, cond)) for a in (x, y))
         nll_loss, log = nll(y, jnp.asarray(params.get("logvar", 0.0)))
         factor, loss = adversary.disc_factor(step), nll_loss + weight * penalty
         first = log | {
@@ -343,24 +376,32 @@ def gan_loss(case: Case) -> Results:
             adversary=adversary,
             variables=variables,
             step=step,
+            weighted=weighted,
+            cond=cond,
         )
         (y, penalty), _ = forward(params)
         assert made.fake is not None
-        real = judge(adversary.module, variables, x)
-        fake = judge(adversary.module, real.variables, y)
+        real = judge(adversary.module, variables, x, cond)
+        fake = judge(adversary.module, real.variables, y, cond)
         grads, second = discriminator_gradients(adversary, real, fake, step)
         first = made.metrics | {"penalty": penalty}
-        return first, second, made.grads, grads, made.fake.variables, fake.variables
+        # The original's first backward pass also reaches the discriminator, to no use.
+        logits = made.fake.logits
+        reached, _ = made.fake.pullback(jnp.full_like(logits, -1.0 / logits.size))
+        reached = jax.tree.map(lambda g: made.metrics["adversarial_weight"] * g, reached)
+        return first, second, made.grads, (reached, grads), made.fake.variables, fake.variables
 
     results: Results = {}
+    passes: dict[str, dict[int, Any]] = {}  # gradients of inputs, by step
     table = table_of(adversary.module, "discriminator.")
-    split = "train" if case.spec["train_mode"] else "val"
-    for step in case.spec["global_steps"]:
+    split = "train" if case.spec.get("train_mode", "in train mode" in case.spec["call"]) else "val"
+    found = {int(m[1]) for name in case.expected if (m := re.search(r"step(\d+)\.", name))}
+    for step in case.spec.get("global_steps", sorted(found)):
         at = f"step{step}"
         if split == "val":
             first, second = evaluated(jnp.int32(step))
         else:
-            first, second, grads, of_disc, after_first, after_second = trained(jnp.int32(step))
+            first, second, grads, of_disc, *afters = trained(jnp.int32(step))
             for name, grad in grads.items():
                 turned = (
                     CONV.to_theirs(grad)
@@ -369,15 +410,15 @@ def gan_loss(case: Case) -> Results:
                     if grad.ndim == 4
                     else grad
                 )
-                results[f"grad:{at}.opt0.{name}"] = turned
-            for name, grad in to_theirs(table, {**variables, "params": of_disc}).items():
-                results |= {
-                    f"grad:{at}.opt1.{name}": grad,
-                    f"grad:{at}.opt1.{name}[:8]": grad[:8] if grad.ndim else grad,
-                }
-            for optimizer, after in enumerate((after_first, after_second)):
+                passes.setdefault(name, {})[step] = turned
+            for i, (of_pass, after) in enumerate(zip(of_disc, afters, strict=True)):
+                for name, grad in to_theirs(table, {**variables, "params": of_pass}).items():
+                    results |= {
+                        f"grad:{at}.opt{i}.{name}": grad,
+                        f"grad:{at}.opt{i}.{name}[:8]": grad[:8] if grad.ndim else grad,
+                    }
                 for name, a in to_theirs(table, after).items():
-                    results[f"{at}.opt{optimizer}.after.{name}"] = a
+                    results[f"{at}.opt{i}.after.{name}"] = a
         log = first | {
             "total_loss": first["loss"],
             "kl_loss" if kl else "quant_loss": first["penalty"],
@@ -390,29 +431,40 @@ def gan_loss(case: Case) -> Results:
         results |= {f"{at}.opt0.loss": first["loss"], f"{at}.opt1.loss": second["disc_loss"]}
         results |= {f"{at}.opt0.{split}/{name}": a for name, a in log.items()}
         results |= {f"{at}.opt1.{split}/{name}": a for name, a in second.items()}
+    for name, grads in passes.items():
+        for step, grad in grads.items():
+            others = [g for other, g in grads.items() if other != step]
+            for i in (0, 1):  # the second optimiser's pass reaches no input
+                key = f"grad:step{step}.opt{i}.{name}"
+                own = name == "logvar"  # a parameter of the loss
+                results[key] = grad if own else summed_gradient(case, key, grad, *others)
     return results
 
 
 def lit_ema(case: Case) -> Results:
     """The average over a stream of parameters; what is not trained has none, and stays."""
-    inputs, results = case.inputs, {}
-    live = {name.removeprefix("init/"): a for name, a in inputs.items() if name.startswith("init/")}
-    frozen = {name: live.pop(name) for name in list(live) if f"update0/{name}" not in inputs}
-    n, ema = case.kwargs.get("start_num_updates", 0), live
-    for call in range(sum(name.startswith("update") for name in inputs) // len(live)):
+    inputs, kwargs, results = case.inputs, case.kwargs, {}
+    net = {name.removeprefix("init/"): a for name, a in inputs.items() if name.startswith("init/")}
+    live = {
+        name: a
+        for name, a in net.items()
+        if f"after0/{name.replace('.', '')}" in case.expected and f"update0/{name}" in inputs
+    }
+    counted = kwargs.get("use_num_upates", True)  # as the original spells it
+    n, ema, calls = kwargs.get("start_num_updates", 0), live, 0
+    while any(name.startswith(f"update{calls}/") for name in inputs):
         n += 1
-        ema = ema_update(
-            ema,
-            {name: inputs[f"update{call}/{name}"] for name in live},
-            jnp.int32(n),
-            case.kwargs["decay"],
-        )
-        results |= {f"after{call}/{name.replace('.', '')}": a for name, a in ema.items()}
+        net = net | {name: inputs[f"update{calls}/{name}"] for name in live}
+        updates = jnp.int32(n) if counted else None
+        ema = ema_update(ema, {name: net[name] for name in live}, updates, kwargs["decay"])
+        results |= {f"after{calls}/{name.replace('.', '')}": a for name, a in ema.items()}
         results |= {
-            f"after{call}/decay": np.float32(case.kwargs["decay"]),
-            f"after{call}/num_updates": n,
+            f"after{calls}/decay": np.float32(kwargs["decay"]),
+            f"after{calls}/num_updates": n if counted else -1,
         }
-    return results | {f"copied/{name}": a for name, a in (frozen | ema).items()}
+        calls += 1
+    results |= {f"restored/{name}": a for name, a in net.items()}
+    return results | {f"copied/{name}": a for name, a in (net | ema).items()}
 
 
 # ------------------------------------------------------------------------------------- conditioning

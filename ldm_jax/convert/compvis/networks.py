@@ -28,6 +28,13 @@ from ldm_jax.convert.compvis.encoders import (
     clip_vision_table,
     rescaler_table,
 )
+from ldm_jax.convert.compvis.extras import (
+    latent_rescaler_table,
+    post_processor_table,
+    rescale_decoder_table,
+    rescale_encoder_table,
+    transformer_wrapper_table,
+)
 from ldm_jax.convert.tables import (
     CHANNELS,
     CONV1D,
@@ -54,8 +61,15 @@ from ldm_jax.models.encoder_unet import EncoderUNet, encoder_layout
 from ldm_jax.models.gpt import GPT, causal_mask
 from ldm_jax.models.perceptual import LPIPS, SCALE, SHIFT, VGG16_LAYERS
 from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, Quantizer, VectorQuantizer
+from ldm_jax.models.rescale import (
+    FirstStagePostProcessor,
+    LatentRescaler,
+    MergedRescaleDecoder,
+    MergedRescaleEncoder,
+)
 from ldm_jax.models.unet import Layout, Trunk, UNet, layout
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
+from ldm_jax.models.x_transformer import TransformerWrapper
 
 
 def _trunk(net: Trunk, plan: Layout, prefix: str) -> Table:
@@ -243,7 +257,7 @@ def _unet_example(unet: UNet) -> tuple:
     )
 
 
-def _pixels(coder: Encoder | Autoencoder) -> tuple:
+def _pixels(coder: Encoder | Autoencoder | MergedRescaleEncoder) -> tuple:
     side = 2 * 2 ** (len(coder.ch_mult) - 1)
     return (_floats(1, side, side, coder.in_channels),)
 
@@ -268,6 +282,16 @@ FAMILIES: dict[type, Family] = {
         gumbel_table, lambda m: (_floats(1, 2, 2, m.num_hiddens or m.embed_dim),)
     ),
     EMAQuantizer: Family(ema_table, _latents),
+    LatentRescaler: Family(latent_rescaler_table, lambda m: (_floats(1, 16, 16, m.in_channels),)),
+    MergedRescaleEncoder: Family(rescale_encoder_table, _pixels),
+    MergedRescaleDecoder: Family(
+        rescale_decoder_table, lambda m: (_floats(1, 16, 16, m.z_channels),)
+    ),
+    FirstStagePostProcessor: Family(
+        post_processor_table,
+        lambda m: (_floats(1, *(m.pretrained.downsampling * 2 ** len(m.ch_mult),) * 2, 3),),
+    ),
+    TransformerWrapper: Family(transformer_wrapper_table, lambda m: (_ints(1, 1),)),
     TransformerEncoder: Family(bert_table, lambda m: (_ints(1, 1),)),
     CLIPText: Family(clip_text_table, lambda m: (_ints(1, 1),)),
     CLIPVision: Family(clip_vision_table, lambda m: (_floats(1, m.image_size, m.image_size, 3),)),

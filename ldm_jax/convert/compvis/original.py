@@ -174,6 +174,9 @@ def _conditioner_section(
         given, key = isinstance(section, Mapping), conditioning_key(params)
         if given and key == "crossattn" and dim:
             return {"kind": "embeddings", "dim": dim}
+        if given and key == "adm" and isinstance(unet.num_classes, int):
+            # Such a model is trained without a null class.
+            return {"kind": "class_vector", "n_classes": unet.num_classes, "null_class": False}
         joined = {
             "kind": "joined",
             "channels": unet.in_channels - unet.out_channels,
@@ -285,9 +288,8 @@ def original_of(config: Mapping[str, Any]) -> Original:
         IS_FIRST_STAGE if kind == "joined" and section.get("of") == "masked" else None
     )
     conditioner = _CONDITIONERS[section.get("text", section)["kind"]](module, target)
-    way = {"none": None, "rescale": "concat", "joined": "concat", "hybrid": "hybrid"}.get(
-        kind, "crossattn"
-    )
+    ways = {"none": None, "rescale": "concat", "joined": "concat", "hybrid": "hybrid"}
+    way = (ways | {"class_vector": "adm"}).get(kind, "crossattn")
     stage, inside = _first_stage_of(model.first_stage.module, kept.get("first_stage"))
     params: dict[str, Any] = {
         **schedule,
@@ -389,6 +391,7 @@ _CONDITIONERS: dict[str, Callable[[Any, str | None], Any]] = {
     "tokens": lambda module, target: _bert(module, target, tokenizer=False),
     "clip": _clip,
     "class": _same("ClassEmbedder"),
+    "class_vector": _identity,
     "rescale": _same("SpatialRescaler"),
     "embeddings": _identity,
     "joined": _identity,

@@ -6,7 +6,7 @@ Every parameter is used, known not to concern the network, or an error.
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -20,8 +20,15 @@ from ldm_jax.models.encoder_unet import EncoderUNet
 from ldm_jax.models.gpt import GPT
 from ldm_jax.models.perceptual import LPIPS, VGG16_WIDTHS
 from ldm_jax.models.quantize import EMAQuantizer, GumbelQuantizer, VectorQuantizer
+from ldm_jax.models.rescale import (
+    FirstStagePostProcessor,
+    LatentRescaler,
+    MergedRescaleDecoder,
+    MergedRescaleEncoder,
+)
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
+from ldm_jax.models.x_transformer import TransformerWrapper
 
 _LDM, _TAMING = "ldm.modules", "taming.modules"
 
@@ -78,16 +85,14 @@ _DDCONFIG = """
     ch out_ch ch_mult num_res_blocks attn_resolutions dropout resamp_with_conv in_channels
     resolution z_channels attn_type
 """
-# Parameters of the first stages' constructors about the loss and the training.
-_TRAINING = """
-    lossconfig ckpt_path ignore_keys image_key colorize_nlabels monitor batch_resize_range
-    scheduler_config lr_g_factor use_ema
-"""
+# Parameters of the first stages' constructors about the loss and the training; the second are those
+# of latent-diffusion's VQ models alone.
+_TRAINING = "lossconfig ckpt_path ignore_keys image_key colorize_nlabels monitor"
+_VQ_TRAINING = f"{_TRAINING} batch_resize_range scheduler_config lr_g_factor use_ema"
 # Options of x_transformer that change the network and that no published model sets.
 _OFF = """
-    cross_attend only_cross use_scalenorm use_rmsnorm use_rezero position_infused_attn residual_attn
-    cross_residual_attn macaron gate_residual attn_talking_heads attn_on_attn attn_num_mem_kv
-    attn_use_entmax15
+    cross_attend only_cross use_rmsnorm use_rezero position_infused_attn cross_residual_attn macaron
+    gate_residual attn_on_attn attn_use_entmax15
 """
 
 
@@ -180,32 +185,28 @@ def _remap(where: str, params: Mapping[str, Any]) -> dict[str, Any]:
 _VQ = TypeVar("_VQ", VQModel, VQModelInterface)
 
 
-def _vqmodel(cls: type[_VQ], params: Mapping[str, Any], quantizer: str = "vq") -> _VQ:
+def _vqmodel(
+    cls: type[_VQ],
+    params: Mapping[str, Any],
+    quantizer: Literal["vq", "gumbel", "ema"] = "vq",
+    training: str = _TRAINING,
+    more: str = "",
+) -> _VQ:
+    """A VQ model; ``training`` and ``more`` name the arguments that its class has of its own."""
     where = cls.__name__
     known, ignored = (
-        "embed_dim n_embed sane_index_shape unknown_index",
-        f"ddconfig remap {_TRAINING}",
+        f"embed_dim n_embed sane_index_shape unknown_index {more}",
+        f"ddconfig remap {training}",
     )
-    if quantizer == "gumbel":
-        known, ignored = f"{known} kl_weight", f"{ignored} temperature_scheduler_config"
-    elif quantizer == "ema":
-        known = f"{known} beta"
-    else:
-        known = f"{known} n_labels"
     outer = pick_params(where, params, same=known, ignored=ignored)
     fixed = {"double_z": False, "give_pre_end": False}
     inner = _coder_fields(f"{where} ddconfig", params["ddconfig"], same="tanh_out", fixed=fixed)
-    return cls(**outer, **inner, **_remap(where, params), quantizer=quantizer)  # type: ignore[arg-type]
-
-
-def vqmodel_from_params(params: Mapping[str, Any]) -> VQModel:
-    """VQModel of ldm.models.autoencoder and of taming.models.vqgan."""
-    return _vqmodel(VQModel, params)
+    return cls(**outer, **inner, **_remap(where, params), quantizer=quantizer)
 
 
 def vqmodel_interface_from_params(params: Mapping[str, Any]) -> VQModelInterface:
     """ldm.models.autoencoder.VQModelInterface."""
-    return _vqmodel(VQModelInterface, params)
+    return _vqmodel(VQModelInterface, params, training=_VQ_TRAINING)
 
 
 def vector_quantizer_from_params(params: Mapping[str, Any], second: bool = True) -> VectorQuantizer:
@@ -355,8 +356,8 @@ def unused_layers(params: Mapping[str, Any]) -> int:
 
 def lpips_from_params(params: Mapping[str, Any]) -> LPIPS:
     """taming.modules.losses.lpips.LPIPS; ``vgg_widths`` (tests) makes its VGG narrower."""
-    fields = pick_params("LPIPS", params, same="vgg_widths", ignored="use_dropout")
-    return LPIPS(fields.get("vgg_widths", VGG16_WIDTHS))
+    fields = pick_params("LPIPS", params, same="vgg_widths use_dropout")
+    return LPIPS(fields.pop("vgg_widths", VGG16_WIDTHS), **fields)
 
 
 def bert_from_params(params: Mapping[str, Any]) -> TransformerEncoder:
@@ -369,36 +370,80 @@ def bert_from_params(params: Mapping[str, Any]) -> TransformerEncoder:
     return TransformerEncoder(params["n_embed"], params["n_layer"], **fields, with_logits=True)
 
 
-def transformer_wrapper_from_params(
-    wrapper: Mapping[str, Any], encoder: Mapping[str, Any]
-) -> TransformerEncoder:
-    """ldm.modules.x_transformer.TransformerWrapper around an Encoder."""
-    fixed = {
-        "emb_dropout": 0.0,
-        "use_pos_emb": True,
-        "tie_embedding": False,
-        "emb_dim": encoder["dim"],
-        "max_mem_len": 0.0,
-        "num_memory_tokens": None,
-    }
-    outer = pick_params("TransformerWrapper", wrapper, same="num_tokens max_seq_len", fixed=fixed)
-    fixed = dict.fromkeys(_OFF.split(), False) | {
-        "pre_norm": True,
-        "attn_dropout": 0.0,
-        "ff_dropout": 0.0,
-    }
-    fixed |= dict.fromkeys(("custom_layers", "sandwich_coef", "par_ratio", "attn_sparse_topk"))
-    renamed = {"attn_dim_head": "head_dim"}
+_ENCODER = "ldm.modules.x_transformer.Encoder"
+
+
+def transformer_wrapper_from_params(params: Mapping[str, Any]) -> TransformerWrapper:
+    """ldm.modules.x_transformer.TransformerWrapper around the Encoder of ``attn_layers``."""
+    outer = pick_params(
+        "TransformerWrapper",
+        params,
+        same="""
+            num_tokens max_seq_len emb_dim max_mem_len emb_dropout num_memory_tokens tie_embedding
+            use_pos_emb
+        """,
+        ignored="attn_layers",
+    )
+    layers = params["attn_layers"]
+    if layers["target"] != _ENCODER:
+        raise TargetError(
+            f"TransformerWrapper: attn_layers={layers['target']} is not supported, only {_ENCODER}"
+        )
+    fixed = dict.fromkeys(_OFF.split(), False) | {"pre_norm": True, "causal": False}
+    fixed |= dict.fromkeys(("custom_layers", "sandwich_coef", "par_ratio")) | {"attn_num_mem_kv": 0}
     inner = pick_params(
         "x_transformer Encoder",
-        encoder,
-        same="dim depth heads attn_dim_head ff_mult ff_glu",
+        layers["params"],
+        same="""
+            dim depth heads attn_dim_head ff_mult ff_glu use_scalenorm residual_attn
+            attn_talking_heads attn_sparse_topk attn_dropout ff_dropout
+        """,
+        ignored="rel_pos_num_buckets rel_pos_max_distance",  # of relative positions, always off
         fixed=fixed,
     )
-    inner = {renamed.get(name, name): value for name, value in inner.items()}
-    return TransformerEncoder(
-        vocab_size=outer["num_tokens"], max_seq_len=outer["max_seq_len"], **inner, with_logits=True
+    outer["num_memory_tokens"] = outer.get("num_memory_tokens") or 0
+    outer["max_mem_len"] = int(outer.get("max_mem_len") or 0)
+    return TransformerWrapper(**outer, **inner)
+
+
+def latent_rescaler_from_params(params: Mapping[str, Any]) -> LatentRescaler:
+    """ldm.modules.diffusionmodules.model.LatentRescaler."""
+    same = "factor in_channels mid_channels out_channels depth"
+    return LatentRescaler(**pick_params("LatentRescaler", params, same=same))
+
+
+_MERGED = """
+    ch resolution out_ch num_res_blocks attn_resolutions dropout resamp_with_conv ch_mult
+    rescale_factor rescale_module_depth
+"""
+
+
+def rescale_encoder_from_params(params: Mapping[str, Any]) -> MergedRescaleEncoder:
+    """ldm.modules.diffusionmodules.model.MergedRescaleEncoder."""
+    fields = pick_params("MergedRescaleEncoder", params, same=f"in_channels {_MERGED}")
+    return MergedRescaleEncoder(**fields)
+
+
+def rescale_decoder_from_params(params: Mapping[str, Any]) -> MergedRescaleDecoder:
+    """ldm.modules.diffusionmodules.model.MergedRescaleDecoder."""
+    fields = pick_params("MergedRescaleDecoder", params, same=f"z_channels {_MERGED}")
+    return MergedRescaleDecoder(**fields)
+
+
+def post_processor_from_params(params: Mapping[str, Any]) -> FirstStagePostProcessor:
+    """ldm.modules.diffusionmodules.model.FirstStagePostProcessor around ``pretrained_config``."""
+    fields = pick_params(
+        "FirstStagePostProcessor",
+        params,
+        same="ch_mult in_channels reshape n_channels dropout",
+        ignored="pretrained_config",
+        fixed={"pretrained_model": None},
     )
+    config = params.get("pretrained_config")
+    if config is None:
+        raise TargetError("FirstStagePostProcessor: pretrained_config is missing")
+    inner = module_from_config(config["target"], config.get("params"))
+    return FirstStagePostProcessor(**fields, pretrained=inner)
 
 
 def discriminator_from_params(params: Mapping[str, Any]) -> PatchDiscriminator:
@@ -419,14 +464,25 @@ TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     f"{_LDM}.diffusionmodules.openaimodel.EncoderUNetModel": encoder_unet_from_params,
     f"{_LDM}.diffusionmodules.model.Encoder": encoder_from_params,
     f"{_LDM}.diffusionmodules.model.Decoder": decoder_from_params,
+    f"{_LDM}.diffusionmodules.model.LatentRescaler": latent_rescaler_from_params,
+    f"{_LDM}.diffusionmodules.model.MergedRescaleEncoder": rescale_encoder_from_params,
+    f"{_LDM}.diffusionmodules.model.MergedRescaleDecoder": rescale_decoder_from_params,
+    f"{_LDM}.diffusionmodules.model.FirstStagePostProcessor": post_processor_from_params,
+    f"{_LDM}.x_transformer.TransformerWrapper": transformer_wrapper_from_params,
     "ldm.models.autoencoder.AutoencoderKL": autoencoder_kl_from_params,
-    "ldm.models.autoencoder.VQModel": vqmodel_from_params,
+    "ldm.models.autoencoder.VQModel": partial(_vqmodel, VQModel, training=_VQ_TRAINING),
     "ldm.models.autoencoder.VQModelInterface": vqmodel_interface_from_params,
-    "taming.models.vqgan.VQModel": vqmodel_from_params,
-    "taming.models.vqgan.VQSegmentationModel": vqmodel_from_params,
-    "taming.models.vqgan.VQNoDiscModel": vqmodel_from_params,
-    "taming.models.vqgan.GumbelVQ": partial(_vqmodel, VQModel, quantizer="gumbel"),
-    "taming.models.vqgan.EMAVQ": partial(_vqmodel, VQModel, quantizer="ema"),
+    "taming.models.vqgan.VQModel": partial(_vqmodel, VQModel),
+    "taming.models.vqgan.VQSegmentationModel": partial(_vqmodel, VQModel, more="n_labels"),
+    "taming.models.vqgan.VQNoDiscModel": partial(_vqmodel, VQModel),
+    "taming.models.vqgan.GumbelVQ": partial(
+        _vqmodel,
+        VQModel,
+        quantizer="gumbel",
+        training=f"{_TRAINING} temperature_scheduler_config",
+        more="kl_weight",
+    ),
+    "taming.models.vqgan.EMAVQ": partial(_vqmodel, VQModel, quantizer="ema", more="beta"),
     f"{_TAMING}.vqvae.quantize.VectorQuantizer": partial(
         vector_quantizer_from_params, second=False
     ),

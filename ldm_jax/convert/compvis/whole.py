@@ -100,22 +100,40 @@ def ema_shadows(table: Iterable[Entry | Unused | Duplicate]) -> Table:
 
 # ---------------------------------------------------------------------------------- the first stage
 
+# Arguments of a loss about its value, by class; pixelloss_weight has no effect in the original.
 _LOSS_WEIGHTS = """
-    disc_start logvar_init kl_weight pixelloss_weight disc_factor disc_weight perceptual_weight
-    disc_conditional disc_loss codebook_weight n_classes pixel_loss
+    disc_start pixelloss_weight disc_factor disc_weight perceptual_weight disc_conditional disc_loss
 """
+_KL_WEIGHTS = f"{_LOSS_WEIGHTS} logvar_init kl_weight"
+_VQ_WEIGHTS = f"{_LOSS_WEIGHTS} codebook_weight"
 _DISCRIMINATOR = {
     "disc_num_layers": "n_layers",
     "disc_in_channels": "input_nc",
     "disc_ndf": "ndf",
     "use_actnorm": "use_actnorm",
 }
-# Losses with networks: whether there is a learned log variance, too.
+
+
+class _GanLoss(NamedTuple):
+    """A loss with networks.
+
+    Attributes:
+      weights: Its arguments beside those of the discriminator.
+      logvar: Whether it has a learned log variance.
+    """
+
+    weights: str
+    logvar: bool = False
+
+
+_KL_LOSS = _GanLoss(_KL_WEIGHTS, logvar=True)
 _GAN_LOSSES = {
-    "ldm.modules.losses.LPIPSWithDiscriminator": True,
-    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": True,
-    "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": False,
-    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": False,
+    "ldm.modules.losses.LPIPSWithDiscriminator": _KL_LOSS,
+    "ldm.modules.losses.contperceptual.LPIPSWithDiscriminator": _KL_LOSS,
+    "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": _GanLoss(
+        f"{_VQ_WEIGHTS} n_classes pixel_loss"
+    ),
+    "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": _GanLoss(_VQ_WEIGHTS),
 }
 _BARE_LOSSES = """
     torch.nn.Identity ldm.modules.losses.contperceptual.DummyLoss
@@ -140,9 +158,10 @@ def loss_parts(
     if target not in _GAN_LOSSES:
         raise TargetError(f"the loss {target} is not supported{did_you_mean(target, _GAN_LOSSES)}")
     params = (config or {}).get("params") or {}
-    fixed = {"perceptual_loss": "lpips"}
+    loss = _GAN_LOSSES[target]
+    fixed = {"perceptual_loss": "lpips"} if "pixel_loss" in loss.weights else {}
     fields = pick_params(
-        target, params, same=" ".join(_DISCRIMINATOR), ignored=_LOSS_WEIGHTS, fixed=fixed
+        target, params, same=" ".join(_DISCRIMINATOR), ignored=loss.weights, fixed=fixed
     )
     discriminator = PatchDiscriminator(
         **{_DISCRIMINATOR[name]: value for name, value in fields.items()}
@@ -157,7 +176,7 @@ def loss_parts(
         for entry in under((name,), table_of(module, at))
     ]
     shapes: dict[str, Any] = {name: param_shapes(module) for name, (module, _) in parts.items()}
-    if _GAN_LOSSES[target]:
+    if loss.logvar:
         table.append(Entry(f"{prefix}logvar", ("logvar",)))
         shapes["logvar"] = jax.ShapeDtypeStruct((), jnp.float32)
     return Whole({name: module for name, (module, _) in parts.items()}, table, shapes)

@@ -33,6 +33,7 @@ def make_nll(
     perceptual_weight: float,
     distance: Callable[[Array, Array], Array] | None,
     summed: bool,
+    weights: Array | None = None,
 ) -> Nll:
     """Makes ``nll(y, logvar) -> (loss [], metrics)`` for reconstructions y [b, H, W, c] of x.
 
@@ -46,6 +47,7 @@ def make_nll(
       distance: (x, y) -> [b], such as LPIPS; None for none.
       summed: For KL: error / exp(logvar) + logvar, summed over a picture and averaged over the
         batch. Else, for VQ: the mean error, without a logvar.
+      weights: Weights of the pixels, [b, H, W, 1] or anything that broadcasts to the errors.
     """
 
     def nll(y: Array, logvar: Array) -> tuple[Array, Metrics]:
@@ -55,7 +57,11 @@ def make_nll(
             perceptual = distance(x, y)
             error = error + perceptual_weight * perceptual[:, None, None, None]
             metrics["p_loss"] = perceptual.mean()
-        loss = (error / jnp.exp(logvar) + logvar).sum() / len(x) if summed else error.mean()
+        elif not summed:
+            metrics["p_loss"] = jnp.zeros(())
+        each = error / jnp.exp(logvar) + logvar if summed else error
+        each = each if weights is None else weights * each
+        loss = each.sum() / len(x) if summed else each.mean()
         return loss, metrics | {"rec_loss": error.mean(), "nll_loss": loss}
 
     return nll
@@ -90,6 +96,8 @@ class Adversary:
       ramp: Steps over which the generator's part grows after ``start``; 0: at once.
       cap: Largest d_weight; 0: the original's 1e4 * weight.
       lower: Every rollback of the run multiplies the generator's part by this.
+      idle_weight: Whether d_weight is measured where ``factor`` is 0, for the metrics alone; else
+        it is then 0. The original's VQ losses measure it, its KL loss does not.
     """
 
     module: PatchDiscriminator
@@ -100,6 +108,7 @@ class Adversary:
     ramp: int = 0
     cap: float = 0.0
     lower: float = 1.0
+    idle_weight: bool = False
 
     def on_axis(self, axis_name: str | None) -> "Adversary":
         """Returns the adversary with statistics over the devices of a pmap."""
@@ -129,10 +138,16 @@ class Verdict(NamedTuple):
     variables: dict[str, Any]
 
 
-def judge(module: PatchDiscriminator, variables: dict[str, Any], x: Array) -> Verdict:
-    """Runs a training pass over pictures x [b, H, W, c]."""
+def judge(
+    module: PatchDiscriminator, variables: dict[str, Any], x: Array, cond: Array | None = None
+) -> Verdict:
+    """Runs a training pass over pictures x [b, H, W, c].
+
+    A conditional discriminator also gets the channels ``cond`` [b, H, W, k], behind those of x.
+    """
 
     def run(params: Any, x: Array) -> tuple[Array, Any]:
+        x = with_condition(x, cond)
         logits, written = module.apply(
             variables | {"params": params}, x, train=True, mutable=["batch_stats"]
         )
@@ -140,6 +155,11 @@ def judge(module: PatchDiscriminator, variables: dict[str, Any], x: Array) -> Ve
 
     logits, pullback, stats = jax.vjp(run, variables["params"], x, has_aux=True)
     return Verdict(logits, pullback, variables | {"batch_stats": stats})
+
+
+def with_condition(x: Array, cond: Array | None) -> Array:
+    """Returns what a discriminator judges: pictures, and the channels that they are made from."""
+    return x if cond is None else jnp.concatenate([x, cond], axis=-1)
 
 
 def fitted(module: PatchDiscriminator, variables: dict[str, Any], x: Array) -> dict[str, Any]:
@@ -213,6 +233,8 @@ def generator_gradients(
     variables: dict[str, Any] | None = None,
     step: Array | int = 0,
     rollbacks: Array | int = 0,
+    weighted: Nll | None = None,
+    cond: Array | None = None,
     axis_name: str | None = None,
 ) -> Generated:
     """Computes the gradients of the loss with respect to the generator's ``params``.
@@ -228,6 +250,9 @@ def generator_gradients(
       variables: Its variables.
       step: The training step.
       rollbacks: How often the run has returned to a checkpoint.
+      weighted: ``nll`` with weights of the pixels, to optimise in its place: d_weight and the
+        metrics stay those of ``nll``.
+      cond: See `judge`.
       axis_name: Of the devices of a pmap.
     """
     (y, penalty), pullback, aux = jax.vjp(forward, params, has_aux=True)
@@ -235,16 +260,26 @@ def generator_gradients(
     (nll_loss, metrics), (at_y, at_logvar) = jax.value_and_grad(nll, argnums=(0, 1), has_aux=True)(
         y, logvar_now
     )
+    of_nll = at_y
+    if weighted is not None:
+        nll_loss, (at_y, at_logvar) = jax.value_and_grad(
+            lambda y, logvar: weighted(y, logvar)[0], argnums=(0, 1)
+        )(y, logvar_now)
     loss, fake = nll_loss + penalty_weight * penalty, None
     if adversary is not None:
         assert variables is not None
         step = jnp.asarray(step)
-        fake = judge(adversary.module, fitted(adversary.module, variables, y), y)
+        variables = fitted(adversary.module, variables, with_condition(y, cond))
+        fake = judge(adversary.module, variables, y, cond)
         g_loss = -fake.logits.mean()
         _, g_at_y = fake.pullback(jnp.full_like(fake.logits, -1.0 / fake.logits.size))
-        # The compiler drops all of these two pull-backs but the last layer's gradient.
-        sides = [last_layer(pullback((at, jnp.zeros_like(penalty)))[0]) for at in (at_y, g_at_y)]
-        d_weight = adversary.weight * adaptive_weight(*mean_over_devices(sides, axis_name))
+        d_weight = jnp.zeros(())
+        if adversary.factor or adversary.idle_weight:
+            # The compiler drops all of these two pull-backs but the last layer's gradient.
+            sides = [
+                last_layer(pullback((at, jnp.zeros_like(penalty)))[0]) for at in (of_nll, g_at_y)
+            ]
+            d_weight = adversary.weight * adaptive_weight(*mean_over_devices(sides, axis_name))
         factor = adversary.generator_factor(step, rollbacks)
         push = jnp.minimum(d_weight, adversary.cap or jnp.inf) * factor
         loss, at_y = loss + push * g_loss, at_y + push * g_at_y

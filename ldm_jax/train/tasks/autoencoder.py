@@ -54,6 +54,7 @@ from ldm_jax.train.tasks.base import (
     plain,
     preview_rows,
 )
+from ldm_jax.train.tasks.batch_resize import BatchResize, resized
 from ldm_jax.train.tasks.codebook import (
     DEAD,
     candidate_count,
@@ -66,7 +67,7 @@ LOG = logging.getLogger(__name__)
 
 # Purposes of random numbers; a key is used once. The two passes of updates="parity" draw their own,
 # as in the original.
-GENERATOR, DISCRIMINATOR, CODES = range(3)
+GENERATOR, DISCRIMINATOR, CODES, PERCEPTUAL = range(4)
 OF_BATCH = 2**31  # fold_in value for draws of the whole batch; larger than any row index
 GUARD_DECAY = 0.99  # of the guard's average of the reconstruction loss
 
@@ -123,6 +124,9 @@ class AutoencoderTask(Task):
         return {
             # "fused": one forward pass serves both optimisers; "parity": one each, as the original.
             "updates": "fused",
+            # Smallest and largest size in pixels of square batches, in steps of 16: each step draws
+            # one. (): all batches have data.size.
+            "batch_resize": (),
             "loss": {
                 "kind": "l1",  # or "l2"
                 "kl_weight": 1e-6,
@@ -131,6 +135,8 @@ class AutoencoderTask(Task):
                 "perceptual_weight": 0.0,
                 "vgg16": "",  # VGG16's convolutions, as safetensors
                 "lpips_heads": "",  # LPIPS's linear heads, as safetensors
+                # Drops half of the features that LPIPS compares, as the original's training does.
+                "perceptual_dropout": False,
                 "codebook_weight": 1.0,
                 "restart_codes": False,  # move unused codes onto encodings of the batch
                 "temperature": 1.0,  # of the Gumbel quantiser, annealed from here ...
@@ -145,6 +151,7 @@ class AutoencoderTask(Task):
                 "layers": 3,
                 "channels": 64,
                 "actnorm": False,  # instead of batch normalisation
+                "lr_factor": 1.0,  # the discriminator's learning rate in parts of optim.lr
                 "ramp": 0,  # steps over which the generator's term grows; 0: at once
                 "cap": 0.0,  # maximum d_weight; 0: the original's 1e4 * weight
                 "alarm": 0.0,  # log a warning when d_weight exceeds this; 0: never
@@ -192,6 +199,8 @@ class AutoencoderTask(Task):
                 "model.first_stage.remap lists the used codes of a trained model: "
                 "leave it out to train"
             )
+        if config.batch_resize:
+            check_batch_resize(config, module.downsampling)
         adversary = make_adversary(config)
         lpips = params = None
         if config.loss.perceptual_weight and config.loss.vgg16:
@@ -202,7 +211,9 @@ class AutoencoderTask(Task):
                 params = jax.eval_shape(lpips.init, jax.random.key(0), pixels, pixels)["params"]
         elif config.loss.perceptual_weight:
             LOG.warning("without loss.vgg16 and loss.lpips_heads there is no perceptual term")
-        disc_tx = None if adversary is None else make_optimizer(config.optim, config.steps)
+        optim = config.optim.copy_and_resolve_references()
+        optim.lr = optim.lr * config.adversary.lr_factor
+        disc_tx = None if adversary is None else make_optimizer(optim, config.steps)
         task = cls(config, module, adversary, disc_tx, lpips, params)
         return with_kernels(task, for_platform(jax.default_backend()))
 
@@ -263,6 +274,13 @@ class AutoencoderTask(Task):
         """Returns all collections of the module."""
         return {"params": averaged(state), **extra_of(state).get("collections", {})}
 
+    def batch_at(self, raw: dict[str, Any], step: int) -> dict[str, Any]:
+        """Resizes the batch to the size of its step, where the config has a range of sizes."""
+        if not self.config.batch_resize:
+            return raw
+        size = BatchResize(*self.config.batch_resize).size_at(step, seed=self.config.seed)
+        return {**raw, "image": resized(raw["image"], size)}
+
     # ---------------------------------------------------------------------------------- forward
 
     def forward(
@@ -316,10 +334,16 @@ class AutoencoderTask(Task):
         share = share_of(code.indices, n)
         return (y, code.loss), Aux({**collections, **written}, share, candidates)
 
-    def nll(self, x: jax.Array, frozen: Any) -> Any:
-        """Returns the reconstruction loss against pictures x; see `make_nll`."""
+    def nll(self, x: jax.Array, frozen: Any, key: jax.Array | None = None) -> Any:
+        """Returns the reconstruction loss against pictures x; see `make_nll`.
+
+        Features of the perceptual distance are dropped with ``key``, where the config says so.
+        """
         lpips, loss = self.lpips, self.config.loss
-        distance = lpips and (lambda a, b: apply(lpips, frozen["perceptual"], a, b))
+        drop: dict[str, Any] = {}
+        if loss.perceptual_dropout and key is not None:
+            drop = {"train": True, "rngs": {"dropout": key}}
+        distance = lpips and (lambda a, b: apply(lpips, frozen["perceptual"], a, b, **drop))
         kl = isinstance(self.module, AutoencoderKL)
         return make_nll(x, loss.kind, loss.perceptual_weight, distance, kl)
 
@@ -363,6 +387,7 @@ class AutoencoderTask(Task):
         # ------------------------------------------------------------------------- the generator
         def generator(carry: dict[str, Any], piece: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             x, (name, weight) = to_float(piece["image"]), self.penalty
+            key = jax.random.fold_in(jax.random.key(self.config.seed), at)
 
             def run(params: Any) -> Any:
                 args = params, carry["collections"], piece, at, GENERATOR, True
@@ -372,7 +397,7 @@ class AutoencoderTask(Task):
             made = generator_gradients(
                 run,
                 state.params,
-                self.nll(x, frozen),
+                self.nll(x, frozen, jax.random.fold_in(key, OF_BATCH + PERCEPTUAL)),
                 penalty_weight=weight,
                 logvar=self.config.loss.logvar_init,
                 last_layer=lambda grads: grads["decoder"]["conv_out"]["kernel"],
@@ -397,7 +422,8 @@ class AutoencoderTask(Task):
         carry, results = scan_parts(generator, carry, batch, parts)
         results = mean_over_devices(results, axis)
         grads, metrics = results["grads"], results["metrics"]
-        state, metrics = apply_gradients(state, grads, metrics, tx, self.config.ema)
+        ema = self.config.ema, self.config.ema_warmup
+        state, metrics = apply_gradients(state, grads, metrics, tx, *ema)
 
         # --------------------------------------------------------------------- the discriminator
         def discriminator(carry: dict[str, Any], piece: Any) -> tuple[dict[str, Any], Any]:
@@ -509,9 +535,19 @@ class AutoencoderTask(Task):
         return {"kind": "first_stage", "first_stage": fields}, {"first_stage": params}
 
 
+def check_batch_resize(config: Any, factor: int) -> None:
+    """Raises ConfigError where sizes of batches do not fit the autoencoder's ``factor``."""
+    if len(config.batch_resize) != 2:
+        raise ConfigError("batch_resize: give two sizes in pixels, the smallest and the largest")
+    sizes = BatchResize(*config.batch_resize)
+    for size in (sizes.upper, *sizes.sizes):
+        if size % factor:
+            raise ConfigError(f"batch_resize: {size} pixels are no multiple of {factor}")
+
+
 def make_adversary(config: Any) -> Adversary | None:
     """Builds the adversary of a config; None where its weight is 0."""
-    fields, side = config.adversary, min(config.data.size)
+    fields, side = config.adversary, min(*config.data.size, *config.batch_resize)
     if not fields.weight:
         return None
     module = PatchDiscriminator(
@@ -525,7 +561,8 @@ def make_adversary(config: Any) -> Adversary | None:
             f"adversary.layers {fields.layers} is too many for pictures of {side} pixels"
         )
     static = {k: fields[k] for k in ("loss", "start", "factor", "weight", "ramp", "cap")}
-    return Adversary(module, **static, lower=config.guard.lower)
+    kl = config.model.first_stage.get("kind") == "kl"
+    return Adversary(module, **static, lower=config.guard.lower, idle_weight=not kl)
 
 
 def temperature(config: Any, step: jax.Array) -> jax.Array:

@@ -149,7 +149,8 @@ class Task:
             )
             _, results = scan_parts(lambda _, b: (None, grad(state.params, b)), None, batch, parts)
             grads, metrics = mean_over_devices(results, axis_name)
-            return apply_gradients(state, grads, metrics, tx, self.config.ema)
+            ema = self.config.ema, self.config.ema_warmup
+            return apply_gradients(state, grads, metrics, tx, *ema)
 
         return step
 
@@ -160,6 +161,10 @@ class Task:
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Returns what is recorded of a validation, from the means of `evaluate`."""
         return means
+
+    def batch_at(self, raw: dict[str, Any], step: int) -> dict[str, Any]:
+        """Returns a loader's batch as it is trained on at a step, such as in another size."""
+        return raw
 
     def host_batch(self, raw: dict[str, Any], first_row: int = 0) -> dict[str, Any]:
         """Returns the arrays that the step takes, from a loader's batch.

@@ -22,7 +22,7 @@ from ldm_jax.conditioning.config import (
 from ldm_jax.data.captions import CAPTION_SETTINGS
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
-from ldm_jax.diffusion.schedule import q_sample
+from ldm_jax.diffusion.schedule import condition_timesteps, q_sample
 from ldm_jax.distributed.processes import fetch
 from ldm_jax.errors import CheckpointError, ConfigError, DataError
 from ldm_jax.io import png
@@ -40,7 +40,7 @@ from ldm_jax.train.tasks.base import Batches, Cache, Task, check_choices, plain,
 LOG = logging.getLogger(__name__)
 
 # Purposes of a row's random numbers: each key is used once.
-POSTERIOR, TIMESTEP, NOISE, CAPTION, OFFSET = range(5)
+POSTERIOR, TIMESTEP, NOISE, CAPTION, OFFSET, CONDITION = range(6)
 
 # Settings of data that change no record of a latent cache: where it is, how pictures are read, and
 # what training draws from a record (the first caption template is that of the kept tokens).
@@ -93,6 +93,8 @@ class DiffusionTask(Task):
                 "logit_std": 1.0,
                 "caption_dropout": 0.1,  # of any condition, for classifier-free guidance
                 "offset_noise": 0.0,  # standard deviation of the per-channel noise offset
+                # Above 1, the condition is noised too, at so many levels (num_timesteps_cond).
+                "condition_levels": 1,
             },
         }
 
@@ -142,6 +144,14 @@ class DiffusionTask(Task):
         built = build(model, None, first_stage, config.dtype, config.remat)
         built = built.with_kernels(for_platform(jax.default_backend()))
         check_sizes(built, tuple(config.data.size))
+        levels = loss.condition_levels
+        if not 1 <= levels <= built.schedule.timesteps or (
+            levels > 1 and built.conditioner.gives_vector
+        ):
+            raise ConfigError(
+                f"loss.condition_levels {levels}: give a number from 1 to the schedule's "
+                f"{built.schedule.timesteps} timesteps, and 1 where the condition is a class number"
+            )
         return cls(config, built, model, condition, frozen)
 
     def measure(self, batches: Batches) -> dict[str, Any]:
@@ -251,6 +261,14 @@ class DiffusionTask(Task):
         encoded = prepare_conditions(model, first_stage, {**batch, "encoded": encoded})
         conditioner = frozen["conditioner"] if "conditioner" in frozen else params["conditioner"]
         cond = model.conditioner(conditioner, encoded, train=train, rngs=rngs)
+        if config.condition_levels > 1:
+            levels = jnp.asarray(condition_timesteps(schedule.timesteps, config.condition_levels))
+            cond = jax.tree.map(
+                lambda c: q_sample(
+                    schedule, c, levels[t], normal_rows(keys, CONDITION, c.shape[1:])
+                ),
+                cond,
+            )
         out = model.apply(params, q_sample(schedule, z, t, noise), t, cond, train=train, rngs=rngs)
         target = obj.target(model.objective, schedule, z, noise, t)
         errors = obj.pointwise(config.kind, out, target, config.huber_c)
