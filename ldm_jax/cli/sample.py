@@ -8,10 +8,11 @@ Every setting is kept inside each PNG; --replay PICTURE.png makes the same pictu
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,13 @@ from ldm_jax.sampling.request import (
     read_prompts,
 )
 
-# Settings of a run, beside those of its request, that a PNG keeps.
-MODEL = ("model", "model_config", "vae", "text_encoder", "dtype")
+# Settings of a run, beside those of its request, that a PNG keeps, and their types.
+MODEL: dict[str, type] = {
+    **dict.fromkeys(("model", "model_config", "vae", "text_encoder", "dtype"), str),
+    **dict.fromkeys(("lora", "embedding", "control"), list),
+    "prompt_weights": bool,
+    "clip_skip": int,
+}
 # Settings without which a picture cannot be made again.
 REPLAYED = ("model", "seed", "steps", "guidance", "eta", "sampler", "size", "dtype", "batch")
 SWEPT = ("steps", "guidance")  # flags that take several values
@@ -68,6 +74,16 @@ def define_flags() -> None:
     flags.DEFINE_string("vae", None, "A model or checkpoint to take the first stage (VAE) from.")
     text = "A model or checkpoint to take the text encoder from."
     flags.DEFINE_string("text_encoder", None, text)
+    text = "A LoRA file, FILE[:STRENGTH]; may be repeated; FILE:0,0.5,1 makes a labelled grid."
+    flags.DEFINE_multi_string("lora", None, text)
+    text = "A textual inversion, [WORD=]FILE, a new word for prompts; may be repeated."
+    flags.DEFINE_multi_string("embedding", None, text)
+    text = "A ControlNet: a file, or a folder of diffusers; may be repeated."
+    flags.DEFINE_multi_string("control", None, text)
+    text = "Read weights, (word:1.3), and prompts of any length, as A1111's web UI does."
+    flags.DEFINE_bool("prompt_weights", None, text)
+    text = "Layer of CLIP's text encoder, from the end: 1 is the model's own, 2 the one before."
+    flags.DEFINE_integer("clip_skip", None, text, lower_bound=1)
     text = "float32, bfloat16 or float16 (default: float32 on a CPU, bfloat16 elsewhere)."
     flags.DEFINE_string("dtype", None, text)
     text = "How a batch is spread over several devices."
@@ -95,6 +111,7 @@ def sample(args: Any) -> None:
     else:
         requests = requests_of(args)
     model = kept or {name: getattr(args, name) for name in MODEL}
+    loras = lora_sweep(model.get("lora") or [])
     out = check_out(args.out)
     began = time.perf_counter()
     say(f"loading {model['model']} ...")
@@ -112,16 +129,24 @@ def sample(args: Any) -> None:
         vae=model.get("vae"),
         text_encoder=model.get("text_encoder"),
         programs=cli.program_folder(),
+        embedding=model.get("embedding") or (),
+        control=model.get("control") or (),
+        prompt_weights=bool(model.get("prompt_weights")),
+        clip_skip=model.get("clip_skip"),
     )
+    merged = pipe.with_lora(*loras[0]) if loras[0] else pipe
     if args.format and kept is None:
-        return many(pipe, args, requests, out, began)
+        if len(loras) > 1:
+            raise RequestError("--format takes one strength of each --lora")
+        return many(merged, args, requests, out, began)
     batch = requests[0].batch or min(pictures_of(requests[0]), 8)
     every = requests[0].progress_every or (1 if args.gif and not args.interpolate else 0)
     changes: dict[str, Any] = {"batch": batch, "progress_every": every}
     requests = [dataclasses.replace(request, **changes) for request in requests]
     own = [pipe.complete(request) for request in requests]
-    streams = [pipe.batches(request) for request in requests]
-    total = sum(map(pictures_of, requests))
+    first_streams = [merged.batches(request) for request in requests]  # checks the requests
+    del merged
+    total = len(loras) * sum(map(pictures_of, requests))
     steps = ", ".join(str(one.steps) for one in own)
     say(
         f"sampling {total} pictures, {steps} steps of {own[0].sampler}; the first batch compiles "
@@ -134,19 +159,21 @@ def sample(args: Any) -> None:
     first, paths, images = next_number(out), [], []
     inputs = fingerprints(requests[0])
     with tqdm(total=total, unit="picture", dynamic_ncols=True, disable=None) as bar:
-        for request, chosen, stream in zip(requests, own, streams, strict=True):
+        for used, i, stream in streams_of(pipe, loras, requests, first_streams):
+            request, chosen = requests[i], own[i]
             # A size that follows from an image is found again from it, with what is cut off.
             size = {} if request.image is None else {"size": request.size}
             read = {name: model[name] for name in MODEL if model.get(name) is not None}
+            read |= {"lora": used} if used else {}
             common = {**read, **chosen.settings(), **size, **inputs}
             common |= {"dtype": pipe.dtype, "batch": batch}
             for done in stream:
-                for i, place in enumerate(done.places):
+                for k, place in enumerate(done.places):
                     row = request.row(place)
                     paths.append(out / f"{first + len(paths):05d}-{title(row)}.png")
-                    png.save_png(paths[-1], done.images[i], common | row)
+                    png.save_png(paths[-1], done.images[k], common | row)
                     if done.progress is not None:
-                        frames = [*done.progress[i], done.images[i]]
+                        frames = [*done.progress[k], done.images[k]]
                         png.save_png(
                             paths[-1].with_suffix(".progress.png"), png.grid(frames, len(frames))
                         )
@@ -159,9 +186,43 @@ def sample(args: Any) -> None:
         png.save_gif(paths[-1], images, seconds=0.1 * len(images))
     if args.grid and total > 1:
         paths.append(out / f"{first:05d}-grid.png")
-        png.save_png(paths[-1], sheet(requests, images), describe(requests, own[0]))
+        named = describe(requests, own[0])
+        named |= {"lora": loras if len(loras) > 1 else loras[0]} if loras[0] else {}
+        png.save_png(paths[-1], sheet(requests, images, loras), named)
     where = paths[-1] if len(paths) < 3 else f"{paths[0]} ... {paths[-1]}"
     say(f"{total} pictures in {time.perf_counter() - began:.1f} s: {where}")
+
+
+def lora_sweep(given: Sequence[str]) -> list[list[str]]:
+    """Returns the LoRA files of each model to sample from, every combination of strengths."""
+    from ldm_jax.convert.lora import split_strengths
+
+    files = [split_strengths(text) for text in given]
+    return [
+        [f"{file}:{strength:g}" for (file, _), strength in zip(files, strengths, strict=True)]
+        for strengths in itertools.product(*(strengths for _, strengths in files))
+    ]
+
+
+def streams_of(
+    pipe: Any, loras: Sequence[list[str]], requests: Sequence[Request], first: list[Any]
+) -> Iterator[tuple[list[str], int, Any]]:
+    """Yields (LoRA files, place of the request, its batches), with one merged model at a time.
+
+    Args:
+      pipe: The model without LoRA files.
+      loras: Of `lora_sweep`. All their models run the same compiled programs.
+      requests: The requests.
+      first: The batches of the first model.
+    """
+    for k, chosen in enumerate(loras):
+        if k:
+            merged = pipe.with_lora(*chosen)
+            first[:] = [merged.batches(request) for request in requests]
+            del merged
+        for i in range(len(requests)):
+            yield chosen, i, first[i]
+        first.clear()
 
 
 def many(pipe: Any, args: Any, requests: Sequence[Request], out: Path, began: float) -> None:
@@ -302,9 +363,11 @@ def fingerprints(request: Request) -> dict[str, Any]:
     """Returns a request's task for its pictures' settings: files by full path and sha256."""
     kept = {name: v for name in TASK if (v := getattr(request, name)) is not None}
     for name in set(FILES) & set(kept):
-        file = Path(kept[name])
-        kept[name] = str(file.absolute())
-        kept[f"{name}_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        several = isinstance(kept[name], list)
+        files = [Path(file).absolute() for file in as_list(kept[name])]
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        kept[name] = [*map(str, files)] if several else str(files[0])
+        kept[f"{name}_sha256"] = digests if several else digests[0]
     return kept
 
 
@@ -321,19 +384,22 @@ def replayed(path: str) -> tuple[dict[str, Any], Request]:
             f"{path}: its settings lack {missing[0]!r}, so it cannot be made again (a grid?)"
         )
     for name in set(FILES) & set(kept):
-        file = Path(str(kept[name]))
-        if not file.is_file():
-            raise RequestError(
-                f"{path} was made from the {name} {file}, which is missing: put it back"
-            )
-        if hashlib.sha256(file.read_bytes()).hexdigest() != kept.get(f"{name}_sha256"):
-            raise RequestError(
-                f"{path} was made from the {name} {file}, which has changed since: put the old "
-                "one back"
-            )
-    for name in MODEL:
-        if not isinstance(kept.get(name), str | None):
-            raise RequestError(f"{path}: its settings have {name}={kept[name]!r}")
+        files, digests = as_list(kept[name]), as_list(kept.get(f"{name}_sha256"))
+        for file, digest in itertools.zip_longest(map(Path, map(str, files)), digests):
+            if file is None or not file.is_file():
+                raise RequestError(
+                    f"{path} was made from the {name} {file}, which is missing: put it back"
+                )
+            if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                raise RequestError(
+                    f"{path} was made from the {name} {file}, which has changed since: put the old "
+                    "one back"
+                )
+    for name, kind in MODEL.items():
+        value = kept.get(name)
+        texts = value if isinstance(value, list) else []
+        if not isinstance(value, kind | None) or not all(isinstance(one, str) for one in texts):
+            raise RequestError(f"{path}: its settings have {name}={value!r}")
     try:
         request = Request.from_row(kept)
     except RequestError as error:
@@ -364,17 +430,30 @@ def title(row: Mapping[str, Any]) -> str:
     return f"{subject}-{row['seed']}"
 
 
-def sheet(requests: Sequence[Request], images: Sequence[Any]) -> Any:
-    """Returns one picture of all, labelled by guidance and steps where there are several."""
+def sheet(
+    requests: Sequence[Request], images: Sequence[Any], loras: Sequence[list[str]] = ([],)
+) -> Any:
+    """Returns one picture of all, labelled by LoRA, steps and guidance where there are several."""
     rows = [requests[0].row(i) for i in range(pictures_of(requests[0]))]
     scales = list(dict.fromkeys(row.get("guidance") for row in rows))
-    if len(scales) == 1 and len(requests) == 1:
+    if len(scales) == len(requests) == len(loras) == 1:
         subjects = len({title({**row, "seed": 0}) for row in rows})
         each = len(images) // subjects
         return png.grid(images, None if "mix" in rows[0] or not 1 < each <= 16 else each)
     several = len(rows) > len(scales)
+    names = [", ".join(Path(one).stem + one[one.rindex(":") :] for one in used) for used in loras]
     labels = [
-        ", ".join(filter(None, [f"{request.steps or 'own'} steps", title(row) if several else ""]))
+        ", ".join(
+            filter(
+                None,
+                [
+                    name if len(loras) > 1 else "",
+                    f"{request.steps or 'own'} steps" if len(requests) > 1 else "",
+                    title(row) if several else "",
+                ],
+            )
+        )
+        for name in names
         for request in requests
         for row in rows[:: len(scales)]
     ]

@@ -211,6 +211,15 @@ class Conditioner:
         """The number of channels that are concatenated to the latents."""
         return 0
 
+    @property
+    def towers(self) -> Mapping[str, Any]:
+        """The conditioners of text that it consists of, by name, each with a ``module``.
+
+        The name is also that of the tower's section in the config and of its parameters; a sole
+        tower has the name "", and its parameters are those of the conditioner.
+        """
+        return {}
+
     def init(self, key: jax.Array) -> dict:
         """Returns fresh parameters; {} where there are none."""
         module = getattr(self, "module", None)
@@ -237,6 +246,10 @@ class Conditioner:
     def null_row(self, encoded: Any = None) -> Any:
         """Returns one row that replaces ``encoded`` where a condition is dropped or guided from."""
         return self.encode_null(1)
+
+    def aligned(self, encoded: Sequence[Any]) -> list[Any]:
+        """Returns results of `encode` that enter one program, brought to the same shapes."""
+        return list(encoded)
 
     def with_picture(
         self, encoded: Any, first_stage: Any, image: jax.Array | None, mask: jax.Array | None

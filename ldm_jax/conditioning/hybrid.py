@@ -87,6 +87,11 @@ class Hybrid(Conditioner):
         text: Any = self.text.with_kernels(kernels)
         return dataclasses.replace(self, text=text)
 
+    @property
+    def towers(self) -> Mapping[str, Any]:
+        """The text, the sole tower."""
+        return self.text.towers
+
     def init(self, key: jax.Array) -> dict:
         """Returns fresh parameters of the text encoder."""
         return self.text.init(key)
@@ -100,6 +105,10 @@ class Hybrid(Conditioner):
     def encode(self, values: Sequence[str]) -> Any:
         """Returns the tokens of captions."""
         return self.text.encode(values)
+
+    def aligned(self, encoded: Sequence[Any]) -> list[Any]:
+        """Returns captions of as many chunks each."""
+        return self.text.aligned(encoded)
 
     def encode_null(self, n: int) -> dict[str, Any]:
         """Returns the empty caption, and zeros."""

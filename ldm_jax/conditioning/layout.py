@@ -90,6 +90,15 @@ class Layout(BertText):
     cached = False
     argument = None
 
+    def __post_init__(self) -> None:
+        if self.weighted:
+            raise ValueError("weighted: a layout has no words")
+
+    @property
+    def towers(self) -> Mapping[str, Any]:
+        """None: it reads no text."""
+        return {}
+
     @classmethod
     def row_condition(
         cls, fields: Mapping[str, Any], settings: Mapping[str, Any], names: Callable[[], Names]

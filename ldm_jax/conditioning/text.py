@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from ldm_jax.conditioning.base import Cond, Conditioner, Rows, some
+from ldm_jax.conditioning.prompts import Chunks, chunks_of, emphasised, padded, parse_weights
 from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer_with, expand, tokens_of
 from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText
@@ -17,9 +19,16 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Text(Conditioner):
-    """Base of text conditions: a tokenizer and a text encoder ``module``."""
+    """Base of text conditions: a tokenizer and a text encoder ``module``.
+
+    Attributes:
+      module: The text encoder.
+      weighted: Whether prompts have weights and any length (`ldm_jax.conditioning.prompts`).
+        `encode` then returns {"tokens", "weights"} [b, k, m] of k chunks. Training ignores it.
+    """
 
     module: Any
+    weighted: bool = False
 
     field = "prompts"
     negative = True
@@ -42,20 +51,74 @@ class Text(Conditioner):
         """The token of the padding."""
         return self.tokenizer.pad_token_id
 
-    def encode(self, values: Sequence[str]) -> np.ndarray:
+    def init(self, key: jax.Array) -> dict:
+        """Returns fresh parameters."""
+        return dict(self.module.init(key, np.zeros((1, self.max_length), np.int32))["params"])
+
+    @property
+    def towers(self) -> Mapping[str, Any]:
+        """Itself, the sole tower."""
+        return {"": self}
+
+    def expanded(self, caption: str) -> str:
+        """Returns a caption with the tokens of the vocabulary that its words stand for."""
+        return caption
+
+    def encode(self, values: Sequence[str]) -> Any:
         """Tokenizes captions: start, words, end, padding.
 
         A caption that is too long is cut, with a warning that names the part cut off.
 
         Returns:
-          int32 [b, max_length].
+          int32 [b, max_length]; or {"tokens", "weights"} [b, k, max_length] where ``weighted``.
         """
+        if self.weighted:
+            rows = [self._chunks(value) for value in values]
+            alone = [{"tokens": r.tokens[None], "weights": r.weights[None]} for r in rows]
+            return jax.tree.map(lambda *parts: np.concatenate(parts), *self.aligned(alone))
         first, last = (getattr(self.tokenizer, name) for name in self.markers)
+        values = [self.expanded(value) for value in values]
         return tokens_of(self.tokenizer, values, self.max_length, first, last, self.padding)
 
-    def encode_null(self, n: int) -> np.ndarray:
-        """Returns the tokens of the empty caption, ``n`` times."""
-        return np.repeat(self.encode([""]), n, axis=0)
+    def encode_null(self, n: int) -> Any:
+        """Returns the empty caption, ``n`` times."""
+        return jax.tree.map(lambda row: np.repeat(row, n, axis=0), self.encode([""]))
+
+    def aligned(self, encoded: Sequence[Any]) -> list[Any]:
+        """Returns weighted prompts with as many chunks each; the empty caption fills them up."""
+        if not self.weighted:
+            return list(encoded)
+        k = max(one["tokens"].shape[1] for one in encoded)
+        empty = self._chunks("")
+
+        def filled(array: np.ndarray, row: np.ndarray) -> np.ndarray:
+            b, own, m = array.shape
+            return np.concatenate([array, np.broadcast_to(row, (b, k - own, m))], axis=1)
+
+        return [
+            {
+                "tokens": filled(one["tokens"], empty.tokens),
+                "weights": filled(one["weights"], empty.weights),
+            }
+            for one in encoded
+        ]
+
+    def _chunks(self, prompt: str) -> Chunks:
+        """Reads a prompt with weights."""
+        tokenizer, first, last = self.tokenizer, *self.markers
+        parts = []
+        for text, weight in parse_weights(prompt):
+            if text is not None:
+                text = tokenizer(self.expanded(text), add_special_tokens=False)["input_ids"]
+            parts.append((text, weight))
+        comma = tokenizer(",", add_special_tokens=False)["input_ids"]
+        chunks = chunks_of(parts, self.max_length - 2, comma[0], self._runs())
+        start, end = getattr(tokenizer, first), getattr(tokenizer, last)
+        return padded(chunks, self.max_length, start, end, self.padding)
+
+    def _runs(self) -> dict[int, int]:
+        """Returns {first token: number of tokens} of words of several tokens."""
+        return {}
 
     def tokenizer_json(self) -> str | None:
         """Returns a `tokenizers.Tokenizer` as JSON that encodes a caption as `encode` does."""
@@ -68,8 +131,10 @@ class Text(Conditioner):
         return tokenizer.to_str()
 
     def encode_rows(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Encodes the captions of a batch."""
-        return super().encode_rows(raw if "encoded" in raw else {"condition": raw["caption"]})
+        """Encodes the captions of a batch, without weights."""
+        if "encoded" in raw:
+            return super().encode_rows(raw)
+        return {"encoded": dataclasses.replace(self, weighted=False).encode(raw["caption"])}
 
     def cache_fields(self) -> dict[str, dict[str, Any]]:
         """Returns the tokens' shape."""
@@ -102,6 +167,20 @@ class Text(Conditioner):
             )
 
 
+def context_of(encoded: Any, states: Callable[[Any], Any]) -> Any:
+    """Returns the context [b, k m, c] of k chunks that `Text.encode` made.
+
+    Args:
+      encoded: Tokens int32 [b, m], or {"tokens", "weights"} [b, k, m].
+      states: Tokens int32 [n, m] -> states [n, m, c].
+    """
+    if not isinstance(encoded, Mapping):
+        return states(encoded)
+    b, k, m = encoded["tokens"].shape
+    found = states(encoded["tokens"].reshape(b * k, m)).reshape(b, k, m, -1)
+    return emphasised(found, encoded["weights"]).reshape(b, k * m, -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class BertText(Text):
     """WordPieces of bert-base-uncased and a transformer trained with the UNet (BERTEmbedder)."""
@@ -125,8 +204,11 @@ class BertText(Text):
         self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
     ) -> Cond:
         """Encodes tokens int32 [b, m] as the context [b, m, k]."""
-        states: Any = self.module.apply({"params": params}, encoded, train=train, rngs=rngs)
-        return Cond(crossattn=states)
+
+        def states(tokens: Any) -> Any:
+            return self.module.apply({"params": params}, tokens, train=train, rngs=rngs)
+
+        return Cond(crossattn=context_of(encoded, states))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +220,21 @@ class ClipText(Text):
       pad_token_id: The token of the padding; None: the end token. Stable Diffusion 2.x pads with 0.
       added_tokens: Entries after CLIP's vocabulary, with rows of their own in the tower's table
         (textual inversion).
+      clip_skip: The context is the state after this layer from the end, 1 for the last one.
     """
 
     module: CLIPText
     pad_token_id: int | None = None
     added_tokens: tuple[str, ...] = ()
+    clip_skip: int = 1
 
     network = CLIPText
     markers = ("bos_token_id", "eos_token_id")
+
+    def __post_init__(self) -> None:
+        layers = self.module.num_hidden_layers
+        if not 1 <= self.clip_skip <= layers:
+            raise ValueError(f"clip_skip must be from 1 to {layers}, not {self.clip_skip}")
 
     @property
     def tokenizer(self) -> Any:
@@ -157,9 +246,17 @@ class ClipText(Text):
         """The token of the padding."""
         return self.tokenizer.pad_token_id if self.pad_token_id is None else self.pad_token_id
 
-    def encode(self, values: Sequence[str]) -> np.ndarray:
-        """Tokenizes captions, as `Text.encode`; an added token may stand for several vectors."""
-        return super().encode([expand(value, self.added_tokens) for value in values])
+    def expanded(self, caption: str) -> str:
+        """Returns a caption in which added tokens of several vectors are followed by the others."""
+        return expand(caption, self.added_tokens)
+
+    def _runs(self) -> dict[int, int]:
+        """Returns {first token: number of tokens} of added words of several vectors."""
+        first = len(self.tokenizer) - len(self.added_tokens)
+        return {
+            first + i: len(expand(token, self.added_tokens).split())
+            for i, token in enumerate(self.added_tokens)
+        }
 
     @property
     def max_length(self) -> int:
@@ -170,5 +267,12 @@ class ClipText(Text):
         self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
     ) -> Cond:
         """Encodes tokens int32 [b, m] as the context [b, m, k]."""
-        states: Any = self.module.apply({"params": params}, encoded)
-        return Cond(crossattn=states.last)
+        module = self.module
+        if self.clip_skip > 1:  # the last layers keep their parameters, for LoRA files
+            module = module.clone(num_hidden_layers=module.num_hidden_layers + 1 - self.clip_skip)
+
+        def states(tokens: Any) -> Any:
+            found: Any = module.apply({"params": params}, tokens)
+            return found.last
+
+        return Cond(crossattn=context_of(encoded, states))

@@ -3,6 +3,7 @@
 import gzip
 import logging
 import os
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -67,15 +68,21 @@ def clip_tokenizer_with(added_tokens: tuple[str, ...]) -> Any:
 
 
 def expand(caption: str, added_tokens: Sequence[str]) -> str:
-    """Replaces an added token of several vectors, "x", by "x x_1 x_2 ...", as diffusers does."""
+    """Replaces an added token of several vectors, "x", by "x x_1 x_2 ...", as diffusers does.
+
+    The longest token at a place counts, in any case, as for the tokenizer.
+    """
+    runs = {}
     for token in added_tokens:
         names, i = [token], 1
         while f"{token}_{i}" in added_tokens:
             names.append(f"{token}_{i}")
             i += 1
-        if len(names) > 1 and token in caption:
-            caption = caption.replace(token, " ".join(names))
-    return caption
+        runs[token.lower()] = " ".join(names)
+    if not runs:
+        return caption
+    pattern = "|".join(re.escape(token) for token in sorted(added_tokens, key=len, reverse=True))
+    return re.sub(pattern, lambda m: runs.get(m[0].lower(), m[0]), caption, flags=re.IGNORECASE)
 
 
 def tokens_of(

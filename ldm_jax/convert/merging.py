@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.convert.conversion import check_new, read_any
-from ldm_jax.convert.lora import merge_lora
+from ldm_jax.convert.lora import merge_loras, pairs_of
 from ldm_jax.convert.tables import flatten, nest
 from ldm_jax.errors import TargetError
 from ldm_jax.io.atomic import write_atomic
@@ -52,24 +52,14 @@ def merge(
         lines["merged"] = f"{kind} of {len(models)} models, weight {weight}: {len(flat)} arrays"
     merged = nest(flat)
     params = {part: merged.get(part, {}) for part in params}
-    for i, text in enumerate(loras, 1):
-        file, strength = split_strength(text)
-        params = merge_lora(config, params, file, strength)
-        lines[f"lora {i}"] = f"{file} at {strength}"
+    pairs = pairs_of(loras)
+    params = merge_loras(config, params, pairs)
+    lines |= {f"lora {i}": f"{file} at {s}" for i, (file, s) in enumerate(pairs, 1)}
     config.pop("format", None)
     save_model(out, config, params, dtype=None)
     report = {"models": [str(m) for m in models], "weight": weight, "loras": list(loras)}
     write_atomic(Path(out) / "merge.json", json.dumps(report, indent=1) + "\n")
     return lines
-
-
-def split_strength(text: str) -> tuple[str, float]:
-    """Splits "FILE:0.8" into (FILE, 0.8); without a number the strength is 1."""
-    file, colon, number = text.rpartition(":")
-    try:
-        return (file, float(number)) if colon and file else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 def _compatible(config: dict[str, Any], flat: dict, model: str | Path) -> dict:

@@ -3,6 +3,7 @@
 Rombach et al. 2022, arXiv:2112.10752. `ldm_jax.models.build` makes one from a config.
 """
 
+import dataclasses
 import json
 from functools import partial
 from typing import Any
@@ -18,9 +19,10 @@ from ldm_jax.diffusion.schedule import Schedule, lift
 from ldm_jax.kernels import Kernels
 from ldm_jax.kernels.cores import divide_rows
 from ldm_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm_jax.models.controlnet import ControlNet
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModelInterface
-from ldm_jax.nn.layers import with_kernels
+from ldm_jax.nn.layers import repeat_batch, with_kernels
 
 FirstStageModule = AutoencoderKL | VQModelInterface
 
@@ -131,6 +133,7 @@ class LatentDiffusion:
     """The whole model.
 
     ``params`` has "unet" and "conditioner"; the first stage, trained on its own, keeps its own.
+    Those of ``controls`` are at "controls", by number.
     """
 
     params: Any
@@ -140,10 +143,12 @@ class LatentDiffusion:
     conditioner: Conditioner = flax.struct.field(pytree_node=False)
     objective: str = flax.struct.field(pytree_node=False)
     config_json: str = flax.struct.field(pytree_node=False, default="{}")
+    controls: tuple[ControlNet, ...] = flax.struct.field(pytree_node=False, default=())
 
     def with_kernels(self, kernels: Kernels) -> "LatentDiffusion":
         """A copy whose networks all compute with ``kernels``."""
-        return with_kernels(self, kernels)
+        controls = tuple(net.clone(kernels=kernels) for net in self.controls)
+        return with_kernels(dataclasses.replace(self, controls=controls), kernels)
 
     @property
     def config(self) -> dict:
@@ -159,6 +164,29 @@ class LatentDiffusion:
             x = jnp.concatenate([x, cond.concat], axis=-1)
         return apply(self.unet, params["unet"], x, t, cond.crossattn, cond.vector, **options)
 
+    def control_features(
+        self, x: jax.Array, t: jax.Array, cond: Cond, control: Any
+    ) -> tuple[jax.Array, ...]:
+        """The sum of the ControlNets' features, for `UNet`.
+
+        Args:
+          x: Latents [r b, h, w, c].
+          t: Timesteps [r b].
+          cond: The conditions.
+          control: (hints [b, 8 h, 8 w, 3] in [0, 1] of each, scales [b, n]).
+        """
+        total: list[jax.Array] = []
+        for i, net in enumerate(self.controls):
+            z = x
+            if cond.concat is not None and net.in_channels > x.shape[-1]:
+                z = jnp.concatenate([x, cond.concat], axis=-1)
+            hint, scale = (repeat_batch(a, x) for a in (control[0][i], control[1][:, i]))
+            params = self.params["controls"][str(i)]
+            found = apply(net, params, z, hint, t, cond.crossattn, cond.vector)
+            found = [lift(scale, f).astype(f.dtype) * f for f in found]
+            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return tuple(total)
+
     def denoiser(
         self,
         encoded: Any,
@@ -166,6 +194,7 @@ class LatentDiffusion:
         guidance: Any = None,
         *,
         toward: Any = None,
+        control: Any = None,
         cache: FeatureCache | None = None,
         cache_depth: int = 1,
         **options: Any,
@@ -177,19 +206,22 @@ class LatentDiffusion:
           null: The null condition, for classifier-free guidance.
           guidance: The guidance scale, [] or [b]; None for none.
           toward: (encoded, mix [b]), interpolates to other conditions.
+          control: The hints of `control_features`.
           cache: Keeps the feature that enters the last ``cache_depth`` rows of the UNet.
           cache_depth: See ``cache``.
           options: Those of `classifier_free`.
         """
 
+        def unet(x: jax.Array, t: jax.Array, cond: Cond, **options: Any) -> Any:
+            if control is not None:
+                options["controls"] = self.control_features(x, t, cond, control)
+            return self.apply(self.params, x, t, cond, **options)
+
         def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
             if cache is None:
-                return self.apply(self.params, x, t, cond)
+                return unet(x, t, cond)
             return cache.call(
-                lambda *args: self.apply(self.params, *args[:3], depth=cache_depth, deep=args[3]),
-                x,
-                t,
-                cond,
+                lambda *args: unet(*args[:3], depth=cache_depth, deep=args[3]), x, t, cond
             )
 
         condition = partial(self.conditioner, self.params["conditioner"])
@@ -201,7 +233,7 @@ class LatentDiffusion:
             )
         if null is None or guidance is None:
             return unguided(model, cond)
-        repeat = not self.shares_rows(cond)
+        repeat = control is not None or not self.shares_rows(cond)
         return classifier_free(model, cond, condition(null), guidance, repeat=repeat, **options)
 
     def shares_rows(self, cond: Cond) -> bool:

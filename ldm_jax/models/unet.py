@@ -208,11 +208,9 @@ class UNet(Trunk):
           depth: With a depth the result is (output, deep), where ``deep`` [b, h', w', c'] is the
             feature that enters the last ``depth`` output rows.
           deep: Such a feature: only the first and the last ``depth`` rows run, around it
-          (DeepCache,
-            Ma et al. 2023, arXiv:2312.00858).
+            (DeepCache, Ma et al. 2023, arXiv:2312.00858).
           controls: Features that a ControlNet adds to the skips, in their order, and the last one
-          to
-            the result of the middle; fewer than all are those of the last.
+            to the result of the middle; fewer than all are those of the last.
         """
         if (y is None) != (self.num_classes is None):
             raise ValueError("UNet: y must be given if and only if num_classes is set")
@@ -230,7 +228,9 @@ class UNet(Trunk):
         emb = self.embed_time(t)
         if y is not None:
             emb = emb + self.embed_vector(y)
-        added = list(controls)
+        missing = len(plan.input) + 1 - len(controls)
+        added: list[Array | float] = [*[0.0] * missing, *controls]
+        added = added[:depth] if reused else added  # those of the rows that run
 
         h, skips, last = x.astype(self.dtype), [], len(plan.output) - depth
         for i, row in enumerate(plan.input[:depth] if reused else plan.input):
@@ -238,14 +238,14 @@ class UNet(Trunk):
             skips.append(h)
         if not reused:
             h = self.run(plan.middle, "middle_block", h, emb, context, train)
-            h = h + added.pop() if added else h
+            h = h + added.pop() if controls else h
         for i, row in enumerate(plan.output):
             if i < last and reused:
                 continue
             if i == last:
                 h = deep = h if deep is None else deep
             skip = repeat_batch(skips.pop(), h)
-            skip = skip + added.pop() if added else skip
+            skip = skip + added.pop() if controls else skip
             h = jnp.concatenate([h, skip], axis=-1)
             h = self.run(row, f"output_blocks_{i}", h, emb, context, train)
 

@@ -132,12 +132,12 @@ def arguments_of(pipe: Pipeline) -> Arguments:
     check_model(pipe.model)
     if conditioner.field is None:
         return arguments
-    if (condition := conditioner.argument) is None:
+    condition, example = conditioner.argument, conditioner.encode_null(1)
+    if condition is None or not isinstance(example, np.ndarray):
         raise RequestError(
             f"this model is conditioned on {conditioner.field}: only models of text, classes, "
             "embeddings or nothing can be exported"
         )
-    example = conditioner.encode_null(1)
     for name in (condition, f"null_{condition}"):
         arguments[name] = example.shape[1:], example.dtype
     return arguments | {"guidance": ((), np.float32)}

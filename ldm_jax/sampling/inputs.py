@@ -11,6 +11,7 @@ from ldm_jax.conditioning.base import as_list
 from ldm_jax.conditioning.pictures import Canvas, Geometry
 from ldm_jax.errors import RequestError
 from ldm_jax.models.ldm import LatentDiffusion
+from ldm_jax.sampling.hints import Control, read_control
 from ldm_jax.sampling.request import MOST_SEED, STRENGTH, Request
 
 Array = Any  # jax.Array or np.ndarray
@@ -47,6 +48,7 @@ class Inputs(NamedTuple):
       mask: uint8 [b, H, W, 1], 1 where ``image`` is painted.
       variation: Distance from ``image`` [b], in [0, 1].
       toward: The other ends of an interpolation.
+      control: The hints of the model's ControlNets.
     """
 
     seeds: Array
@@ -59,6 +61,7 @@ class Inputs(NamedTuple):
     mask: Array | None = None
     variation: Array | None = None
     toward: Toward | None = None
+    control: Control | None = None
 
 
 def check_request(model: LatentDiffusion, request: Request) -> Request:
@@ -146,6 +149,12 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
         image=None if canvas.image is None else spread(canvas.image),
         mask=None if canvas.mask is None else spread(canvas.mask),
         variation=None if own.variation is None else numbers(own.variation, n, "variations"),
+        control=read_control(
+            request,
+            len(model.controls),
+            (canvas.size[0] // geometry.factor, canvas.size[1] // geometry.factor),
+            n,
+        ),
     )
     if request.toward is not None:
         others, to, mix = request.toward
@@ -165,7 +174,7 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
             raise RequestError(
                 "this model has no null condition to be guided away from: leave guidance at 1"
             )
-        return canvas, inputs
+        return canvas, aligned(conditioner, inputs)
     if negative := as_list(request.negative):
         if len(negative) not in (1, n):
             raise RequestError(
@@ -175,12 +184,27 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
     else:
         null = jax.tree.map(spread, conditioner.null_row(inputs.encoded))
     interval = own.guidance_interval
-    return canvas, inputs._replace(
+    inputs = inputs._replace(
         null=null,
         guidance=scales,
         interval=None if interval is None else spread(np.asarray([interval], np.float32)),
         rescale=rescale if rescale.any() else None,
     )
+    return canvas, aligned(conditioner, inputs)
+
+
+def aligned(conditioner: Any, inputs: Inputs) -> Inputs:
+    """Returns the inputs with conditions of the same shapes."""
+    given = [inputs.encoded]
+    given += [] if inputs.null is None else [inputs.null]
+    given += [] if inputs.toward is None else [inputs.toward.encoded]
+    encoded, *rest = conditioner.aligned(given)
+    inputs = inputs._replace(encoded=encoded)
+    if inputs.null is not None:
+        inputs = inputs._replace(null=rest.pop(0))
+    if inputs.toward is not None:
+        inputs = inputs._replace(toward=inputs.toward._replace(encoded=rest.pop(0)))
+    return inputs
 
 
 def pair(

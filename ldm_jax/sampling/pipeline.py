@@ -1,7 +1,9 @@
 """Requests to pictures: a model, its compiled programs, and batches of one size."""
 
+import copy
 import dataclasses
 import inspect
+import json
 import logging
 import math
 import re
@@ -15,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ldm_jax.convert.controlnet import read_controlnet
 from ldm_jax.convert.conversion import is_foreign, read_model, replace_parts
 from ldm_jax.convert.diffusers.hub import fetched
+from ldm_jax.convert.embedding import add_embeddings, read_embedding, section_of, split_word
+from ldm_jax.convert.lora import merge_loras, pairs_of
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
 from ldm_jax.errors import (
     CheckpointError,
@@ -29,7 +34,13 @@ from ldm_jax.errors import (
 )
 from ldm_jax.io.checkpoint import find_model, load_model
 from ldm_jax.kernels import Kernels, cores, for_platform
-from ldm_jax.models.build import DTYPES, build, build_first_stage, check_params
+from ldm_jax.models.build import (
+    DTYPES,
+    build,
+    build_conditioner,
+    build_first_stage,
+    check_params,
+)
 from ldm_jax.models.ldm import FirstStage, LatentDiffusion, to_float, to_uint8
 from ldm_jax.models.unet import layout
 from ldm_jax.sampling.decoding import decode_part
@@ -148,6 +159,64 @@ class Pipeline:
         self._store = programs
         self._shared: dict[int, LatentDiffusion] = {}
 
+    # ------------------------------------------------------------------------------- adapters
+
+    def with_lora(self, *loras: str | Path | tuple[str | Path, float]) -> "Pipeline":
+        """Returns a pipeline whose weights have LoRA files merged in; this one stays as it is.
+
+        Both share their compiled programs, and the weights that the files do not change.
+
+        Args:
+          loras: Files of kohya, LyCORIS, peft or diffusers, each as "FILE", "FILE:STRENGTH" or
+            (FILE, strength).
+
+        Raises:
+          CheckpointError: A file cannot be read, or does not fit the model.
+        """
+        try:
+            pairs = pairs_of(loras)
+            params = merge_loras(self.model.config, self.model.params, pairs)
+        except (ConversionError, ReaderError, TargetError) as error:
+            raise CheckpointError(" ".join(str(error).split())[:600]) from error
+        merged = self._with_model(dataclasses.replace(self.model, params=params))
+        merged.name = " + ".join([self.name, *(f"{file}:{s:g}" for file, s in pairs)])
+        return merged
+
+    def with_control(self, *controls: str | Path) -> "Pipeline":
+        """Returns a pipeline whose UNet is also controlled by ControlNets, after those it has.
+
+        Args:
+          controls: Files of the original's, or folders or files of diffusers.
+
+        Raises:
+          CheckpointError: A file cannot be read, or does not fit the model.
+        """
+        model, dtype = self.model, DTYPES[self.dtype]
+        nets, params = list(model.controls), dict(model.params.get("controls", {}))
+        for path in controls:
+            try:
+                net, arrays = read_controlnet(find_model(fetched(path)), model.unet)
+            except (ConversionError, ReaderError, TargetError) as error:
+                raise CheckpointError(" ".join(str(error).split())[:600]) from error
+            params[str(len(nets))] = jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays)
+            nets.append(net)
+        params = {**model.params, "controls": params}
+        controlled = self._with_model(model.replace(controls=tuple(nets), params=params))
+        controlled.name = " + ".join([self.name, *map(str, controls)])
+        return controlled
+
+    def _with_model(self, model: LatentDiffusion) -> "Pipeline":
+        """Returns a copy of this pipeline, sharing its programs, with another model.
+
+        A program is traced again where the model's networks or the shapes of its weights differ.
+        """
+        copied = copy.copy(self)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        kernels = for_platform(cores.platform_of(self.mesh))
+        copied.model = jax.device_put(model, kernels.weight_formats(model, whole))
+        copied._shared = {}
+        return copied
+
     # ------------------------------------------------------------------------------- requests
 
     def __call__(
@@ -165,6 +234,9 @@ class Pipeline:
         outpaint: Sequence[int] | None = None,
         strength: float | None = None,
         variation: float | Sequence[float] | None = None,
+        control_image: Any = None,
+        control_scale: float | Sequence[float] | None = None,
+        control_edges: Sequence[float] | None = None,
         toward: tuple[Sequence[Any], Sequence[int], Sequence[float]] | None = None,
         seeds: int | Sequence[int] | None = None,
         batch: int | None = None,
@@ -587,6 +659,11 @@ def load(
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
     programs: str | Path | None = None,
+    lora: Sequence[str | Path | tuple[str | Path, float]] = (),
+    embedding: Sequence[str | Path] = (),
+    control: Sequence[str | Path] = (),
+    prompt_weights: bool = False,
+    clip_skip: int | None = None,
 ) -> Pipeline:
     """Loads a model.
 
@@ -603,6 +680,14 @@ def load(
       text_encoder: A model or checkpoint whose text encoder takes the place of the model's.
       programs: A folder where compiled programs are kept, so that a later process does not compile
         them again; only its user may write there. See `ldm_jax.sampling.programs.ProgramStore`.
+      lora: LoRA files to merge into the weights, as `Pipeline.with_lora` takes them.
+      embedding: Textual inversion files, each "FILE" or "WORD=FILE"; without a word that of the
+        file.
+      control: ControlNets, as `Pipeline.with_control` takes them.
+      prompt_weights: Whether prompts have weights, "(word:1.3)", and any length; see
+        `ldm_jax.conditioning.prompts`.
+      clip_skip: Which layer of CLIP's text encoder gives the context: 1 is the model's own, 2 the
+        one before.
 
     Raises:
       RequestError, CheckpointError: The model cannot be loaded.
@@ -619,13 +704,15 @@ def load(
         params = {"conditioner": {}, **params}  # an empty tree leaves no trace on disk
         first_stage = params.pop("first_stage", None)
         params.pop("logvar", None)  # of the training loss alone
+        fields, params = with_embeddings(fields, params, embedding)
+        fields = with_prompts(fields, prompt_weights, clip_skip)
         model = build(fields, params, first_stage, dtype)
         store = None if programs is None else ProgramStore(programs)
         if store is None:
             check_params(model)
         else:
             store.once(check_params, model)
-        return Pipeline(
+        pipe = Pipeline(
             model,
             dtype=dtype,
             name=str(name),
@@ -636,6 +723,38 @@ def load(
     except ConfigError as error:
         where = path if is_foreign(path) else path / "config.json"
         raise CheckpointError(f"{where}: {error}") from None
+    pipe = pipe.with_lora(*lora) if lora else pipe
+    return pipe.with_control(*control) if control else pipe
+
+
+def with_embeddings(
+    fields: dict[str, Any], params: dict[str, Any], files: Sequence[str | Path]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (model config, parameters) with the words of textual inversion files."""
+    if not files:
+        return fields, params
+    try:
+        words = [read_embedding(*split_word(str(file))) for file in files]
+        return add_embeddings(fields, params, words)
+    except (ConversionError, ReaderError, TargetError) as error:
+        raise CheckpointError(" ".join(str(error).split())[:600]) from error
+
+
+def with_prompts(fields: dict[str, Any], weights: bool, clip_skip: int | None) -> dict[str, Any]:
+    """Returns a model config whose text encoders read prompts as `load` says."""
+    own = {"weighted": True} if weights else {}
+    own |= {} if clip_skip is None else {"clip_skip": clip_skip}
+    if not own:
+        return fields
+    fields = json.loads(json.dumps(fields))
+    towers = build_conditioner(fields).towers
+    for name, tower in towers.items():
+        if clip_skip is not None and (len(towers) > 1 or not hasattr(tower, "clip_skip")):
+            raise RequestError("clip_skip needs a model whose text encoder is CLIP's, alone")
+        section_of(fields["conditioner"], name).update(own)
+    if not towers:
+        raise RequestError(f"{', '.join(own)}: this model has no text encoder")
+    return fields
 
 
 def read_parts(

@@ -105,10 +105,16 @@ def generate(
     def with_picture(encoded: Any) -> Any:
         return conditioner.with_picture(encoded, stage, pixels, inputs.mask)
 
+    control = None
+    if inputs.control is not None:
+        hints = tuple(hint.astype(jnp.float32) / 255 for hint in inputs.control.hints)
+        control = hints, inputs.control.scales
     other = None if toward is None else (with_picture(toward.encoded), toward.mix)
 
     def predict(*guidance: Any, **options: Any) -> Predict:
-        denoise = model.denoiser(with_picture(inputs.encoded), *guidance, toward=other, **options)
+        denoise = model.denoiser(
+            with_picture(inputs.encoded), *guidance, toward=other, control=control, **options
+        )
         codes = stage.quantized if config.quantize else None
         return predictor(
             denoise, model.schedule, model.objective, clip=stage.module is None, quantize=codes

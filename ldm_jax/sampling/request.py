@@ -141,6 +141,9 @@ class Request:
       outpaint: Pixels to add at the image's (top, right, bottom, left).
       strength: Denoising strength in (0, 1]: the fraction of the steps that is run on ``image``.
       variation: Distance in [0, 1] from ``image`` by its inverted noise.
+      control_image: The hint of each ControlNet: pictures of edges, depth, poses ...
+      control_scale: Factor of the ControlNets' features, one or one for each; 1 by default.
+      control_edges: Two thresholds of Canny's method, to make edges of ``control_image``.
       toward: Other ends of an interpolation: ([prompts or classes], [seeds], [mixes]), one of each
         for each picture.
       seeds: Whole numbers in [0, 2**64); 0, 1, ... by default.
@@ -192,6 +195,17 @@ class Request:
     )
     variation: float | Sequence[float] | None = option(
         "real", "Distance in [0, 1] from --image by its inverted noise."
+    )
+    control_image: Any = option(
+        "file",
+        "A ControlNet's hint, as edges or a pose; once for each --control.",
+        multi=True,
+    )
+    control_scale: float | Sequence[float] | None = option(
+        "reals", "Factor of the ControlNets' features, one or one for each (default: 1)."
+    )
+    control_edges: Sequence[float] | None = option(
+        "reals", "LOW,HIGH: make edges of --control_image (Canny), for example 100,200."
     )
     toward: tuple[Sequence[Any], Sequence[int], Sequence[float]] | None = option("", "")
     seeds: int | Sequence[int] | None = option("", "", each="seed")
@@ -354,7 +368,7 @@ SETTINGS = tuple(
     if field.metadata.get("own", dataclasses.MISSING) is not dataclasses.MISSING
 )
 FILES = tuple(name for name, field in OPTIONS.items() if field.metadata["kind"] == "file")
-TASK = (*FILES, "outpaint", "strength", "variation")
+TASK = (*FILES, "outpaint", "strength", "variation", "control_scale", "control_edges")
 EACH = ("prompts", "classes", "negative", "seeds", "guidance")  # one value for each picture
 
 

@@ -8,22 +8,32 @@ from originals import writer
 from safetensors.numpy import load_file, save_file
 
 from ldm_jax.cli.convert import main
-from ldm_jax.convert.merging import split_strength
+from ldm_jax.convert.lora import pairs_of, split_strengths
 from ldm_jax.convert.tables import flatten
+from ldm_jax.errors import TargetError
 from ldm_jax.io.checkpoint import load_model
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a.safetensors", ("a.safetensors", 1.0)),
-        ("a.safetensors:0.6", ("a.safetensors", 0.6)),
-        ("C:/x/a.pt", ("C:/x/a.pt", 1.0)),
-        ("b.pt:-1", ("b.pt", -1.0)),
+        ("a.safetensors", ("a.safetensors", [1.0])),
+        ("a.safetensors:0.6", ("a.safetensors", [0.6])),
+        ("C:/x/a.pt", ("C:/x/a.pt", [1.0])),
+        ("b.pt:-1", ("b.pt", [-1.0])),
+        ("b.pt:0,0.5,1", ("b.pt", [0.0, 0.5, 1.0])),
     ],
 )
-def test_a_strength_after_the_file(text, expected):
-    assert split_strength(text) == expected
+def test_strengths_after_the_file(text, expected):
+    assert split_strengths(text) == expected
+
+
+def test_one_finite_strength_is_needed_where_there_is_no_sweep():
+    assert pairs_of(["a.pt:0.5", ("b.pt:c", 2)]) == [("a.pt", 0.5), ("b.pt:c", 2.0)]
+    with pytest.raises(TargetError, match="one strength"):
+        pairs_of(["a.pt:0,1"])
+    with pytest.raises(TargetError, match="finite"):
+        pairs_of(["a.pt:nan"])
 
 
 def test_means_and_differences_of_models(tmp_path, capsys):

@@ -48,15 +48,16 @@ _OTHERS: tuple[tuple[str, str], ...] = (
     (
         r"lora_(unet|te)|.*\.(lora_(A|B|up|down|mid)|lora\.(up|down)|lora_linear_layer|hada_w1_a"
         r"|lokr_w1\w*|dora_scale)\b",
-        "a LoRA, not a model; merge it into one with ldm-convert merge MODEL --lora FILE",
+        "a LoRA, not a model; give a model and this with --lora, or merge both with ldm-convert"
+        " merge MODEL --lora FILE",
     ),
     (
         r"(\*|clip_[lg]|<[^>]+>|emb_params)$",
-        "a textual inversion embedding, not a model, and not supported yet",
+        "a textual inversion embedding, not a model; give a model and this with --embedding",
     ),
     (
         r"(control_model\.|input_hint_block\.|controlnet_cond_embedding\.)",
-        "a ControlNet, not a model, and not supported yet",
+        "a ControlNet, not a model; give a model and this with --control",
     ),
     (r"(model\.)?(conv_first\.|RRDB|body\.\d+\.rdb1|model\.1\.sub\.)", "an upscaler (ESRGAN)"),
     (r"(ip_adapter|image_proj)\.", "an IP-Adapter, which is not supported"),
@@ -145,5 +146,6 @@ def check_is_model(tensors: Mapping[str, Any], where: str) -> None:
     flat = [t for name, t in tensors.items() if "." not in name and name not in ("weight", "bias")]
     if 0 < len(flat) == len(tensors) <= _EMBEDDING and all(len(t.shape) in (1, 2) for t in flat):
         raise TargetError(
-            f"{where} is a textual inversion embedding, not a model, and not supported yet"
+            f"{where} is a textual inversion embedding, not a model; give a model and this with"
+            " --embedding"
         )

@@ -55,6 +55,7 @@ from ldm_jax.convert.tables import (
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL, Decoder, Encoder
 from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText, CLIPVision
+from ldm_jax.models.controlnet import HINT, ControlNet, encoder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
 from ldm_jax.models.encoder_unet import EncoderUNet, encoder_layout
@@ -104,20 +105,24 @@ def _trunk(net: Trunk, plan: Layout, prefix: str) -> Table:
     ]
 
 
-def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
-    """UNetModel."""
-    table = _trunk(unet, layout(unet), prefix)
+def _vector(unet: UNet, prefix: str) -> Walk:
+    """The embedding of the vector condition."""
     match unet.num_classes:
         case None:
             pass
         case "continuous":
-            table += dense(f"{prefix}label_emb", ("label_emb",))
+            yield from dense(f"{prefix}label_emb", ("label_emb",))
         case "sequential" | "timestep" as kind:  # behind the sinusoids of a timestep
             inner = f"{prefix}label_emb.{0 if kind == 'sequential' else 1}"
-            table += dense(f"{inner}.0", ("label_emb", "dense_0"))
-            table += dense(f"{inner}.2", ("label_emb", "dense_1"))
+            yield from dense(f"{inner}.0", ("label_emb", "dense_0"))
+            yield from dense(f"{inner}.2", ("label_emb", "dense_1"))
         case _:
-            table += embedding(f"{prefix}label_emb", ("label_emb",))
+            yield from embedding(f"{prefix}label_emb", ("label_emb",))
+
+
+def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
+    """UNetModel."""
+    table = [*_trunk(unet, layout(unet), prefix), *_vector(unet, prefix)]
     if unet.n_embed is None:
         return [
             *table,
@@ -136,6 +141,17 @@ def unet_table(unet: UNet, prefix: str = "model.diffusion_model.") -> Table:
         *norm(f"{prefix}id_predictor.0", ("id_norm",)),
         *dense(f"{prefix}id_predictor.1", ("id_predictor",), op=CONV1X1),
     ]
+
+
+def controlnet_table(net: ControlNet, prefix: str = "control_model.") -> Table:
+    """ControlNet, which has the UNet's names for the part that they share."""
+    plan = encoder(net)
+    table = [*_trunk(net, plan, prefix), *_vector(net, prefix)]
+    for i in range(len(HINT) + 1):
+        table += conv(f"{prefix}input_hint_block.{2 * i}", (f"hint_{i}",))
+    for i in range(len(plan.input)):
+        table += conv(f"{prefix}zero_convs.{i}.0", (f"zero_convs_{i}",))
+    return [*table, *conv(f"{prefix}middle_block_out.0", ("middle_block_out",))]
 
 
 def encoder_unet_table(net: EncoderUNet, prefix: str = "") -> Table:
@@ -257,6 +273,12 @@ def _unet_example(unet: UNet) -> tuple:
     )
 
 
+def _controlnet_example(net: ControlNet) -> tuple:
+    x, t, context, y = _unet_example(net)
+    side = 8 * x.shape[1]
+    return x, _floats(1, side, side, net.hint_channels), t, context, y
+
+
 def _pixels(coder: Encoder | Autoencoder | MergedRescaleEncoder) -> tuple:
     side = 2 * 2 ** (len(coder.ch_mult) - 1)
     return (_floats(1, side, side, coder.in_channels),)
@@ -268,6 +290,7 @@ def _latents(quantizer: Quantizer) -> tuple:
 
 FAMILIES: dict[type, Family] = {
     UNet: Family(unet_table, _unet_example),
+    ControlNet: Family(controlnet_table, _controlnet_example),
     EncoderUNet: Family(
         encoder_unet_table,
         lambda m: (_floats(1, m.image_size, m.image_size, m.in_channels), _ints(1)),

@@ -14,6 +14,7 @@ from ldm_jax.errors import TargetError, did_you_mean
 from ldm_jax.models.autoencoder import AutoencoderKL, Decoder, Encoder
 from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText, CLIPVision
+from ldm_jax.models.controlnet import ControlNet
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.embedders import ClassEmbedder, SpatialRescaler
 from ldm_jax.models.encoder_unet import EncoderUNet
@@ -26,7 +27,7 @@ from ldm_jax.models.rescale import (
     MergedRescaleDecoder,
     MergedRescaleEncoder,
 )
-from ldm_jax.models.unet import UNet
+from ldm_jax.models.unet import FIELDS, UNet
 from ldm_jax.models.vqgan import VQModel, VQModelInterface
 from ldm_jax.models.x_transformer import TransformerWrapper
 
@@ -112,6 +113,18 @@ def unet_from_params(params: Mapping[str, Any]) -> UNet:
             raise TargetError(f"UNetModel: context_dim={list(contexts)} must be the same for all")
         fields["context_dim"] = contexts[0]
     return UNet(**fields, remat=bool(params.get("use_checkpoint", False)))
+
+
+def controlnet_from_params(params: Mapping[str, Any]) -> ControlNet:
+    """cldm.cldm.ControlNet, whose other parameters are those of UNetModel."""
+    given = {name: value for name, value in params.items() if name != "hint_channels"}
+    if "hint_channels" not in params or "out_channels" in params:
+        raise TargetError("ControlNet: hint_channels is missing, or out_channels is given")
+    unet = unet_from_params({**given, "out_channels": given.get("in_channels")})
+    if unet.n_embed is not None:
+        raise TargetError("ControlNet: n_embed is not supported")
+    fields = {name: getattr(unet, name) for name in (*FIELDS, "remat")}
+    return ControlNet(**fields, hint_channels=params["hint_channels"])
 
 
 def sgm_unet_from_params(params: Mapping[str, Any]) -> UNet:
@@ -461,6 +474,8 @@ def gpt_from_params(params: Mapping[str, Any]) -> GPT:
 
 TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     f"{_LDM}.diffusionmodules.openaimodel.UNetModel": unet_from_params,
+    "cldm.cldm.ControlNet": controlnet_from_params,
+    "cldm.cldm.ControlledUnetModel": unet_from_params,
     f"{_LDM}.diffusionmodules.openaimodel.EncoderUNetModel": encoder_unet_from_params,
     f"{_LDM}.diffusionmodules.model.Encoder": encoder_from_params,
     f"{_LDM}.diffusionmodules.model.Decoder": decoder_from_params,

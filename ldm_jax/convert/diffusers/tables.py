@@ -18,7 +18,8 @@ from ldm_jax.convert.tables import CONV1X1, Entry, Path, Table, conv, dense, emb
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL, Coder, Decoder, Encoder
 from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText
-from ldm_jax.models.unet import Block, UNet, layout
+from ldm_jax.models.controlnet import HINT, ControlNet, encoder
+from ldm_jax.models.unet import Block, Layout, UNet, layout
 from ldm_jax.models.vqgan import VQModelInterface
 
 QKV = ("q", "k", "v")
@@ -54,12 +55,12 @@ def _sources(unet: UNet) -> dict[str, str]:
     }
 
 
-def unet_table(unet: UNet) -> Table:
-    """UNet2DConditionModel and UNet2DModel; the parameters are those of `split_qkv`."""
+def _trunk(unet: UNet, plan: Layout) -> Table:
+    """The time embedding and the blocks of a plan, which UNet and ControlNet share."""
     sources = _sources(unet)
 
     def blocks() -> Walk:
-        for name, block in layout(unet).blocks():
+        for name, block in plan.blocks():
             source = sources[name]
             match block.kind:
                 case "conv":
@@ -85,10 +86,17 @@ def unet_table(unet: UNet) -> Table:
                 case _:
                     yield from conv(f"{source}.conv", (name, "conv"))
 
-    table = [
+    return [
         *dense("time_embedding.linear_1", ("time_embed", "dense_0")),
         *dense("time_embedding.linear_2", ("time_embed", "dense_1")),
         *blocks(),
+    ]
+
+
+def unet_table(unet: UNet) -> Table:
+    """UNet2DConditionModel and UNet2DModel; the parameters are those of `split_qkv`."""
+    table = [
+        *_trunk(unet, layout(unet)),
         *norm("conv_norm_out", ("out_norm",)),
         *conv("conv_out", ("out_conv",)),
     ]
@@ -97,6 +105,23 @@ def unet_table(unet: UNet) -> Table:
         if unet.num_classes is None
         else [*table, *embedding("class_embedding", ("label_emb",))]
     )
+
+
+def controlnet_table(net: ControlNet) -> Table:
+    """ControlNetModel."""
+    plan, hint = encoder(net), "controlnet_cond_embedding"
+    table = _trunk(net, plan)
+    if net.num_classes == "sequential":
+        for i in (0, 1):
+            table += dense(f"add_embedding.linear_{i + 1}", ("label_emb", f"dense_{i}"))
+    elif net.num_classes is not None:
+        table += embedding("class_embedding", ("label_emb",))
+    inner = [f"blocks.{i}" for i in range(len(HINT) - 1)]
+    for i, name in enumerate(["conv_in", *inner, "conv_out"]):
+        table += conv(f"{hint}.{name}", (f"hint_{i}",))
+    for i in range(len(plan.input)):
+        table += conv(f"controlnet_down_blocks.{i}", (f"zero_convs_{i}",))
+    return [*table, *conv("controlnet_mid_block", ("middle_block_out",))]
 
 
 def split_qkv(unet: UNet, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,6 +255,7 @@ def clip_table(model: CLIPText) -> Table:
 
 TABLES: dict[type, Callable[[Any], Table]] = {
     UNet: unet_table,
+    ControlNet: controlnet_table,
     AutoencoderKL: autoencoder_table,
     VQModelInterface: autoencoder_table,
     TransformerEncoder: bert_table,

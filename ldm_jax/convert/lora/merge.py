@@ -1,14 +1,16 @@
 """Reads a LoRA file against a model, and merges it into the model's parameters."""
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.conditioning import make_conditioner
 from ldm_jax.convert.compvis.networks import table_of
 from ldm_jax.convert.diffusers.components import MODULES
 from ldm_jax.convert.diffusers.tables import TABLES
@@ -29,6 +31,8 @@ _NETWORKS = {
     "text_encoder_2_": "text 2",
     "text_encoder_": "text",
 }
+# Name of a conditioner's tower -> the network; a sole tower has the name "".
+_TOWERS = {"": "text", "clip_l": "text", "clip_g": "text 2"}
 _ENDING = re.compile(rf"\.({'|'.join(map(re.escape, sorted(ROLES, key=len, reverse=True)))})$")
 # Older diffusers: attn1.processor.to_q_lora.down.weight.
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(up|down)\.weight$")
@@ -72,16 +76,27 @@ def read_lora(
         alphas = _Alphas(checkpoint.metadata)
     if not layers:
         raise TargetError(f"{file} is no LoRA: it has no arrays such as *.lora_down.weight")
+    ConversionError.check(
+        str(file),
+        not_finite=[
+            f"{base}.{role}"
+            for base, arrays in layers.items()
+            for role, array in arrays.items()
+            if not np.isfinite(array).all()
+        ],
+    )
     targets = _targets(config, params)
     found = []
     for base, arrays in layers.items():
         network, rest = _network(base)
-        entry = None if network is None else targets.get(network, {}).get(rest)
+        # Files with the UNet alone may leave its prefix out.
+        entry = targets.get(network or "unet", {}).get(rest)
         if entry is None:
             unknown += [f"{base}.{role}" for role in arrays]
             continue
         path, row = entry
-        found.append(Layer(base, path, row, arrays, alphas.of(base)))
+        rank = arrays["down"].shape[:1] if "down" in arrays else ()
+        found.append(Layer(base, path, row, arrays, alphas.of(base, *rank)))
     if unknown:
         missing = {_network(base)[0] for base in layers} - {None} - targets.keys()
         if not found or missing:
@@ -89,50 +104,107 @@ def read_lora(
                 f"{file} is a LoRA for another base model: this one has no"
                 f" {shown(min(missing, key=str) if missing else unknown[0])}"
             )
-        raise ConversionError(str(file), unexpected=unknown)
+        raise ConversionError(str(file), unexpected=[shown(name, 200) for name in unknown])
     return found
 
 
 def merge_lora(
     config: Mapping[str, Any], params: Mapping[str, Any], file: str | Path, strength: float = 1.0
 ) -> dict[str, Any]:
-    """Returns the parameters with a LoRA merged in; they keep their dtypes.
+    """Returns the parameters with one LoRA merged in; see `merge_loras`."""
+    return merge_loras(config, params, [(file, strength)])
+
+
+def merge_loras(
+    config: Mapping[str, Any], params: Mapping[str, Any], loras: Sequence[tuple[str | Path, float]]
+) -> dict[str, Any]:
+    """Returns the parameters with LoRA files merged in, one after the other.
+
+    The sums are float32 and rounded once, to the dtypes of the parameters.
 
     Args:
       config: The config of the model.
       params: Its parameters by part.
-      file: The LoRA file.
-      strength: The factor of the update.
+      loras: (file, strength), where the strength is the factor of the update.
 
     Raises:
-      As `read_lora`, and ConversionError where a layer does not fit.
+      ReaderError: A file cannot be read.
+      TargetError: A file is no LoRA, or one for another base model.
+      ConversionError: A file has layers that the model does not have.
     """
     leaves = flatten(params)
-    misfits: list[Any] = []
-    for layer in read_lora(config, params, file):
-        old = np.asarray(leaves[layer.path])
-        try:
-            leaves[layer.path] = _merged(layer, old, strength)
-        except ConversionError as error:
-            misfits += error.misshapen or [(str(error), (), ())]
+    updates: dict[ParamPath, list[tuple[str | Path, float, Layer]]] = {}
+    for file, strength in loras:
+        for layer in read_lora(config, params, file):
+            updates.setdefault(layer.path, []).append((file, strength, layer))
+    misfits: list[tuple[str | Path, Any]] = []
+    for path, layers in updates.items():  # one weight at a time
+        old = leaves[path]
+        entry = layers[0][2].entry._replace(part=(0, 1))
+        weight = np.asarray(entry.op.to_theirs(np.asarray(old).astype(np.float32)))
+        for file, strength, layer in layers:
+            try:
+                weight = _updated(layer, weight, strength)
+            except ConversionError as error:
+                lines = error.misshapen or [(f"{layer.name}: {error}", (), weight.shape)]
+                misfits += [(file, line) for line in lines]
+        leaves[path] = as_ours(entry, weight).astype(old.dtype)
     if misfits:
+        file, (name, found, expected) = misfits[0]
         raise TargetError(
             f"{file} is a LoRA for another base model: {len(misfits)} layers have other shapes, as"
-            f" {misfits[0][0]}: found {misfits[0][1]}, expected {misfits[0][2]}"
+            f" {shown(name)}: found {found}, expected {expected}"
         )
-    merged = nest(leaves)
-    return {part: merged.get(part, {}) for part in params}
+    tree = nest(leaves)
+    return {part: tree.get(part, {}) for part in params}
 
 
-def _merged(layer: Layer, old: np.ndarray, strength: float) -> np.ndarray:
-    entry = layer.entry._replace(part=(0, 1))
-    weight = np.asarray(entry.op.to_theirs(old.astype(np.float32)))
+def split_strengths(text: str) -> tuple[str, list[float]]:
+    """Splits "FILE:0.8" into (FILE, [0.8]) and "FILE:0,0.5,1" into (FILE, [0, 0.5, 1]).
+
+    Without numbers the strength is 1.
+
+    Raises:
+      TargetError: A strength is not finite.
+    """
+    file, colon, numbers = text.rpartition(":")
+    try:
+        strengths = [float(number) for number in numbers.split(",")]
+    except ValueError:
+        return text, [1.0]
+    if not colon or not file:
+        return text, [1.0]
+    if not all(map(math.isfinite, strengths)):
+        raise TargetError(f"{text}: the strength of a LoRA must be a finite number")
+    return file, strengths
+
+
+def pairs_of(
+    loras: Iterable[str | Path | tuple[str | Path, float]],
+) -> list[tuple[str | Path, float]]:
+    """Returns (file, strength) of LoRA files each as "FILE", "FILE:STRENGTH" or (file, strength).
+
+    Raises:
+      TargetError: One has several strengths, or one that is not finite.
+    """
+    pairs: list[tuple[str | Path, float]] = []
+    for lora in loras:
+        if isinstance(lora, tuple):
+            file, strengths = lora[0], [float(lora[1])]
+        else:
+            file, strengths = split_strengths(str(lora))
+        if len(strengths) != 1:
+            raise TargetError(f"{lora}: give one strength here")
+        pairs.append((file, strengths[0]))
+    return pairs
+
+
+def _updated(layer: Layer, weight: np.ndarray, strength: float) -> np.ndarray:
+    """Returns a weight in PyTorch's layout with a layer's update."""
     update = delta(layer.name, layer.arrays, weight.shape, layer.alpha)
     if "dora_scale" in layer.arrays:
-        new = decomposed(weight, update, layer.arrays["dora_scale"], strength)
-    else:
-        new = weight + np.float32(strength) * update
-    return as_ours(entry, new).astype(old.dtype)
+        return decomposed(weight, update, layer.arrays["dora_scale"], strength)
+    return weight + np.float32(strength) * update
 
 
 def _split(name: str) -> tuple[str | None, str]:
@@ -165,19 +237,22 @@ class _Alphas:
         if not isinstance(self.fields, dict):
             self.fields = {}
 
-    def of(self, base: str) -> float | None:
-        """Returns the alpha of a layer, or None for its rank."""
+    def of(self, base: str, rank: int = 1) -> float | None:
+        """Returns the alpha of a layer of a rank, or None for the rank itself."""
         parts = [key[: -len(".lora_alpha")] for key in self.fields if key.endswith(".lora_alpha")]
         part = next((p for p in sorted(parts, key=len)[::-1] if base.startswith(p + "_")), None)
         if part is None:
             return None
         patterns = self.fields.get(f"{part}.alpha_pattern")
-        rest = base.removeprefix(part + "_")
-        for pattern, alpha in (patterns if isinstance(patterns, dict) else {}).items():
-            if rest.endswith(pattern.replace(".", "_")) and isinstance(alpha, int | float):
-                return float(alpha)
-        alpha = self.fields[f"{part}.lora_alpha"]
-        return float(alpha) if isinstance(alpha, int | float) else None
+        alpha, rest = self.fields[f"{part}.lora_alpha"], base.removeprefix(part + "_")
+        for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
+            if rest.endswith(pattern.replace(".", "_")):
+                alpha = value
+                break
+        if not isinstance(alpha, int | float):
+            return None
+        # rsLoRA (arXiv 2312.03732) divides by the root of the rank.
+        return alpha * rank**0.5 if self.fields.get(f"{part}.use_rslora") is True else float(alpha)
 
 
 Targets = dict[str, dict[str, tuple[ParamPath, Entry]]]
@@ -203,30 +278,8 @@ def _tables(config: Mapping[str, Any]) -> Iterator[tuple[str, ParamPath, Table]]
         unet = MODULES["unet"](dict(config))
         yield "unet", ("unet",), TABLES[type(unet)](unet)
         yield "unet", ("unet",), table_of(unet, "")
-    section = config.get("conditioner", {})
-    section = section.get("text", section)
-    if section.get("kind") == "clip":
-        text = MODULES["conditioner"]({"conditioner": section})
-        yield "text", ("conditioner",), TABLES[type(text)](text)
-
-
-def scaled(params: Any, strength: Any, layers: list[Layer]) -> Any:
-    """Returns ``params`` with LoRA layers at a traced ``strength``, for sweeps in one program.
-
-    Args:
-      params: The parameters by part, as arrays of JAX.
-      strength: float32 [].
-      layers: Of `read_lora`, without DoRA, which is not linear in the strength.
-    """
-    leaves = flatten(params)
-    for layer in layers:
-        if "dora_scale" in layer.arrays:
-            raise TargetError("a sweep of strengths does not support DoRA; merge it at each")
-        old = leaves[layer.path]
-        entry = layer.entry._replace(part=(0, 1))
-        shape = entry.op.to_theirs(np.broadcast_to(np.float32(0), old.shape)).shape
-        update = as_ours(entry, delta(layer.name, layer.arrays, shape, layer.alpha))
-        new = old.astype(np.float32) + strength * jax.numpy.asarray(update)
-        leaves[layer.path] = new.astype(old.dtype)
-    merged = nest(leaves)
-    return {part: merged.get(part, {}) for part in params}
+    if "conditioner" in config:
+        for name, text in make_conditioner(config["conditioner"], jnp.float32).towers.items():
+            if (tower := type(text.module)) in TABLES:
+                path = ("conditioner", name) if name else ("conditioner",)
+                yield _TOWERS.get(name, name), path, TABLES[tower](text.module)
