@@ -116,6 +116,7 @@ def test_every_config_field_exists():
     ("page", "names"),
     [
         ("sampling", {*SAMPLERS} - {"ddim_inversion"}),
+        ("sampling", {o for s in SAMPLERS.values() for o in s.options} - {"eta", "temperature"}),
         ("sampling", grids.ALL),
         ("data", SOURCES),
         ("data", CONDITIONERS),

@@ -9,7 +9,8 @@ import numpy as np
 
 from ldm_jax.diffusion.guidance import Predict
 from ldm_jax.diffusion.schedule import Array, Schedule, lift, log_sigmas, t_to_sigma
-from ldm_jax.diffusion.tableau import check_options, phi, to_precision
+from ldm_jax.diffusion.tableau import check_options, keywords, phi, to_precision
+from ldm_jax.errors import RequestError
 
 
 class AdaptiveNode(NamedTuple):
@@ -56,22 +57,42 @@ class DPMAdaptive:
     order = 3
     draws = 0
     blend_after = False
-    options = ("rtol", "atol", "h_init", "safety")
+    renoises = False
 
     per_image: bool = True
     limit: int = 1000
 
+    @property
+    def options(self) -> dict[str, float]:
+        """Keywords of `nodes`, and their defaults."""
+        return keywords(self.table)
+
     def nodes(self, schedule: Schedule, timesteps: np.ndarray, **controls: float) -> AdaptiveNode:
         """From the last of the timesteps to 0; those between do not matter."""
+        check_options(self.options, controls)
         start, stop = t_to_sigma(schedule, np.array([timesteps[-1], 0.0]))
         return self.table(start, stop, log_sigmas(schedule), **controls)
 
     def table(
-        self, start: float, stop: float, log_sigmas: np.ndarray, **controls: float
+        self,
+        start: float,
+        stop: float,
+        log_sigmas: np.ndarray,
+        *,
+        rtol: float = 0.05,
+        atol: float = 0.0078,
+        h_init: float = 0.05,
+        safety: float = 0.81,
     ) -> AdaptiveNode:
-        """The row between two sigmas."""
-        check_options(self.options, controls)
-        controls = {"rtol": 0.05, "atol": 0.0078, "h_init": 0.05, "safety": 0.81} | controls
+        """The row between two sigmas; the controller's settings are those of k-diffusion."""
+        controls = {"rtol": rtol, "atol": atol, "h_init": h_init, "safety": safety}
+        for name in ("h_init", "safety"):
+            if controls[name] <= 0:
+                raise RequestError(f"dpm_adaptive: {name} must be above 0, not {controls[name]}")
+        if min(rtol, atol) < 0 or rtol == atol == 0:
+            raise RequestError(
+                f"dpm_adaptive: rtol {rtol} and atol {atol} must be at least 0, and one above"
+            )
         node = AdaptiveNode(np.float64(start), np.float64(stop), log_sigmas, **controls)
         return to_precision(jax.tree.map(lambda a: np.asarray(a)[None], node))
 
@@ -87,8 +108,10 @@ class DPMAdaptive:
         predict: Predict,
         noise: jax.Array | None,
     ) -> tuple[Any, jax.Array, jax.Array]:
-        """The whole run."""
-        x, _ = self.run(predict, x, node)
+        """The whole run; an image that is not finished after `limit` attempts is NaN."""
+        x, state = self.run(predict, x, node)
+        unfinished = state.lam < -jnp.log(node.stop) - 1e-5
+        x = jnp.where(lift(unfinished, x), jnp.nan, x)
         return carry, x, x
 
     def run(self, predict: Predict, x: jax.Array, node: AdaptiveNode) -> tuple[jax.Array, State]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,14 @@ import numpy as np
 
 from ldm_jax.diffusion.guidance import Predict
 from ldm_jax.diffusion.schedule import Array, Schedule, log_sigmas, root, sigma_to_t
-from ldm_jax.diffusion.tableau import Time, check_options, combine, descending_sigmas, to_precision
+from ldm_jax.diffusion.tableau import (
+    Time,
+    check_options,
+    combine,
+    descending_sigmas,
+    keywords,
+    to_precision,
+)
 from ldm_jax.errors import RequestError
 
 
@@ -32,7 +40,14 @@ class OneStep:
     adaptive = False
     draws = 1
     blend_after = False
+    renoises = False
     order = 1
+    nodes: ClassVar[Callable[..., OneStepNode]]
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Keywords of `nodes`, and their defaults."""
+        return keywords(self.nodes)
 
     def init(self, x: jax.Array) -> None:
         """Nothing is carried from step to step."""
@@ -66,7 +81,7 @@ class DDIM(OneStep):
 
     to_x0: bool = False
 
-    options = ("eta", "temperature")
+    renoises = True
 
     def nodes(
         self,
@@ -92,7 +107,11 @@ class DDPM(OneStep):
     """
 
     blend_after = True
-    options = ("temperature",)
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Keywords of `nodes`, which refuses every eta but its own."""
+        return {"temperature": 1.0}
 
     def nodes(
         self,
@@ -127,7 +146,6 @@ class LCM(OneStep):
     """
 
     order = 0
-    options = ("timestep_scaling", "temperature")
 
     def nodes(
         self,
@@ -149,7 +167,7 @@ class LCM(OneStep):
 class TCD(OneStep):
     """Trajectory consistency distillation (Zheng et al. 2024, arXiv:2402.19159, algorithm 4)."""
 
-    options = ("eta", "temperature")
+    renoises = True
 
     def nodes(
         self,
@@ -240,7 +258,12 @@ class PLMS:
     draws = 0
     blend_after = False
     order = 2
-    options = ()
+    renoises = False
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Keywords of `nodes`: none."""
+        return {}
 
     def nodes(self, schedule: Schedule, timesteps: np.ndarray, **options: float) -> PLMSNode:
         """The table over ascending `timesteps`, ints or floats."""

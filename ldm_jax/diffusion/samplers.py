@@ -6,7 +6,7 @@ of the same length does not recompile. `step` is the algorithm.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -55,8 +55,13 @@ class Sampler(Protocol):
         ...
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """Keywords of `nodes`."""
+    def renoises(self) -> bool:
+        """Steps with the model's own eps, as CFG++ needs (see `classifier_free`)."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, float]:
+        """Keywords of `nodes`, and their defaults."""
         ...
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 from ldm_jax.diffusion.schedule import root
 from ldm_jax.diffusion.solvers import Multistep
 from ldm_jax.diffusion.tableau import Basis, Row, ancestral, exponential, steps
+from ldm_jax.errors import RequestError
 
 
 def euler_ancestral(
@@ -75,6 +76,8 @@ class DPMppSDE:
         self, b: Basis, sigmas: np.ndarray, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5
     ) -> Iterator[Row]:
         """The rows."""
+        if not 0 < r <= 1:
+            raise RequestError(f"dpmpp_sde: r must be above 0 and up to 1, not {r}")
         for sigma, to in steps(sigmas):
             if to == 0:
                 yield Row(sigma, to, b.m[0])

@@ -15,7 +15,7 @@ import dataclasses
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -102,11 +102,12 @@ class Tableau:
     end: float | None = None
     adaptive: bool = dataclasses.field(default=False, init=False)
     blend_after: bool = dataclasses.field(default=False, init=False)
+    renoises: bool = dataclasses.field(default=False, init=False)
 
     @property
-    def options(self) -> tuple[str, ...]:
+    def options(self) -> dict[str, float]:
         """Keywords of `nodes`: those of the algorithm."""
-        return tuple(inspect.signature(self.algorithm).parameters)[2:]
+        return keywords(self.algorithm)
 
     def nodes(self, schedule: Schedule, timesteps: np.ndarray, **options: float) -> Node:
         """The table over ascending `timesteps`, ints or floats."""
@@ -185,7 +186,13 @@ def to_precision(nodes: Any) -> Any:
     return jax.tree.map(lambda a: a if a.dtype == bool else np.asarray(a, real), nodes)
 
 
-def check_options(known: tuple[str, ...], given: dict[str, Any]) -> None:
+def keywords(function: Callable[..., Any]) -> dict[str, float]:
+    """Names and defaults of the parameters of a function that have a default."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def check_options(known: Iterable[str], given: Mapping[str, Any]) -> None:
     """Raises RequestError where an option is not among the known."""
     for name in given:
         if name not in known:

@@ -701,12 +701,15 @@ def _sampling_protocol(
     text = json.dumps(conditions, sort_keys=True, default=str)
     return {
         **{name: getattr(chosen, name) for name in _SAMPLING_FIELDS},
+        **{name: value for name in _RARE_FIELDS if (value := getattr(chosen, name)) is not None},
         "seed": seed,
         "dtype": pipe.dtype,
         "conditions": hashlib.sha256(text.encode()).hexdigest(),
     }
 
 
+# Settings that enter the protocol only where they are set.
+_RARE_FIELDS = ("sampler_options", "noise_dropout", "renoise_null")
 _SAMPLING_FIELDS = (
     *("sampler", "steps", "grid", "eta", "temperature"),
     *("guidance", "guidance_rescale", "guidance_interval"),

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
@@ -47,7 +47,14 @@ from ldm_jax.sampling.decoding import decode_part
 from ldm_jax.sampling.inputs import Inputs, check_request, make_inputs
 from ldm_jax.sampling.program import Pictures, SamplingConfig, Steps, finish, generate
 from ldm_jax.sampling.programs import ProgramStore, shape_and_type
-from ldm_jax.sampling.request import OPTIONS, SETTINGS, Request, check_names
+from ldm_jax.sampling.request import (
+    OF_SAMPLER,
+    OPTIONS,
+    SETTINGS,
+    Request,
+    check_names,
+    own_eta,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -126,7 +133,7 @@ class Pipeline:
 
     The number of steps, the batch, the size, the sampler, its cache and the kind of task are
     compiled in; prompts, seeds, pictures, masks, strength, guidance, eta and temperature are
-    traced.
+    traced, as are the sampler's options but for those that change its number of calls.
     """
 
     def __init__(
@@ -246,10 +253,13 @@ class Pipeline:
         eta: float | None = None,
         temperature: float | None = None,
         sampler: str | None = None,
+        sampler_options: Mapping[str, float] | None = None,
+        noise_dropout: float | None = None,
         grid: str | Sequence[float] | None = None,
         size: Sequence[int] | None = None,
         guidance_rescale: float | Sequence[float] | None = None,
         guidance_interval: Sequence[float] | None = None,
+        renoise_null: bool | None = None,
         decode_batch: int | None = None,
         tile: int | None = None,
         cache_interval: int | None = None,
@@ -282,17 +292,21 @@ class Pipeline:
     def complete(self, request: Request) -> Request:
         """Returns the request with the model's own settings where it has None.
 
-        The model's eta and temperature apply only to its default sampler; temperature falls back
-        to 1 where eta is 0.
+        The model's eta, temperature, options and dropout of noise apply only to its default
+        sampler; temperature falls back to 1 where eta is 0. Without an eta the sampler's own
+        holds.
         """
         own = self.defaults.settings()
-        plain = {name: OPTIONS[name].metadata["own"] for name in ("eta", "temperature")}
+        plain = {name: OPTIONS[name].metadata["own"] for name in OF_SAMPLER}
         if request.sampler not in (None, own["sampler"]):
             own |= plain
         elif request.eta == 0:
             own["temperature"] = plain["temperature"]
         given = {name: v for name, v in request.settings().items() if v is not None}
-        return dataclasses.replace(request, **{**own, **given})
+        settings = {**own, **given}
+        if settings["eta"] is None:
+            settings["eta"] = own_eta(settings["sampler"])
+        return dataclasses.replace(request, **settings)
 
     def batches(self, request: Request) -> Iterator[Batch]:
         """Like `stream`, of a `Request`."""
@@ -367,7 +381,7 @@ class Pipeline:
         assert own.sampler is not None
         assert own.grid is not None
         assert own.steps is not None
-        sampler, noise = SAMPLERS[own.sampler], noise_options(own)
+        sampler, options, dropout = SAMPLERS[own.sampler], sampler_options(own), own.noise_dropout
         if sampler.adaptive and not own.mask is own.outpaint is None:
             raise RequestError(
                 f"{own.sampler} chooses its own steps and keeps no part of an image: take another "
@@ -375,16 +389,20 @@ class Pipeline:
             )
         try:
             timesteps = time_grid(own.grid, own.steps, self._schedule)
-            nodes = sampler.nodes(self._schedule, timesteps, **noise)
+            nodes = sampler.nodes(self._schedule, timesteps, **options)
+            if own.sampler_options and not all(
+                np.isfinite(a).all() for a in jax.tree.leaves(nodes)
+            ):
+                raise RequestError(f"sampler_options {own.sampler_options} give NaN or infinity")
             if own.variation is not None:
                 inversion = SAMPLERS["ddim_inversion"].nodes(self._schedule, timesteps)
-                return Steps(nodes, inversion=inversion)
+                return Steps(nodes, inversion=inversion, noise_dropout=dropout)
             if own.strength is None:
-                return Steps(nodes)
+                return Steps(nodes, noise_dropout=dropout)
             # The last steps alone, padded to as many as all: every strength is one program, which
             # skips the others.
             count = max(int(own.strength * len(timesteps)), 1)
-            part = sampler.nodes(self._schedule, timesteps[:count], **noise)
+            part = sampler.nodes(self._schedule, timesteps[:count], **options)
         except ValueError as error:
             raise RequestError(str(error)) from None
         # DDIM's noise is the original's, of the step above the first that is run; others start at
@@ -395,7 +413,8 @@ class Pipeline:
         level = level.astype(jax.dtypes.canonicalize_dtype(timesteps.dtype))
         if sampler.adaptive:
             return Steps(part, level=level)
-        return Steps(*padded(part, len(jax.tree.leaves(nodes)[0])), level)
+        rows = len(jax.tree.leaves(nodes)[0])
+        return Steps(*padded(part, rows), level, noise_dropout=dropout)
 
     def check_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Returns (height, width) if the model can make it."""
@@ -433,7 +452,20 @@ class Pipeline:
             raise RequestError(f"cache_depth must be from 1 to {deepest}, not {depth}")
         if interval > 1 and SAMPLERS[own.sampler].adaptive:
             raise RequestError(f"{own.sampler} chooses its own steps: leave cache_interval at 1")
-        config = SamplingConfig(size, progress, decode_batch=part, tile=tile)
+        if own.renoise_null and not self.model.conditioner.guided:
+            raise RequestError("renoise_null: this model has no null condition to step with")
+        if own.renoise_null and not SAMPLERS[own.sampler].renoises:
+            raise RequestError(
+                f"renoise_null: {own.sampler} does not step with the model's noise; take "
+                f"{' or '.join(name for name in OFFERED if SAMPLERS[name].renoises)}"
+            )
+        if own.renoise_null and not ((scale := np.asarray(own.guidance)) <= 1).all():
+            raise RequestError(
+                f"renoise_null (CFG++) takes a guidance from 0 to 1, not {scale.max():g}"
+            )
+        config = SamplingConfig(
+            size, progress, decode_batch=part, tile=tile, renoise_null=bool(own.renoise_null)
+        )
         if interval == 1:
             return config
         return dataclasses.replace(config, cache_interval=interval, cache_depth=depth)
@@ -611,24 +643,41 @@ def default_settings(model: LatentDiffusion) -> Request:
         raise ConfigError(f"sampling: {error}") from None
 
 
-def noise_options(own: Request) -> dict[str, float]:
-    """Returns the sampler's options for the noise it adds, or raises RequestError.
-
-    An eta of 0 is left to the sampler: ancestral ones take 1.
-    """
+def sampler_options(own: Request) -> dict[str, float]:
+    """Returns the sampler's options, or raises RequestError."""
     assert own.sampler is not None
     assert own.temperature is not None
-    options: dict[str, float] = {"eta": own.eta} if own.eta else {}
+    sampler, options = SAMPLERS[own.sampler], dict(own.sampler_options or {})
+    known = sampler.options
+    further = [name for name in known if name not in ("eta", "temperature")]
+    for name, value in options.items():
+        if name in ("eta", "temperature"):
+            raise RequestError(f"sampler_options: {name} is a setting of its own")
+        if name not in further:
+            have = ", ".join(f"{each} ({known[each]:g})" for each in further) or "none"
+            raise RequestError(
+                f"sampler_options: the {own.sampler} sampler has no {name!r} (its options, and "
+                f"their defaults: {have})"
+            )
+        if value < 0:
+            raise RequestError(f"sampler_options: {name} must be at least 0, not {value}")
+    if "eta" in known or own.eta:
+        options["eta"] = own.eta or 0.0
+    if own.noise_dropout:
+        if not sampler.draws:
+            raise RequestError(f"noise_dropout: the {own.sampler} sampler adds no noise")
+        if "eta" in known and not own.eta:
+            raise RequestError(f"noise_dropout: {own.sampler} adds no noise at eta 0: give eta too")
     if own.temperature == 1:
         return options
-    known = SAMPLERS[own.sampler].options
     if "temperature" not in known:
         raise RequestError(
             f"the {own.sampler} sampler has no temperature; take ddim with eta, or ddpm"
         )
     if "eta" in known and not own.eta:
         raise RequestError(
-            "temperature scales the noise that ddim adds, which is none without eta: give eta too"
+            f"temperature scales the noise that {own.sampler} adds, which is none without eta: "
+            "give eta too"
         )
     return options | {"temperature": own.temperature}
 

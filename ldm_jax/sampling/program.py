@@ -26,6 +26,7 @@ class SamplingConfig:
       progress_rows: Number of pictures with progress, from the first; 0 is all.
       decode_batch: Pictures decoded at a time, a divisor of the batch; 0 is all.
       tile: Pixels of a tile, where a side is longer; 0 is never.
+      renoise_null: Whether samplers step with the null condition's noise (CFG++).
       quantize: Whether predicted x0 are replaced by the nearest codes of the first stage.
       cache_interval: Run the full UNet every N calls; 1 is always.
       cache_depth: Rows of the UNet at each end that run in every call.
@@ -36,6 +37,7 @@ class SamplingConfig:
     progress_rows: int = 0
     decode_batch: int = 0
     tile: int = 0
+    renoise_null: bool = False
     quantize: bool = False
     cache_interval: int = 1
     cache_depth: int = 1
@@ -49,12 +51,14 @@ class Steps(NamedTuple):
       start: The row of ``nodes`` where sampling from an image starts.
       level: The timestep of the noise that is added to the image.
       inversion: The nodes of DDIM inversion, for variations.
+      noise_dropout: Rate of dropout on the noise that the sampler adds.
     """
 
     nodes: Any
     start: Array | None = None
     level: Array | None = None
     inversion: Any = None
+    noise_dropout: Array | None = None
 
 
 class Pictures(NamedTuple):
@@ -133,6 +137,7 @@ def generate(
     options: dict[str, Any] = {
         "interval": None if inputs.interval is None else tuple(inputs.interval.T),
         "rescale": inputs.rescale,
+        "renoise_null": config.renoise_null,
     }
     cache = FeatureCache(config.cache_interval) if config.cache_interval > 1 else None
     if cache is not None:  # which holds the features of all rows, the null conditions' too
@@ -145,6 +150,7 @@ def generate(
         steps.nodes,
         schedule=model.schedule,
         keys=keys,
+        noise_dropout=steps.noise_dropout,
         known=known,
         start=steps.start,
         trace=bool(config.progress),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.conditioning.base import as_list
+from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import RequestError, did_you_mean
 
 STRENGTH = 0.75  # of image-to-image, where the request gives none
@@ -43,6 +44,17 @@ def _size(text: str) -> list[int]:
 
 def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _named(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {name.strip(): float(number) for name, _, number in pairs}
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def _grid(text: str) -> str | list[float]:
@@ -85,6 +97,13 @@ KINDS = {
         "whole numbers", "whole numbers, separated by commas", _numbers(int), _sequence(_whole)
     ),
     "reals": Kind("finite numbers", "numbers, separated by commas", _numbers(float), _all(_real)),
+    "named": Kind(
+        "names with finite numbers",
+        "NAME=NUMBER, separated by commas",
+        _named,
+        lambda value: isinstance(value, Mapping) and all(map(_real, value.values())),
+    ),
+    "switch": Kind("True or False", "true or false", _switch, lambda v: isinstance(v, bool)),
     "size": Kind("(height, width)", "HEIGHTxWIDTH, for example 64x96", _size, _sequence(_whole)),
     "grid": Kind(
         "a name or timesteps",
@@ -151,13 +170,18 @@ class Request:
       progress_every: Also returns the prediction of every k-th call of the model; 0 for none.
       steps: Sampling steps.
       guidance: Scale of classifier-free guidance, one or one for each picture; 1 is none.
-      eta: Noise of the DDIM sampler, from 0 (deterministic) to 1.
-      temperature: Factor of the noise that ddim (with eta) and ddpm add.
+      eta: Noise of the samplers that have it: 0 is deterministic, 1 the DDPM's; by default the
+        sampler's own, which is 0 for ddim.
+      temperature: Factor of the noise that ddim and tcd (with eta), ddpm and lcm add.
       sampler: Name of the sampler.
+      sampler_options: Further options of the sampler: name -> number, as in {"churn": 40}.
+      noise_dropout: Rate in [0, 1) of dropout on the noise that the sampler adds.
       grid: Where the steps are: a name, or timesteps.
       size: Height and width in pixels.
       guidance_rescale: Rescaling of guided outputs in [0, 1] (arXiv:2305.08891, section 3.4).
       guidance_interval: First and last timestep that is guided.
+      renoise_null: CFG++ (arXiv:2406.08070): ddim and tcd step with the unguided noise; guidance
+        is then in [0, 1].
       decode_batch: Pictures decoded at a time on a device; 0 is the whole batch.
       tile: Decode pictures with a longer side in tiles of this many pixels; 0 is never.
       cache_interval: Run the full UNet every N calls, reusing its deep features in between.
@@ -229,15 +253,28 @@ class Request:
         own=5.0,
     )
     eta: float | None = option(
-        "real", "Noise of the DDIM sampler, 0 (deterministic) to 1.", own=0.0
+        "real",
+        "Noise of ddim, tcd, ancestral and SDE samplers, 0 (deterministic) to 1 (default: the "
+        "sampler's own).",
+        own=None,
     )
     temperature: float | None = option(
-        "real", "Factor of the noise that ddim (with --eta) and ddpm add (default: 1).", own=1.0
+        "real",
+        "Factor of the noise that ddim and tcd (with --eta), ddpm and lcm add (default: 1).",
+        own=1.0,
     )
     sampler: str | None = option(
         "text",
         "ddim, ddpm, plms, dpmpp_2m, unipc, euler, heun ...; a wrong name lists them all.",
         own="ddim",
+    )
+    sampler_options: Mapping[str, float] | None = option(
+        "named",
+        "NAME=NUMBER,...: further options of the sampler, as churn=40; a wrong name lists them.",
+        own=None,
+    )
+    noise_dropout: float | None = option(
+        "real", "Rate in [0, 1) of dropout on the noise that the sampler adds.", own=None
     )
     grid: str | Sequence[float] | None = option(
         "grid",
@@ -253,6 +290,11 @@ class Request:
     )
     guidance_interval: Sequence[float] | None = option(
         "reals", "FIRST,LAST timestep that is guided (default: all).", own=None
+    )
+    renoise_null: bool | None = option(
+        "switch",
+        "CFG++ (arXiv:2406.08070) of ddim and tcd: true; --guidance is then in [0, 1].",
+        own=None,
     )
     decode_batch: int | None = option(
         "whole",
@@ -304,6 +346,10 @@ class Request:
             raise RequestError(
                 f"guidance_interval {interval}: give the first and the last timestep that is guided"
             )
+        if self.noise_dropout is not None and not 0 <= self.noise_dropout < 1:
+            raise RequestError(
+                f"noise_dropout must be at least 0 and below 1, not {self.noise_dropout}"
+            )
         for name in ("eta", "temperature"):
             if (getattr(self, name) or 0) < 0:
                 raise RequestError(
@@ -352,6 +398,9 @@ class Request:
         if "mix" in kept:
             end = kept.get("toward_prompt", kept.get("toward_class"))
             values["toward"] = ([end], [kept["toward_seed"]], [kept["mix"]])
+        if "sampler_options" not in kept and kept.get("eta") == 0:
+            # A PNG of version 0.1, where eta 0 left the noise to the sampler.
+            values["eta"] = own_eta(kept.get("sampler"))
         if "batch" in kept:
             values["batch"] = kept["batch"]
         try:
@@ -370,6 +419,16 @@ SETTINGS = tuple(
 FILES = tuple(name for name, field in OPTIONS.items() if field.metadata["kind"] == "file")
 TASK = (*FILES, "outpaint", "strength", "variation", "control_scale", "control_edges")
 EACH = ("prompts", "classes", "negative", "seeds", "guidance")  # one value for each picture
+
+
+# Settings of one sampler: a model's own hold for its default sampler alone.
+OF_SAMPLER = ("eta", "temperature", "sampler_options", "noise_dropout")
+
+
+def own_eta(sampler: Any) -> float:
+    """Returns the eta that a sampler takes by default; 0 where it has none."""
+    known = SAMPLERS.get(sampler) if isinstance(sampler, str) else None
+    return 0.0 if known is None else known.options.get("eta", 0.0)
 
 
 def _short(value: Any) -> str:

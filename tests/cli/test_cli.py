@@ -63,6 +63,16 @@ def test_pictures_are_written_with_their_settings_numbered_on_and_made_again(
     assert read_settings(out / again) == settings
 
 
+def test_options_of_a_sampler_are_kept_and_replayed(sample, tmp_path):
+    given = ["--sampler=euler", "--sampler_options=churn=2,s_noise=1.1", "--steps=3"]
+    assert sample("--prompt=red apple", "--num=1", *given).status == 0
+    (file,) = (tmp_path / "out").glob("*.png")
+    assert read_settings(file)["sampler_options"] == {"churn": 2.0, "s_noise": 1.1}
+    assert sample(f"--replay={file}", out=tmp_path / "again").status == 0
+    (again,) = (tmp_path / "again").glob("*.png")
+    assert (pixels(again) == pixels(file)).all()
+
+
 def test_a_file_of_prompts_makes_a_picture_of_each(sample, tmp_path):
     (tmp_path / "prompts.txt").write_text("red apple\n\n  blue boat \n", encoding="utf-8")
     ran = sample(
