@@ -13,12 +13,12 @@ ldm-convert merge A B --weights 0.3 --out MODEL_DIR
 import argparse
 import sys
 
+from ldm_jax.cli.run import one_line
 from ldm_jax.convert.conversion import EXPORTS, Converted, convert, export
 from ldm_jax.convert.describe import describe
 from ldm_jax.convert.merging import merge
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.verify import verify
-from ldm_jax.errors import LdmJaxError
 from ldm_jax.models.build import DTYPES
 
 _READ = ("config", "ema", "dtype", "report", "variant", "allow_unexpected", "vae", "text_encoder")
@@ -117,11 +117,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs ``ldm-convert``; returns the exit status, 2 for an error that the user can fix."""
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("convert", argv)
-    try:
-        COMMANDS[command](_parser(command).parse_args(rest))
-    except SystemExit as stop:  # --help, or a flag that argparse has explained
-        return int(stop.code or 0)
-    except (LdmJaxError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return one_line(
+        "error", lambda: COMMANDS[command](_parser(command).parse_args(rest)), lists=True
+    )

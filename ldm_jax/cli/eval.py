@@ -18,11 +18,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm_jax.cli.run import setup
 from ldm_jax.errors import LdmJaxError
+from ldm_jax.io.resources import resource_errors
 
 _SETTINGS = {
     "sampler": (str, "sampler (default: the model's)"),
@@ -131,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from ldm_jax.eval.evaluation import evaluate
     from ldm_jax.eval.features import INCEPTION_VARIABLE
     from ldm_jax.eval.protocols import table
+    from ldm_jax.sampling.request import read_prompts
 
     if args.distributed or args.coordinator:
         from ldm_jax.distributed import processes
@@ -140,8 +141,7 @@ def run(args: argparse.Namespace) -> int:
     features = args.features or ("inception" if has_inception else "efficientnet")
     prompts = None
     if args.prompts_file:
-        lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = read_prompts(args.prompts_file)
     lpips = None
     if args.lpips or os.environ.get("LDM_JAX_LPIPS"):
         lpips = (args.vgg, args.lpips)
@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
             if len(argv) < 2:
                 raise argparse.ArgumentTypeError("compare: give result.json files")
             return compare(argv[1:])
-        return run(parse(argv))
+        with resource_errors("lower --batch"):
+            return run(parse(argv))
     except (LdmJaxError, OSError, argparse.ArgumentTypeError) as error:
         print(f"ldm-eval: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """What the console commands share: flags, one-line errors, logging, the compilation cache."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -14,6 +15,7 @@ from absl import logging as absl_logging
 
 from ldm_jax.cli.config import config_names
 from ldm_jax.errors import LdmJaxError, did_you_mean
+from ldm_jax.io.resources import resource_errors
 
 # Errors of the machine, not of the program: no space, no permission, no such file ...
 EXPECTED = {
@@ -21,6 +23,7 @@ EXPECTED = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
     *(errno.EMFILE, errno.ENOMEM, errno.ELOOP, errno.ENOTEMPTY),
 }
+PIPE_CLOSED = 141  # as a shell reports SIGPIPE
 
 
 def run(main: Callable[[Any], None]) -> None:
@@ -41,6 +44,8 @@ def run(main: Callable[[Any], None]) -> None:
                 return flags.FLAGS(argv)
             _show_flags_of(main)
             return app.parse_flags_with_usage(argv)
+        except OSError as error:  # of --help on a full disk, or of what a config file reads
+            sys.exit(fail(error))
         except Exception as error:  # absl's own, and what a config file raises while it is read
             sys.exit(fail(_flag_mistake(error, argv)))
 
@@ -66,35 +71,55 @@ def _show_flags_of(main: Callable[[Any], None]) -> None:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
-def one_line(name: str, main: Callable[[], None]) -> int:
+def one_line(name: str, main: Callable[[], Any], *, lists: bool = False) -> int:
     """Runs ``main``; returns the exit status: 0, 2 for an expected error, 130 for Ctrl-C.
 
-    Expected errors become one line on stderr, which ``name`` starts. LDM_JAX_TRACEBACK=1 shows
-    their traceback.
+    Expected errors, a full disk and exhausted memory among them, become one line on stderr, which
+    ``name`` starts. LDM_JAX_TRACEBACK=1 shows their traceback.
+
+    Args:
+      name: What the line starts with.
+      main: The command.
+      lists: Keep the lines of a message that lists what does not fit.
     """
     try:
-        main()
+        with resource_errors("lower the batch or the size"):
+            main()
+            sys.stdout.flush()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return fail("stopped", 130, name)
-    except (LdmJaxError, OSError, MemoryError) as error:
+    except BrokenPipeError:  # of a reader that has seen enough, as `head`
+        return PIPE_CLOSED
+    except (LdmJaxError, OSError) as error:
         if os.environ.get("LDM_JAX_TRACEBACK"):
             raise
-        if isinstance(error, MemoryError):
-            return fail("out of memory: lower the batch or the size", 2, name)
         if isinstance(error, OSError) and error.errno not in EXPECTED:
             raise
-        return fail(error, 2, name)
+        return fail(error, 2, name, lists=lists)
+    finally:
+        _drop_unwritten()
     return 0
 
 
-def fail(error: object, status: int = 2, name: str | None = None) -> int:
-    """Prints an error as one line and returns ``status``."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def _drop_unwritten() -> None:
+    """Drops printed text that cannot be written, which Python would report again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(error: object, status: int = 2, name: str | None = None, *, lists: bool = False) -> int:
+    """Prints an error as one line, or with its ``lists``, and returns ``status``."""
+    text = str(error).strip() if lists else " ".join(str(error).split())
+    text = text or type(error).__name__
     if isinstance(error, OSError) and not isinstance(error, LdmJaxError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print(f"{name or Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a log on a full disk
+        print(f"{name or Path(sys.argv[0]).name}: {text}", file=sys.stderr)
     return status
 
 

@@ -105,7 +105,9 @@ def read_mask(value: Any) -> np.ndarray:
         if isinstance(mask, np.ndarray) and mask.ndim == 3 and mask.shape[2] in (2, 4):
             mask = Image.fromarray(mask)
         if not (isinstance(mask, Image.Image) and mask.has_transparency_data):
-            return np.asarray(Image.fromarray(read_picture(mask, "mask")).convert("L"))
+            if isinstance(mask, np.ndarray) and mask.dtype == bool:
+                mask = np.uint8(255) * mask
+            return np.asarray(Image.fromarray(to_rgb(mask)).convert("L"))
         pixels = np.asarray(mask.convert("RGBA"))
         tone, alpha = np.asarray(mask.convert("RGBA").convert("RGB").convert("L")), pixels[..., 3]
         if alpha.min() == 255:

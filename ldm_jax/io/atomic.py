@@ -13,10 +13,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; moves it there when the block ends without an error.
 
     The block may create a file or a folder at the temporary path. An existing file at ``path`` is
-    replaced; an existing folder makes the move fail, as `os.replace` does. After an error nothing
-    is left behind.
+    replaced; an existing folder makes the move fail, as `os.replace` does. Devices and pipes, such
+    as /dev/stdout, are written to. After an error nothing is left behind.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            path.write_bytes(temporary.read_bytes())
+        return
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary = scratch / path.name
     try:

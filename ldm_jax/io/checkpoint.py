@@ -23,6 +23,7 @@ import numpy as np
 
 from ldm_jax.distributed.processes import barrier, is_first
 from ldm_jax.errors import CheckpointError, did_you_mean
+from ldm_jax.io.resources import reason
 
 FORMAT = 1
 PACKAGE = Path(__file__).parent.parent
@@ -121,6 +122,8 @@ def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             return config, checkpointer.restore(path / "params", restore_args=as_numpy)
     except Exception as error:  # of many kinds, from Orbax and its storage
+        if reason(error) == "memory":
+            raise
         raise CheckpointError(
             f"{path / 'params'} cannot be read (damaged or incomplete?): {first_line(error)}"
         ) from None

@@ -5,8 +5,10 @@ core. A program of several devices computes on as many: each takes some rows (a 
 two) through the network, and all get the results. The weights are not copied: they share memory.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,6 +62,30 @@ def platform_of(mesh: Mesh) -> str:
 def default_dtype() -> str:
     """The type that models compute in by default: "float32" on a CPU, "bfloat16" elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def free_memory(mesh: Mesh) -> int | None:
+    """Bytes that a program on a CPU may still allocate; None on what reports a lack by itself.
+
+    The least of what the system, the process's limit of address space and its control group leave.
+    """
+    if platform_of(mesh) != "cpu":
+        return None
+    left = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        left += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    with contextlib.suppress(OSError, ValueError):
+        most, used = (Path(f"/sys/fs/cgroup/memory.{n}").read_text() for n in ("max", "current"))
+        left.append(int(most) - int(used))  # "max" where there is no limit
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        if limit != resource.RLIM_INFINITY:
+            left.append(limit - pages * resource.getpagesize())
+    return max(min(left), 0) if left else None
 
 
 def fewest(rows: int, most: int) -> int:

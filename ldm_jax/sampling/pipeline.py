@@ -61,6 +61,9 @@ LOG = logging.getLogger(__name__)
 # Names of samplers; inversion leads from pictures to noise.
 OFFERED = [name for name, sampler in SAMPLERS.items() if not isinstance(sampler, Inversion)]
 
+# Pixels of a batch from which a program's memory is compared with what is free.
+LARGE = 2**21
+
 Mode = Literal["jit", "pmap"]
 
 
@@ -495,8 +498,24 @@ class Pipeline:
                 result = Pictures(0, 0 if config.progress else None, 0, 0)
                 described = sampler, config, count, self.parallel, self.dtype
                 compiled = self._store.get(program, arguments, result, *described)
+            if math.prod(config.size) * len(inputs.seeds) >= LARGE:
+                self._check_memory(compiled, count)
             self._executables[key] = compiled
         return self._executables[key], model
+
+    def _check_memory(self, compiled: Any, count: int) -> None:
+        """Raises MemoryError where a program of ``count`` cores needs more than is free.
+
+        The system of a CPU would end the process without a message.
+        """
+        stats, free = compiled.memory_analysis(), cores.free_memory(self.mesh)
+        if stats is None or free is None:
+            return
+        devices = count if count > 1 else self.mesh.devices.size
+        need = devices * (stats.temp_size_in_bytes + stats.output_size_in_bytes)
+        if need > free:
+            needed, left = need / 2**30, free / 2**30
+            raise MemoryError(f"{needed:.1f} GiB are needed, {left:.1f} GiB are free")
 
     def prepare(
         self, sampler: str, config: SamplingConfig, inputs: Inputs
@@ -622,7 +641,8 @@ class reported_memory:
         if not ours:
             return
         found = re.search(r"allocat\w* (\d+) bytes", text)
-        needed = f" (one array needs {int(found[1]) / 2**30:.1f} GiB)" if found else ""
+        needed = f" ({text})" if isinstance(error, MemoryError) and text else ""
+        needed = f" (one array needs {int(found[1]) / 2**30:.1f} GiB)" if found else needed
         raise RequestError(
             f"out of memory: {self.what}{needed}; lower --batch or --size, or try --decode_batch=1 "
             "and --tile"

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.conditioning.base import as_list
+from ldm_jax.data.sources.tables import decode_text
 from ldm_jax.diffusion.samplers import SAMPLERS
-from ldm_jax.errors import RequestError, did_you_mean
+from ldm_jax.errors import DataError, RequestError, did_you_mean
 
 STRENGTH = 0.75  # of image-to-image, where the request gives none
 MOST_SEED = 2**64 - 1
@@ -446,10 +447,12 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
 def read_prompts(path: str | Path) -> list[str]:
     """Returns the prompts of a text file, one on each line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        lines = decode_text(Path(path).read_bytes(), f"--prompts_file {path}").splitlines()
+    except OSError as error:
+        reason = error.strerror or error
         raise RequestError(f"--prompts_file {path} cannot be read: {reason}") from None
+    except DataError as error:
+        raise RequestError(str(error)) from None
     prompts = [line.strip().removeprefix("\ufeff") for line in lines]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:

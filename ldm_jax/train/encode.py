@@ -22,11 +22,11 @@ from ldm_jax.data.latents import (
 from ldm_jax.distributed.compile import compile_step
 from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import ConfigError, did_you_mean
+from ldm_jax.io.resources import resource_errors
 from ldm_jax.kernels import for_platform
 from ldm_jax.nn.layers import with_kernels
 from ldm_jax.train.config import complete
 from ldm_jax.train.loaders import make_loader
-from ldm_jax.train.resources import resource_errors
 from ldm_jax.train.tasks import task_class
 from ldm_jax.train.tasks.base import Task
 
@@ -71,7 +71,8 @@ def encode(
             f"{BATCH} pictures do not divide over {len(devices)} devices: use fewer of them"
         )
     folder = Path(folder).absolute()
-    with resource_errors(folder, "fewer devices, or a smaller first stage, take less"):
+    after = "start the same command again, it resumes from what is complete"
+    with resource_errors("fewer devices, or a smaller first stage, take less", folder, after):
         return _encode(config, folder, dtype, shard_size, devices)
 
 

@@ -23,6 +23,7 @@ from ldm_jax.errors import (
     did_you_mean,
 )
 from ldm_jax.io.checkpoint import BestCheckpoints, TrainingCheckpoints, read_config, save_model
+from ldm_jax.io.resources import resource_errors
 from ldm_jax.kernels import for_platform
 from ldm_jax.nn.layers import with_kernels
 from ldm_jax.train.config import check_config, check_rows, check_workdir, claim_workdir, complete
@@ -31,7 +32,6 @@ from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import describe_rate, learning_rate, make_optimizer, with_scaled_rate
 from ldm_jax.train.page import write_page
 from ldm_jax.train.report import Report
-from ldm_jax.train.resources import resource_errors
 from ldm_jax.train.start import load_start, with_parameters
 from ldm_jax.train.state import TrainState, create_state
 from ldm_jax.train.tasks import task_class
@@ -68,7 +68,8 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
         "a smaller batch_size, a larger optim.accumulate, remat='blocks' or mesh.fsdp take less; "
         "ldm-plan says how much"
     )
-    with resource_errors(workdir, advice):
+    after = "start the same command again, it resumes from what is complete"
+    with resource_errors(advice, workdir, after):
         return _train(config, workdir, restore_step)
 
 

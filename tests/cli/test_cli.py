@@ -3,16 +3,19 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, child
 from PIL import Image
 
 from ldm_jax.cli.sample import REPLAYED
+from ldm_jax.io.checkpoint import load_model, save_model
 from ldm_jax.io.png import read_settings, save_png
 
 pytestmark = pytest.mark.compile
 
+PARTS = ("first_stage", "conditioner")
 ADVERSARY = ["--config.adversary.weight=0.5"]
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_kl.py'}:smoke"
 
@@ -68,6 +71,28 @@ def test_options_of_a_sampler_are_kept_and_replayed(sample, tmp_path):
     assert sample("--prompt=red apple", "--num=1", *given).status == 0
     (file,) = (tmp_path / "out").glob("*.png")
     assert read_settings(file)["sampler_options"] == {"churn": 2.0, "s_noise": 1.1}
+    assert sample(f"--replay={file}", out=tmp_path / "again").status == 0
+    (again,) = (tmp_path / "again").glob("*.png")
+    assert (pixels(again) == pixels(file)).all()
+
+
+def test_parts_are_taken_from_other_models_and_kept(sample, tiny_dir, tmp_path):
+    config, params = load_model(tiny_dir)
+    other = jax.tree.map(lambda a: 0.5 * a, params)
+    save_model(tmp_path / "vae", config, {**params, "first_stage": other["first_stage"]})
+    save_model(tmp_path / "text", config, {**params, "conditioner": other["conditioner"]})
+    save_model(tmp_path / "both", config, {**params, **{k: other[k] for k in PARTS}})
+    parts = [f"--vae={tmp_path / 'vae'}", f"--text_encoder={tmp_path / 'text'}"]
+    given = ["--prompt=red apple", "--num=1", "--steps=2"]
+    assert sample(*given, *parts).status == 0
+    assert sample(*given, model=tmp_path / "both", out=tmp_path / "whole").status == 0
+    assert sample(*given, out=tmp_path / "plain").status == 0
+    (file,), (whole,), (plain,) = (
+        list((tmp_path / name).glob("*.png")) for name in ("out", "whole", "plain")
+    )
+    assert (pixels(file) == pixels(whole)).all()
+    assert (pixels(file) != pixels(plain)).any()
+    assert read_settings(file)["vae"] == str(tmp_path / "vae")
     assert sample(f"--replay={file}", out=tmp_path / "again").status == 0
     (again,) = (tmp_path / "again").glob("*.png")
     assert (pixels(again) == pixels(file)).all()

@@ -1,8 +1,11 @@
 """Data sets as found in the wild: other tools' files, odd names and encodings, hostile files."""
 
+import bz2
+import gzip
 import io
 import json
 import logging
+import lzma
 import struct
 import subprocess
 import sys
@@ -194,6 +197,42 @@ def test_caption_files_next_to_pictures_and_metadata_without_captions(tmp_path, 
     assert "1 of 3 pictures have no caption" in caplog.text
     (tmp_path / "metadata.jsonl").write_bytes(lines({"file_name": "1.png", "n": 1}))
     assert texts(path=tmp_path) == ["größe"]
+
+
+@pytest.mark.fast
+def test_caption_files_of_other_programs(tmp_path, caplog):
+    files = {
+        "0.png": picture(0),
+        "0.TXT": "weit".encode("utf-16"),  # as Notepad saves "Unicode"
+        "B.PNG": picture(1),
+        "b.txt": b"\xef\xbb\xbfsmall\r\n",
+        "u\u0308.png": picture(2),
+        "\u00fc.caption": "ü".encode(),
+        "x.png": picture(3),
+        "x.txt": "gr\xf6ße".encode("latin-1"),
+    }
+    with caplog.at_level(logging.WARNING):
+        found = texts(path=write_folder(tmp_path / "d", files))
+    assert sorted(found) == sorted(["weit", "small", "ü", "gr\ufffd\ufffde"])
+    assert "1 captions are not UTF-8, letters are lost (first: x.txt)" in caplog.text
+
+
+@pytest.mark.fast
+def test_a_table_that_is_not_read_is_named(tmp_path, caplog):
+    files = THREE | {"captions.csv": b"file_name,text\n0.png,red\n"}
+    with caplog.at_level(logging.WARNING):
+        assert texts(path=write_folder(tmp_path, files)) == ["", "", ""]
+    assert "captions.csv is not read: call it metadata.csv" in caplog.text
+
+
+@pytest.mark.fast
+def test_archives_that_are_compressed_and_cut_are_one_line(tmp_path):
+    whole = write_shard(tmp_path / "a.tar", list(THREE.items())).read_bytes()
+    for i, data in enumerate((gzip.compress(whole), bz2.compress(whole), lzma.compress(whole))):
+        for size in (len(data), len(data) // 2, 12):
+            path = tmp_path / f"{i}-{size}.tar.gz"
+            path.write_bytes(data[:size])
+            fails("unpack it first|is not a zip archive", path=path)
 
 
 @pytest.mark.fast

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import logging
 import typing
 
 import jax
@@ -12,8 +13,10 @@ from conftest import SMALL, pipeline_of
 from PIL import Image
 
 from ldm_jax.conditioning import CONDITIONERS, Cond, Conditioner
-from ldm_jax.conditioning.pictures import Geometry, edit_canvas, read_mask
+from ldm_jax.conditioning.pictures import Geometry, edit_canvas, read_mask, read_picture
 from ldm_jax.errors import RequestError
+from ldm_jax.kernels import cores
+from ldm_jax.sampling import pipeline
 from ldm_jax.sampling.export import arguments_of, program_of
 from ldm_jax.sampling.inputs import seed_words
 from ldm_jax.sampling.pipeline import Pipeline, reported_memory
@@ -121,6 +124,11 @@ MASKS = {
     ),
     "opaque": Image.fromarray((255 * HOLE).astype(np.uint8)).convert("RGBA"),
     "an array": (255 * HOLE).astype(np.uint8),
+    "an array of booleans": HOLE,
+    "one bit": Image.fromarray(HOLE),
+    "sixteen bits": Image.fromarray(np.uint16(65535) * HOLE),
+    "a palette": Image.fromarray((255 * HOLE).astype(np.uint8)).convert("P"),
+    "four inks": Image.fromarray((255 * HOLE).astype(np.uint8)).convert("RGB").convert("CMYK"),
 }
 
 
@@ -129,9 +137,43 @@ MASKS = {
 def test_the_alpha_of_a_mask_is_used(name, tmp_path):
     given = MASKS[name]
     if isinstance(given, Image.Image):
-        given.save(tmp_path / "mask.png")
-        np.testing.assert_array_equal(read_mask(tmp_path / "mask.png") >= 128, HOLE)
+        file = tmp_path / ("mask.tif" if given.mode == "CMYK" else "mask.png")
+        given.save(file)
+        np.testing.assert_array_equal(read_mask(file) >= 128, HOLE)
     np.testing.assert_array_equal(read_mask(given) >= 128, HOLE)
+
+
+@pytest.mark.fast
+def test_a_picture_that_is_not_read_is_named_once(tmp_path):
+    Image.fromarray(np.float32(HOLE)).save(tmp_path / "float.tif")
+    (tmp_path / "cut.jfif").write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF")
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 99)
+    for read in (read_mask, read_picture):
+        for name in ("float.tif", "cut.jfif", "x.heic"):
+            with pytest.raises(RequestError) as caught:
+                read(tmp_path / name)
+            assert str(caught.value).count("is no readable picture") == 1
+            assert "\n" not in str(caught.value)
+        with pytest.raises(RequestError, match="cannot be read: Is a directory"):
+            read(tmp_path)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("suffix", "kind"), [("jfif", "JPEG"), ("ppm", "PPM"), ("PNM", "PPM")])
+def test_pictures_of_less_usual_suffixes_are_read(tmp_path, suffix, kind):
+    Image.fromarray(PHOTO).save(tmp_path / f"x.{suffix}", kind)
+    found = read_picture(tmp_path / f"x.{suffix}")
+    assert np.abs(found.astype(int) - PHOTO).mean() < (60 if kind == "JPEG" else 1e-9)
+
+
+@pytest.mark.fast
+def test_prompts_of_other_encodings(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("ein Bär\r\nzwei\n".encode("utf-16"))
+    assert read_prompts(file) == ["ein Bär", "zwei"]
+    file.write_bytes("ein B\xe4r".encode("latin-1"))
+    with pytest.raises(RequestError, match=r"--prompts_file .* is not UTF-8 .*: save it as UTF-8"):
+        read_prompts(file)
 
 
 @pytest.mark.fast
@@ -159,6 +201,31 @@ def test_weights_that_are_not_numbers_are_named_not_painted_black():
         pipe("x", steps=2)
 
 
+@pytest.mark.compile
+def test_a_decoder_that_overflows_in_float16_decodes_in_float32(caplog):
+    pipe = pipeline_of(SMALL)
+    params = jax.tree.map(lambda a: a, pipe.model.first_stage.params)
+    # Activations above 65504, which the normalisation after them divides out again.
+    kernel = params["decoder"]["conv_in"]["kernel"]
+    params["decoder"]["conv_in"]["kernel"] = kernel * (3e4 / jnp.abs(kernel).max())
+    stage = pipe.model.first_stage
+
+    def of(dtype):
+        cast = jax.tree.map(lambda a: a.astype(dtype), params)
+        module = stage.module.clone(dtype=dtype)
+        return dataclasses.replace(
+            pipe.model, first_stage=stage.replace(params=cast, module=module)
+        )
+
+    pipe.model, pipe.dtype = of(jnp.float16), "float16"
+    with caplog.at_level(logging.WARNING):
+        retried = pipe("x", steps=2)
+    assert "the first stage overflows in float16: it decodes in float32" in caplog.text
+    pipe.model, pipe._programs, pipe._executables = of(jnp.float32), {}, {}
+    assert np.abs(retried.astype(int) - pipe("x", steps=2)).mean() < 1
+    assert retried.std() > 1
+
+
 @pytest.mark.fast
 def test_running_out_of_memory_names_the_largest_buffers():
     text = "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
@@ -169,6 +236,27 @@ def test_running_out_of_memory_names_the_largest_buffers():
         raise jax.errors.JaxRuntimeError(text)
     with pytest.raises(jax.errors.JaxRuntimeError), reported_memory("x"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+@pytest.mark.compile
+def test_a_picture_too_large_for_the_memory_is_refused_before_it_runs(monkeypatch):
+    pipe = pipeline_of(SMALL)
+    plain = pipe("x", steps=1)
+    monkeypatch.setattr(pipeline, "LARGE", 1)
+    assert (pipe("x", steps=1) == plain).all()
+    pipe._executables = {}
+    monkeypatch.setattr(pipeline.cores, "free_memory", lambda mesh: 1000)
+    message = (
+        r"out of memory: 1 pictures of 16x16 at a time \(0\.0 GiB are needed, 0\.0 GiB are free\)"
+    )
+    with pytest.raises(RequestError, match=f"{message}; lower --batch or --size"):
+        pipe("x", steps=1)
+
+
+@pytest.mark.fast
+def test_free_memory_is_what_the_limits_leave():
+    free = cores.free_memory(cores.mesh_of(cores.all_devices()[:1]))
+    assert free is None or 2**20 < free < 2**50
 
 
 # --- a kind of its own

@@ -1,11 +1,13 @@
 """Random access to the files of a folder, a zip or a tar, and the base of sources of files."""
 
 import logging
+import lzma
 import os
 import posixpath
 import tarfile
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from ldm_jax.data.decode import PICTURE_SUFFIXES, describe
 from ldm_jax.data.sources.base import Handles, Rows
+from ldm_jax.data.sources.tables import TABLES, encoding_of
 from ldm_jax.errors import DataError
 
 _LOG = logging.getLogger(__name__)
@@ -23,6 +26,8 @@ _TEXT_SUFFIXES = (
     *(".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".md", ".npy", ".npz"),
     *(".xml", ".html", ".yaml", ".yml", ".log", ".py", ".cls", ".db", ".ini"),
 )
+# Files with the caption of the picture beside them.
+CAPTION_SUFFIXES = (".txt", ".caption")
 # Encodings of names in zip archives that were written without the UTF-8 flag.
 _NAME_ENCODINGS = ("utf-8", "cp932", "gbk", "big5", "euc-kr", "cp1252", "cp1251")
 
@@ -106,6 +111,14 @@ def open_raw(path: str) -> Any:
     return open(path, "rb", buffering=0)
 
 
+def _is_tar(path: str) -> bool:
+    """Whether a file is a tar, of whatever compression."""
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, zlib.error, lzma.LZMAError):  # of a damaged compressed one
+        return True
+
+
 def _open_zip(path: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
@@ -136,7 +149,7 @@ class Files:
         elif zipfile.is_zipfile(self.path):
             self.kind, self._handles = "zip", Handles(_open_zip)
             listed = _zip_names(self._handles(self.path))
-        elif tarfile.is_tarfile(self.path):
+        elif _is_tar(self.path):
             self.kind, self._handles, listed = "tar", Handles(open_raw), tar_members(self.path)
         else:
             raise DataError(
@@ -344,11 +357,23 @@ def stem(name: str) -> str:
 def read_texts(files: Files, names: Sequence[str]) -> list[str]:
     """Returns the captions in the .txt or .caption files beside pictures, "" without one."""
     texts: list[str] = []
+    damaged: list[str] = []
+    some = any(name.lower().endswith(CAPTION_SUFFIXES) for name in files.names)
     for name in names:
-        beside = (f"{stem(name)}{suffix}" for suffix in (".txt", ".caption"))
-        found = next((each for each in beside if each in files.names), None)
+        beside = (files.find(f"{stem(name)}{suffix}") for suffix in CAPTION_SUFFIXES if some)
+        found = next(filter(None, beside), None)
         data = files.read_table(found) if found else b""
-        texts.append(data.decode("utf-8-sig", errors="replace").strip())
+        texts.append(data.decode(encoding_of(data), errors="replace").strip())
+        if found and "\ufffd" in texts[-1]:
+            damaged.append(found)
+    if damaged:
+        message = "%s: %d captions are not UTF-8, letters are lost (first: %s)"
+        _LOG.warning(message, files.path, len(damaged), damaged[0])
     if 0 < (without := texts.count("")) < len(texts):
         _LOG.warning("%s: %d of %d pictures have no caption", files.path, without, len(texts))
+    tables = [name for name in files.names if name.lower().endswith(tuple(TABLES))]
+    if without == len(texts) and tables:
+        message = "%s: no picture has a caption, and %s is not read: call it metadata%s, or use "
+        message += "the source 'table'"
+        _LOG.warning(message, files.path, tables[0], posixpath.splitext(tables[0])[1].lower())
     return texts

@@ -106,15 +106,19 @@ def read_bytes(path: str) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def encoding_of(data: bytes) -> str:
+    """Returns the encoding of a text file: UTF-8, or UTF-16 by its byte order mark."""
+    return "utf-16" if data[:2] in _UTF16_MARKS else "utf-8-sig"
+
+
 def decode_text(data: bytes, where: str) -> str:
     """Decodes UTF-8, or UTF-16 with a byte order mark; the mark is not part of the text."""
-    encoding = "utf-16" if data[:2] in _UTF16_MARKS else "utf-8-sig"
+    encoding = encoding_of(data)
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where} is not {encoding[:6].upper()} ({error}): save it as UTF-8"
-        ) from None
+        name = encoding.removesuffix("-sig").upper()
+        raise DataError(f"{where} is not {name} ({error}): save it as UTF-8") from None
 
 
 def parse_json(data: bytes | str, where: str) -> Any:

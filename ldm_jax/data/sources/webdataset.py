@@ -10,7 +10,7 @@ from typing import Any
 from ldm_jax.data.decode import PICTURE_SUFFIXES
 from ldm_jax.data.sources.base import Handles, Rows, find_shards
 from ldm_jax.data.sources.files import Member, open_raw, read_at, tar_members
-from ldm_jax.data.sources.tables import parse_json, with_text
+from ldm_jax.data.sources.tables import encoding_of, parse_json, with_text
 from ldm_jax.errors import DataError
 
 _LOG = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class WebDataset(Rows):
             }
         except OSError as error:
             raise DataError(f"{where} cannot be read: {error}") from None
-        texts = {s: d.decode("utf-8-sig", errors="replace").strip() for s, d in data.items()}
+        texts = {s: d.decode(encoding_of(d), errors="replace").strip() for s, d in data.items()}
         row = parse_json(data[".json"], f"{where}.json") if ".json" in data else {}
         if not isinstance(row, dict):
             raise DataError(f"{where}.json is not a JSON object")

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from ldm_jax.errors import ResourceError
-from ldm_jax.train.resources import resource_errors
+from ldm_jax.errors import RequestError, ResourceError
+from ldm_jax.io.resources import resource_errors
 
 pytestmark = pytest.mark.fast
 
@@ -25,7 +25,7 @@ ERRORS = [
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_each_is_one_line(tmp_path, error, message, wrapped):
     def fail():
-        with resource_errors(tmp_path, "use less"):
+        with resource_errors("use less", tmp_path):
             if wrapped:
                 raise RuntimeError("a save failed") from error
             raise error
@@ -36,10 +36,30 @@ def test_each_is_one_line(tmp_path, error, message, wrapped):
     assert caught.value.__suppress_context__
 
 
+def test_the_file_that_an_error_names_is_named():
+    error = OSError(errno.ENOSPC, "No space left on device", "/data/x.png")
+    with (
+        pytest.raises(ResourceError, match=r"^/data/x.png cannot be written, the disk is full"),
+        resource_errors("use less"),
+    ):
+        raise error
+    text = 'RESOURCE_EXHAUSTED: Error writing "/data/params/d/7f": No space left on device'
+    with (
+        pytest.raises(ResourceError, match=r"^/data/params/d/7f cannot .* and come back$"),
+        resource_errors("use less", after="come back"),
+    ):
+        raise ValueError(text)
+
+
+def test_an_error_with_a_line_of_its_own_keeps_it():
+    with pytest.raises(RequestError, match=r"^out of memory: 8 pictures"), resource_errors("x"):
+        raise RequestError("out of memory: 8 pictures")
+
+
 def test_other_errors_are_unchanged(tmp_path):
-    with pytest.raises(ZeroDivisionError), resource_errors(tmp_path, ""):
+    with pytest.raises(ZeroDivisionError), resource_errors("", tmp_path):
         _ = 1 / 0
-    with pytest.raises(FileNotFoundError), resource_errors(tmp_path, ""):
+    with pytest.raises(FileNotFoundError), resource_errors("", tmp_path):
         (tmp_path / "missing").read_text()
 
 
@@ -54,7 +74,7 @@ def test_threads_and_logs_print_no_traceback(tmp_path, caplog, capfd):
             raise caught
 
     def save():
-        with resource_errors(tmp_path, ""):
+        with resource_errors("", tmp_path):
             thread = threading.Thread(target=work, args=(ERRORS[0][0],))
             thread.start()
             thread.join()
