@@ -2,11 +2,13 @@
 
     ldm-data check CONFIG --out=sheet.png
     ldm-data encode CONFIG --out=DIR
+    ldm-data embed CONFIG --clip=MODEL --out=DIR
 
 check inspects the data: counts, a contact sheet, and problems, one line each (exit status 1).
 encode writes a latent cache for a diffusion stage, which trains from it with
---config.data.cache=DIR; a run that was stopped resumes. CONFIG is as for ldm-train, and any field
-of it can be changed: --config.data.path=pictures.zip.
+--config.data.cache=DIR. embed writes the vectors that a CLIP model makes of the pictures: a
+database for retrieval-augmented models. Both resume after a stop. CONFIG is as for ldm-train, and
+any field of it can be changed: --config.data.path=pictures.zip.
 """
 
 import sys
@@ -25,7 +27,20 @@ def encode(args: Any) -> None:
 
     if not args.out:
         raise ConfigError("missing --out=...; --help explains every flag")
-    encode(args.config, args.out, dtype=args.dtype, shard_size=args.shard_size)
+    encode(args.config, args.out, dtype=args.dtype or "float16", shard_size=args.shard_size)
+
+
+def embed(args: Any) -> None:
+    """Writes the embeddings of the pictures."""
+    from ldm_jax.convert.conversion import read_any
+    from ldm_jax.io.checkpoint import find_model
+    from ldm_jax.train.embed import embed
+
+    for name in ("clip", "out"):
+        if not getattr(args, name):
+            raise ConfigError(f"missing --{name}=...; --help explains every flag")
+    options = {"part": args.part, "dtype": args.dtype or "float32", "shard_size": args.shard_size}
+    embed(args.config, read_any(find_model(args.clip)), args.out, **options)
 
 
 def check(args: Any) -> None:
@@ -35,7 +50,7 @@ def check(args: Any) -> None:
     sys.exit(1 if check(args.config, args.out or "contact_sheet.png", sample=args.sample) else 0)
 
 
-COMMANDS = {"check": check, "encode": encode}
+COMMANDS = {"check": check, "encode": encode, "embed": embed}
 
 
 def main() -> None:
@@ -46,14 +61,17 @@ def main() -> None:
         sys.exit(2)
     define_config_flag()
     flags.DEFINE_string(
-        "out", None, "encode: folder of the cache. check: contact sheet (contact_sheet.png)."
+        "out", None, "encode, embed: the new folder. check: contact sheet (contact_sheet.png)."
     )
     flags.DEFINE_integer(
         "sample", 2000, "check: pictures of each part to decode, spread over it; 0 decodes all."
     )
-    dtypes, text = ["float16", "bfloat16"], "encode: type of the cached moments."
-    flags.DEFINE_enum("dtype", "float16", dtypes, text)
-    flags.DEFINE_integer("shard_size", 1024, "encode: pictures per file, a multiple of 64.")
+    text = "Type on disk (encode: float16 or bfloat16; embed: float32 or float16)."
+    flags.DEFINE_enum("dtype", None, ["float16", "bfloat16", "float32"], text)
+    flags.DEFINE_integer("shard_size", 1024, "Pictures per file, a multiple of 64.")
+    flags.DEFINE_string("clip", None, "embed: a CLIP model directory, or a checkpoint of one.")
+    parts, text = ["train", "validation"], "embed: the part of the data."
+    flags.DEFINE_enum("part", "train", parts, text)
     flags.mark_flag_as_required("config")
     rest = sys.argv[2:] if name in COMMANDS else ["--help"]
     sys.argv = with_config_path([sys.argv[0], *rest], positional=1)

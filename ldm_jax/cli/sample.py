@@ -36,7 +36,7 @@ from ldm_jax.sampling.request import (
 
 # Settings of a run, beside those of its request, that a PNG keeps, and their types.
 MODEL: dict[str, type] = {
-    **dict.fromkeys(("model", "model_config", "vae", "text_encoder", "dtype"), str),
+    **dict.fromkeys(("model", "model_config", "vae", "text_encoder", "clip", "dtype"), str),
     **dict.fromkeys(("lora", "embedding", "control"), list),
     "prompt_weights": bool,
     "clip_skip": int,
@@ -74,6 +74,8 @@ def define_flags() -> None:
     flags.DEFINE_string("vae", None, "A model or checkpoint to take the first stage (VAE) from.")
     text = "A model or checkpoint to take the text encoder from."
     flags.DEFINE_string("text_encoder", None, text)
+    text = "A CLIP model that makes the vectors of prompts, for a model of embeddings."
+    flags.DEFINE_string("clip", None, text)
     text = "A LoRA file, FILE[:STRENGTH]; may be repeated; FILE:0,0.5,1 makes a labelled grid."
     flags.DEFINE_multi_string("lora", None, text)
     text = "A textual inversion, [WORD=]FILE, a new word for prompts; may be repeated."
@@ -128,6 +130,7 @@ def sample(args: Any) -> None:
         parallel=args.parallel,
         vae=model.get("vae"),
         text_encoder=model.get("text_encoder"),
+        clip=model.get("clip"),
         programs=cli.program_folder(),
         embedding=model.get("embedding") or (),
         control=model.get("control") or (),
@@ -360,15 +363,29 @@ def pictures_of(request: Request) -> int:
 
 
 def fingerprints(request: Request) -> dict[str, Any]:
-    """Returns a request's task for its pictures' settings: files by full path and sha256."""
+    """Returns a request's task for its pictures' settings: files by full path and sha256.
+
+    A folder's is that of its tables (.json) and of the names and sizes of its other files.
+    """
     kept = {name: v for name in TASK if (v := getattr(request, name)) is not None}
     for name in set(FILES) & set(kept):
         several = isinstance(kept[name], list)
         files = [Path(file).absolute() for file in as_list(kept[name])]
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        digests = [digest_of(file) for file in files]
         kept[name] = [*map(str, files)] if several else str(files[0])
         kept[f"{name}_sha256"] = digests if several else digests[0]
     return kept
+
+
+def digest_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, or of a folder's tables and of its other files' sizes."""
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes() if file.suffix == ".json" else b""
+        found.update(f"{file.name} {file.stat().st_size}\n".encode() + content)
+    return found.hexdigest()
 
 
 def replayed(path: str) -> tuple[dict[str, Any], Request]:
@@ -386,11 +403,11 @@ def replayed(path: str) -> tuple[dict[str, Any], Request]:
     for name in set(FILES) & set(kept):
         files, digests = as_list(kept[name]), as_list(kept.get(f"{name}_sha256"))
         for file, digest in itertools.zip_longest(map(Path, map(str, files)), digests):
-            if file is None or not file.is_file():
+            if file is None or not file.exists():
                 raise RequestError(
                     f"{path} was made from the {name} {file}, which is missing: put it back"
                 )
-            if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            if digest_of(file) != digest:
                 raise RequestError(
                     f"{path} was made from the {name} {file}, which has changed since: put the old "
                     "one back"

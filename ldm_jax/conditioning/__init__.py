@@ -6,6 +6,7 @@ from typing import Any
 from ldm_jax.conditioning.base import Cond, Conditioner, RowCondition
 from ldm_jax.conditioning.class_label import ClassLabel
 from ldm_jax.conditioning.class_vector import ClassVector
+from ldm_jax.conditioning.clip_vector import ClipVector
 from ldm_jax.conditioning.embeddings import Embeddings
 from ldm_jax.conditioning.hybrid import Hybrid
 from ldm_jax.conditioning.layout import Layout
@@ -29,6 +30,7 @@ CONDITIONERS: dict[str, type[Conditioner]] = {
     "bert": BertText,
     "tokens": Layout,
     "clip": ClipText,
+    "clip_vector": ClipVector,
     "class": ClassLabel,
     "class_vector": ClassVector,
     "rescale": SemanticMap,

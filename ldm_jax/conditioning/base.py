@@ -63,6 +63,18 @@ class RowCondition:
         """
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Raises DataError where something is missing that batches need, before a training."""
+
+    def complete(self, batch: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+        """Returns the conditions of a batch, in the process that trains.
+
+        Args:
+          batch: With "image" uint8 [b, H, W, 3] and "condition" [b, ...], the results of the call.
+          names: The pictures' names.
+        """
+        return batch["condition"]
+
     def draw(self, images: np.ndarray, values: np.ndarray) -> np.ndarray | None:
         """Returns a batch's conditions as pictures uint8 [b, H, W, 3], for previews.
 
@@ -93,6 +105,7 @@ class Conditioner:
       gives_vector: Whether it gives `Cond.vector`.
       argument: Name of the condition's argument in an exported program; None if it cannot be
         exported.
+      options: Those of `REQUEST_OPTIONS` that the kind takes.
     """
 
     field: ClassVar[str | None] = None
@@ -106,6 +119,7 @@ class Conditioner:
     cached: ClassVar[bool] = True
     gives_vector: ClassVar[bool] = False
     argument: ClassVar[str | None] = None
+    options: ClassVar[Names] = ()
 
     # ------------------------------------------------------------------------------ from a config
 
@@ -182,6 +196,21 @@ class Conditioner:
     def unet_fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields of the UNet that follow from those of `complete`."""
         return {}
+
+    @classmethod
+    def with_clip(cls, fields: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the config's fields with CLIP's text tower, which makes vectors of prompts.
+
+        Args:
+          fields: The config's "conditioner".
+          text: The "conditioner" of a CLIP model, whose parameters become those of this one.
+
+        Raises:
+          ValueError: The kind takes no vectors of CLIP, or others.
+        """
+        raise ValueError(
+            f"a conditioner of the kind {fields.get('kind')!r} takes no vectors of CLIP"
+        )
 
     def row_problems(self, rows: "Rows", column: str, few: int) -> Iterator[str]:
         """Yields what is wrong with the conditions of training rows, one line each.
@@ -285,8 +314,24 @@ class Conditioner:
         for name in REQUEST_FIELDS:
             if name != self.field and getattr(request, name) is not None:
                 raise RequestError(f"{sentence}, not {name}")
+        for name in REQUEST_OPTIONS:
+            if name not in self.options and getattr(request, name) is not None:
+                raise RequestError(f"{sentence}, which takes no {name}")
         if self.field is not None and not as_list(getattr(request, self.field)):
             raise RequestError(f"{sentence}: give at least one")
+
+    def resolve(self, params: Any, request: Any, mesh: jax.sharding.Mesh) -> Any:
+        """Returns a checked request with what is looked up before sampling, such as neighbours.
+
+        Args:
+          params: The conditioner's parameters.
+          request: The request.
+          mesh: The devices of the pipeline.
+
+        Raises:
+          RequestError: Something does not fit.
+        """
+        return request
 
     def canvas(self, request: Any, geometry: "Geometry") -> "Canvas":
         """Returns the size of the picture to make, and the image and mask that it starts from."""
@@ -341,6 +386,8 @@ class Conditioner:
 
 # The fields of a Request that hold conditions; "condition" is for kinds outside of this package.
 REQUEST_FIELDS = ("prompts", "classes", "semantic_map", "layout", "embeddings", "condition")
+# Fields of a Request that only some kinds of condition take, beside their condition.
+REQUEST_OPTIONS = ("neighbors", "database")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -1,15 +1,27 @@
-"""Precomputed vectors as the context: CLIP's of a prompt, or of retrieved neighbours."""
+"""Vectors as the context: CLIP's of a prompt, or of retrieved neighbours.
+
+Retrieval-augmented diffusion (Blattmann et al. 2022, arXiv:2204.11824) is trained on the neighbours
+of each picture in a database, and samples from the vector of a prompt and its neighbours.
+"""
 
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldm_jax.conditioning.base import Cond, Conditioner, Names, RowCondition, as_list, column_of
+from ldm_jax.conditioning.clip_vector import ClipVector
+from ldm_jax.conditioning.neighbors import Database, normalize, open_database
 from ldm_jax.errors import DataError, RequestError, UnreadablePicture
+from ldm_jax.io.checkpoint import find_model, load_model
+from ldm_jax.models.clip import CLIP, clip_from_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,32 +80,166 @@ def vectors_of(row: Mapping[str, Any], column: str, dim: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowNeighbors(RowCondition):
+    """The ``count`` nearest neighbours of a row in a database, float32 [count, dim].
+
+    They are searched for each batch, by one program over the devices, and are normalised. Vectors
+    of the row's own picture in the database are left out.
+
+    Attributes:
+      database: A folder of `ldm-data embed`, or the original's .npz files.
+      count: The number of neighbours.
+      dim: Length of a vector.
+      column: The column of the row's own vector, as of `RowVectors`; or
+      clip: A CLIP model directory, which embeds the picture as it is trained on.
+    """
+
+    database: str
+    count: int
+    dim: int
+    column: str = ""
+    clip: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.column) == bool(self.clip):
+            raise ValueError("a database needs either column or clip, for the vectors to search by")
+
+    def read(self, row: dict[str, Any]) -> None:
+        """Decodes a .npy file."""
+        if self.column:
+            RowVectors(self.column, 1, self.dim).read(row)
+
+    def __call__(
+        self, row: Mapping[str, Any], image: np.ndarray, view: Any, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Returns the vector to search by; zeros where CLIP makes it of the batch."""
+        if self.clip:
+            return np.zeros(self.dim, np.float32)
+        return RowVectors(self.column, 1, self.dim)(row, image, view, rng)[0]
+
+    def check(self) -> None:
+        """Opens the database and the CLIP model."""
+        found = self._open()
+        if found.index.dim != self.dim:
+            raise DataError(
+                f"data.condition.database {self.database} has vectors of {found.index.dim} "
+                f"numbers, model.conditioner.dim is {self.dim}"
+            )
+        if self.clip and open_clip(self.clip).model.text.projection_dim != self.dim:
+            raise DataError(
+                f"data.condition.clip {self.clip} makes vectors of another length than "
+                f"model.conditioner.dim, {self.dim}"
+            )
+
+    def _open(self) -> Database:
+        return open_database(self.database)
+
+    def complete(self, batch: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+        """Searches for the neighbours of a batch: float32 [b, count, dim]."""
+        queries = batch["condition"]
+        if self.clip:
+            queries = open_clip(self.clip).embed(batch["image"])
+        return self._open().others(queries, self.count, names)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageEncoder:
+    """A CLIP model whose image tower runs on the devices of this process.
+
+    Attributes:
+      model: The towers.
+      params: Their parameters, on each device.
+      mesh: The devices.
+    """
+
+    model: CLIP
+    params: Any
+    mesh: Mesh
+
+    def embed(self, images: np.ndarray) -> np.ndarray:
+        """Embeds pictures uint8 [b, H, W, 3]: float32 [b, d]."""
+        split = len(images) % self.mesh.size == 0
+        spec = PartitionSpec(self.mesh.axis_names) if split else PartitionSpec()
+        rows = jax.device_put(images, NamedSharding(self.mesh, spec))
+        return np.asarray(_embed(self.model, self.params, rows))
+
+
+@lru_cache(maxsize=1)
+def open_clip(path: str) -> ImageEncoder:
+    """Returns the encoder of a CLIP model directory; the last one is kept."""
+    config, params = load_model(find_model(path))
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    placed = jax.device_put({"vision": params["vision"]}, NamedSharding(mesh, PartitionSpec()))
+    return ImageEncoder(clip_from_config(config), placed, mesh)
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(model: CLIP, params: Any, images: jax.Array) -> jax.Array:
+    """Embeds pictures uint8 [b, H, W, 3]: float32 [b, d]."""
+    return model.encode_image(params, images.astype(jnp.float32) / 127.5 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Embeddings(Conditioner):
-    """Precomputed vectors as the context (the original's retrieval-augmented models).
+    """Vectors as the context (the original's retrieval-augmented models).
 
     Attributes:
       dim: Length of a vector.
       count: Vectors of a picture in training and in `encode_null`; sampling takes any number.
+      encoder: CLIP's text tower, with which a request may have prompts in place of vectors.
     """
 
     dim: int
     count: int = 1
+    encoder: ClipVector | None = None
 
     field = "embeddings"
     argument = "embeddings"
+    options = ("neighbors", "database")
 
     def __post_init__(self) -> None:
         if min(self.dim, self.count) < 1:
             raise ValueError(f"dim {self.dim} and count {self.count} must be at least 1")
+        if self.encoder is not None and self.encoder.module.projection_dim != self.dim:
+            raise ValueError(
+                f"CLIP makes vectors of {self.encoder.module.projection_dim} numbers, the model "
+                f"takes {self.dim}"
+            )
+
+    @classmethod
+    def from_config(cls, dtype: Any = jnp.float32, **fields: Any) -> Conditioner:
+        """Builds it; "encoder" holds the fields of a `ClipVector`."""
+        if isinstance(fields.get("encoder"), Mapping):
+            inner = {k: v for k, v in fields["encoder"].items() if k != "kind"}
+            inner = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.items()}
+            fields["encoder"] = ClipVector.from_config(dtype, **inner)
+        return super().from_config(dtype, **fields)
 
     @classmethod
     def row_condition(
         cls, fields: Mapping[str, Any], settings: Mapping[str, Any], names: Callable[[], Names]
     ) -> RowCondition:
-        """Returns what reads the vectors of a row."""
-        return RowVectors(
-            **settings, count=fields.get("count", cls.count), dim=fields.get("dim", 0)
-        )
+        """Returns what reads the vectors of a row, or searches for its neighbours."""
+        kind = RowNeighbors if "database" in settings else RowVectors
+        return kind(**settings, count=fields.get("count", cls.count), dim=fields.get("dim", 0))
+
+    @classmethod
+    def with_clip(cls, fields: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields with an encoder of prompts."""
+        completed = {**fields, "encoder": {**text, "kind": "clip_vector"}}
+        cls.from_config(**{k: v for k, v in completed.items() if k != "kind"})
+        return completed
+
+    def init(self, key: jax.Array) -> dict:
+        """Returns fresh parameters of the encoder."""
+        return {} if self.encoder is None else self.encoder.init(key)
+
+    def with_kernels(self, kernels: Any) -> "Embeddings":
+        """Returns the conditioner whose encoder uses ``kernels``."""
+        if self.encoder is None:
+            return self
+        encoder: Any = self.encoder.with_kernels(kernels)
+        return dataclasses.replace(self, encoder=encoder)
 
     def encode(self, values: Sequence[Any]) -> np.ndarray:
         """Returns float32 [b, m, dim] of arrays [m, dim], or [dim], all of one shape."""
@@ -123,6 +269,51 @@ class Embeddings(Conditioner):
         """Returns the vectors as the context."""
         return Cond(crossattn=encoded)
 
+    def check_request(self, request: Any) -> None:
+        """Takes prompts in place of vectors where there is an encoder."""
+        if request.prompts is not None:
+            if self.encoder is None:
+                raise RequestError(
+                    "this model is conditioned on embeddings, not prompts: give the CLIP model "
+                    "that makes them by --clip (clip=)"
+                )
+            if request.embeddings is not None:
+                raise RequestError("give prompts or embeddings, not both")
+            request = dataclasses.replace(request, prompts=None, embeddings=request.prompts)
+        super().check_request(request)
+        if (request.neighbors or 0) < 0:
+            raise RequestError(f"neighbors must be at least 0, not {request.neighbors}")
+        if bool(request.neighbors) != (request.database is not None):
+            raise RequestError("neighbors and database belong together: give both, or neither")
+
+    def resolve(self, params: Any, request: Any, mesh: jax.sharding.Mesh) -> Any:
+        """Makes vectors of the prompts, and adds the neighbours of each vector."""
+        if request.prompts is not None:
+            assert self.encoder is not None
+            tokens = self.encoder.encode(as_list(request.prompts))
+            # Of one row a time, so that a vector does not depend on the other prompts.
+            made = [_vector(self.encoder, params, row[None]) for row in tokens]
+            vectors = [np.asarray(one, np.float32)[0] for one in made]
+        elif request.neighbors:
+            vectors = self.parse(request.embeddings, None, None)
+        else:
+            return request
+        if request.neighbors:
+            if len(vectors[0]) != 1:
+                raise RequestError(
+                    f"neighbours are those of one vector: the embeddings have {len(vectors[0])}"
+                )
+            try:
+                queries = normalize(np.concatenate(vectors))
+                index = open_database(request.database, mesh).index
+                found = index.search(queries, request.neighbors).vectors
+            except DataError as error:
+                raise RequestError(f"database {request.database}: {error}") from None
+            vectors = list(np.concatenate([queries[:, None], found], axis=1))
+        return dataclasses.replace(
+            request, prompts=None, embeddings=vectors, neighbors=None, database=None
+        )
+
     def parse(self, value: Any, canvas: Any, geometry: Any) -> list[np.ndarray]:
         """Reads vectors, arrays or paths of .npy files."""
         found = [read_embeddings(one, self.dim) for one in as_list(value)]
@@ -138,6 +329,11 @@ class Embeddings(Conditioner):
     def cache_key(self) -> dict[str, Any]:
         """Returns the vectors' shape."""
         return {"vectors": [self.count, self.dim]}
+
+
+@partial(jax.jit, static_argnums=0)
+def _vector(encoder: ClipVector, params: Any, tokens: jax.Array) -> jax.Array | None:
+    return encoder(params, tokens).crossattn
 
 
 def read_embeddings(value: Any, dim: int) -> np.ndarray:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ldm_jax.conditioning import conditioner_class
+from ldm_jax.convert.clip import from_clip, is_clip, to_clip
 from ldm_jax.convert.compvis.infer import Original
 from ldm_jax.convert.compvis.reading import from_compvis, is_compvis
 from ldm_jax.convert.compvis.writing import to_compvis
@@ -34,12 +36,14 @@ class Format(NamedTuple):
 # The first format that recognises a path reads it.
 FORMATS: dict[str, Format] = {
     "diffusers": Format(is_diffusers, from_diffusers),
+    "clip": Format(is_clip, from_clip),
     "compvis": Format(is_compvis, from_compvis),
 }
 # (config, params, the new file or folder).
 EXPORTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], Path], None]] = {
     "compvis": to_compvis,
     "diffusers": to_diffusers,
+    "clip": to_clip,
 }
 
 
@@ -58,6 +62,7 @@ def read_model(
     allow_unexpected: bool = False,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    clip: str | Path | None = None,
 ) -> Converted:
     """Converts a checkpoint in memory.
 
@@ -70,6 +75,7 @@ def read_model(
       allow_unexpected: Leave out arrays that the model does not have instead of refusing them.
       vae: A model or checkpoint whose first stage replaces that of ``path``.
       text_encoder: A model or checkpoint whose text encoder replaces that of ``path``.
+      clip: A CLIP model whose text tower makes the vectors of prompts, for a model of embeddings.
 
     Raises:
       ReaderError, TargetError or ConversionError: The checkpoint cannot be read or converted.
@@ -87,12 +93,12 @@ def read_model(
         variant=variant,
         allow_unexpected=allow_unexpected,
     )
-    if vae is None and text_encoder is None:
+    if vae is None and text_encoder is None and clip is None:
         return converted
     config_, params = replace_parts(
-        converted.config, converted.params, vae=vae, text_encoder=text_encoder
+        converted.config, converted.params, vae=vae, text_encoder=text_encoder, clip=clip
     )
-    given = [word for word, part in (("VAE", vae), ("text encoder", text_encoder)) if part]
+    given = [word for word, part in (("VAE", vae), ("text encoder", text_encoder or clip)) if part]
     lacks = tuple(
         line for line in converted.lacks if not any(f"no {word}" in line for word in given)
     )
@@ -105,6 +111,7 @@ def replace_parts(
     *,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    clip: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a latent diffusion model with its first stage or text encoder taken from elsewhere.
 
@@ -113,6 +120,7 @@ def replace_parts(
       params: Its parameters.
       vae: A model directory, checkpoint or diffusers folder that is or has a first stage.
       text_encoder: The same for a text encoder.
+      clip: A CLIP model, whose text tower a model of embeddings gets beside its own condition.
 
     Raises:
       TargetError: There is no such part in the given model, or it does not fit.
@@ -138,6 +146,16 @@ def replace_parts(
         elif config[part].get("kind") == "hybrid":
             section = {**config[part], "text": section}
         config[part], params[part] = section, others[part]
+    if clip is not None:
+        other, others = read_any(clip)
+        if other.get("kind") != "clip":
+            raise TargetError(f"{clip} is a {other.get('kind')}, not a CLIP model")
+        fields = config.get("conditioner", {"kind": "none"})
+        try:
+            section = conditioner_class(fields).with_clip(fields, other["conditioner"])
+        except ValueError as error:
+            raise TargetError(f"{clip}: {error}") from None
+        config["conditioner"], params["conditioner"] = section, others["conditioner"]
     return config, params
 
 

@@ -105,6 +105,9 @@ class Loader(Stream):
                 self.broken[name] = reason
                 message = "skipped unreadable picture %s (%s): %d so far"
                 _LOG.warning(message, name, reason, len(self.broken))
+        if self.condition is not None:
+            names = [self.source.name(i) for i in batch["index"].tolist()]
+            batch["condition"] = self.condition.complete(batch, names)
 
 
 class _PictureBatches(Batches):

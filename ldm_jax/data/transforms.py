@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -133,4 +133,8 @@ class Condition(Protocol):
         self, row: Mapping[str, Any], image: np.ndarray, view: View, rng: np.random.Generator
     ) -> np.ndarray | int:
         """Returns the condition of the transformed ``image`` uint8 [H, W, 3], of fixed shape."""
+        ...
+
+    def complete(self, batch: Mapping[str, Any], names: Sequence[str]) -> np.ndarray:
+        """Returns a batch's conditions from those of its rows, in the process of the loader."""
         ...

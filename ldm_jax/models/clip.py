@@ -1,18 +1,25 @@
-"""CLIP's two towers (Radford et al. 2021, arXiv:2103.00020).
+"""CLIP and its two towers (Radford et al. 2021, arXiv:2103.00020).
 
-Fields carry the names of the published configs, and the defaults of ViT-L/14.
+Fields carry the names of the published configs, and the defaults of ViT-L/14. The image tower of
+the "RN" models is in `ldm_jax.models.clip_resnet`.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.errors import ConfigError, did_you_mean
+from ldm_jax.kernels import Kernels
+from ldm_jax.models.clip_resnet import CLIPResNet
 from ldm_jax.models.gpt import causal_mask
 from ldm_jax.nn.attention import merge_heads, split_heads
 from ldm_jax.nn.layers import Array, Conv, Dense, Embed, LayerNorm, Module
+from ldm_jax.nn.resize import resize_corners
 
 NORMAL = nn.initializers.normal(0.02)
 Activation = Literal["quick_gelu", "gelu"]
@@ -192,3 +199,102 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 def clip_pixels(x: Array) -> Array:
     """Pixels [..., 3] in [-1, 1], normalised as in CLIP's training."""
     return ((x + 1.0) / 2.0 - jnp.array(_MEAN)) / jnp.array(_STD)
+
+
+# A CLIP model config's "vision.kind" -> the image tower.
+VISION: dict[str, type[CLIPVision | CLIPResNet]] = {"vit": CLIPVision, "resnet": CLIPResNet}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIP:
+    """Both towers. Static and hashable; parameters are passed in.
+
+    Its parameters are {"conditioner", "vision", "logit_scale"}: the text tower's are under the name
+    that they have in a model of text, which can take its text encoder from a CLIP model directory.
+    """
+
+    text: CLIPText
+    vision: CLIPVision | CLIPResNet
+
+    def with_kernels(self, kernels: Kernels) -> "CLIP":
+        """Returns the towers with their operations in the forms of ``kernels``."""
+        return CLIP(self.text.clone(kernels=kernels), self.vision.clone(kernels=kernels))
+
+    def init(self, key: Array) -> dict[str, Any]:
+        """Returns fresh parameters."""
+        keys, side = jax.random.split(key), self.vision.image_size
+        return {
+            "conditioner": self.text.init(keys[0], jnp.zeros((1, 1), jnp.int32))["params"],
+            "vision": self.vision.init(keys[1], jnp.zeros((1, side, side, 3)))["params"],
+            "logit_scale": jnp.float32(jnp.log(1 / 0.07)),
+        }
+
+    def encode_text(self, params: Any, tokens: Array) -> Array:
+        """Tokens int [b, n] -> features float32 [b, d], not normalised."""
+        states: Any = self.text.apply({"params": params["conditioner"]}, tokens)
+        return states.pooled.astype(jnp.float32)
+
+    def encode_pixels(self, params: Any, pixels: Array) -> Array:
+        """Pixels of `clip_pixels` [b, image_size, image_size, 3] -> float32 [b, d]."""
+        states: Any = self.vision.apply({"params": params["vision"]}, pixels)
+        return states.pooled.astype(jnp.float32)
+
+    def encode_image(self, params: Any, images: Array, antialias: bool = False) -> Array:
+        """Pictures [b, H, W, 3] in [-1, 1] -> features float32 [b, d], not normalised.
+
+        They are resized as the original's image embedder does; see `fit_pixels`.
+        """
+        return self.encode_pixels(params, fit_pixels(images, self.vision.image_size, antialias))
+
+    def logits(self, params: Any, pixels: Array, tokens: Array) -> Array:
+        """Scaled cosine similarities [b, m] of b pictures and m texts."""
+        image, text = self.encode_pixels(params, pixels), self.encode_text(params, tokens)
+        product = jnp.matmul(normalized(image), normalized(text).T, precision="highest")
+        return jnp.exp(params["logit_scale"]) * product
+
+
+def normalized(x: Array) -> Array:
+    """``x`` [..., d] divided by its norm."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def fit_pixels(images: Array, size: int, antialias: bool = False) -> Array:
+    """Pictures [b, H, W, 3] in [-1, 1] -> the pixels of an image tower [b, size, size, 3].
+
+    Bicubic with corners aligned and without keeping the aspect ratio, as retrieval-augmented
+    models embed their database (Blattmann et al. 2022, arXiv:2204.11824).
+    """
+    return clip_pixels(resize_corners(images, (size, size), antialias))
+
+
+def clip_from_config(config: Mapping[str, Any], dtype: Any = jnp.float32) -> CLIP:
+    """Builds the towers of a CLIP model directory's config.
+
+    Args:
+      config: With "conditioner" (kind "clip", the text tower) and "vision" (a kind of `VISION`).
+      dtype: Of the products.
+
+    Raises:
+      ConfigError: The config is of another kind, or a field does not fit.
+    """
+    if config.get("kind") != "clip":
+        raise ConfigError(f"a {config.get('kind')} is no CLIP model: convert one with ldm-convert")
+    sections = {name: dict(config[name]) for name in ("conditioner", "vision")}
+    kind = sections["vision"].pop("kind", None)
+    if kind not in VISION:
+        raise ConfigError(f"vision: kind {kind!r} does not exist{did_you_mean(kind, VISION)}")
+    if sections["conditioner"].pop("kind", None) != "clip":
+        raise ConfigError("conditioner: a CLIP model has one of the kind 'clip'")
+    towers: list[Any] = []
+    for cls, (name, fields) in zip((CLIPText, VISION[kind]), sections.items(), strict=True):
+        known = inspect.signature(cls).parameters
+        for field in fields:
+            if field not in known:
+                raise ConfigError(
+                    f"{name}: field {field!r} does not exist{did_you_mean(field, known)}"
+                )
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
+        towers.append(cls(**values, dtype=dtype))
+    return CLIP(*towers)

@@ -237,6 +237,8 @@ class Pipeline:
         semantic_map: Any = None,
         layout: Any = None,
         embeddings: Any = None,
+        neighbors: int | None = None,
+        database: Any = None,
         condition: Any = None,
         negative: str | Sequence[str] | None = None,
         image: Any = None,
@@ -325,6 +327,8 @@ class Pipeline:
         own = self.complete(request)
         assert own.size is not None
         self.check_size(own.size)
+        conditioner = self.model.conditioner
+        request = conditioner.resolve(self.model.params["conditioner"], request, self.mesh)
         canvas, inputs = make_inputs(self.model, request, own)
         steps, devices = self.steps(own), self.mesh.devices.size
         count = -(-(request.batch or min(len(inputs.seeds), 8)) // devices) * devices
@@ -727,6 +731,7 @@ def load(
     devices: int | None = None,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    clip: str | Path | None = None,
     programs: str | Path | None = None,
     lora: Sequence[str | Path | tuple[str | Path, float]] = (),
     embedding: Sequence[str | Path] = (),
@@ -747,6 +752,7 @@ def load(
       devices: The number of devices, the first ones; None for all.
       vae: A model or checkpoint whose first stage takes the place of the model's.
       text_encoder: A model or checkpoint whose text encoder takes the place of the model's.
+      clip: A CLIP model that makes the vectors of prompts, for a model of embeddings.
       programs: A folder where compiled programs are kept, so that a later process does not compile
         them again; only its user may write there. See `ldm_jax.sampling.programs.ProgramStore`.
       lora: LoRA files to merge into the weights, as `Pipeline.with_lora` takes them.
@@ -762,7 +768,8 @@ def load(
       RequestError, CheckpointError: The model cannot be loaded.
     """
     dtype = check_dtype(dtype)
-    path, fields, params = read_parts(name, config, ema, vae, text_encoder)
+    parts = {"vae": vae, "text_encoder": text_encoder, "clip": clip}
+    path, fields, params = read_parts(name, config, ema, **parts)
     if fields.get("kind") != "latent_diffusion":
         raise RequestError(
             f"{path} is a {fields.get('kind')}, which makes no pictures by itself: give a latent "
@@ -830,14 +837,17 @@ def read_parts(
     name: str | Path,
     config: str | Path | None = None,
     ema: bool | None = None,
-    vae: str | Path | None = None,
-    text_encoder: str | Path | None = None,
+    **parts: str | Path | None,
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Returns (path, model config, parameters) of what `load` and `load_first_stage` take."""
+    """Returns (path, model config, parameters) of what `load` and `load_first_stage` take.
+
+    ``parts`` are those of `replace_parts`.
+    """
+    given: dict[str, Any] = {part: path for part, path in parts.items() if path is not None}
     path = find_model(fetched(name))
     try:
         if is_foreign(path):
-            converted = read_model(path, config=config, ema=ema, vae=vae, text_encoder=text_encoder)
+            converted = read_model(path, config=config, ema=ema, **given)
             for line in converted.assumed:
                 LOG.info("%s: assumed %s", path.name, line)
             if converted.lacks:
@@ -848,8 +858,8 @@ def read_parts(
                 f"{path} is a model directory with a config of its own: leave config and ema out"
             )
         fields, params = load_model(path)
-        if vae is not None or text_encoder is not None:
-            fields, params = replace_parts(fields, params, vae=vae, text_encoder=text_encoder)
+        if given:
+            fields, params = replace_parts(fields, params, **given)
         return path, fields, params
     except (ConversionError, ReaderError, TargetError) as error:
         raise CheckpointError(str(error)) from error

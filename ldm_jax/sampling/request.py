@@ -153,7 +153,9 @@ class Request:
       layout: For a model of layouts: boxes (label, (left, top, width, height)) in parts of the
         picture, or the path of a JSON file.
       embeddings: For a model of ready-made embeddings: vectors [m, dim], or the path of a .npy
-        file.
+        file. With CLIP's text tower such a model takes prompts too.
+      neighbors: For a model of embeddings: add so many nearest neighbours from ``database``.
+      database: Embeddings that `ldm-data embed` wrote: a folder, or the original's .npz files.
       condition: For kinds of condition registered outside of this package.
       negative: Prompts to be guided away from.
       image: The picture to start from; for a super-resolution model, the small picture.
@@ -204,6 +206,8 @@ class Request:
         "file", 'JSON file of boxes: [{"label": "cup", "box": [left, top, width, height]}, ...].'
     )
     embeddings: Any = option("file", "A .npy file of vectors [m, dim].")
+    neighbors: int | None = option("whole", "Nearest neighbours to add from --database.")
+    database: Any = option("file", "Embeddings of ldm-data embed: a folder, or .npz files.")
     condition: Any = option("", "")
     negative: str | Sequence[str] | None = option(
         "texts", "Negative prompt: one for all prompts, or one for each.", multi=True
@@ -418,7 +422,8 @@ SETTINGS = tuple(
     if field.metadata.get("own", dataclasses.MISSING) is not dataclasses.MISSING
 )
 FILES = tuple(name for name, field in OPTIONS.items() if field.metadata["kind"] == "file")
-TASK = (*FILES, "outpaint", "strength", "variation", "control_scale", "control_edges")
+TASK = (*FILES, "neighbors", "outpaint", "strength", "variation")
+TASK += ("control_scale", "control_edges")
 EACH = ("prompts", "classes", "negative", "seeds", "guidance")  # one value for each picture
 
 

@@ -3,12 +3,12 @@
 import jax
 import pytest
 
-from . import adapters, diffusion, evaluation, networks, options, schedulers, stages
+from . import adapters, diffusion, evaluation, networks, options, retrieval, schedulers, stages
 from .golden import Case, NotYet, all_cases, compare
 
 pytestmark = pytest.mark.parity
 
-PARTS = (adapters, networks, stages, diffusion, schedulers, evaluation, options)
+PARTS = (adapters, networks, stages, diffusion, schedulers, evaluation, options, retrieval)
 RUNNERS = {name: runner for part in PARTS for name, runner in part.CASES.items()}
 
 

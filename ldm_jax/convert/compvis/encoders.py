@@ -95,6 +95,20 @@ def clip_text_table(
     return table
 
 
+def resblocks(prefix: str, layers: int) -> Walk:
+    """The layers of a tower as openai and open_clip name them, with q, k and v in one array."""
+    for i in range(layers):
+        source, ours = f"{prefix}transformer.resblocks.{i}", f"layers_{i}"
+        for j in (1, 2):
+            yield from norm(f"{source}.ln_{j}", (ours, f"norm{j}"))
+        for j, x in enumerate(("q", "k", "v")):
+            yield Entry(f"{source}.attn.in_proj_weight", (ours, x, "kernel"), DENSE, (j, 3))
+            yield Entry(f"{source}.attn.in_proj_bias", (ours, x, "bias"), part=(j, 3))
+        yield from dense(f"{source}.attn.out_proj", (ours, "out"))
+        yield from dense(f"{source}.mlp.c_fc", (ours, "fc1"))
+        yield from dense(f"{source}.mlp.c_proj", (ours, "fc2"))
+
+
 def open_clip_table(model: CLIPText, prefix: str, unused_layers: int = 1) -> Table:
     """The text tower of open_clip, with q, k and v in one array, as Stable Diffusion 2.x stores it.
 
@@ -109,16 +123,7 @@ def open_clip_table(model: CLIPText, prefix: str, unused_layers: int = 1) -> Tab
         Entry(f"{prefix}positional_embedding", ("position_embedding",)),
         *norm(f"{prefix}ln_final", ("final_norm",)),
     ]
-    for i in range(n):
-        source, ours = f"{prefix}transformer.resblocks.{i}", f"layers_{i}"
-        for j in (1, 2):
-            table += norm(f"{source}.ln_{j}", (ours, f"norm{j}"))
-        for j, x in enumerate(("q", "k", "v")):
-            table.append(Entry(f"{source}.attn.in_proj_weight", (ours, x, "kernel"), DENSE, (j, 3)))
-            table.append(Entry(f"{source}.attn.in_proj_bias", (ours, x, "bias"), part=(j, 3)))
-        table += dense(f"{source}.attn.out_proj", (ours, "out"))
-        table += dense(f"{source}.mlp.c_fc", (ours, "fc1"))
-        table += dense(f"{source}.mlp.c_proj", (ours, "fc2"))
+    table += resblocks(prefix, n)
     for i in range(n, n + unused_layers):
         source = f"{prefix}transformer.resblocks.{i}."
         shapes = {"ln_1": (c,), "ln_2": (c,), "mlp.c_fc": (hidden, c), "mlp.c_proj": (c, hidden)}

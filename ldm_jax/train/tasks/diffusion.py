@@ -175,6 +175,8 @@ class DiffusionTask(Task):
 
     def check_rows(self, loader: Any) -> None:
         """A model of captions needs one at least that is not empty."""
+        if self.condition is not None:
+            self.condition.check()
         takes_captions = self.model.conditioner.field == "prompts"
         if not takes_captions or self.config.loss.caption_dropout >= 1:
             return
