@@ -5,9 +5,14 @@ from typing import Any
 from ldm_jax.errors import ConfigError, did_you_mean
 from ldm_jax.train.tasks.autoencoder import AutoencoderTask
 from ldm_jax.train.tasks.base import Task
+from ldm_jax.train.tasks.contrastive import ContrastiveTask
 from ldm_jax.train.tasks.diffusion import DiffusionTask
 
-TASKS: dict[str, type[Task]] = {"autoencoder": AutoencoderTask, "diffusion": DiffusionTask}
+TASKS: dict[str, type[Task]] = {
+    "autoencoder": AutoencoderTask,
+    "contrastive": ContrastiveTask,
+    "diffusion": DiffusionTask,
+}
 
 
 def task_class(config: Any) -> type[Task]:
