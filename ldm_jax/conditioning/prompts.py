@@ -126,7 +126,8 @@ def chunks_of(
             if token == comma:
                 last_comma = len(chunk)
             chunk.append((token, weight))
-    return chunks
+    # A BREAK begins a chunk only where something follows.
+    return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]
 
 
 def padded(

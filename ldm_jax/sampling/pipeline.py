@@ -824,9 +824,10 @@ def with_prompts(fields: dict[str, Any], weights: bool, clip_skip: int | None) -
         return fields
     fields = json.loads(json.dumps(fields))
     towers = build_conditioner(fields).towers
-    for name, tower in towers.items():
-        if clip_skip is not None and (len(towers) > 1 or not hasattr(tower, "clip_skip")):
-            raise RequestError("clip_skip needs a model whose text encoder is CLIP's, alone")
+    # Other conditioners of CLIP's towers say themselves which layer they take.
+    if clip_skip is not None and not hasattr(towers.get(""), "clip_skip"):
+        raise RequestError("clip_skip needs a model whose only text encoder is CLIP's")
+    for name in towers:
         section_of(fields["conditioner"], name).update(own)
     if not towers:
         raise RequestError(f"{', '.join(own)}: this model has no text encoder")

@@ -66,6 +66,8 @@ def test_chunks_end_at_a_comma():
     assert sizes([*[1] * 73, 7, 8, 9, 1], runs={7: 3}) == [73, 4]
     parts = [([1, 2], 1.0), (None, 1.0), ([3], 2.0)]
     assert chunks_of(parts, room, comma) == [[(1, 1.0), (2, 1.0)], [(3, 2.0)]]
+    assert chunks_of(parts[:2], room, comma) == [[(1, 1.0), (2, 1.0)]]
+    assert chunks_of([(None, 1.0)], room, comma) == [[]]
 
 
 @pytest.fixture(scope="module")
