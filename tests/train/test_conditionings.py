@@ -36,6 +36,7 @@ KINDS = {
     "none": ({"kind": "none"}, {}, 0, None),
     "text": (BERT, {}, 0, 12),
     "class": ({"kind": "class", "embed_dim": 16}, {"column": "shape"}, 0, 1),
+    "class_vector": ({"kind": "class_vector"}, {"column": "shape"}, 0, None),
     "masked": ({"kind": "joined", "of": "masked", "channels": 5, "size": (8, 8)}, {}, 5, None),
     "filled": (
         {"kind": "joined", "of": "masked_filled", "channels": 5, "size": (8, 8)},
