@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "io": {"errors", "distributed"},  # several processes write one checkpoint
     "data": {"errors", "io"},
     "models": {"errors", "nn", "kernels", "diffusion"},
-    "conditioning": {"errors", "nn", "kernels", "models", "data", "io"},
+    "conditioning": {"errors", "nn", "kernels", "models", "data", "io", "diffusion"},
     "assembly": {"errors", "nn", "kernels", "models", "conditioning", "diffusion"},
 }
 BELOW = {*ALLOWED["assembly"], "assembly", "data", "io"}

@@ -36,7 +36,9 @@ from ldm_jax.sampling.request import (
 
 # Settings of a run, beside those of its request, that a PNG keeps, and their types.
 MODEL: dict[str, type] = {
-    **dict.fromkeys(("model", "model_config", "vae", "text_encoder", "clip", "dtype"), str),
+    **dict.fromkeys(
+        ("model", "model_config", "vae", "text_encoder", "clip", "refiner", "dtype"), str
+    ),
     **dict.fromkeys(("lora", "embedding", "control"), list),
     "prompt_weights": bool,
     "clip_skip": int,
@@ -76,6 +78,8 @@ def define_flags() -> None:
     flags.DEFINE_string("text_encoder", None, text)
     text = "A CLIP model that makes the vectors of prompts, for a model of embeddings."
     flags.DEFINE_string("clip", None, text)
+    text = "A second model that takes over at --switch, such as the refiner of SDXL."
+    flags.DEFINE_string("refiner", None, text)
     text = "A LoRA file, FILE[:STRENGTH]; may be repeated; FILE:0,0.5,1 makes a labelled grid."
     flags.DEFINE_multi_string("lora", None, text)
     text = "A textual inversion, [WORD=]FILE, a new word for prompts; may be repeated."
@@ -131,6 +135,7 @@ def sample(args: Any) -> None:
         vae=model.get("vae"),
         text_encoder=model.get("text_encoder"),
         clip=model.get("clip"),
+        refiner=model.get("refiner"),
         programs=cli.program_folder(),
         embedding=model.get("embedding") or (),
         control=model.get("control") or (),

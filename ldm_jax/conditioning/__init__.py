@@ -7,13 +7,16 @@ from ldm_jax.conditioning.base import Cond, Conditioner, RowCondition
 from ldm_jax.conditioning.class_label import ClassLabel
 from ldm_jax.conditioning.class_vector import ClassVector
 from ldm_jax.conditioning.clip_vector import ClipVector
+from ldm_jax.conditioning.depth import TextDepth
 from ldm_jax.conditioning.embeddings import Embeddings
 from ldm_jax.conditioning.hybrid import Hybrid
 from ldm_jax.conditioning.layout import Layout
+from ldm_jax.conditioning.sdxl import Sdxl
 from ldm_jax.conditioning.semantic_map import SemanticMap
 from ldm_jax.conditioning.small_picture import SmallPicture
 from ldm_jax.conditioning.text import BertText, ClipText
 from ldm_jax.conditioning.unconditional import Unconditional
+from ldm_jax.conditioning.upscale import TextUpscale
 from ldm_jax.errors import ConfigError, did_you_mean
 
 __all__ = [
@@ -31,11 +34,14 @@ CONDITIONERS: dict[str, type[Conditioner]] = {
     "tokens": Layout,
     "clip": ClipText,
     "clip_vector": ClipVector,
+    "sdxl": Sdxl,
     "class": ClassLabel,
     "class_vector": ClassVector,
     "rescale": SemanticMap,
     "joined": SmallPicture,
     "hybrid": Hybrid,
+    "depth": TextDepth,
+    "upscale": TextUpscale,
     "embeddings": Embeddings,
     "none": Unconditional,
 }

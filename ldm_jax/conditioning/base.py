@@ -276,6 +276,14 @@ class Conditioner:
         """Returns one row that replaces ``encoded`` where a condition is dropped or guided from."""
         return self.encode_null(1)
 
+    def drop(self, encoded: Any, null: Any, drop: jax.Array) -> Any:
+        """Replaces the rows ``drop`` [b] of ``encoded`` by ``null``, the result of `null_row`."""
+        return jax.tree.map(
+            lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e),
+            null,
+            encoded,
+        )
+
     def aligned(self, encoded: Sequence[Any]) -> list[Any]:
         """Returns results of `encode` that enter one program, brought to the same shapes."""
         return list(encoded)
@@ -347,6 +355,29 @@ class Conditioner:
         """
         return as_list(value)
 
+    def from_request(
+        self,
+        encoded: Any,
+        request: Any,
+        canvas: "Canvas",
+        *,
+        seeds: Sequence[int],
+        negative: bool = False,
+    ) -> Any:
+        """Adds what the fields `options` of a request give to encoded conditions.
+
+        Args:
+          encoded: The result of `encode` or `null_row`, of one picture or all.
+          request: The request with all settings.
+          canvas: The picture to make.
+          seeds: One for each picture.
+          negative: Whether the condition is guided away from.
+
+        Raises:
+          RequestError: A value does not fit.
+        """
+        return encoded
+
     def signature(self, names: Sequence[str] | None) -> dict[str, Any]:
         """Returns entries for an exported program's signature.json."""
         return {}
@@ -387,7 +418,17 @@ class Conditioner:
 # The fields of a Request that hold conditions; "condition" is for kinds outside of this package.
 REQUEST_FIELDS = ("prompts", "classes", "semantic_map", "layout", "embeddings", "condition")
 # Fields of a Request that only some kinds of condition take, beside their condition.
-REQUEST_OPTIONS = ("neighbors", "database")
+REQUEST_OPTIONS = (
+    "neighbors",
+    "database",
+    "original_size",
+    "crop",
+    "target_size",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+    "depth",
+    "noise_level",
+)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -130,14 +130,21 @@ def frozen_conditioner(
     saved, params = load_model(find_model(path))
     if "conditioner" not in params:
         raise ConfigError(f"model.conditioner.path {path} has no conditioner with parameters")
-    merged = {**saved["conditioner"], **fields}
-    if different := [k for k, v in saved["conditioner"].items() if merged[k] != v]:
-        name = different[0]
-        raise ConfigError(
-            f"model.conditioner.{name} is not that of {path}, {saved['conditioner'][name]!r}: "
-            "leave it out"
-        )
+    merged = _merged(saved["conditioner"], json.loads(json.dumps(fields)), str(path))
     return merged, params["conditioner"]
+
+
+def _merged(saved: Mapping[str, Any], fields: Mapping[str, Any], path: str, at: str = "") -> dict:
+    """Returns the saved fields with those given; both must agree, in sections too."""
+    merged = {**saved, **fields}
+    for name, value in saved.items():
+        if isinstance(value, Mapping) and isinstance(merged[name], Mapping):
+            merged[name] = _merged(value, merged[name], path, f"{at}{name}.")
+        elif merged[name] != value:
+            raise ConfigError(
+                f"model.conditioner.{at}{name} is not that of {path}, {value!r}: leave it out"
+            )
+    return merged
 
 
 def check_sizes(model: Any, size: tuple[int, int]) -> None:

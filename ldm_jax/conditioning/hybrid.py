@@ -15,7 +15,70 @@ TEXTS: dict[str, type[Text]] = {"bert": BertText, "clip": ClipText}
 
 
 @dataclasses.dataclass(frozen=True)
-class Hybrid(Conditioner):
+class BesideText(Conditioner):
+    """Base of kinds with something beside a text, whose parameters are those of the text.
+
+    `encode` gives what the text's `encode` does.
+    """
+
+    text: Text
+
+    field = "prompts"
+    negative = True
+    interpolates = True
+    cached = False
+
+    @property
+    def module(self) -> Any:
+        """The text encoder."""
+        return self.text.module
+
+    @property
+    def towers(self) -> Mapping[str, Any]:
+        """The text, the sole tower."""
+        return self.text.towers
+
+    def aligned(self, encoded: Sequence[Any]) -> list[Any]:
+        """Returns captions of as many chunks each."""
+        beside = [isinstance(one, dict) and "text" in one for one in encoded]
+        pairs = list(zip(encoded, beside, strict=True))
+        texts = self.text.aligned([one["text"] if inside else one for one, inside in pairs])
+        return [
+            {**one, "text": text} if inside else text
+            for (one, inside), text in zip(pairs, texts, strict=True)
+        ]
+
+    def row_problems(self, rows: Rows, column: str, few: int) -> Any:
+        """Yields what is wrong with the captions."""
+        return self.text.row_problems(rows, column, few)
+
+    def with_kernels(self, kernels: Any) -> "BesideText":
+        """Returns the conditioner whose text encoder uses ``kernels``."""
+        text: Any = self.text.with_kernels(kernels)
+        return dataclasses.replace(self, text=text)
+
+    def init(self, key: jax.Array) -> dict:
+        """Returns fresh parameters of the text encoder."""
+        return self.text.init(key)
+
+    def encode(self, values: Sequence[str]) -> Any:
+        """Returns the tokens of captions."""
+        return self.text.encode(values)
+
+
+def text_of(fields: Mapping[str, Any], dtype: Any) -> Text:
+    """Builds the condition of a config's "text", a kind of text with its fields."""
+    if not isinstance(fields.get("text"), Mapping):
+        raise ValueError("field 'text' is missing")
+    section = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["text"].items()}
+    if (kind := section.pop("kind", None)) not in TEXTS:
+        raise ValueError(f"text.kind {kind!r} is neither 'bert' nor 'clip'")
+    text: Any = TEXTS[kind].from_config(dtype, **section)
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid(BesideText):
     """Text as the context, and a masked picture concatenated to the latents.
 
     The parameters are those of the text. Guidance leads away from another text, with the same
@@ -23,20 +86,10 @@ class Hybrid(Conditioner):
     makes {"text", "joined"} of them.
     """
 
-    text: Text
     joined: MaskedPicture
 
-    field = "prompts"
-    negative = True
-    interpolates = True
     edits = False
-    cached = False
     needs_mask = True
-
-    @property
-    def module(self) -> Any:
-        """The text encoder."""
-        return self.text.module
 
     @property
     def concat_channels(self) -> int:
@@ -46,18 +99,11 @@ class Hybrid(Conditioner):
     @classmethod
     def from_config(cls, dtype: Any = jnp.float32, **fields: Any) -> Conditioner:
         """Builds it from "text", a kind of text with its fields, and "joined"."""
-        for name in ("text", "joined"):
-            if not isinstance(fields.get(name), Mapping):
-                raise ValueError(f"field {name!r} is missing")
-        parts = [
-            {k: tuple(v) if isinstance(v, list) else v for k, v in fields[name].items()}
-            for name in ("text", "joined")
-        ]
-        if (kind := parts[0].pop("kind", None)) not in TEXTS:
-            raise ValueError(f"text.kind {kind!r} is neither 'bert' nor 'clip'")
-        text = TEXTS[kind].from_config(dtype, **parts[0])
-        joined = MaskedPicture.from_config(**parts[1])
-        return cls(text, joined)  # type: ignore[arg-type]
+        text = text_of(fields, dtype)
+        if not isinstance(fields.get("joined"), Mapping):
+            raise ValueError("field 'joined' is missing")
+        inner = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["joined"].items()}
+        return cls(text, MaskedPicture.from_config(**inner))  # type: ignore[arg-type]
 
     @classmethod
     def row_condition(
@@ -71,10 +117,6 @@ class Hybrid(Conditioner):
             )
         return RowMask(**settings)
 
-    def row_problems(self, rows: Rows, column: str, few: int) -> Any:
-        """Yields what is wrong with the captions."""
-        return self.text.row_problems(rows, column, few)
-
     def check_size(self, size: tuple[int, int], latent: tuple[int, int]) -> None:
         """The null condition has the size of the latents."""
         try:
@@ -82,33 +124,11 @@ class Hybrid(Conditioner):
         except ValueError as error:
             raise ValueError(f"joined.{error}") from None
 
-    def with_kernels(self, kernels: Any) -> "Hybrid":
-        """Returns the conditioner whose text encoder uses ``kernels``."""
-        text: Any = self.text.with_kernels(kernels)
-        return dataclasses.replace(self, text=text)
-
-    @property
-    def towers(self) -> Mapping[str, Any]:
-        """The text, the sole tower."""
-        return self.text.towers
-
-    def init(self, key: jax.Array) -> dict:
-        """Returns fresh parameters of the text encoder."""
-        return self.text.init(key)
-
     def check_request(self, request: Any) -> None:
         """Prompts, an image and its mask are all needed."""
         super().check_request(request)
         image = dataclasses.replace(request, prompts=None)
         self.joined.check_request(image)
-
-    def encode(self, values: Sequence[str]) -> Any:
-        """Returns the tokens of captions."""
-        return self.text.encode(values)
-
-    def aligned(self, encoded: Sequence[Any]) -> list[Any]:
-        """Returns captions of as many chunks each."""
-        return self.text.aligned(encoded)
 
     def encode_null(self, n: int) -> dict[str, Any]:
         """Returns the empty caption, and zeros."""

@@ -143,7 +143,7 @@ def replace_parts(
                 )
             if "scale_factor" in other and config.get("first_stage", {}).get("kind") == MISSING:
                 config["scale_factor"] = other["scale_factor"]
-        elif config[part].get("kind") == "hybrid":
+        elif "text" in config[part]:
             section = {**config[part], "text": section}
         config[part], params[part] = section, others[part]
     if clip is not None:

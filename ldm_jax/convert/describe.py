@@ -4,8 +4,8 @@ from collections import Counter
 from math import prod
 from typing import Any
 
-from ldm_jax.convert.compvis.infer import infer
 from ldm_jax.convert.compvis.names import EMA
+from ldm_jax.convert.originals import infer
 from ldm_jax.convert.reader.reader import Checkpoint
 from ldm_jax.errors import TargetError
 

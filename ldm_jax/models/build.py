@@ -84,9 +84,15 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 def build_first_stage(
     config: Mapping[str, Any], dtype: str = "float32", remat: str = "none"
 ) -> FirstStageModule | None:
-    """The autoencoder of a config's "first_stage", None for the identity; ``remat`` of `REMATS`."""
+    """The autoencoder of a config's "first_stage", None for the identity; ``remat`` of `REMATS`.
+
+    With "force_upcast" it computes in float32 where the model has float16, which its activations
+    exceed.
+    """
     fields, options = _section(config, "first_stage"), {"remat": REMATS[remat]}
     kind = fields.pop("kind", None)
+    if fields.pop("force_upcast", False) and dtype == "float16":
+        dtype = "float32"
     if kind == "missing":  # converted from a file without one
         raise ConfigError("the model has no first stage (VAE): give one with --vae PATH")
     if kind not in FIRST_STAGES:

@@ -96,6 +96,8 @@ def program_of(pipe: Pipeline, own: Request) -> tuple[Callable[..., jax.Array], 
     """
     assert own.size is not None
     assert own.sampler is not None
+    if pipe.refiner is not None:
+        raise RequestError("an exported program has no refiner: load the model without one")
     model, size, steps = pipe.model, pipe.check_size(own.size), pipe.steps(own)
     arguments, config = arguments_of(pipe), pipe.config(own, size, 1)
     names, tree = list(named(pipe)), jax.tree.structure(parameters(pipe))

@@ -48,6 +48,7 @@ class Inputs(NamedTuple):
       mask: uint8 [b, H, W, 1], 1 where ``image`` is painted.
       variation: Distance from ``image`` [b], in [0, 1].
       toward: The other ends of an interpolation.
+      latents: Latents at the first step [b, h, w, c], in place of noise.
       control: The hints of the model's ControlNets.
     """
 
@@ -61,6 +62,7 @@ class Inputs(NamedTuple):
     mask: Array | None = None
     variation: Array | None = None
     toward: Toward | None = None
+    latents: Array | None = None
     control: Control | None = None
 
 
@@ -144,7 +146,11 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
             )
         return np.broadcast_to(part, (n, *part.shape[1:]))  # not a copy
 
-    inputs = Inputs(seed_words(seeds), jax.tree.map(spread, conditioner.encode(subjects)))
+    def encode(values: list[Any]) -> Any:
+        encoded = conditioner.encode(values)
+        return conditioner.from_request(encoded, own, canvas, seeds=seeds)
+
+    inputs = Inputs(seed_words(seeds), jax.tree.map(spread, encode(subjects)))
     inputs = inputs._replace(
         image=None if canvas.image is None else spread(canvas.image),
         mask=None if canvas.mask is None else spread(canvas.mask),
@@ -164,8 +170,7 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
             )
         others = conditioner.parse(list(others), canvas, geometry) if field else [None] * n
         words = seed_words(pair(others, list(to), what)[1])
-        encoded = conditioner.encode(others)
-        inputs = inputs._replace(toward=Toward(words, encoded, numbers(mix, n, "mixes")))
+        inputs = inputs._replace(toward=Toward(words, encode(others), numbers(mix, n, "mixes")))
 
     scales = numbers(own.guidance, n, "guidance scales")
     rescale = numbers(own.guidance_rescale, n, "rescales")
@@ -182,7 +187,9 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
             )
         null = conditioner.encode(negative * (n // len(negative)))
     else:
-        null = jax.tree.map(spread, conditioner.null_row(inputs.encoded))
+        null = conditioner.null_row(inputs.encoded)
+    null = conditioner.from_request(null, own, canvas, seeds=seeds, negative=True)
+    null = jax.tree.map(spread, null)
     interval = own.guidance_interval
     inputs = inputs._replace(
         null=null,

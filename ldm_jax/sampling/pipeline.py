@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ldm_jax.conditioning.base import REQUEST_OPTIONS
 from ldm_jax.convert.controlnet import read_controlnet
 from ldm_jax.convert.conversion import is_foreign, read_model, replace_parts
 from ldm_jax.convert.diffusers.hub import fetched
@@ -47,6 +48,7 @@ from ldm_jax.sampling.decoding import decode_part
 from ldm_jax.sampling.inputs import Inputs, check_request, make_inputs
 from ldm_jax.sampling.program import Pictures, SamplingConfig, Steps, finish, generate
 from ldm_jax.sampling.programs import ProgramStore, shape_and_type
+from ldm_jax.sampling.refining import check_pair, divide, without_others
 from ldm_jax.sampling.request import (
     OF_SAMPLER,
     OPTIONS,
@@ -94,6 +96,7 @@ class Job:
       count: Pictures in a batch.
       keep: Height and width of the pictures; the rest of the canvas is cut off.
       made: Which of the computed predictions are returned.
+      then: The job of the refiner, which takes over.
     """
 
     own: Request
@@ -103,6 +106,7 @@ class Job:
     count: int
     keep: tuple[int, int]
     made: list[int]
+    then: "Job | None" = None
 
     def rows(self, places: range) -> Inputs:
         """Returns a batch of these pictures, filled up with the last: all have one shape."""
@@ -148,6 +152,7 @@ class Pipeline:
         parallel: Mode = "jit",
         devices: int | None = None,
         programs: ProgramStore | None = None,
+        refiner: "Pipeline | None" = None,
     ):
         if devices is not None and not 1 <= devices <= jax.device_count():
             raise RequestError(f"devices must be from 1 to {jax.device_count()}, not {devices}")
@@ -160,7 +165,9 @@ class Pipeline:
         whole = NamedSharding(self.mesh, PartitionSpec())
         kernels = for_platform(cores.platform_of(self.mesh))
         self.model = jax.device_put(model, kernels.weight_formats(model, whole))
-        self.dtype, self.name = dtype, name
+        if refiner is not None:
+            check_pair(model, refiner.model)
+        self.dtype, self.name, self.refiner = dtype, name, refiner
         self.parallel: Mode = parallel
         self.defaults = default_settings(model)
         self._schedule = jax.device_get(model.schedule)
@@ -243,6 +250,7 @@ class Pipeline:
         negative: str | Sequence[str] | None = None,
         image: Any = None,
         mask: Any = None,
+        depth: Any = None,
         outpaint: Sequence[int] | None = None,
         strength: float | None = None,
         variation: float | Sequence[float] | None = None,
@@ -265,6 +273,13 @@ class Pipeline:
         guidance_rescale: float | Sequence[float] | None = None,
         guidance_interval: Sequence[float] | None = None,
         renoise_null: bool | None = None,
+        original_size: Sequence[int] | None = None,
+        crop: Sequence[int] | None = None,
+        target_size: Sequence[int] | None = None,
+        noise_level: int | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
+        switch: float | None = None,
         decode_batch: int | None = None,
         tile: int | None = None,
         cache_interval: int | None = None,
@@ -323,8 +338,12 @@ class Pipeline:
         Raises:
           RequestError: The model does not take the request.
         """
+        if self.refiner is not None:
+            return self._refined(request, self.refiner)
         request = check_request(self.model, request)
         own = self.complete(request)
+        if request.switch is not None:
+            raise RequestError("switch needs a refiner: give one")
         assert own.size is not None
         self.check_size(own.size)
         conditioner = self.model.conditioner
@@ -338,19 +357,27 @@ class Pipeline:
 
     def run(self, job: Job) -> Iterator[Batch]:
         """Samples the pictures of a job, batch after batch."""
-        n, (height, width), own = len(job.inputs.seeds), job.keep, job.own
-        assert own.sampler is not None
+        n, (height, width) = len(job.inputs.seeds), job.keep
         for first in range(0, n, job.count):
-            part = job.rows(range(first, min(first + job.count, n)))
+            done = range(first, min(first + job.count, n))
+            part = job.rows(done)
             with reported_memory(f"{job.count} pictures of {height}x{width} at a time"):
-                result = self.compute(own.sampler, job.config, job.steps, part)
+                result = self._compute(job, part)
+                pipe, last = self, job
+                if job.then is not None and self.refiner is not None:
+                    pipe, last = self.refiner, job.then
+                    part = last.rows(done)._replace(latents=result.latents)
+                    result = pipe._compute(last, part)
                 images = np.asarray(result.images)
                 progress = None if result.progress is None else np.asarray(result.progress)
-            images = self._finite(images, result, own, job.config, part)
-            done = range(first, min(first + job.count, n))
+            images = pipe._finite(images, result, last.own, last.config, part)
             if progress is not None:
                 progress = progress[: len(done), np.array(job.made, int), :height, :width]
             yield Batch(done, images[: len(done), :height, :width], progress)
+
+    def _compute(self, job: Job, part: Inputs) -> Pictures:
+        assert job.own.sampler is not None
+        return self.compute(job.own.sampler, job.config, job.steps, part)
 
     @_with_signature_of(__call__)
     def warmup(self, prompts: str | Sequence[str] | None = None, **given: Any) -> None:
@@ -363,6 +390,39 @@ class Pipeline:
         n = len(job.inputs.seeds)
         assert job.own.sampler is not None
         self.executable(job.own.sampler, job.config, job.steps, job.rows(range(min(n, job.count))))
+        if job.then is not None and self.refiner is not None:
+            last, stage = job.then, self.model.first_stage
+            sides = (side // stage.downsampling for side in last.config.size)
+            latents = np.zeros((last.count, *sides, stage.channels), np.float32)
+            rows = last.rows(range(min(n, last.count)))._replace(latents=latents)
+            self.refiner.executable(job.own.sampler, last.config, last.steps, rows)
+
+    def _refined(self, request: Request, refiner: "Pipeline") -> Job:
+        """`job` of the model, with that of its refiner."""
+        mine = check_request(self.model, without_others(request, self.model, refiner.model))
+        other = without_others(request, refiner.model, self.model)
+        hints: dict[str, Any] = dict.fromkeys(("control_image", "control_scale", "control_edges"))
+        other = dataclasses.replace(other, **hints, strength=mine.strength)
+        other = check_request(refiner.model, other)
+        own = self.complete(mine)
+        options: dict[str, Any] = {name: getattr(other, name) for name in REQUEST_OPTIONS}
+        theirs = dataclasses.replace(own, **options, **hints)
+        if own.progress_every:
+            raise RequestError("progress_every takes no refiner: leave one of them out")
+        assert own.size is not None
+        self.check_size(own.size)
+        canvas, first = make_inputs(self.model, mine, own)
+        _, second = make_inputs(refiner.model, other, theirs)
+        # Its latents are given: of an image it needs only the part that is kept.
+        image = None if second.mask is None else second.image
+        second = second._replace(variation=None, image=image)
+        steps, left = divide(self.steps(own), own, self._schedule, sampler_options(own))
+        devices = self.mesh.devices.size
+        count = -(-(request.batch or min(len(first.seeds), 8)) // devices) * devices
+        config = dataclasses.replace(self.config(own, canvas.size, count), decodes=False)
+        last = refiner.config(theirs, canvas.size, count)
+        then = Job(theirs, last, left, second, count, canvas.keep, [])
+        return Job(own, config, steps, first, count, canvas.keep, [], then)
 
     def _shown(self, own: Request, steps: Steps) -> tuple[tuple[int, ...], list[int]]:
         """Returns the calls whose predictions are computed, and which of them are returned."""
@@ -733,6 +793,7 @@ def load(
     text_encoder: str | Path | None = None,
     clip: str | Path | None = None,
     programs: str | Path | None = None,
+    refiner: str | Path | None = None,
     lora: Sequence[str | Path | tuple[str | Path, float]] = (),
     embedding: Sequence[str | Path] = (),
     control: Sequence[str | Path] = (),
@@ -755,6 +816,7 @@ def load(
       clip: A CLIP model that makes the vectors of prompts, for a model of embeddings.
       programs: A folder where compiled programs are kept, so that a later process does not compile
         them again; only its user may write there. See `ldm_jax.sampling.programs.ProgramStore`.
+      refiner: A second model, which takes over at the request's ``switch``.
       lora: LoRA files to merge into the weights, as `Pipeline.with_lora` takes them.
       embedding: Textual inversion files, each "FILE" or "WORD=FILE"; without a word that of the
         file.
@@ -788,13 +850,12 @@ def load(
             check_params(model)
         else:
             store.once(check_params, model)
+        options: dict[str, Any] = {"parallel": parallel, "devices": devices}
+        second = None
+        if refiner is not None:
+            second = load(refiner, dtype=dtype, programs=programs, **options)
         pipe = Pipeline(
-            model,
-            dtype=dtype,
-            name=str(name),
-            parallel=parallel,
-            devices=devices,
-            programs=store,
+            model, dtype=dtype, name=str(name), programs=store, refiner=second, **options
         )
     except ConfigError as error:
         where = path if is_foreign(path) else path / "config.json"

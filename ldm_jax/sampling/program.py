@@ -30,6 +30,7 @@ class SamplingConfig:
       quantize: Whether predicted x0 are replaced by the nearest codes of the first stage.
       cache_interval: Run the full UNet every N calls; 1 is always.
       cache_depth: Rows of the UNet at each end that run in every call.
+      decodes: Whether the latents are decoded; without, the pictures have no pixels.
     """
 
     size: tuple[int, int]
@@ -41,6 +42,7 @@ class SamplingConfig:
     quantize: bool = False
     cache_interval: int = 1
     cache_depth: int = 1
+    decodes: bool = True
 
 
 class Steps(NamedTuple):
@@ -95,6 +97,9 @@ def generate(
     x = initial_noise(keys, shape)
     if toward is not None:
         x = slerp(x, initial_noise(keys_of(toward.seeds), shape), toward.mix)
+    if inputs.latents is not None:  # of another model, whose steps have drawn from these keys
+        x = inputs.latents
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
 
     pixels = z0 = known = None
     if inputs.image is not None:
@@ -162,6 +167,9 @@ def generate(
         shown = trace.x0[np.array(config.progress)][:, : config.progress_rows or len(x)]
         decoded = jax.lax.map(lambda z: finish(stage, z, inputs, config)[0], shown)
         progress = jnp.swapaxes(decoded, 0, 1)
+    if not config.decodes:
+        images = jnp.zeros((len(z), 0, 0, 3), jnp.uint8)
+        return Pictures(images, progress, z, jnp.isfinite(z).all((1, 2, 3)))
     images, finite = finish(stage, z, inputs, config)
     return Pictures(images, progress, z, finite)
 

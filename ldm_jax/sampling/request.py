@@ -160,6 +160,7 @@ class Request:
       negative: Prompts to be guided away from.
       image: The picture to start from; for a super-resolution model, the small picture.
       mask: Bright where ``image`` is painted.
+      depth: For a depth model: a map of inverse depth, brighter where nearer, of any range.
       outpaint: Pixels to add at the image's (top, right, bottom, left).
       strength: Denoising strength in (0, 1]: the fraction of the steps that is run on ``image``.
       variation: Distance in [0, 1] from ``image`` by its inverted noise.
@@ -185,6 +186,13 @@ class Request:
       guidance_interval: First and last timestep that is guided.
       renoise_null: CFG++ (arXiv:2406.08070): ddim and tcd step with the unguided noise; guidance
         is then in [0, 1].
+      original_size: For Stable Diffusion XL: (height, width) of the picture before it was resized.
+      crop: For Stable Diffusion XL: (top, left) of the crop.
+      target_size: For Stable Diffusion XL: (height, width) of the result.
+      noise_level: For an upscaler: the noise added to ``image``, a timestep of its schedule.
+      aesthetic_score: For the refiner of Stable Diffusion XL, about 1 to 10.
+      negative_aesthetic_score: The score to be guided away from.
+      switch: With a refiner: the fraction of the noise schedule that the model itself runs.
       decode_batch: Pictures decoded at a time on a device; 0 is the whole batch.
       tile: Decode pictures with a longer side in tiles of this many pixels; 0 is never.
       cache_interval: Run the full UNet every N calls, reusing its deep features in between.
@@ -216,6 +224,7 @@ class Request:
         "file", "A picture to start from; for a super-resolution model, to enlarge."
     )
     mask: Any = option("file", "A picture that is white where --image is painted.")
+    depth: Any = option("file", "A depth map, brighter where nearer, for a depth model.")
     outpaint: Sequence[int] | None = option(
         "wholes", "TOP,RIGHT,BOTTOM,LEFT: pixels to add around --image."
     )
@@ -301,6 +310,27 @@ class Request:
         "CFG++ (arXiv:2406.08070) of ddim and tcd: true; --guidance is then in [0, 1].",
         own=None,
     )
+    original_size: Sequence[int] | None = option(
+        "size", "SDXL: HEIGHTxWIDTH of the picture before resizing (default: the size).", own=None
+    )
+    crop: Sequence[int] | None = option(
+        "wholes", "SDXL: TOP,LEFT of the crop in pixels (default: 0,0).", own=None
+    )
+    target_size: Sequence[int] | None = option(
+        "size", "SDXL: HEIGHTxWIDTH of the result (default: the size).", own=None
+    )
+    noise_level: int | None = option(
+        "whole", "Upscaler: noise added to --image, from 0 (default: 20).", own=None
+    )
+    aesthetic_score: float | None = option(
+        "real", "SDXL refiner: aesthetic score, about 1 to 10 (default: 6).", own=None
+    )
+    negative_aesthetic_score: float | None = option(
+        "real", "SDXL refiner: the score to be guided away from (default: 2.5).", own=None
+    )
+    switch: float | None = option(
+        "real", "Fraction of the schedule before --refiner takes over (default: 0.8).", own=None
+    )
     decode_batch: int | None = option(
         "whole",
         "Pictures decoded at a time on a device (default: 512x512 pixels, on a CPU 128x128).",
@@ -336,6 +366,8 @@ class Request:
             raise RequestError(f"progress_every must be at least 0, not {self.progress_every}")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise RequestError(f"strength must be above 0 and up to 1, not {self.strength}")
+        if self.switch is not None and not 0 < self.switch < 1:
+            raise RequestError(f"switch must be between 0 and 1, not {self.switch}")
         far = np.asarray(0.0 if self.variation is None else self.variation)
         if not ((far >= 0) & (far <= 1)).all():
             raise RequestError(f"variation must be from 0 to 1, not {self.variation}")

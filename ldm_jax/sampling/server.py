@@ -51,6 +51,8 @@ class Server:
 
     def __init__(self, pipe: Pipeline, *, batch: int = 8, wait: float = 0.02, limit: int = 256):
         """Starts the thread; `serve` explains the arguments."""
+        if pipe.refiner is not None:
+            raise RequestError("a server takes no refiner: load the model without one")
         devices = pipe.mesh.devices.size
         if batch < 1 or batch % devices:
             raise RequestError(f"batch must be a multiple of the {devices} devices, not {batch}")

@@ -506,8 +506,12 @@ def test_options_without_a_counterpart_are_refused(
 def test_text_encoders_that_have_no_word_there_are_refused() -> None:
     with pytest.raises(TargetError, match="ff_glu=True"):
         configs.bert_to(TransformerEncoder(8, 1, ff_glu=True))
-    with pytest.raises(TargetError, match="projection_dim=4"):
-        configs.clip_to(CLIPText(projection_dim=4))
+
+
+def test_a_projection_makes_it_another_class() -> None:
+    written = configs.clip_to(CLIPText(projection_dim=4))
+    assert written["architectures"] == ["CLIPTextModelWithProjection"]
+    assert configs.clip_projected_from(written)["projection_dim"] == 4
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 import jax
 import pytest
 
-from . import adapters, diffusion, evaluation, networks, options, retrieval, schedulers, stages
+from . import adapters, diffusion, evaluation, networks, options, retrieval, schedulers, sgm, stages
 from .golden import Case, NotYet, all_cases, compare
 
 pytestmark = pytest.mark.parity
 
-PARTS = (adapters, networks, stages, diffusion, schedulers, evaluation, options, retrieval)
+PARTS = (adapters, networks, stages, diffusion, schedulers, evaluation, options, retrieval, sgm)
 RUNNERS = {name: runner for part in PARTS for name, runner in part.CASES.items()}
 
 

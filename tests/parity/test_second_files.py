@@ -9,18 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from ldm_jax.convert.compvis.infer import Original, infer
-from ldm_jax.convert.compvis.names import UNET
-from ldm_jax.convert.compvis.networks import param_shapes, table_of
+from ldm_jax.convert.compvis.infer import Original
 from ldm_jax.convert.compvis.reading import from_compvis
-from ldm_jax.convert.compvis.targets import module_from_config
-from ldm_jax.convert.compvis.whole import whole_from_config
+from ldm_jax.convert.compvis.whole import Whole
 from ldm_jax.convert.compvis.writing import to_compvis
+from ldm_jax.convert.originals import config_of, infer, original_of, whole_from_config
 from ldm_jax.convert.reader.reader import open_checkpoint
-from ldm_jax.convert.tables import source_shapes
+from ldm_jax.convert.tables import Unused, source_shapes
 from ldm_jax.convert.verify import outputs_of
+from ldm_jax.models.unet import layout
 
 from .golden import REPO
 
@@ -47,32 +46,44 @@ def architectures() -> dict:
         return json.load(file)
 
 
-WHOLE = [n for n in architectures() if "(SD 2.0-base)" in n or "768-v" in n or "SD 2-inpaint" in n]
-SGM = [n for n in architectures() if "(SDXL base" in n or "(SDXL refiner" in n]
+WHOLE = [n for n, listed in architectures().items() if "ddpm" in str(listed.get("target"))]
+ENGINES = [n for n, listed in architectures().items() if "engine" in n.lower() or "SDXL" in n]
+ENGINES = [n for n in ENGINES if "target" in architectures()[n]]
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_every_name_and_shape_of_sd2(name):
+@pytest.mark.parametrize("name", [*WHOLE, *ENGINES])
+def test_every_name_and_shape_of_a_released_model(name):
     listed = architectures()[name]
-    whole = whole_from_config(listed["target"], listed["params"], buffers=False, losses=False)
+    alone = listed["target"].endswith("AutoencoderKL")
+    options: dict = {"losses": False} | ({} if alone else {"buffers": False})
+    whole = whole_from_config(listed["target"], listed["params"], **options)
     found = source_shapes(whole.table, whole.shapes, name)
-    assert found == {n: tuple(shape) for n, shape in listed["state_dict"].items()}
-    shapes = {n: np.broadcast_to(np.float32(0), s) for n, s in listed["state_dict"].items()}
-    inferred = infer(shapes)
-    again = whole_from_config(inferred.target, inferred.params, buffers=False, losses=False)
-    assert source_shapes(again.table, again.shapes, name) == found
-    assert again.modules["conditioner"] == whole.modules["conditioner"]
-    assert again.modules["unet"].num_head_channels == whole.modules["unet"].num_head_channels
-
-
-@pytest.mark.parametrize("name", SGM)
-def test_every_name_and_shape_of_sdxl_s_unet(name):
-    listed = architectures()[name]
-    config = listed["params"]["network_config"]
-    unet = module_from_config(config["target"], config["params"])
-    found = source_shapes(table_of(unet, UNET), param_shapes(unet), name)
-    names = {n: tuple(s) for n, s in listed["state_dict"].items() if n.startswith(UNET)}
+    names = {n: tuple(s) for n, s in listed["state_dict"].items() if not n.startswith("depth_mo")}
     assert found == names
+    shapes = {n: np.broadcast_to(np.float32(0), s) for n, s in names.items()}
+    schedule = {n: np.asarray(a) for n, a in low_scale(whole).items() if n in shapes}
+    inferred = infer(shapes | schedule)
+    again = whole_from_config(inferred.target, inferred.params, **options)
+    assert source_shapes(again.table, again.shapes, name) == found
+    for part, module in whole.modules.items():
+        if part == "unet":
+            other = again.modules[part]
+            assert layout(other) == layout(module)
+            assert other.num_classes == module.num_classes
+        elif part == "conditioner":
+            assert again.modules[part] == module
+    if alone:
+        return
+    described = config_of(Original(listed["target"], listed["params"]), whole.modules)
+    config = json.loads(json.dumps(described))
+    back = original_of(config)
+    assert back.target == listed["target"]
+    third = whole_from_config(back.target, back.params, **options)
+    assert source_shapes(third.table, third.shapes, name) == found
+
+
+def low_scale(whole: Whole) -> dict[str, np.ndarray]:
+    return {e.source: e.value() for e in whole.table if isinstance(e, Unused) and e.fixed}
 
 
 def test_a_checkpoint_of_sd2_computes_what_the_original_does(tmp_path):
@@ -105,13 +116,3 @@ def test_a_checkpoint_of_sd2_computes_what_the_original_does(tmp_path):
         for name in kept:
             assert np.array_equal(back[name], checkpoint.tensors[name].numpy()), name
         assert checkpoint.tensors.keys() - back.keys() <= {"model_ema.decay"}
-
-
-def test_sdxl_is_named(tmp_path):
-    arrays = {
-        f"{UNET}input_blocks.0.0.weight": np.zeros((4, 4, 3, 3), np.float32),
-        "conditioner.embedders.0.transformer.text_model.x": np.zeros(3, np.float32),
-    }
-    save_file(arrays, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="Stable Diffusion XL"):
-        from_compvis(tmp_path / "x.safetensors")

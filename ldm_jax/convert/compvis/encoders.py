@@ -116,6 +116,8 @@ def open_clip_table(model: CLIPText, prefix: str, unused_layers: int = 1) -> Tab
       model: The tower without the layers that are not run.
       prefix: The prefix of the names.
       unused_layers: Layers that the original stores and does not run.
+
+    The projection is stored as [width, dim]; it is unused where the tower has none.
     """
     c, hidden, n = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     table: Table = [
@@ -134,7 +136,11 @@ def open_clip_table(model: CLIPText, prefix: str, unused_layers: int = 1) -> Tab
             unused(f"{source}attn.in_proj_weight", 3 * c, c),
             unused(f"{source}attn.in_proj_bias", 3 * c),
         ]
-    return [*table, unused(f"{prefix}text_projection", c, c), unused(f"{prefix}logit_scale")]
+    if model.projection_dim is None:
+        table.append(unused(f"{prefix}text_projection", c, c))
+    else:
+        table.append(Entry(f"{prefix}text_projection", ("projection", "kernel")))
+    return [*table, unused(f"{prefix}logit_scale")]
 
 
 def clip_vision_table(model: CLIPVision, prefix: str = "vision_model.") -> Table:

@@ -6,7 +6,7 @@ convention and listed as assumed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +18,16 @@ from ldm_jax.convert.compvis.whole import IDENTITIES, INNER, IS_FIRST_STAGE, UNC
 from ldm_jax.errors import ReaderError, TargetError
 from ldm_jax.models.clip import CLIPText
 
-LATENT_DIFFUSION, INPAINTING = (
-    f"ldm.models.diffusion.ddpm.{name}" for name in ("LatentDiffusion", "LatentInpaintDiffusion")
+LATENT_DIFFUSION, INPAINTING, DEPTH, UPSCALE = (
+    f"ldm.models.diffusion.ddpm.{name}"
+    for name in (
+        "LatentDiffusion",
+        "LatentInpaintDiffusion",
+        "LatentDepth2ImageDiffusion",
+        "LatentUpscaleDiffusion",
+    )
 )
+_NOISE_LEVELS = 350  # of the upscaler
 _EMBEDDERS, _VQ = (
     "ldm.modules.encoders.modules",
     "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
@@ -68,19 +75,19 @@ class Shapes(dict[str, tuple[int, ...]]):
         return any(name.startswith(prefix) for name in self)
 
 
-def infer(tensors: Mapping[str, Any]) -> Original:
+def infer(tensors: Mapping[str, Any], family: Callable[..., Original] | None = None) -> Original:
     """Returns the configuration of a state dict.
 
     Args:
       tensors: {name: array}. Of lazy arrays, only the schedule and lists of codes are read.
+      family: (shapes, tensors) -> the configuration; None: that of latent-diffusion.
 
     Raises:
       TargetError: It is of no known family.
     """
     try:
-        return _infer(
-            Shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}), tensors
-        )
+        shapes = Shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        return (family or _infer)(shapes, tensors)
     except (TargetError, ReaderError):
         raise
     except (
@@ -178,13 +185,34 @@ def _latent_diffusion(names: Shapes, tensors: Mapping[str, Any]) -> Original:
                 else ""
             )
         )
+    target = INPAINTING if clip and key == "hybrid" else LATENT_DIFFUSION
     if clip and in_channels == channels + 1:
-        raise TargetError("the depth model of Stable Diffusion 2 is not supported")
-    if clip and "num_classes" in unet:
-        raise TargetError("the upscaler of Stable Diffusion 2 is not supported")
-    return Original(
-        INPAINTING if clip and key == "hybrid" else LATENT_DIFFUSION, params, tuple(assumed)
-    )
+        target = DEPTH
+    elif clip and "num_classes" in unet:
+        target = UPSCALE
+        params |= upscaler_params(factor)
+        assumed = [line for line in assumed if not line.startswith(("parameterization", "scale_"))]
+        assumed += ["parameterization v, scale_factor 0.08333: as in the x4 upscaler"]
+        assumed += [f"max_noise_level {_NOISE_LEVELS}: of the small picture"]
+    return Original(target, params, tuple(assumed))
+
+
+def upscaler_params(factor: int) -> dict[str, Any]:
+    """Returns what a LatentUpscaleDiffusion has beside a LatentDiffusion."""
+    return {
+        "parameterization": "v",
+        "scale_factor": 0.08333,
+        "conditioning_key": "hybrid-adm",
+        "image_size": 512 // factor,
+        "low_scale_key": "lr",
+        "low_scale_config": {
+            "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+            "params": {
+                "noise_schedule_config": {"linear_start": 1e-4, "linear_end": 2e-2},
+                "max_noise_level": _NOISE_LEVELS,
+            },
+        },
+    }
 
 
 # Attention heads of the published models, by (model_channels, channel_mult, context_dim).
@@ -192,6 +220,9 @@ _HEADS: dict[tuple[int, tuple[int, ...], int | None], dict[str, Any]] = {
     (320, (1, 2, 4, 4), 768): {"num_heads": 8, "legacy": False},  # Stable Diffusion v1
     (320, (1, 2, 4, 4), 1024): {"num_head_channels": 64, "legacy": False},  # Stable Diffusion 2.x
     (320, (1, 2, 4, 4), 1280): {"num_heads": 8, "legacy": False},  # txt2img-1p4B
+    (256, (1, 2, 2, 4), 1024): {"num_heads": 8, "legacy": False},  # Stable Diffusion x4 upscaler
+    (320, (1, 2, 4), 2048): {"num_head_channels": 64},  # Stable Diffusion XL
+    (384, (1, 2, 4, 4), 1280): {"num_head_channels": 64},  # its refiner
     (192, (1, 2, 3, 5), 512): {"num_heads": 1},  # cin256-v2
     (192, (1, 2, 2, 4, 4), None): {"num_heads": 8},  # LSUN churches
     (256, (1, 2, 3, 4), None): {"num_heads": 8},  # inpainting
@@ -228,15 +259,25 @@ def unet_params(names: Shapes) -> tuple[dict[str, Any], list[str]]:
         "conv_resample": bare == 0,
     }
     if names.any("middle_block.1.transformer_blocks."):
-        depth = names.count(r"middle_block\.1\.transformer_blocks\.(\d+)\.")
         context = names["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1]
         params |= {
             "use_spatial_transformer": True,
-            "transformer_depth": depth,
+            "transformer_depth": _depths(names, first),
             "context_dim": context,
         }
+        own = [
+            names.get(f"input_blocks.{i}.1.transformer_blocks.0.attn1.to_k.weight", (0, out))[1]
+            for i, out in zip(first, outs, strict=True)
+        ]
+        if own != outs:
+            params["disable_self_attentions"] = [n != out for n, out in zip(own, outs, strict=True)]
     if len(names.get("middle_block.1.proj_in.weight", ())) == 2:
         params["use_linear_in_transformer"] = True
+    if "label_emb.0.0.weight" in names:
+        params |= {
+            "num_classes": "sequential",
+            "adm_in_channels": names["label_emb.0.0.weight"][1],
+        }
     if "label_emb.weight" in names:
         params["num_classes"] = names["label_emb.weight"][0]
     if "id_predictor.1.weight" in names:
@@ -250,6 +291,15 @@ def unet_params(names: Shapes) -> tuple[dict[str, Any], list[str]]:
         f"{text}: the heads of the UNet's attention",
         "use_new_attention_order False",
     ]
+
+
+def _depths(names: Shapes, first: Sequence[int]) -> int | list[int]:
+    """Returns the transformer blocks of the levels, which begin at the rows ``first``."""
+    middle = names.count(r"middle_block\.1\.transformer_blocks\.(\d+)\.")
+    depths = [names.count(rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first]
+    if set(depths) <= {0, middle}:
+        return middle
+    return [depth or 1 for depth in depths]  # a level without attention has any depth
 
 
 def _conditioner(names: Shapes, stage: Shapes, factor: int) -> tuple[Any, list[str]]:
@@ -315,9 +365,10 @@ def _open_clip(names: Shapes) -> tuple[dict[str, Any], list[str]]:
     }, ["layer penultimate: of the text encoder, as in Stable Diffusion 2.x"]
 
 
-def _clip(names: Shapes) -> tuple[dict[str, Any], list[str]]:
+def clip_fields(names: Shapes) -> dict[str, Any]:
+    """Returns the fields of the `CLIPText` with these names of transformers."""
     vocabulary, width = names["embeddings.token_embedding.weight"]
-    fields: dict[str, Any] = {
+    return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": names["encoder.layers.0.mlp.fc1.weight"][0],
@@ -325,6 +376,10 @@ def _clip(names: Shapes) -> tuple[dict[str, Any], list[str]]:
         "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": names["embeddings.position_embedding.weight"][0],
     }
+
+
+def _clip(names: Shapes) -> tuple[dict[str, Any], list[str]]:
+    fields = clip_fields(names)
     if CLIPText(**fields) == CLIPText():
         return {"target": f"{_EMBEDDERS}.FrozenCLIPEmbedder"}, []
     target = next(target for target in INNER if target.endswith("TinyCLIP"))

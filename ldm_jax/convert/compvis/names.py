@@ -21,7 +21,7 @@ _SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")
 _PREFIXES = ("model.", "net.", "network.", "ema.", "ema_model.", "params_ema.", "ldm.", "vae.")
 # Text towers saved by transformers before 4.x and after 5 lack the name of the tower.
 _BARE_TEXT = re.compile(
-    r"^(cond_stage_model\.transformer\.)(?=embeddings\.|encoder\.|final_layer_)"
+    r"^((?:cond_stage_model|conditioner\.embedders\.\d+)\.transformer\.)(?=embeddings\.|encoder\.|final_layer_)"
 )
 
 # Arrays that are no part of the network, and why. They are left out and reported.
@@ -62,7 +62,6 @@ _OTHERS: tuple[tuple[str, str], ...] = (
     (r"(model\.)?(conv_first\.|RRDB|body\.\d+\.rdb1|model\.1\.sub\.)", "an upscaler (ESRGAN)"),
     (r"(ip_adapter|image_proj)\.", "an IP-Adapter, which is not supported"),
     (r"(adapter\.body|body\.\d+\.block1)\b", "a T2I-Adapter, which is not supported"),
-    (EMBEDDERS.replace(".", r"\."), "Stable Diffusion XL, which is not supported yet"),
     (r"(model\.diffusion_model\.)?joint_blocks\.", "Stable Diffusion 3, which is not supported"),
     (r"(model\.diffusion_model\.)?double_blocks\.", "FLUX, which is not supported"),
     (r"motion_modules|.*\.motion_modules\.", "AnimateDiff motion modules, which are not supported"),
@@ -136,9 +135,8 @@ def harmless(names: Iterable[str], *, allow_unexpected: bool = False) -> dict[st
 
 def check_is_model(tensors: Mapping[str, Any], where: str) -> None:
     """Raises TargetError for a LoRA, an embedding, a ControlNet or other files."""
-    sdxl = any(name.startswith(EMBEDDERS) for name in tensors)
     models = (f"{UNET}input_blocks.", "encoder.mid.", "encoder.down.")
-    if not sdxl and any(name.startswith(models) for name in tensors):
+    if any(name.startswith(models) for name in tensors):
         return
     for pattern, meaning in _OTHERS:
         if any(re.match(pattern, name) for name in tensors):

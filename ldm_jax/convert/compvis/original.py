@@ -13,9 +13,21 @@ from typing import Any
 
 import yaml
 
-from ldm_jax.convert.compvis.infer import INPAINTING, LATENT_DIFFUSION, Original
+from ldm_jax.convert.compvis.infer import (
+    DEPTH,
+    INPAINTING,
+    LATENT_DIFFUSION,
+    UPSCALE,
+    Original,
+    upscaler_params,
+)
 from ldm_jax.convert.compvis.targets import OPEN_CLIP, VIT_H
-from ldm_jax.convert.compvis.whole import IDENTITIES, IS_FIRST_STAGE, UNCONDITIONAL
+from ldm_jax.convert.compvis.whole import (
+    IDENTITIES,
+    IS_FIRST_STAGE,
+    UNCONDITIONAL,
+    low_scale_params,
+)
 from ldm_jax.errors import TargetError
 from ldm_jax.io.atomic import write_atomic
 from ldm_jax.models.autoencoder import Autoencoder, AutoencoderKL
@@ -110,7 +122,7 @@ def config_of(
     if "unet" not in modules:
         return {
             "kind": "first_stage",
-            "first_stage": _first_stage_section(modules["first_stage"]),
+            "first_stage": first_stage_section(modules["first_stage"]),
             "original": {"target": original.target},
         }
     params = original.params
@@ -129,7 +141,7 @@ def config_of(
             params.get("scale_factor", 1.0) if scale_factor is None else scale_factor
         ),
         "schedule": {name: params[name] for name in _SCHEDULE if name in params},
-        "first_stage": {"kind": "identity"} if stage is None else _first_stage_section(stage),
+        "first_stage": {"kind": "identity"} if stage is None else first_stage_section(stage),
         "conditioner": conditioner,
         "unet": fields_of(modules["unet"]),
         "sampling": {
@@ -140,7 +152,8 @@ def config_of(
     }
 
 
-def _first_stage_section(module: Autoencoder) -> dict[str, Any]:
+def first_stage_section(module: Autoencoder) -> dict[str, Any]:
+    """Returns the "first_stage" section of an autoencoder."""
     kind = "kl" if isinstance(module, AutoencoderKL) else "vq"
     if isinstance(module, VQModel) and module.quantizer == "ema":
         raise TargetError(
@@ -198,7 +211,7 @@ def _conditioner_section(
         )
     kind, way = _KINDS[section["target"]]
     key = conditioning_key(params)
-    if key not in (way, "hybrid"):
+    if key not in (way, "hybrid") and (original.target, key) != (UPSCALE, "hybrid-adm"):
         raise TargetError(
             f"{section['target']} as conditioning_key {key} is not supported, only {way} and hybrid"
         )
@@ -210,6 +223,14 @@ def _conditioner_section(
     section_here = {"kind": kind, **fields}
     if section["target"] == OPEN_CLIP:
         section_here["pad_token_id"] = 0  # open_clip pads so
+    factor = getattr(modules.get("first_stage"), "downsampling", 1)
+    if original.target == DEPTH and kind == "clip":
+        if (extra := unet.in_channels - unet.out_channels) != 1:
+            raise TargetError(f"{DEPTH} joins {extra} channels, not the one of a depth map")
+        return {"kind": "depth", "text": section_here, "size": list(size), "factor": factor}
+    if original.target == UPSCALE and kind == "clip":
+        noise = low_scale_params(params)
+        return {"kind": "upscale", "text": section_here, "size": list(size), **noise}
     # Only LatentInpaintDiffusion says what is joined to the latents.
     order = tuple(params.get("concat_keys") or _CONCAT_KEYS)
     if (
@@ -262,7 +283,7 @@ def original_of(config: Mapping[str, Any]) -> Original:
     """Returns the original's description of a model; TargetError names what it cannot hold."""
     kept = config.get("original", {})
     if config.get("kind") == "first_stage":
-        return Original(*_first_stage_of(build_first_stage(config), kept.get("target"), alone=True))
+        return Original(*first_stage_of(build_first_stage(config), kept.get("target"), alone=True))
     if config.get("kind") != "latent_diffusion":
         raise TargetError(f"a {config.get('kind')} has no counterpart in the original")
     text = config["conditioner"].get("text", config["conditioner"])
@@ -289,8 +310,9 @@ def original_of(config: Mapping[str, Any]) -> Original:
     )
     conditioner = _CONDITIONERS[section.get("text", section)["kind"]](module, target)
     ways = {"none": None, "rescale": "concat", "joined": "concat", "hybrid": "hybrid"}
-    way = (ways | {"class_vector": "adm"}).get(kind, "crossattn")
-    stage, inside = _first_stage_of(model.first_stage.module, kept.get("first_stage"))
+    ways |= {"class_vector": "adm", "depth": "hybrid", "upscale": "hybrid-adm"}
+    way = ways.get(kind, "crossattn")
+    stage, inside = first_stage_of(model.first_stage.module, kept.get("first_stage"))
     params: dict[str, Any] = {
         **schedule,
         "parameterization": config["objective"],
@@ -313,12 +335,23 @@ def original_of(config: Mapping[str, Any]) -> Original:
         "first_stage_config": {"target": stage, "params": inside},
         "cond_stage_config": conditioner,
     }
-    return Original(
-        kept.get("target", INPAINTING if kind == "hybrid" else LATENT_DIFFUSION), params
-    )
+    if kind == "depth":
+        params["depth_stage_config"] = {
+            "target": "ldm.modules.midas.api.MiDaSInference",
+            "params": {"model_type": "dpt_hybrid"},
+        }
+    if kind == "upscale":
+        more = upscaler_params(model.first_stage.downsampling)
+        noise = more["low_scale_config"]["params"]
+        noise["max_noise_level"] = section.get("max_noise_level", 350)
+        names = ("beta_schedule", "timesteps", "linear_start", "linear_end")
+        noise["noise_schedule_config"] = {n: section[n] for n in names if n in section}
+        params |= {name: more[name] for name in ("low_scale_key", "low_scale_config")}
+    target = {"hybrid": INPAINTING, "depth": DEPTH, "upscale": UPSCALE}.get(kind, LATENT_DIFFUSION)
+    return Original(kept.get("target", target), params)
 
 
-def _first_stage_of(
+def first_stage_of(
     module: Autoencoder | None, target: str | None, alone: bool = False
 ) -> tuple[str, dict[str, Any]]:
     """Returns (target, params) of a first stage; ``target`` None is the usual one."""

@@ -1,4 +1,4 @@
-"""A checkpoint of the original (latent-diffusion, Stable Diffusion v1, taming) as a model here."""
+"""A checkpoint of the original (latent-diffusion, Stable Diffusion, taming) as a model here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.convert.compvis.infer import Original, Shapes, infer, loss_config
+from ldm_jax.convert.compvis.infer import Original, Shapes, loss_config
 from ldm_jax.convert.compvis.names import (
     CONDITIONER,
     EMA,
@@ -16,11 +16,13 @@ from ldm_jax.convert.compvis.names import (
     harmless,
     unwrap,
 )
-from ldm_jax.convert.compvis.original import config_of, read_yaml
-from ldm_jax.convert.compvis.whole import IDENTITIES, Whole, whole_from_config
+from ldm_jax.convert.compvis.original import read_yaml
+from ldm_jax.convert.compvis.whole import IDENTITIES, Whole
 from ldm_jax.convert.converted import MISSING, Converted, Taking, describe
+from ldm_jax.convert.originals import config_of, infer, whole_from_config
 from ldm_jax.convert.reader.lazy import LazyTensor
 from ldm_jax.convert.reader.reader import Checkpoint, open_checkpoint
+from ldm_jax.convert.sgm.engine import ENGINE, without_missing
 from ldm_jax.convert.tables import Duplicate, Entry, Unused, as_ours, check, nest
 from ldm_jax.convert.tables import Path as ParamPath
 from ldm_jax.errors import ReaderError, TargetError
@@ -139,6 +141,8 @@ def _without_missing(
     original: Original, tensors: Mapping[str, Any]
 ) -> tuple[Original, dict[str, str]]:
     """Returns the description without the parts that a file lacks, and {prefix: line} of those."""
+    if original.target == ENGINE:
+        return without_missing(original, tensors)
     params, lacks = dict(original.params), {}
     if not isinstance(params.get("unet_config"), Mapping):  # `whole_of` names what is wrong
         return original, lacks
@@ -180,7 +184,7 @@ def whole_of(original: Original, tensors: Mapping[str, Any], ema: bool = False) 
     shapes = Shapes({name: tuple(t.shape) for name, t in tensors.items()})
     params, options = dict(original.params), {}
     try:
-        if "unet_config" in params:
+        if "unet_config" in params or "network_config" in params:
             options = {"ema": ema}
             loss, vgg = loss_config(shapes, f"{FIRST_STAGE}loss.")
             stage = params["first_stage_config"]

@@ -75,7 +75,7 @@ _UNET = """
     channel_mult conv_resample num_classes adm_in_channels use_linear_in_transformer num_heads
     num_head_channels num_heads_upsample use_scale_shift_norm resblock_updown
     use_new_attention_order use_spatial_transformer transformer_depth context_dim n_embed legacy
-    disable_self_attentions
+    disable_self_attentions num_attention_blocks
 """
 _ENCODER_UNET = """
     in_channels model_channels out_channels num_res_blocks attention_resolutions dropout
@@ -179,6 +179,14 @@ def autoencoder_kl_from_params(params: Mapping[str, Any]) -> AutoencoderKL:
         **outer,
         **_coder_fields("AutoencoderKL ddconfig", params["ddconfig"], same="tanh_out", fixed=fixed),
     )
+
+
+def sgm_kl_from_params(params: Mapping[str, Any]) -> AutoencoderKL:
+    """sgm.models.autoencoder.AutoencoderKL, whose attention may be that of xformers."""
+    inner = dict(params["ddconfig"])
+    if inner.get("attn_type") in ("vanilla-xformers", "memory-efficient-cross-attn"):
+        inner["attn_type"] = "vanilla"
+    return autoencoder_kl_from_params({**params, "ddconfig": inner})
 
 
 def _remap(where: str, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -511,6 +519,8 @@ TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     f"{_LDM}.encoders.modules.FrozenCLIPEmbedder": frozen_clip_from_params,
     OPEN_CLIP: open_clip_from_params,
     "sgm.modules.diffusionmodules.openaimodel.UNetModel": sgm_unet_from_params,
+    "sgm.models.autoencoder.AutoencoderKL": sgm_kl_from_params,
+    "sgm.models.autoencoder.AutoencoderKLInferenceWrapper": sgm_kl_from_params,
     f"{_LDM}.encoders.modules.TinyCLIP": clip_text_from_params,
     "transformers.CLIPTextModel": clip_text_from_params,
     "transformers.CLIPVisionModel": partial(clip_vision_from_params, projected=False),

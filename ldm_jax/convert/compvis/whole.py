@@ -28,6 +28,7 @@ from ldm_jax.models.perceptual import LPIPS, VGG16_WIDTHS
 
 # Sections without a network.
 IDENTITIES = ("torch.nn.Identity", "ldm.models.autoencoder.IdentityFirstStage")
+_UPSCALING = "ldm.modules.diffusionmodules.upscaling"
 UNCONDITIONAL, IS_FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
 # Prefixes inside conditioners, between their own prefix and the network.
 INNER = {
@@ -50,7 +51,8 @@ _OTHER = """
     concat_mode conditioning_key scale_factor cond_stage_forward clip_denoised original_elbo_weight
     l_simple_weight parameterization scheduler_config use_positional_encodings logvar_init ckpt_path
     ignore_keys load_only_unet finetune_keys concat_keys masked_image_key keep_finetune_dims
-    c_concat_log_start c_concat_log_end
+    c_concat_log_start c_concat_log_end depth_stage_config low_scale_config low_scale_key
+    noise_level_key
 """
 
 
@@ -278,10 +280,56 @@ def latent_diffusion(
     return Whole(modules, table, shapes)
 
 
+_LOW_SCALE = """
+    betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod
+    log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod
+"""
+
+
+def low_scale_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the noise of an upscaler's small picture, the fields of the conditioner "upscale".
+
+    Raises:
+      TargetError: It is made in another way.
+    """
+    config = params.get("low_scale_config") or {}
+    target = f"{_UPSCALING}.ImageConcatWithNoiseAugmentation"
+    if config.get("target") != target:
+        raise TargetError(
+            f"the low_scale_config {config.get('target')} is not supported, only {target}"
+        )
+    given = config.get("params") or {}
+    fields = pick_params(
+        target, given, same="max_noise_level", ignored="noise_schedule_config to_cuda"
+    )
+    same = "beta_schedule timesteps linear_start linear_end"
+    schedule = pick_params(
+        target, given.get("noise_schedule_config") or {}, same=same, fixed={"cosine_s": 8e-3}
+    )
+    return {"max_noise_level": 1000, **fields, **schedule}
+
+
+def latent_upscale(params: Mapping[str, Any], **options: Any) -> Whole:
+    """Returns a LatentUpscaleDiffusion's checkpoint: that of `latent_diffusion` and a schedule."""
+    fields = low_scale_params(params)
+    fields.pop("max_noise_level")
+    schedule = make_schedule(**fields)
+
+    def buffer(name: str) -> Unused:
+        value = lambda: np.asarray(getattr(schedule, name), np.float32)  # noqa: E731
+        return Unused(f"low_scale_model.{name}", value, fixed=True)
+
+    whole = latent_diffusion(params, **options)
+    return whole._replace(table=whole.table + [buffer(name) for name in _LOW_SCALE.split()])
+
+
 WHOLE: dict[str, Callable[..., Whole]] = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": latent_diffusion,
     # Stable Diffusion's inpainting: the same parts with more input channels.
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": latent_diffusion,
+    # With a depth map, and without the network that estimates it.
+    "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion": latent_diffusion,
+    "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": latent_upscale,
 }
 
 

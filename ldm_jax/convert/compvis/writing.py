@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from ldm_jax.convert.compvis.original import original_of, write_yaml
-from ldm_jax.convert.compvis.whole import whole_from_config
+from ldm_jax.convert.compvis.original import write_yaml
+from ldm_jax.convert.originals import original_of, whole_from_config
 from ldm_jax.convert.tables import to_theirs
 from ldm_jax.errors import CheckpointError, TargetError
 from ldm_jax.io.atomic import atomic_path

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from ldm_jax.conditioning import make_conditioner
-from ldm_jax.convert.diffusers import configs, unets
+from ldm_jax.convert.diffusers import configs, sdxl, second, unets
 from ldm_jax.convert.diffusers.configs import Config
 from ldm_jax.convert.reader.reader import MAX_JSON
 from ldm_jax.errors import TargetError
@@ -32,22 +32,28 @@ COMPONENTS = {
     "VQModel": Component("first_stage", configs.vq_from),
     "LDMBertModel": Component("conditioner", configs.bert_from),
     "CLIPTextModel": Component("conditioner", configs.clip_from),
+    "CLIPTextModelWithProjection": Component("conditioner", configs.clip_projected_from),
 }
 
 
 class Roles(NamedTuple):
-    """The folders of a pipeline by part, and its default guidance."""
+    """The folders of a pipeline by part, its default guidance, and those of its text towers."""
 
     folders: Mapping[str, str]
     guidance: float = 1.0
+    towers: Mapping[str, tuple[str, str]] = {}
 
 
 _SD = {"unet": "unet", "first_stage": "vae", "conditioner": "text_encoder"}
 _LDM = {"unet": "unet", "first_stage": "vqvae"}
+_XL = {"unet": "unet", "first_stage": "vae"}
 PIPELINES = {
     "StableDiffusionPipeline": Roles(_SD, 7.5),
     "StableDiffusionImg2ImgPipeline": Roles(_SD, 7.5),
     "StableDiffusionInpaintPipeline": Roles(_SD, 7.5),
+    second.DEPTH: Roles(_SD, 7.5),
+    second.UPSCALE: Roles(_SD, 9.0),
+    **{name: Roles(_XL, 5.0, sdxl.FOLDERS) for name in sdxl.PIPELINES},
     "LDMTextToImagePipeline": Roles(_LDM | {"conditioner": "bert"}, 5.0),
     "LDMPipeline": Roles(_LDM),
     "LDMSuperResolutionPipeline": Roles(_LDM),
@@ -59,6 +65,14 @@ LEFT_OUT = {
     "image_encoder": "of IP-Adapter, no part of the model",
     "requires_safety_checker": "how the pipeline is run",
     "tokenizer": "its vocabulary ships with ldm_jax; the rest is in config.json",
+    "tokenizer_2": "its vocabulary ships with ldm_jax; the rest is in config.json",
+    "force_zeros_for_empty_prompt": "stands in config.json",
+    "requires_aesthetics_score": "stands in config.json",
+    "add_watermarker": "how the pipeline is run",
+    "watermarker": "marks pictures",
+    "depth_estimator": "estimates depth maps, which are given instead",
+    second.LOW_RES: "its schedule stands in config.json",
+    "max_noise_level": "stands in config.json",
 }
 
 

@@ -170,9 +170,12 @@ def kl_from(config: Mapping[str, Any]) -> Config:
     picked = pick_params(
         "AutoencoderKL", config, same=_CODER_SAME, ignored=f"{ABOUT} force_upcast", fixed=_KL_FIXED
     )
+    # The class's default is true, and only Stable Diffusion XL's pipelines read it.
+    upcast = {"force_upcast": True} if config.get("force_upcast") else {}
     return {
         "kind": "kl",
         **_coder_section("AutoencoderKL", _CODER_DEFAULTS | {"latent_channels": 4} | picked),
+        **upcast,
     }
 
 
@@ -301,11 +304,17 @@ def clip_from(config: Mapping[str, Any]) -> Config:
     return {"kind": "clip", **{field: getattr(module, field) for field in _CLIP_DEFAULTS}}
 
 
+def clip_projected_from(config: Mapping[str, Any]) -> Config:
+    """CLIPTextModelWithProjection -> our "conditioner"."""
+    return clip_from(config) | {"projection_dim": config.get("projection_dim", 512)}
+
+
 def clip_to(model: CLIPText) -> Config:
-    """Our text tower -> the config.json of CLIPTextModel."""
-    need("CLIPTextModel", model, projection_dim=None)
-    about = {
-        "architectures": ["CLIPTextModel"],
+    """Our text tower -> the config.json of CLIPTextModel, or of the one with a projection."""
+    projected = model.projection_dim is not None
+    about: Config = {
+        "architectures": [f"CLIPTextModel{'WithProjection' if projected else ''}"],
+        **({"projection_dim": model.projection_dim} if projected else {}),
         "model_type": "clip_text_model",
         "bos_token_id": 0,
         "pad_token_id": 1,

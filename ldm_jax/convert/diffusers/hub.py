@@ -6,7 +6,18 @@ from pathlib import Path
 from ldm_jax.errors import CheckpointError
 
 # The folders that are read here.
-_FOLDERS = ("unet", "vae", "vqvae", "text_encoder", "bert", "scheduler", "tokenizer")
+_FOLDERS = (
+    "unet",
+    "vae",
+    "vqvae",
+    "text_encoder",
+    "text_encoder_2",
+    "bert",
+    "scheduler",
+    "low_res_scheduler",
+    "tokenizer",
+    "tokenizer_2",
+)
 
 
 def wanted(files: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_jax.convert.converted import Converted, Taking, describe
+from ldm_jax.convert.diffusers import sdxl, second
 from ldm_jax.convert.diffusers.components import (
     COMPONENTS,
     LEFT_OUT,
@@ -25,6 +26,7 @@ from ldm_jax.errors import ConfigError, ConversionError, TargetError, did_you_me
 from ldm_jax.models.unet import UNet
 
 _INPAINTING = "StableDiffusionInpaintPipeline"
+_OFFSETTING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", _INPAINTING)
 
 
 def is_diffusers(path: str | Path) -> bool:
@@ -91,8 +93,13 @@ class _Reading:
         self.left_out: list[Config] = []
         self.assumed: list[str] = []
 
-    def component(self, folder: Path, only: str | None = None) -> tuple[str, Config, Any]:
-        """Returns (part, section, parameters) of a component folder of the part ``only``."""
+    def component(
+        self, folder: Path, only: str | None = None, at: tuple[str, ...] = ()
+    ) -> tuple[str, Config, Any]:
+        """Returns (part, section, parameters) of a component folder of the part ``only``.
+
+        ``at`` is the place of its parameters inside those of the part.
+        """
         given = read_json(folder / "config.json")
         name = class_of(given)
         if name not in COMPONENTS or only not in (None, COMPONENTS[name].part):
@@ -120,7 +127,10 @@ class _Reading:
         for entry in (entry for entry in table if entry.source in stored):
             about = stored[entry.source]
             if isinstance(entry, Entry):
-                place = {"path": "/".join((part, *entry.path)), "sha256": digests[about["source"]]}
+                place = {
+                    "path": "/".join((part, *at, *entry.path)),
+                    "sha256": digests[about["source"]],
+                }
                 self.entries.append(about | place)
             else:
                 self.left_out.append(about | {"why": "no computation needs it"})
@@ -156,7 +166,8 @@ class _Reading:
         there = {
             k for k, v in index.items() if not k.startswith("_") and v not in (None, [None, None])
         }
-        used = {"scheduler", *roles.folders.values()}
+        towers = {t: folders for t, folders in roles.towers.items() if folders[0] in there}
+        used = {"scheduler", *roles.folders.values(), *(folder for folder, _ in towers.values())}
         if unknown := sorted(there - used - LEFT_OUT.keys()):
             raise TargetError(f"{path}: {name} with the component {unknown[0]} is not supported")
         if missing := sorted(used - there):
@@ -172,19 +183,36 @@ class _Reading:
         params: dict[str, Any] = {"conditioner": {}}
         for part, folder in roles.folders.items():
             _, config[part], params[part] = self.component(path / folder, only=part)
+        sections: Config = {}
+        for tower, (folder, tokenizer) in towers.items():
+            _, section, arrays = self.component(path / folder, only="conditioner", at=(tower,))
+            sections[tower] = section | self._tokenizer(path / tokenizer, "clip", section)
+            params["conditioner"][tower] = arrays
+        if roles.towers:
+            if "clip_g" not in sections:
+                raise TargetError(f"{path}: model_index.json lacks the component text_encoder_2")
+            with _understood(path / "unet"):
+                given = read_json(path / "unet" / "config.json")
+                config["conditioner"] = sdxl.section_of(index, given, sections)
         with _understood(path):
             stage = read_json(path / roles.folders["first_stage"] / "config.json")
             config["scale_factor"] = float(stage.get("scaling_factor", 0.18215))
             sides, factor = latent_size(path), 2 ** (len(config["first_stage"]["ch_mult"]) - 1)
         kind, channels = config["conditioner"]["kind"], config["first_stage"]["embed_dim"]
         if kind in TOKENIZERS:
-            fields = read_tokenizer(path / "tokenizer", kind, config["conditioner"])
-            config["conditioner"] |= fields
-            for field, value in fields.items():
-                shown = ", ".join(value) if isinstance(value, list) else value
-                self.assumed.append(f"{field.replace('_', ' ')} {shown}: of the tokenizer folder")
+            config["conditioner"] |= self._tokenizer(
+                path / "tokenizer", kind, config["conditioner"]
+            )
         extra = config["unet"]["in_channels"] - channels
-        if name == "LDMSuperResolutionPipeline":
+        beside = second.BESIDE.get(name)
+        if beside is not None and extra == beside.channels:
+            file = second.scheduler_file(path)
+            scheduler = read_json(file) if file.is_file() else None
+            with _understood(path):
+                config["conditioner"] = second.section_of(
+                    name, index, config["conditioner"], sides, factor, scheduler
+                )
+        elif name == "LDMSuperResolutionPipeline":
             config["scale_factor"] = 1.0  # that pipeline does not scale
             joined = {"channels": extra, "of": "picture", "size": list(sides)}
             config["conditioner"] = {"kind": "joined", **joined}
@@ -204,10 +232,18 @@ class _Reading:
         config["sampling"] |= {"size": size, "guidance": roles.guidance}
         return config, params
 
+    def _tokenizer(self, folder: Path, kind: str, section: Config) -> Config:
+        """Returns the fields of a text condition that its tokenizer folder decides."""
+        fields = read_tokenizer(folder, kind, section)
+        for field, value in fields.items():
+            shown = ", ".join(value) if isinstance(value, list) else value
+            self.assumed.append(f"{field.replace('_', ' ')} {shown}: of the {folder.name} folder")
+        return fields
+
     def _schedule(self, path: Path, name: str) -> Config:
         scheduler = read_json(path / "scheduler" / "scheduler_config.json")
         kind = class_of(scheduler)
-        if name.startswith("StableDiffusion") and kind in ("DDIMScheduler", "PNDMScheduler"):
+        if name in _OFFSETTING and kind in ("DDIMScheduler", "PNDMScheduler"):
             # The pipeline itself does so with files older than these fields.
             scheduler |= {"steps_offset": 1}
             if kind == "DDIMScheduler":

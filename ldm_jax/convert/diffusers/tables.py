@@ -100,11 +100,16 @@ def unet_table(unet: UNet) -> Table:
         *norm("conv_norm_out", ("out_norm",)),
         *conv("conv_out", ("out_conv",)),
     ]
-    return (
-        table
-        if unet.num_classes is None
-        else [*table, *embedding("class_embedding", ("label_emb",))]
-    )
+    match unet.num_classes:
+        case None:
+            return table
+        case int():
+            return [*table, *embedding("class_embedding", ("label_emb",))]
+    return [
+        *table,
+        *dense("add_embedding.linear_1", ("label_emb", "dense_0")),
+        *dense("add_embedding.linear_2", ("label_emb", "dense_1")),
+    ]
 
 
 def controlnet_table(net: ControlNet) -> Table:

@@ -52,15 +52,12 @@ _UNET2D_DEFAULTS: Config = {
 }
 _CONDITION_FIXED = _UNET_FIXED | {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "only_cross_attention": False,
     "reverse_transformer_layers_per_block": None,
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
     # diffusers refuses it too: attention_head_dim is the number of heads.
     "num_attention_heads": None,
     "dual_cross_attention": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
     "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
     "time_embedding_act_fn": None,
@@ -68,7 +65,6 @@ _CONDITION_FIXED = _UNET_FIXED | {
     "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
-    "projection_class_embeddings_input_dim": None,
     "attention_type": "default",
     "class_embeddings_concat": False,
     "mid_block_only_cross_attention": None,
@@ -84,6 +80,7 @@ _CONDITION_DEFAULTS: Config = {
     "attention_head_dim": 8,
     "cross_attention_dim": 1280,
     "transformer_layers_per_block": 1,
+    "projection_class_embeddings_input_dim": None,
 }
 _TRANSFORMERS = ("{}Block2D", "CrossAttn{}Block2D")
 _PLAIN = ("{}Block2D", "Attn{}Block2D")
@@ -109,9 +106,15 @@ def _unet_section(where: str, given: Config, types: tuple[str, str]) -> Config:
 def unet_condition_from(config: Mapping[str, Any]) -> Config:
     """UNet2DConditionModel -> the fields of our UNet."""
     where = "UNet2DConditionModel"
-    same = f"{_UNET_SAME} cross_attention_dim transformer_layers_per_block use_linear_projection"
+    same = f"""
+        {_UNET_SAME} cross_attention_dim transformer_layers_per_block use_linear_projection
+        only_cross_attention addition_embed_type projection_class_embeddings_input_dim
+    """
     # Projections are read in either form; attention scores are float32 in any case.
-    ignored = f"{ABOUT} sample_size upcast_attention addition_embed_type_num_heads"
+    # addition_time_embed_dim is of the pipeline's conditioner, which reads it.
+    ignored = f"""
+        {ABOUT} sample_size upcast_attention addition_embed_type_num_heads addition_time_embed_dim
+    """
     given = _CONDITION_DEFAULTS | pick_params(
         where, config, same=same, ignored=ignored, fixed=_CONDITION_FIXED
     )
@@ -134,16 +137,50 @@ def unet_condition_from(config: Mapping[str, Any]) -> Config:
     return (
         section
         | attention
+        | _vector(where, given)
+        | _cross_attention(where, given)
         | {
             "legacy": False,
             "use_spatial_transformer": True,
-            "transformer_depth": one(
-                where, "transformer_layers_per_block", given["transformer_layers_per_block"]
-            ),
+            "transformer_depth": _depth(where, given["transformer_layers_per_block"]),
             "context_dim": one(where, "cross_attention_dim", given["cross_attention_dim"]),
             "use_linear_in_transformer": bool(given.get("use_linear_projection", False)),
         }
     )
+
+
+def _vector(where: str, given: Config) -> Config:
+    """Returns the fields of the vector condition that SDXL has."""
+    kind, width = given.get("addition_embed_type"), given["projection_class_embeddings_input_dim"]
+    if kind is None and width is None:
+        return {}
+    if kind != "text_time" or width is None or given.get("num_class_embeds") is not None:
+        raise TargetError(
+            f"{where}: addition_embed_type={kind!r} with"
+            f" projection_class_embeddings_input_dim={width} is not supported, only 'text_time'"
+        )
+    return {"num_classes": "sequential", "adm_in_channels": width}
+
+
+def _cross_attention(where: str, given: Config) -> Config:
+    """Returns which levels' first attention reads the context."""
+    only = given.get("only_cross_attention", False)
+    if only is False or (isinstance(only, tuple) and not any(only)):
+        return {}
+    if not isinstance(only, tuple) or len(only) != len(given["block_out_channels"]):
+        raise TargetError(
+            f"{where}: only_cross_attention={only!r} is not supported, only one for each level"
+        )
+    return {"disable_self_attentions": only}
+
+
+def _depth(where: str, layers: Any) -> int | tuple[int, ...]:
+    """Returns the blocks of the transformers, one number or one for each level."""
+    if isinstance(layers, int):
+        return layers
+    if not all(isinstance(n, int) for n in layers):
+        raise TargetError(f"{where}: transformer_layers_per_block={layers} is not supported")
+    return layers[0] if len(set(layers)) == 1 else tuple(layers)
 
 
 def unet_2d_from(config: Mapping[str, Any]) -> Config:
@@ -188,8 +225,10 @@ def unet_to(unet: UNet) -> Config:
         "layers_per_block": unet.num_res_blocks,
         "dropout": unet.dropout,
         "norm_num_groups": unet.norm_groups,
-        "num_class_embeds": unet.num_classes,
+        "num_class_embeds": unet.num_classes if isinstance(unet.num_classes, int) else None,
     }
+    if unet.num_classes not in (None, "sequential") and not isinstance(unet.num_classes, int):
+        raise TargetError(f"{where} cannot hold num_classes={unet.num_classes!r}")
     if not transformer:
         need(where, unet, use_scale_shift_norm=False)
         widths, counts = {block.head_dim for block in blocks}, {block.heads for block in blocks}
@@ -209,6 +248,9 @@ def unet_to(unet: UNet) -> Config:
     return config | {
         "cross_attention_dim": unet.context_dim,
         "transformer_layers_per_block": unet.transformer_depth,
+        "only_cross_attention": list(unet.disable_self_attentions or ()) or False,
+        "addition_embed_type": "text_time" if unet.num_classes == "sequential" else None,
+        "projection_class_embeddings_input_dim": unet.adm_in_channels,
         "attention_head_dim": one(where, "heads", heads) if len(set(heads)) == 1 else heads,
         "use_linear_projection": unet.use_linear_in_transformer,
         "upcast_attention": False,

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
+from ldm_jax.convert.diffusers import sdxl, second
 from ldm_jax.convert.diffusers.components import MODULES, PIPELINES, component_of
 from ldm_jax.convert.diffusers.configs import Config
 from ldm_jax.convert.diffusers.schedulers import schedule_to
@@ -66,6 +67,8 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
         "none": "LDMPipeline",
         "joined": "LDMSuperResolutionPipeline",
         "hybrid": "StableDiffusionInpaintPipeline",
+        "sdxl": sdxl.TEXT,
+        **second.KINDS,
     }
     if kind not in pipelines or config["first_stage"]["kind"] == "identity":
         raise TargetError(
@@ -74,6 +77,14 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
         )
     name, scheduler = pipelines[kind], schedule_to(config)
     model: LatentDiffusion = build(config, None, None)
+    conditioner: Any = model.conditioner
+    entries: Config = {}
+    if kind == "sdxl":
+        name, entries = sdxl.index_of(conditioner)
+    if name in second.BESIDE:
+        entries, low_res = second.BESIDE[name].write(conditioner)
+        if low_res is not None:
+            _write_json(second.scheduler_file(folder), low_res)
     unet, stage = component_of(model.unet), model.first_stage.module
     assert stage is not None
     scale = float(config.get("scale_factor", 1.0))
@@ -91,17 +102,25 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
             f"{name} cannot hold a {unet['_class_name']}: with {kind!r} it has other attention"
         )
     text = section.get("text", section)["kind"]
-    if text == "clip" and config["first_stage"]["kind"] != "kl":
+    if text in ("clip", "sdxl") and config["first_stage"]["kind"] != "kl":
         raise TargetError(f"{name} cannot hold a VQ first stage, only 'kl'")
     folders, factor = PIPELINES[name].folders, stage.downsampling
     height, width = (
         side // factor for side in config.get("sampling", {}).get("size", [64 * factor] * 2)
     )
     sides = height if height == width else [height, width]
-    _write_component(model.unet, params["unet"], folder / "unet", sample_size=sides)
-    _write_component(
-        stage, params["first_stage"], folder / folders["first_stage"], scaling_factor=scale
-    )
+    more = {"addition_time_embed_dim": conditioner.size_dim} if kind == "sdxl" else {}
+    _write_component(model.unet, params["unet"], folder / "unet", sample_size=sides, **more)
+    more = {"scaling_factor": scale}
+    if (upcast := config["first_stage"].get("force_upcast")) or kind == "sdxl":
+        more["force_upcast"] = bool(upcast)
+    _write_component(stage, params["first_stage"], folder / folders["first_stage"], **more)
+    for tower, (encoder, tokenizer) in PIPELINES[name].towers.items():
+        if tower in conditioner.towers:
+            text_tower = conditioner.towers[tower]
+            arrays = params["conditioner"][tower]
+            _write_component(text_tower.module, arrays, folder / encoder)
+            save_tokenizer(folder / tokenizer, text_tower)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     first_stage = component_of(stage)["_class_name"]
     index: Config = {
@@ -119,10 +138,10 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
         }
-        index |= {
-            part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder")
-        }
-        index["requires_safety_checker"] = False
+        if name not in second.BESIDE:
+            parts = ("safety_checker", "feature_extractor", "image_encoder")
+            index |= {part: [None, None] for part in parts}
+            index["requires_safety_checker"] = False
         if kind == "hybrid":  # without a version diffusers assumes one before 0.5.1
             index["_diffusers_version"] = "0.42.1"
     elif text == "bert":
@@ -130,4 +149,4 @@ def _write_pipeline(config: Mapping[str, Any], params: Mapping[str, Any], folder
             "bert": ["latent_diffusion", "LDMBertModel"],
             "tokenizer": ["transformers", "BertTokenizer"],
         }
-    _write_json(folder / "model_index.json", index)
+    _write_json(folder / "model_index.json", index | entries)

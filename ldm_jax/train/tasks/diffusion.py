@@ -259,7 +259,7 @@ class DiffusionTask(Task):
             rngs = {"dropout": jax.random.fold_in(jax.random.key(seed), step)}
             if config.caption_dropout:
                 drop = uniform(CAPTION) < config.caption_dropout
-                encoded = drop_conditions(encoded, frozen["null"], drop)
+                encoded = model.conditioner.drop(encoded, frozen["null"], drop)
         encoded = prepare_conditions(model, first_stage, {**batch, "encoded": encoded})
         conditioner = frozen["conditioner"] if "conditioner" in frozen else params["conditioner"]
         cond = model.conditioner(conditioner, encoded, train=train, rngs=rngs)
@@ -381,7 +381,9 @@ class DiffusionTask(Task):
         wanted = {"caption": captions} if captions else raw
         conditions, n = conditioner.encode_rows(wanted), len(wanted["caption"])
         encoded, mask = conditions["encoded"], conditions.get("mask")
-        null = jax.tree.map(lambda row: np.repeat(row, n, 0), conditioner.null_row(encoded))
+        null = jax.tree.map(
+            lambda rows: np.broadcast_to(rows, (n, *rows.shape[1:])), conditioner.null_row(encoded)
+        )
         image = None if mask is None else raw["image"]
         steps = min(25, self.model.schedule.timesteps)
         grid = step_grid("uniform", steps, self.model.schedule.timesteps)
@@ -509,13 +511,6 @@ def prepare_conditions(model: LatentDiffusion, first_stage: Any, batch: Any) -> 
     image = to_float(batch["image"]) if "image" in batch else None
     return jax.lax.stop_gradient(
         model.conditioner.with_picture(batch["encoded"], first_stage, image, batch.get("mask"))
-    )
-
-
-def drop_conditions(encoded: Any, null: Any, drop: jax.Array) -> Any:
-    """Replaces the conditions of the rows in ``drop`` [b] by the null condition."""
-    return jax.tree.map(
-        lambda null, e: jnp.where(drop.reshape(-1, *(1,) * (e.ndim - 1)), null, e), null, encoded
     )
 
 

@@ -1,0 +1,1 @@
+"""Stable Diffusion XL in the layout of its authors (generative-models, "sgm")."""
