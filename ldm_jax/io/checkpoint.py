@@ -90,7 +90,7 @@ def save_model(
     )
     args = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 << 20)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with drop_late_errors(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(partial / "params", args=args)
     if first:
         text = json.dumps({"format": FORMAT, **config}, indent=1) + "\n"
