@@ -69,6 +69,23 @@ def define_flags() -> None:
     text = "Pictures on the way from each (prompt, seed) to the next."
     flags.DEFINE_integer("interpolate", None, text, lower_bound=1)
 
+    define_model_flags()
+    text = "How a batch is spread over several devices."
+    flags.DEFINE_enum("parallel", "jit", ["jit", "pmap"], text)
+
+    text = "Output folder; existing files are never overwritten."
+    flags.DEFINE_string("out", "outputs", text)
+    flags.DEFINE_bool("grid", True, "Also write one picture of all pictures.")
+    flags.DEFINE_bool("gif", False, "Also write an animation of the steps, or of --interpolate.")
+    text = "Write many pictures to one file (png: a folder); resumes if stopped."
+    flags.DEFINE_enum("format", None, ["npz", "png", "zip"], text)
+    flags.DEFINE_string("replay", None, "A PNG of this program: make the same picture again.")
+    text = "A folder of pictures, or one: write what the first stage of --model keeps of them."
+    flags.DEFINE_string("reconstruct", None, text)
+
+
+def define_model_flags() -> None:
+    """Defines the flags in `MODEL`."""
     text = "A model directory, a checkpoint, a folder of diffusers, or a model of the package."
     flags.DEFINE_string("model", "emoji", text)
     text = "The original's YAML of a checkpoint (default: inferred from names and shapes)."
@@ -92,18 +109,27 @@ def define_flags() -> None:
     flags.DEFINE_integer("clip_skip", None, text, lower_bound=1)
     text = "float32, bfloat16 or float16 (default: float32 on a CPU, bfloat16 elsewhere)."
     flags.DEFINE_string("dtype", None, text)
-    text = "How a batch is spread over several devices."
-    flags.DEFINE_enum("parallel", "jit", ["jit", "pmap"], text)
 
-    text = "Output folder; existing files are never overwritten."
-    flags.DEFINE_string("out", "outputs", text)
-    flags.DEFINE_bool("grid", True, "Also write one picture of all pictures.")
-    flags.DEFINE_bool("gif", False, "Also write an animation of the steps, or of --interpolate.")
-    text = "Write many pictures to one file (png: a folder); resumes if stopped."
-    flags.DEFINE_enum("format", None, ["npz", "png", "zip"], text)
-    flags.DEFINE_string("replay", None, "A PNG of this program: make the same picture again.")
-    text = "A folder of pictures, or one: write what the first stage of --model keeps of them."
-    flags.DEFINE_string("reconstruct", None, text)
+
+def load_model(model: Mapping[str, Any], parallel: Any = "jit") -> Any:
+    """Loads the pipeline of the settings in `MODEL`, without its LoRA files."""
+    from ldm_jax.sampling.pipeline import load
+
+    return load(
+        model["model"],
+        config=model.get("model_config"),
+        dtype=model.get("dtype"),
+        parallel=parallel,
+        vae=model.get("vae"),
+        text_encoder=model.get("text_encoder"),
+        clip=model.get("clip"),
+        refiner=model.get("refiner"),
+        programs=cli.program_folder(),
+        embedding=model.get("embedding") or (),
+        control=model.get("control") or (),
+        prompt_weights=bool(model.get("prompt_weights")),
+        clip_skip=model.get("clip_skip"),
+    )
 
 
 def sample(args: Any) -> None:
@@ -122,26 +148,11 @@ def sample(args: Any) -> None:
     began = time.perf_counter()
     say(f"loading {model['model']} ...")
     from ldm_jax.kernels.cores import use_cores
-    from ldm_jax.sampling.pipeline import load
 
     if args.parallel == "jit":
         with contextlib.suppress(RuntimeError):  # JAX has its devices already, and keeps them
             use_cores()
-    pipe = load(
-        model["model"],
-        config=model.get("model_config"),
-        dtype=model.get("dtype"),
-        parallel=args.parallel,
-        vae=model.get("vae"),
-        text_encoder=model.get("text_encoder"),
-        clip=model.get("clip"),
-        refiner=model.get("refiner"),
-        programs=cli.program_folder(),
-        embedding=model.get("embedding") or (),
-        control=model.get("control") or (),
-        prompt_weights=bool(model.get("prompt_weights")),
-        clip_skip=model.get("clip_skip"),
-    )
+    pipe = load_model(model, args.parallel)
     merged = pipe.with_lora(*loras[0]) if loras[0] else pipe
     if args.format and kept is None:
         if len(loras) > 1:
@@ -169,12 +180,8 @@ def sample(args: Any) -> None:
     with tqdm(total=total, unit="picture", dynamic_ncols=True, disable=None) as bar:
         for used, i, stream in streams_of(pipe, loras, requests, first_streams):
             request, chosen = requests[i], own[i]
-            # A size that follows from an image is found again from it, with what is cut off.
-            size = {} if request.image is None else {"size": request.size}
-            read = {name: model[name] for name in MODEL if model.get(name) is not None}
-            read |= {"lora": used} if used else {}
-            common = {**read, **chosen.settings(), **size, **inputs}
-            common |= {"dtype": pipe.dtype, "batch": batch}
+            common = common_settings(model, request, chosen) | inputs | {"dtype": pipe.dtype}
+            common |= {"lora": used} if used else {}
             for done in stream:
                 for k, place in enumerate(done.places):
                     row = request.row(place)
@@ -391,6 +398,20 @@ def digest_of(path: Path) -> str:
         content = file.read_bytes() if file.suffix == ".json" else b""
         found.update(f"{file.name} {file.stat().st_size}\n".encode() + content)
     return found.hexdigest()
+
+
+def common_settings(model: Mapping[str, Any], request: Request, own: Request) -> dict[str, Any]:
+    """Returns what the PNGs of a request keep of its model and settings.
+
+    Args:
+      model: The settings named in `MODEL`.
+      request: The request.
+      own: The request with the model's own settings.
+    """
+    read = {name: model[name] for name in MODEL if model.get(name) is not None}
+    # A size that follows from an image is found again from it, with what is cut off.
+    size = {} if request.image is None else {"size": request.size}
+    return {**read, **own.settings(), **size, "batch": request.batch}
 
 
 def replayed(path: str) -> tuple[dict[str, Any], Request]:

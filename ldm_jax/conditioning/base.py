@@ -378,6 +378,14 @@ class Conditioner:
         """
         return encoded
 
+    def labels(self, names: Sequence[str] | None) -> list[str]:
+        """Returns the labels that a form lets users choose from, [] where there are none.
+
+        Args:
+          names: The names of the model's classes.
+        """
+        return []
+
     def signature(self, names: Sequence[str] | None) -> dict[str, Any]:
         """Returns entries for an exported program's signature.json."""
         return {}

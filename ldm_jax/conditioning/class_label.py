@@ -92,6 +92,10 @@ class Classes(Conditioner):
             return list(range(len(names or range(count))))
         return class_numbers(labels, count, names)
 
+    def labels(self, names: Sequence[str] | None) -> list[str]:
+        """Returns the names of the classes, or their numbers."""
+        return list(names or map(str, range(self.count)))
+
     def cache_fields(self) -> dict[str, dict[str, Any]]:
         """Returns a number for each row."""
         return {"condition": {"dtype": "int64", "shape": ()}}

@@ -143,6 +143,10 @@ class Layout(BertText):
         """Encodes the tokens of a batch."""
         return {"encoded": self.encode(raw["condition"])}
 
+    def labels(self, names: Sequence[str] | None) -> list[str]:
+        """Returns the names of the labels, or their numbers."""
+        return list(names or map(str, range(self.module.vocab_size - 1)))
+
     def parse(self, value: Any, canvas: Any, geometry: Any) -> list[list[int]]:
         """Returns the tokens of one layout, for all pictures.
 

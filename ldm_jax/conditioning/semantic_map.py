@@ -141,6 +141,10 @@ class SemanticMap(Conditioner):
         small: Any = self.module.apply({"params": params}, maps)
         return Cond(concat=small)
 
+    def labels(self, names: Sequence[str] | None) -> list[str]:
+        """Returns the names of the labels, or their numbers; [] where maps are pictures."""
+        return [] if self.of_pictures else list(names or map(str, range(self.module.in_channels)))
+
     def parse(self, value: Any, canvas: Canvas, geometry: Geometry) -> list[np.ndarray]:
         """Returns maps of the size that the network brings to that of the latents."""
         scale = self.module.multiplier**self.module.n_stages

@@ -25,7 +25,7 @@ from ldm_jax.diffusion.tableau import Rule, Tableau
 
 __all__ = [
     "DDIM", "DDPM", "SAMPLERS", "Known", "Sampler", "Trace",
-    "initial_noise", "padded", "sample", "step_grid", "time_grid",
+    "advance", "initial_noise", "padded", "sample", "step_grid", "time_grid",
 ]  # fmt: skip
 
 Carry = Any
@@ -74,7 +74,7 @@ class Sampler(Protocol):
         ...
 
     def init(self, x: jax.Array) -> Carry:
-        """What the sampler carries between steps, before the first."""
+        """What the sampler carries between steps, before the first: a tree of arrays [b, ...]."""
         ...
 
     def step(
@@ -176,6 +176,39 @@ def sample(
     Returns:
       (the last x, a Trace or None).
     """
+    (_, x), steps = advance(
+        sampler, predict, (sampler.init(x), x), nodes,
+        schedule=schedule, keys=keys, noise=noise, noise_dropout=noise_dropout, known=known,
+        start=start, trace=trace, cache=cache,
+    )  # fmt: skip
+    return x, steps
+
+
+def advance(
+    sampler: Sampler,
+    predict: Predict,
+    state: tuple[Carry, jax.Array],
+    nodes: Any,
+    *,
+    schedule: Schedule | None = None,
+    keys: jax.Array | None = None,
+    noise: jax.Array | None = None,
+    noise_dropout: jax.Array | float | None = None,
+    known: Known | None = None,
+    start: jax.Array | None = None,
+    stop: jax.Array | None = None,
+    trace: bool = False,
+    cache: FeatureCache | None = None,
+) -> tuple[tuple[Carry, jax.Array], Trace | None]:
+    """Like `sample`, from a state to a state, so that a run can be made in parts.
+
+    ``state`` is (the sampler's carry, x), (sampler.init(x), x) before the first node. Rows from
+    ``stop``, traced [], on are skipped as those before ``start`` are. The other arguments are those
+    of `sample`.
+
+    Returns:
+      (the state after the last row that was run, a Trace or None).
+    """
     drawn = (sampler.draws and noise is None) or (known is not None and known.noise is None)
     if keys is None and drawn:
         raise ValueError("sample: give keys, or every noise that the run needs")
@@ -183,6 +216,9 @@ def sample(
         raise ValueError("sample: a known region needs the schedule")
     if sampler.adaptive and (known is not None or cache is not None):
         raise ValueError("sample: adaptive steps keep no known region and have no cache")
+    if stop is not None and (start is None or cache is not None):
+        raise ValueError("sample: a part of a run needs start and stop, and has no cache")
+    carry, x = state
 
     def fold(index: jax.Array, purpose: int) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
@@ -228,14 +264,17 @@ def sample(
 
     def maybe(state: Any, inputs: Any) -> tuple[Any, Trace | None]:
         # A condition on one number for the whole batch, so that only one branch runs.
-        return jax.lax.cond(inputs[0] >= start, body, skip, state, inputs)
+        taken = inputs[0] >= start
+        if stop is not None:
+            taken &= inputs[0] < stop
+        return jax.lax.cond(taken, body, skip, state, inputs)
 
     count = jax.tree.leaves(nodes)[0].shape[0]
     inputs = (jnp.arange(count), nodes, noise, None if known is None else known.noise)
     # The state of the loop: the sampler's carry, x, and the features of the cache.
-    state = sampler.init(x), x, None if cache is None else cache.empty(predict, x)
-    (_, x, _), steps = jax.lax.scan(body if start is None else maybe, state, inputs)
-    return x, steps
+    whole = carry, x, None if cache is None else cache.empty(predict, x)
+    (carry, x, _), steps = jax.lax.scan(body if start is None else maybe, whole, inputs)
+    return (carry, x), steps
 
 
 def padded(nodes: Any, count: int) -> tuple[Any, np.int32]:

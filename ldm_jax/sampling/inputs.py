@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
       toward: The other ends of an interpolation.
       latents: Latents at the first step [b, h, w, c], in place of noise.
       control: The hints of the model's ControlNets.
+      state: Where a run stands that is made in parts: (the sampler's carry, x).
     """
 
     seeds: Array
@@ -64,6 +65,7 @@ class Inputs(NamedTuple):
     toward: Toward | None = None
     latents: Array | None = None
     control: Control | None = None
+    state: Any = None
 
 
 def check_request(model: LatentDiffusion, request: Request) -> Request:

@@ -77,11 +77,14 @@ class Batch:
       places: The positions of its pictures in the request.
       images: uint8 [n, H, W, 3].
       progress: The predictions that were requested, uint8 [n, k, H, W, 3].
+      done: The fraction of its steps that is done; below 1 the images are predictions, see
+        `Pipeline.watch`.
     """
 
     places: range
     images: np.ndarray
     progress: np.ndarray | None = None
+    done: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +111,32 @@ class Job:
     made: list[int]
     then: "Job | None" = None
 
+    @property
+    def sampler(self) -> str:
+        """Name of the sampler."""
+        assert self.own.sampler is not None
+        return self.own.sampler
+
     def rows(self, places: range) -> Inputs:
         """Returns a batch of these pictures, filled up with the last: all have one shape."""
         chosen = np.minimum(np.arange(places.start, places.start + self.count), places.stop - 1)
         return jax.tree.map(lambda a: a[chosen], self.inputs)
+
+    def parts(self) -> Iterator[tuple[range, Inputs]]:
+        """Yields the places and the arrays of each batch."""
+        n = len(self.inputs.seeds)
+        for first in range(0, n, self.count):
+            places = range(first, min(first + self.count, n))
+            yield places, self.rows(places)
+
+    def cut(self, images: np.ndarray, places: range) -> np.ndarray:
+        """Returns the part of [b, ..., H, W, 3] that was requested."""
+        height, width = self.keep
+        return images[: len(places), ..., :height, :width, :]
+
+    def memory(self) -> "reported_memory":
+        """Returns a context in which running out of memory becomes a RequestError."""
+        return reported_memory(f"{self.count} pictures of {self.keep[0]}x{self.keep[1]} at a time")
 
 
 P = ParamSpec("P")
@@ -357,27 +382,68 @@ class Pipeline:
 
     def run(self, job: Job) -> Iterator[Batch]:
         """Samples the pictures of a job, batch after batch."""
-        n, (height, width) = len(job.inputs.seeds), job.keep
-        for first in range(0, n, job.count):
-            done = range(first, min(first + job.count, n))
-            part = job.rows(done)
-            with reported_memory(f"{job.count} pictures of {height}x{width} at a time"):
+        for places, part in job.parts():
+            with job.memory():
                 result = self._compute(job, part)
                 pipe, last = self, job
                 if job.then is not None and self.refiner is not None:
                     pipe, last = self.refiner, job.then
-                    part = last.rows(done)._replace(latents=result.latents)
+                    part = last.rows(places)._replace(latents=result.latents)
                     result = pipe._compute(last, part)
                 images = np.asarray(result.images)
                 progress = None if result.progress is None else np.asarray(result.progress)
             images = pipe._finite(images, result, last.own, last.config, part)
             if progress is not None:
-                progress = progress[: len(done), np.array(job.made, int), :height, :width]
-            yield Batch(done, images[: len(done), :height, :width], progress)
+                progress = job.cut(progress[:, np.array(job.made, int)], places)
+            yield Batch(places, job.cut(images, places), progress)
+
+    def watch(self, request: Request, every: int) -> Iterator[Batch]:
+        """Like `batches`, but also yields each batch every ``every`` steps, as predicted then.
+
+        Every part of a batch is a call of one compiled program, so a caller that stops iterating
+        ends the sampling. A sampler that chooses its own steps, variations, cached features and a
+        model with a refiner are sampled at once.
+        """
+        if every < 1:
+            raise RequestError(f"every must be at least 1, not {every}")
+        job = self.job(request)
+        whole = SAMPLERS[job.sampler].adaptive or job.steps.inversion is not None
+        whole |= job.then is not None
+        if whole or job.config.cache_interval > 1 or job.config.progress:
+            return self.run(job)
+        return self._run_in_parts(job, every)
+
+    def _run_in_parts(self, job: Job, every: int) -> Iterator[Batch]:
+        steps = job.steps
+        stop = len(jax.tree.leaves(steps.nodes)[0])
+        first = 0 if steps.start is None else int(steps.start)
+        for places, part in job.parts():
+            state = jax.tree.map(
+                lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._state(job, part)
+            )
+            for begin in range(first, stop, every):
+                end = min(begin + every, stop)
+                now = steps._replace(part=np.array([begin, end], np.int32))
+                with job.memory():
+                    part = part._replace(state=state)
+                    result = self.compute(job.sampler, job.config, now, part)
+                    images = np.asarray(result.images)
+                    # From the host, as at first: arrays of devices would be another program.
+                    state = jax.device_get(result.state)
+                if end == stop:
+                    images = self._finite(images, result, job.own, job.config, part)
+                done = (end - first) / (stop - first)
+                yield Batch(places, job.cut(images, places), done=done)
+
+    def _state(self, job: Job, inputs: Inputs) -> Any:
+        """Returns the shapes of `Inputs.state`."""
+        stage, (h, w) = self.model.first_stage, job.config.size
+        f = stage.downsampling
+        x = jax.ShapeDtypeStruct((len(inputs.seeds), h // f, w // f, stage.channels), jnp.float32)
+        return jax.eval_shape(lambda x: (SAMPLERS[job.sampler].init(x), x), x)
 
     def _compute(self, job: Job, part: Inputs) -> Pictures:
-        assert job.own.sampler is not None
-        return self.compute(job.own.sampler, job.config, job.steps, part)
+        return self.compute(job.sampler, job.config, job.steps, part)
 
     @_with_signature_of(__call__)
     def warmup(self, prompts: str | Sequence[str] | None = None, **given: Any) -> None:
@@ -388,14 +454,13 @@ class Pipeline:
         """
         job = self.job(Request(prompts=prompts, **given))
         n = len(job.inputs.seeds)
-        assert job.own.sampler is not None
-        self.executable(job.own.sampler, job.config, job.steps, job.rows(range(min(n, job.count))))
+        self.executable(job.sampler, job.config, job.steps, job.rows(range(min(n, job.count))))
         if job.then is not None and self.refiner is not None:
             last, stage = job.then, self.model.first_stage
             sides = (side // stage.downsampling for side in last.config.size)
             latents = np.zeros((last.count, *sides, stage.channels), np.float32)
             rows = last.rows(range(min(n, last.count)))._replace(latents=latents)
-            self.refiner.executable(job.own.sampler, last.config, last.steps, rows)
+            self.refiner.executable(job.sampler, last.config, last.steps, rows)
 
     def _refined(self, request: Request, refiner: "Pipeline") -> Job:
         """`job` of the model, with that of its refiner."""
@@ -559,7 +624,7 @@ class Pipeline:
             if self._store is None:
                 compiled = program.lower(*arguments).compile()
             else:
-                result = Pictures(0, 0 if config.progress else None, 0, 0)
+                result = Pictures(0, 0 if config.progress else None, 0, 0, inputs.state)
                 described = sampler, config, count, self.parallel, self.dtype
                 compiled = self._store.get(program, arguments, result, *described)
             if math.prod(config.size) * len(inputs.seeds) >= LARGE:

@@ -9,7 +9,14 @@ import numpy as np
 
 from ldm_jax.diffusion.feature_cache import FeatureCache
 from ldm_jax.diffusion.guidance import Predict, predictor
-from ldm_jax.diffusion.samplers import SAMPLERS, AnySampler, Known, initial_noise, sample
+from ldm_jax.diffusion.samplers import (
+    SAMPLERS,
+    AnySampler,
+    Known,
+    advance,
+    initial_noise,
+    sample,
+)
 from ldm_jax.diffusion.schedule import lift, q_sample
 from ldm_jax.models.ldm import FirstStage, LatentDiffusion, to_float, to_uint8
 from ldm_jax.sampling.decoding import decode
@@ -54,6 +61,7 @@ class Steps(NamedTuple):
       level: The timestep of the noise that is added to the image.
       inversion: The nodes of DDIM inversion, for variations.
       noise_dropout: Rate of dropout on the noise that the sampler adds.
+      part: The first row of a part of the run and the row after its last, int32 [2]; None runs all.
     """
 
     nodes: Any
@@ -61,6 +69,7 @@ class Steps(NamedTuple):
     level: Array | None = None
     inversion: Any = None
     noise_dropout: Array | None = None
+    part: Array | None = None
 
 
 class Pictures(NamedTuple):
@@ -71,12 +80,15 @@ class Pictures(NamedTuple):
       progress: Predictions of x0, uint8 [b, k, H, W, 3].
       latents: float32 [b, h, w, c].
       finite: Whether all pixels of a picture are finite numbers, bool [b].
+      state: After a part of a run, `Inputs.state` of the next part; the images and latents are the
+        x0 that its last step predicted.
     """
 
     images: Array
     progress: Array | None
     latents: Array
     finite: Array
+    state: Any = None
 
 
 def generate(
@@ -148,19 +160,32 @@ def generate(
     if cache is not None:  # which holds the features of all rows, the null conditions' too
         options |= {"cache": cache, "cache_depth": config.cache_depth, "skip": False}
     null = None if inputs.null is None else with_picture(inputs.null)
-    z, trace = sample(
+    state, start, stop = (sampler.init(x), x), steps.start, None
+    if steps.part is not None:
+        begin, (start, stop) = 0 if steps.start is None else steps.start, steps.part
+        # One program for the first part and the others: the first ignores the state it is given.
+        first = start <= begin
+        state = jax.tree.map(lambda new, old: jnp.where(first, new, old), state, inputs.state)
+    state, trace = advance(
         sampler,
         predict(null, inputs.guidance, **options),
-        x,
+        state,
         steps.nodes,
         schedule=model.schedule,
         keys=keys,
         noise_dropout=steps.noise_dropout,
         known=known,
-        start=steps.start,
-        trace=bool(config.progress),
+        start=start,
+        stop=stop,
+        trace=bool(config.progress) or stop is not None,
         cache=cache,
     )
+    z = state[1]
+    if trace is not None and stop is not None:
+        last = len(trace.x0)
+        z = jnp.where(stop < last, trace.x0[jnp.minimum(stop, last) - 1], z)
+        images, finite = finish(stage, z, inputs, config)
+        return Pictures(images, None, z, finite, state)
     progress = None
     if trace is not None:
         # One after the other, so that the decoder is compiled once more and not once for each.

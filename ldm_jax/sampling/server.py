@@ -167,14 +167,13 @@ class Server:
     def _sample(self, parts: list[Part]) -> None:
         if not parts:  # all were cancelled
             return
-        rows = [jax.tree.map(lambda a, p=p: a[p.start : p.stop], q.job.inputs) for q, p in parts]
-        inputs = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
-        (made,) = self.pipe.run(dataclasses.replace(parts[0][0].job, inputs=inputs))
+        jobs, places = [pending.job for pending, _ in parts], [chosen for _, chosen in parts]
+        (made,) = self.pipe.run(_merged(jobs, places))
         start = 0
-        for pending, places in parts:
-            pending.images[places.start : places.stop] = made.images[start : start + len(places)]
-            start += len(places)
-            pending.finished += len(places)
+        for pending, chosen in parts:
+            pending.images[chosen.start : chosen.stop] = made.images[start : start + len(chosen)]
+            start += len(chosen)
+            pending.finished += len(chosen)
             if pending.finished == len(pending.images) and not pending.future.done():
                 pending.future.set_result(pending.images)
 
@@ -211,16 +210,29 @@ def serve(pipe: Pipeline, *, batch: int = 8, wait: float = 0.02, limit: int = 25
     return Server(pipe, batch=batch, wait=wait, limit=limit)
 
 
+def _merged(jobs: list[Job], places: list[range]) -> Job:
+    """Returns a job of some pictures of each of these jobs, which are of one group."""
+    rows = [
+        jax.tree.map(lambda a, chosen=chosen: a[chosen.start : chosen.stop], job.inputs)
+        for job, chosen in zip(jobs, places, strict=True)
+    ]
+    inputs = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
+    thens = [job.then for job in jobs if job.then is not None]
+    then = _merged(thens, places) if thens else None
+    return dataclasses.replace(jobs[0], inputs=inputs, then=then)
+
+
 def _group(job: Job) -> Any:
     """What requests share that can be in one batch."""
     leaves, tree = jax.tree.flatten(job.inputs)
     return (
-        job.own.sampler,
+        job.sampler,
         job.config,
         job.keep,
         tree,
         tuple((a.shape[1:], a.dtype.str) for a in leaves),
         _bytes(job.steps),
+        None if job.then is None else _group(job.then),
     )
 
 
