@@ -35,6 +35,7 @@ ALLOWED |= {
     "train": BELOW | {"distributed", "sampling", "eval", "configs"},  # a config's defaults
     "eval": BELOW | {"distributed", "sampling", "convert"},
     "plan": BELOW | {"distributed", "sampling", "train"},
+    "app": BELOW | {"sampling", "cli"},
 }
 EVERYTHING = {*ALLOWED, "cli", "configs", ""}
 

@@ -3,6 +3,7 @@
 import html
 import inspect
 import json
+import keyword
 import math
 import random
 import re
@@ -405,7 +406,9 @@ def named(function: Callable[..., Any], components: Sequence[Any]) -> Callable[.
         name = re.sub(r"\W+", "_", str(getattr(component, "label", None) or "state").lower())
         names.append(name if name not in names else f"{name}_{names.count(name) + 1}")
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind) for name in names]
+    # A label may be a word of Python, such as "class".
+    safe = [f"{name}_" if keyword.iskeyword(name) else name for name in names]
+    parameters = [inspect.Parameter(name, kind) for name in safe]
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return function
 

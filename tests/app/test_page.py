@@ -86,7 +86,8 @@ def settings(client: Client, **given) -> dict:
 
 
 def test_a_request_makes_pictures_with_their_settings(client, served):
-    gallery, status, files, code, command = client.predict(**settings(client), api_name="/generate")
+    made = client.predict(**settings(client), api_name="/generate")
+    _, gallery, status, files, code, command = made
     assert status.startswith("2 pictures in")
     assert [entry["caption"] for entry in gallery["value"]] == ["seed 3", "seed 4"]
     kept = [read_settings(path) for path in files["value"][:2]]
@@ -97,7 +98,7 @@ def test_a_request_makes_pictures_with_their_settings(client, served):
     job = client.submit(**settings(client, pictures=1), api_name="/generate")
     job.result(60)
     shown = [output[2] for output in job.outputs()]
-    assert [text.split(" %")[0] for text in shown[1:-1]] == ["25", "50", "75"]
+    assert [text.split(" %")[0] for text in shown if " %" in text] == ["25", "50", "75"]
 
 
 @pytest.mark.parametrize(
