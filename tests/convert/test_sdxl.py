@@ -199,10 +199,13 @@ def test_a_refiner_takes_over_at_the_switch(base):
     assert np.abs(pair(**request, switch=0.6).astype(int) - whole).max() <= 1
     other = Pipeline(model_of(sdxl_config(refiner=True)))
     pair = Pipeline(base, refiner=other)
-    refined = pair(**request, switch=0.3, aesthetic_score=900.0)
+    refined = pair(**request, switch=0.3)
     assert refined.shape == whole.shape
     assert (refined != whole).any()
-    assert (refined != pair(**request, switch=0.3, aesthetic_score=1.0)).any()
+    job = pair.job(Request(**request, switch=0.3, aesthetic_score=9.0))
+    assert job.then is not None
+    assert job.then.inputs.encoded["sizes"].tolist() == [[64, 64, 0, 0, 9]]
+    assert job.then.inputs.null["sizes"].tolist() == [[64, 64, 0, 0, 2.5]]
     picture = np.zeros((32, 32, 3), np.uint8)
     assert pair(**request, image=picture, strength=0.9).shape == whole.shape
     with pytest.raises(RequestError, match="leaves no step"):
