@@ -46,7 +46,8 @@ class RowDepth(RowCondition):
             )
         depth = depth[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         depth = np.ascontiguousarray(depth[:, ::-1] if crop.mirror else depth)
-        small = Image.fromarray(depth).resize(self.size[::-1], Image.Resampling.BICUBIC)
+        height, width = self.size
+        small = Image.fromarray(depth).resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(small)
 
     def draw(self, images: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -119,8 +119,8 @@ class TextUpscale(BesideText):
     ) -> RowCondition:
         """Returns what makes the small picture of a row."""
         own = {f.name: fields.get(f.name, f.default) for f in dataclasses.fields(cls)}
-        names = ("beta_schedule", "timesteps", "linear_start", "linear_end")
-        schedule = tuple(own[name] for name in names)
+        of_schedule = ("beta_schedule", "timesteps", "linear_start", "linear_end")
+        schedule = tuple(own[name] for name in of_schedule)
         limits = {"size": tuple(own["size"]), "max_noise_level": own["max_noise_level"]}
         return RowUpscale(**settings, **limits, schedule=schedule)
 

@@ -217,9 +217,7 @@ def _merged(jobs: list[Job], places: list[range]) -> Job:
         for job, chosen in zip(jobs, places, strict=True)
     ]
     inputs = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
-    thens = [job.then for job in jobs if job.then is not None]
-    then = _merged(thens, places) if thens else None
-    return dataclasses.replace(jobs[0], inputs=inputs, then=then)
+    return dataclasses.replace(jobs[0], inputs=inputs)
 
 
 def _group(job: Job) -> Any:
@@ -232,7 +230,6 @@ def _group(job: Job) -> Any:
         tree,
         tuple((a.shape[1:], a.dtype.str) for a in leaves),
         _bytes(job.steps),
-        None if job.then is None else _group(job.then),
     )
 
 

@@ -155,7 +155,7 @@ def config_of_embedders(
     """Returns the ``conditioner_config`` of towers and numbers, the inverse of `embedders_of`."""
     models = []
     for name, tower in towers.items():
-        usual = VIT_BIGG if name == "clip_g" else {}
+        usual: dict[str, Any] = VIT_BIGG if name == "clip_g" else {}
         names = [*SIZES.split(), *usual]
         sizes = {n: getattr(tower, n) for n in names}
         default = CLIPText(**usual)

@@ -111,7 +111,7 @@ def config_of_engine(original: Original, modules: Mapping[str, Any]) -> dict[str
     params = original.params
     objective, schedule = _denoiser(params["denoiser_config"])
     stage, embedders = modules.get("first_stage"), modules.get("conditioner")
-    section = {"kind": "identity"} if stage is None else first_stage_section(stage)
+    section: dict[str, Any] = {"kind": "identity"} if stage is None else first_stage_section(stage)
     if params.get("disable_first_stage_autocast") and stage is not None:
         section["force_upcast"] = True
     return {
