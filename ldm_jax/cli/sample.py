@@ -36,9 +36,8 @@ from ldm_jax.sampling.request import (
 
 # Settings of a run, beside those of its request, that a PNG keeps, and their types.
 MODEL: dict[str, type] = {
-    **dict.fromkeys(
-        ("model", "model_config", "vae", "text_encoder", "clip", "refiner", "dtype"), str
-    ),
+    **dict.fromkeys(("model", "model_config", "vae", "text_encoder"), str),
+    **dict.fromkeys(("clip", "refiner", "classifier", "dtype"), str),
     **dict.fromkeys(("lora", "embedding", "control"), list),
     "prompt_weights": bool,
     "clip_skip": int,
@@ -97,6 +96,8 @@ def define_model_flags() -> None:
     flags.DEFINE_string("clip", None, text)
     text = "A second model that takes over at --switch, such as the refiner of SDXL."
     flags.DEFINE_string("refiner", None, text)
+    text = "A model of the task classifier that guides the pictures to --class."
+    flags.DEFINE_string("classifier", None, text)
     text = "A LoRA file, FILE[:STRENGTH]; may be repeated; FILE:0,0.5,1 makes a labelled grid."
     flags.DEFINE_multi_string("lora", None, text)
     text = "A textual inversion, [WORD=]FILE, a new word for prompts; may be repeated."
@@ -124,6 +125,7 @@ def load_model(model: Mapping[str, Any], parallel: Any = "jit") -> Any:
         text_encoder=model.get("text_encoder"),
         clip=model.get("clip"),
         refiner=model.get("refiner"),
+        classifier=model.get("classifier"),
         programs=cli.program_folder(),
         embedding=model.get("embedding") or (),
         control=model.get("control") or (),
@@ -248,6 +250,8 @@ def many(pipe: Any, args: Any, requests: Sequence[Request], out: Path, began: fl
 
     request, made = requests[0], 0
     others = [getattr(request, name) for name in (*TASK, "negative", "toward")]
+    if args.classifier:
+        raise RequestError("--format takes no --classifier: sample without --format")
     swept = len(requests) > 1 or isinstance(request.guidance, list)
     if swept or args.interpolate or args.gif or request.progress_every or any(others):
         raise RequestError(
@@ -317,7 +321,7 @@ def requests_of(args: Any) -> list[Request]:
     for name in ("prompts", "classes", "negative"):
         if not values.get(name, True):
             del values[name]
-    if "prompts" in values and "classes" in values:
+    if "prompts" in values and "classes" in values and not args.classifier:
         raise RequestError("give prompts or classes, not both")
     name = next((name for name in ("prompts", "classes") if name in values), "")
     subjects = values.get(name, [None])

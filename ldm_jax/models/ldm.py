@@ -19,6 +19,7 @@ from ldm_jax.diffusion.schedule import Schedule, lift
 from ldm_jax.kernels import Kernels
 from ldm_jax.kernels.cores import divide_rows
 from ldm_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm_jax.models.classifier import Classifier
 from ldm_jax.models.controlnet import ControlNet
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModelInterface
@@ -134,6 +135,7 @@ class LatentDiffusion:
 
     ``params`` has "unet" and "conditioner"; the first stage, trained on its own, keeps its own.
     Those of ``controls`` are at "controls", by number.
+    A ``classifier`` of another model directory may guide it.
     """
 
     params: Any
@@ -142,6 +144,7 @@ class LatentDiffusion:
     unet: UNet = flax.struct.field(pytree_node=False)
     conditioner: Conditioner = flax.struct.field(pytree_node=False)
     objective: str = flax.struct.field(pytree_node=False)
+    classifier: Classifier | None = None
     config_json: str = flax.struct.field(pytree_node=False, default="{}")
     controls: tuple[ControlNet, ...] = flax.struct.field(pytree_node=False, default=())
 

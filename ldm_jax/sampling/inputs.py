@@ -50,6 +50,8 @@ class Inputs(NamedTuple):
       toward: The other ends of an interpolation.
       latents: Latents at the first step [b, h, w, c], in place of noise.
       control: The hints of the model's ControlNets.
+      labels: Classes that the model's classifier guides to, int32 [b].
+      label_scale: Scales of that guidance [b].
       state: Where a run stands that is made in parts: (the sampler's carry, x).
     """
 
@@ -65,6 +67,8 @@ class Inputs(NamedTuple):
     toward: Toward | None = None
     latents: Array | None = None
     control: Control | None = None
+    labels: Array | None = None
+    label_scale: Array | None = None
     state: Any = None
 
 

@@ -44,6 +44,7 @@ from ldm_jax.models.build import (
 )
 from ldm_jax.models.ldm import FirstStage, LatentDiffusion, to_float, to_uint8
 from ldm_jax.models.unet import layout
+from ldm_jax.sampling.classifier import load_classifier, take_classes, with_labels
 from ldm_jax.sampling.decoding import decode_part
 from ldm_jax.sampling.inputs import Inputs, check_request, make_inputs
 from ldm_jax.sampling.program import Pictures, SamplingConfig, Steps, finish, generate
@@ -282,6 +283,7 @@ class Pipeline:
         control_image: Any = None,
         control_scale: float | Sequence[float] | None = None,
         control_edges: Sequence[float] | None = None,
+        classifier_scale: float | Sequence[float] | None = None,
         toward: tuple[Sequence[Any], Sequence[int], Sequence[float]] | None = None,
         seeds: int | Sequence[int] | None = None,
         batch: int | None = None,
@@ -365,6 +367,7 @@ class Pipeline:
         """
         if self.refiner is not None:
             return self._refined(request, self.refiner)
+        request, labels = take_classes(self.model, request)
         request = check_request(self.model, request)
         own = self.complete(request)
         if request.switch is not None:
@@ -374,6 +377,7 @@ class Pipeline:
         conditioner = self.model.conditioner
         request = conditioner.resolve(self.model.params["conditioner"], request, self.mesh)
         canvas, inputs = make_inputs(self.model, request, own)
+        inputs = with_labels(self.model, inputs, labels, own)
         steps, devices = self.steps(own), self.mesh.devices.size
         count = -(-(request.batch or min(len(inputs.seeds), 8)) // devices) * devices
         shown, made = self._shown(own, steps)
@@ -864,6 +868,7 @@ def load(
     control: Sequence[str | Path] = (),
     prompt_weights: bool = False,
     clip_skip: int | None = None,
+    classifier: str | Path | None = None,
 ) -> Pipeline:
     """Loads a model.
 
@@ -890,6 +895,7 @@ def load(
         `ldm_jax.conditioning.prompts`.
       clip_skip: Which layer of CLIP's text encoder gives the context: 1 is the model's own, 2 the
         one before.
+      classifier: A model of the task classifier, which guides pictures to ``classes``.
 
     Raises:
       RequestError, CheckpointError: The model cannot be loaded.
@@ -915,6 +921,9 @@ def load(
             check_params(model)
         else:
             store.once(check_params, model)
+        if classifier is not None:
+            guide = load_classifier(classifier, model)
+            model = dataclasses.replace(model, classifier=guide)
         options: dict[str, Any] = {"parallel": parallel, "devices": devices}
         second = None
         if refiner is not None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion.feature_cache import FeatureCache
-from ldm_jax.diffusion.guidance import Predict, predictor
+from ldm_jax.diffusion.guidance import Correct, Predict, predictor
 from ldm_jax.diffusion.samplers import (
     SAMPLERS,
     AnySampler,
@@ -136,9 +136,13 @@ def generate(
         denoise = model.denoiser(
             with_picture(inputs.encoded), *guidance, toward=other, control=control, **options
         )
-        codes = stage.quantized if config.quantize else None
         return predictor(
-            denoise, model.schedule, model.objective, clip=stage.module is None, quantize=codes
+            denoise,
+            model.schedule,
+            model.objective,
+            clip=stage.module is None,
+            correct=correction(model, inputs) if guidance else None,
+            quantize=stage.quantized if config.quantize else None,
         )
 
     if inputs.variation is not None:
@@ -197,6 +201,20 @@ def generate(
         return Pictures(images, progress, z, jnp.isfinite(z).all((1, 2, 3)))
     images, finite = finish(stage, z, inputs, config)
     return Pictures(images, progress, z, finite)
+
+
+def correction(model: LatentDiffusion, inputs: Inputs) -> Correct | None:
+    """Returns what the model's classifier changes of eps; None where it guides to no class."""
+    classifier, labels, scale = model.classifier, inputs.labels, inputs.label_scale
+    if classifier is None or labels is None or scale is None:
+        return None
+
+    def correct(eps: jax.Array, x: jax.Array, t: Array) -> jax.Array:
+        # A sampler may have more rows than the request: the same pictures at several times.
+        times = len(x) // len(labels)
+        return classifier.corrected(eps, x, t, jnp.tile(labels, times), jnp.tile(scale, times))
+
+    return correct
 
 
 def finish(

@@ -167,6 +167,8 @@ class Request:
       control_image: The hint of each ControlNet: pictures of edges, depth, poses ...
       control_scale: Factor of the ControlNets' features, one or one for each; 1 by default.
       control_edges: Two thresholds of Canny's method, to make edges of ``control_image``.
+      classifier_scale: Scale of the guidance by the pipeline's classifier to ``classes``; 1 by
+        default.
       toward: Other ends of an interpolation: ([prompts or classes], [seeds], [mixes]), one of each
         for each picture.
       seeds: Whole numbers in [0, 2**64); 0, 1, ... by default.
@@ -244,6 +246,9 @@ class Request:
     )
     control_edges: Sequence[float] | None = option(
         "reals", "LOW,HIGH: make edges of --control_image (Canny), for example 100,200."
+    )
+    classifier_scale: float | Sequence[float] | None = option(
+        "real", "Scale of the guidance by --classifier to --class (default: 1)."
     )
     toward: tuple[Sequence[Any], Sequence[int], Sequence[float]] | None = option("", "")
     seeds: int | Sequence[int] | None = option("", "", each="seed")
@@ -456,6 +461,7 @@ SETTINGS = tuple(
 FILES = tuple(name for name, field in OPTIONS.items() if field.metadata["kind"] == "file")
 TASK = (*FILES, "neighbors", "outpaint", "strength", "variation")
 TASK += ("control_scale", "control_edges")
+TASK += ("classifier_scale",)
 EACH = ("prompts", "classes", "negative", "seeds", "guidance")  # one value for each picture
 
 

@@ -5,11 +5,13 @@ from typing import Any
 from ldm_jax.errors import ConfigError, did_you_mean
 from ldm_jax.train.tasks.autoencoder import AutoencoderTask
 from ldm_jax.train.tasks.base import Task
+from ldm_jax.train.tasks.classifier import ClassifierTask
 from ldm_jax.train.tasks.contrastive import ContrastiveTask
 from ldm_jax.train.tasks.diffusion import DiffusionTask
 
 TASKS: dict[str, type[Task]] = {
     "autoencoder": AutoencoderTask,
+    "classifier": ClassifierTask,
     "contrastive": ContrastiveTask,
     "diffusion": DiffusionTask,
 }
