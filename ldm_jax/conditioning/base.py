@@ -103,6 +103,7 @@ class Conditioner:
       needs_mask: Whether every request needs an image and a mask.
       cached: Whether a latent cache can hold it: not if it is made of the picture.
       gives_vector: Whether it gives `Cond.vector`.
+      by_patch: Whether a patch of a larger picture takes the same condition, or its part of it.
       argument: Name of the condition's argument in an exported program; None if it cannot be
         exported.
       options: Those of `REQUEST_OPTIONS` that the kind takes.
@@ -118,6 +119,7 @@ class Conditioner:
     needs_mask: ClassVar[bool] = False
     cached: ClassVar[bool] = True
     gives_vector: ClassVar[bool] = False
+    by_patch: ClassVar[bool] = True
     argument: ClassVar[str | None] = None
     options: ClassVar[Names] = ()
 

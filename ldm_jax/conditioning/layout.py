@@ -84,6 +84,7 @@ class Layout(BertText):
     """Tokens of boxes through a transformer (the original's BERTEmbedder without tokenizer)."""
 
     field = "layout"
+    by_patch = False
     network = TransformerEncoder
     default_guidance = 1.0  # the original's was trained without dropping conditions
     negative = interpolates = False

@@ -21,6 +21,7 @@ from ldm_jax.kernels.cores import divide_rows
 from ldm_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm_jax.models.classifier import Classifier
 from ldm_jax.models.controlnet import ControlNet
+from ldm_jax.models.patches import PatchPlan, patchwise
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.vqgan import VQModelInterface
 from ldm_jax.nn.layers import repeat_batch, with_kernels
@@ -190,6 +191,16 @@ class LatentDiffusion:
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found
         return tuple(total)
 
+    def apply_patchwise(self, x: jax.Array, t: jax.Array, cond: Cond, side: int) -> jax.Array:
+        """`apply` on overlapping patches of ``side`` latents; channels of the condition are cut."""
+        arrays = (x,) if cond.concat is None else (x, cond.concat)
+
+        def run(_: jax.Array, x: jax.Array, *concat: jax.Array) -> jax.Array:
+            own = dataclasses.replace(cond, concat=concat[0]) if concat else cond
+            return self.apply(self.params, x, t, own)
+
+        return patchwise(run, arrays, PatchPlan((side, side), (side // 2, side // 2)))
+
     def denoiser(
         self,
         encoded: Any,
@@ -200,6 +211,7 @@ class LatentDiffusion:
         control: Any = None,
         cache: FeatureCache | None = None,
         cache_depth: int = 1,
+        patch: int = 0,
         **options: Any,
     ) -> Denoiser:
         """The network under host-encoded conditions, as the samplers call it.
@@ -212,6 +224,8 @@ class LatentDiffusion:
           control: The hints of `control_features`.
           cache: Keeps the feature that enters the last ``cache_depth`` rows of the UNet.
           cache_depth: See ``cache``.
+          patch: Side in latents of the patches that the UNet runs on where a picture is larger,
+            half overlapping and blended; 0 is the whole picture.
           options: Those of `classifier_free`.
         """
 
@@ -221,6 +235,8 @@ class LatentDiffusion:
             return self.apply(self.params, x, t, cond, **options)
 
         def model(x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+            if patch and max(x.shape[1:3]) > patch:
+                return self.apply_patchwise(x, t, cond, patch)
             if cache is None:
                 return unet(x, t, cond)
             return cache.call(

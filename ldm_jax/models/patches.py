@@ -126,7 +126,7 @@ def patchwise(
     Returns:
       [b, factor * h, factor * w, c], float32, with as many rows as ``run`` returns.
     """
-    b, height, width = arrays[0].shape[:3]
+    height, width = arrays[0].shape[1:3]
     plan = plan.fitted(height, width)
     out, size = plan.scaled(factor), (int(height * factor), int(width * factor))
     places = corners(plan, height, width)
@@ -135,7 +135,8 @@ def patchwise(
 
     def cut(top: Any, left: Any) -> list[jax.Array]:
         return [
-            jax.lax.dynamic_slice(a, (0, top, left, 0), (b, *plan.ks, a.shape[-1])) for a in arrays
+            jax.lax.dynamic_slice(a, (0, top, left, 0), (len(a), *plan.ks, a.shape[-1]))
+            for a in arrays
         ]
 
     def body(total: jax.Array, part: Any) -> tuple[jax.Array, None]:

@@ -309,6 +309,7 @@ class Pipeline:
         switch: float | None = None,
         decode_batch: int | None = None,
         tile: int | None = None,
+        patch: int | None = None,
         cache_interval: int | None = None,
         cache_depth: int | None = None,
     ) -> np.ndarray:
@@ -578,6 +579,7 @@ class Pipeline:
         devices, platform = self.mesh.devices.size, cores.platform_of(self.mesh)
         part = decode_part(platform, size, rows // devices, own.decode_batch)
         part *= devices if self.parallel == "jit" else 1
+        patch = self._patch(own, size)
         interval, depth = own.cache_interval, own.cache_depth
         assert interval is not None
         assert depth is not None
@@ -600,11 +602,32 @@ class Pipeline:
                 f"renoise_null (CFG++) takes a guidance from 0 to 1, not {scale.max():g}"
             )
         config = SamplingConfig(
-            size, progress, decode_batch=part, tile=tile, renoise_null=bool(own.renoise_null)
+            size,
+            progress,
+            decode_batch=part,
+            tile=tile,
+            patch=patch,
+            renoise_null=bool(own.renoise_null),
         )
         if interval == 1:
             return config
         return dataclasses.replace(config, cache_interval=interval, cache_depth=depth)
+
+    def _patch(self, own: Request, size: tuple[int, int]) -> int:
+        """Returns the pixels of a patch that the UNet runs on, 0 for the whole picture."""
+        model, patch = self.model, own.patch or 0
+        step = 2 * model.first_stage.downsampling * 2 ** (len(model.unet.channel_mult) - 1)
+        if patch < 0 or patch % step:
+            raise RequestError(f"patch must be 0 or a multiple of {step}, not {patch}")
+        if not patch or max(size) <= patch:
+            return 0
+        if not model.conditioner.by_patch:
+            raise RequestError("patch: this condition has places in the whole picture: leave it 0")
+        if (own.cache_interval or 1) > 1:
+            raise RequestError("patch: leave cache_interval at 1")
+        if model.controls:
+            raise RequestError("patch: hints of a ControlNet are not cut along: leave it 0")
+        return patch
 
     # ------------------------------------------------------------------------------- programs
 

@@ -38,6 +38,7 @@ class SamplingConfig:
       cache_interval: Run the full UNet every N calls; 1 is always.
       cache_depth: Rows of the UNet at each end that run in every call.
       decodes: Whether the latents are decoded; without, the pictures have no pixels.
+      patch: Pixels of a patch that the UNet runs on, where a side is longer; 0 is never.
     """
 
     size: tuple[int, int]
@@ -50,6 +51,7 @@ class SamplingConfig:
     cache_interval: int = 1
     cache_depth: int = 1
     decodes: bool = True
+    patch: int = 0
 
 
 class Steps(NamedTuple):
@@ -133,6 +135,7 @@ def generate(
     other = None if toward is None else (with_picture(toward.encoded), toward.mix)
 
     def predict(*guidance: Any, **options: Any) -> Predict:
+        options["patch"] = config.patch // f
         denoise = model.denoiser(
             with_picture(inputs.encoded), *guidance, toward=other, control=control, **options
         )

@@ -197,6 +197,8 @@ class Request:
       switch: With a refiner: the fraction of the noise schedule that the model itself runs.
       decode_batch: Pictures decoded at a time on a device; 0 is the whole batch.
       tile: Decode pictures with a longer side in tiles of this many pixels; 0 is never.
+      patch: Run the UNet on overlapping patches of this many pixels where a side is longer; 0 is
+        never.
       cache_interval: Run the full UNet every N calls, reusing its deep features in between.
       cache_depth: Rows of the UNet at each end that run in every call.
     """
@@ -343,6 +345,9 @@ class Request:
     )
     tile: int | None = option(
         "whole", "Decode larger pictures in tiles of this many pixels, not exactly.", own=0
+    )
+    patch: int | None = option(
+        "whole", "Run the UNet on patches of this many pixels of larger pictures.", own=0
     )
     cache_interval: int | None = option(
         "whole",

@@ -8,12 +8,14 @@ from ldm_jax.train.tasks.base import Task
 from ldm_jax.train.tasks.classifier import ClassifierTask
 from ldm_jax.train.tasks.contrastive import ContrastiveTask
 from ldm_jax.train.tasks.diffusion import DiffusionTask
+from ldm_jax.train.tasks.label_maps import LabelMapTask
 
 TASKS: dict[str, type[Task]] = {
     "autoencoder": AutoencoderTask,
     "classifier": ClassifierTask,
     "contrastive": ContrastiveTask,
     "diffusion": DiffusionTask,
+    "label_maps": LabelMapTask,
 }
 
 

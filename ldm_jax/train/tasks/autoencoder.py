@@ -283,6 +283,10 @@ class AutoencoderTask(Task):
 
     # ---------------------------------------------------------------------------------- forward
 
+    def pixels(self, batch: Any) -> jax.Array:
+        """Returns what is reconstructed of a batch, [b, H, W, c]."""
+        return to_float(batch["image"])
+
     def forward(
         self, params: Any, collections: Any, batch: Any, step: jax.Array, purpose: int, train: bool
     ) -> tuple[tuple[jax.Array, jax.Array], Aux]:
@@ -301,7 +305,7 @@ class AutoencoderTask(Task):
           latent and averaged over the batch, or the quantiser's loss.
         """
         module, seed = self.module, self.config.seed
-        x, keys, rngs = to_float(batch["image"]), row_keys(seed, step, batch["row"]), None
+        x, keys, rngs = self.pixels(batch), row_keys(seed, step, batch["row"]), None
         if train:
             key = jax.random.fold_in(jax.random.key(seed), step)
             rngs = {"dropout": key}
@@ -381,12 +385,12 @@ class AutoencoderTask(Task):
             stored = extra["discriminator"]
             carry["discriminator"] = {k: stored[k] for k in ("params", "batch_stats")}
         if not isinstance(self.module, AutoencoderKL):
-            piece = batch["image"][: len(batch["row"]) // parts]
+            piece = self.pixels(batch)[: len(batch["row"]) // parts]
             carry["candidates"] = jnp.zeros(candidates_shape(self.module, piece))
 
         # ------------------------------------------------------------------------- the generator
         def generator(carry: dict[str, Any], piece: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-            x, (name, weight) = to_float(piece["image"]), self.penalty
+            x, (name, weight) = self.pixels(piece), self.penalty
             key = jax.random.fold_in(jax.random.key(self.config.seed), at)
 
             def run(params: Any) -> Any:
@@ -430,7 +434,7 @@ class AutoencoderTask(Task):
             assert adversary is not None
             args = state.params, carry["collections"], piece, at, DISCRIMINATOR, True
             (y, _), aux = self.forward(*args)
-            real = judge(adversary.module, carry["discriminator"], to_float(piece["image"]))
+            real = judge(adversary.module, carry["discriminator"], self.pixels(piece))
             fake = judge(adversary.module, real.variables, y)
             carry = carry | {"collections": aux.collections, "discriminator": fake.variables}
             return carry, discriminator_gradients(adversary, real, fake, at)
@@ -469,14 +473,18 @@ class AutoencoderTask(Task):
         collections = {name: part for name, part in weights.items() if name != "params"}
         args = params, collections, batch, jnp.int32(0), GENERATOR, False
         (y, penalty), aux = self.forward(*args)
-        x, (name, weight) = to_float(batch["image"]), self.penalty
+        x, (name, weight) = self.pixels(batch), self.penalty
         logvar = jnp.asarray(params.get("logvar", loss.logvar_init), jnp.float32)
         nll, metrics = self.nll(x, frozen)(y, logvar)
         # Of pixels in [0, 1]: a range of 2 has 4 times the squared error.
         error = jnp.square(x - jnp.clip(y, -1, 1)).mean((1, 2, 3)) / 4
         psnr = -10 * jnp.log10(error + 1e-10).mean()
         metrics |= {name: penalty, "loss": nll + weight * penalty, "psnr": psnr}
-        return metrics if aux.share is None else metrics | code_metrics(aux.share)
+        return metrics | self.code_metrics(aux)
+
+    def code_metrics(self, aux: Aux) -> dict[str, jax.Array]:
+        """Returns the metrics of the codes of a forward pass; {} without a codebook."""
+        return {} if aux.share is None else code_metrics(aux.share)
 
     # ---------------------------------------------------------------------------------- watching
 
