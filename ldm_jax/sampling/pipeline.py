@@ -923,6 +923,8 @@ def load(
     Raises:
       RequestError, CheckpointError: The model cannot be loaded.
     """
+    if refiner is not None and classifier is not None:
+        raise RequestError("a refiner and a classifier do not go together: leave one of them out")
     dtype = check_dtype(dtype)
     parts = {"vae": vae, "text_encoder": text_encoder, "clip": clip}
     path, fields, params = read_parts(name, config, ema, **parts)

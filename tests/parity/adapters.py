@@ -1,7 +1,7 @@
 """LoRA, textual inversion and ControlNet: files of the original tools over a small base model."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from ldm_jax.diffusion.guidance import predictor
 from ldm_jax.diffusion.samplers import DDIM, sample
 from ldm_jax.models.build import build
 
+from . import sgm
 from .golden import Case, NotYet, nchw
 
 Results = dict[str, Any]
@@ -121,20 +122,12 @@ def whole_base(case: Case) -> Results:
 def lora(case: Case) -> Results:
     """Weights merged at several strengths, and what the model computes with them."""
     if "tokens" not in case.inputs:
-        raise NotYet("two text towers")
+        return lora_of_towers(case)
     base, file, results = base_of(case), case.folder / case.spec["lora_file"], {}
     before, touched = base.stored(base.params), case.spec["touched_keys"]
     for tag in sorted({m[1] for n in case.expected if (m := re.search(r"_(\d\d)$", n))}):
         params = merge_lora(base.config, base.params, file, int(tag) / 10)
-        after = base.stored(params)
-        changed = {name for name in after if not np.array_equal(after[name], before[name])}
-        assert changed == set(touched), changed ^ set(touched)
-        deltas = [(after[n].astype(np.float64) - before[n]).reshape(-1) for n in touched]
-        results[f"delta_l1_{tag}"] = np.array([np.abs(d).sum() for d in deltas])
-        cosines = [(d * np.cos(np.arange(d.size))).sum() for d in deltas]
-        results[f"delta_dot_{tag}"] = np.array(cosines)
-        if tag == "10":
-            results |= {f"merged/{name}": after[name] for name in touched}
+        results |= changes(before, base.stored(params), touched, tag)
         context, out = run(base, params, case)
         rows = case.expected[f"c_merged_{tag}"].shape[1]
         results |= {f"c_merged_{tag}": context[:, :rows], f"unet_merged_{tag}": out}
@@ -142,22 +135,97 @@ def lora(case: Case) -> Results:
     return results
 
 
-def inversion(case: Case) -> Results:
-    """The numbers of the tokens of prompts with a new word, and the states of the tower."""
+def changes(before: Any, after: Any, touched: list[str], tag: str) -> Results:
+    """What a LoRA changes of the stored weights, at the strength of a tag; "10" is 1."""
+    changed = {name for name in after if not np.array_equal(after[name], before[name])}
+    assert changed == set(touched), changed ^ set(touched)
+    deltas = [(after[n].astype(np.float64) - before[n]).reshape(-1) for n in touched]
+    results: Results = {
+        f"delta_l1_{tag}": np.array([np.abs(d).sum() for d in deltas]),
+        f"delta_dot_{tag}": np.array([(d * np.cos(np.arange(d.size))).sum() for d in deltas]),
+    }
+    if tag == "10":
+        results |= {f"merged/{name}": after[name] for name in touched}
+    return results
+
+
+def lora_of_towers(case: Case) -> Results:
+    """`lora` for a base with two text towers, Stable Diffusion XL."""
+    base = origin_of(case, "conditioner_config")
+    model, whole = sgm.engine_of(base), sgm.whole_of(base)
+    conditioner: Any = model.conditioner
+    given = case.inputs
+    encoded = {
+        **{name: given[f"tokens_{name}"].astype(np.int32) for name in conditioner.towers},
+        "sizes": np.concatenate([given[name] for name in sgm.SIZES], axis=1),
+        "blank": np.zeros(len(given["x"]), np.float32),
+    }
+
+    def stored(params: Any) -> dict[str, np.ndarray]:
+        parts = {**params, "first_stage": model.first_stage.params}
+        return to_theirs(whole.table, {part: parts[part] for part in whole.shapes})
+
+    @jax.jit
+    def call(params: Any, encoded: Any, x: Any, t: Any) -> Any:
+        cond = conditioner(params["conditioner"], encoded)
+        return cond.crossattn, cond.vector, model.apply(params, x, t, cond)
+
+    before, results = stored(model.params), {}
+    file, touched = case.folder / case.spec["lora_file"], case.spec["touched_keys"]
+    for tag in sorted({m[1] for n in case.expected if (m := re.search(r"_(\d\d)$", n))}):
+        params = merge_lora(model.config, model.params, file, int(tag) / 10)
+        results |= changes(before, stored(params), touched, tag)
+        context, vector, out = call(params, encoded, case.image("x"), given["t"])
+        found = {"crossattn": context, "vector": vector, "unet": nchw(out)}
+        results |= {f"{name}_{tag}": value for name, value in found.items()}
+    return results
+
+
+def inversion_of_towers(case: Case) -> Results:
+    """`inversion` for the two text towers of Stable Diffusion XL."""
+    embedding = read_embedding(case.folder / case.spec["ti_file"], case.spec["word"])
+    model = sgm.engine_of(origin_of(case, "conditioner_config"))
+    tokenizer, start, end = tokenizer_of(case, embedding.tokens)
+    expanded = [expand(prompt, embedding.tokens) for prompt in case.spec["prompts"]]
+    assert expanded == case.spec["converted"]
+    results: Results = {}
+    for name, pad in (("clip_l", end), ("clip_g", 0)):
+        section = model.config["conditioner"][name]
+        tower = model.params["conditioner"][name]
+        fields, params = extended(section, tower, embedding, name)
+        tokens = tokens_of(tokenizer, expanded, 77, start, end, pad)
+        results[f"token_ids_{name}"] = tokens
+        for label, more in (("first_eos", {}), ("argmax", {"eos_token_id": None})):
+            text: Any = make_conditioner({**section, **fields, **more, "kind": "clip"}, jnp.float32)
+            states: Any = jax.jit(text.module.apply)({"params": params}, tokens)
+            if name == "clip_g":
+                results[f"pooled_{label}"] = states.pooled
+                results["clip_g_penultimate"] = states.hidden[-2][:, :16]
+            else:
+                results["clip_l_hidden"] = states.hidden[case.spec["layer_idx"]][:, :16]
+    return results
+
+
+def tokenizer_of(case: Case, added: Sequence[str]) -> tuple[Any, int, int]:
+    """(the tokenizer of a case's small vocabulary with new words, its first and last token)."""
     from transformers import CLIPTokenizer
 
+    vocabulary, merges = case.spec["vocab"], [tuple(pair) for pair in case.spec["merges"]]
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    tokenizer.add_tokens(list(added))
+    start, end = (vocabulary[f"<|{name}oftext|>"] for name in ("start", "end"))
+    return tokenizer, start, end
+
+
+def inversion(case: Case) -> Results:
+    """The numbers of the tokens of prompts with a new word, and the states of the tower."""
     embedding = read_embedding(case.folder / case.spec["ti_file"])
-    if "" not in embedding.vectors:
-        raise NotYet("two text towers")
     assert (embedding.word, len(embedding.tokens)) == (case.spec["word"], case.spec["n_vectors"])
     base = base_of(case)
     fields, params = extended(base.config["conditioner"], base.params["conditioner"], embedding)
-    vocabulary, merges = case.spec["vocab"], [tuple(pair) for pair in case.spec["merges"]]
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
-    tokenizer.add_tokens(fields["added_tokens"])
+    tokenizer, start, end = tokenizer_of(case, fields["added_tokens"])
     expanded = [expand(prompt, fields["added_tokens"]) for prompt in case.spec["prompts"]]
     assert expanded == case.spec["converted"]
-    start, end = (vocabulary[f"<|{name}oftext|>"] for name in ("start", "end"))
     tokens = tokens_of(tokenizer, expanded, 77, start, end, end)
     module = make_conditioner(base.config["conditioner"] | fields, jnp.float32).towers[""].module
     states: Any = jax.jit(module.apply)({"params": params}, tokens)
@@ -268,6 +336,7 @@ CASES: dict[str, Callable[[Case], Results]] = {
     "networks.lora.LoRANetwork (kohya-ss sd-scripts)": lora,
     "diffusers.StableDiffusionPipeline.save_lora_weights (peft)": lora,
     "diffusers.loaders.TextualInversionLoaderMixin + transformers.CLIPTextModel": inversion,
+    "diffusers.loaders.TextualInversionLoaderMixin + the two SDXL text towers": inversion_of_towers,
     "cldm.cldm.ControlLDM": controlled,
     **{
         f"lycoris.kohya.LycorisNetworkKohya algo={name}": lora for name in ("locon", "loha", "lokr")

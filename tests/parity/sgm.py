@@ -32,7 +32,7 @@ from ldm_jax.models.ldm import LatentDiffusion
 from ldm_jax.nn.attention import SpatialTransformer
 from ldm_jax.nn.layers import timestep_embedding
 
-from . import diffusion
+from . import options
 from .golden import Case, NotYet, nchw, nhwc
 
 Results = dict[str, Any]
@@ -90,10 +90,15 @@ def engine_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**kwargs, "conditioner_config": conditioner}
 
 
+def whole_of(case: Case) -> Any:
+    """The tables and networks of a DiffusionEngine's case."""
+    original = Original(case.cls, engine_kwargs(case.kwargs))
+    return whole_from_config(original.target, original.params)
+
+
 def engine_of(case: Case) -> LatentDiffusion:
     """The model of a DiffusionEngine's case."""
-    original = Original(case.cls, engine_kwargs(case.kwargs))
-    whole = whole_from_config(original.target, original.params)
+    original, whole = Original(case.cls, engine_kwargs(case.kwargs)), whole_of(case)
     params = params_of(case, whole.table, whole.shapes)
     stage = params.pop("first_stage")
     return build(config_of(original, whole.modules), params, stage)
@@ -298,9 +303,9 @@ def samplers(case: Case) -> Results:
         "euler_identity_guider": ("euler", plain, sigmas, {}),
     }
     results: Results = {}
-    for name, (sampler, predict, levels_, options) in runs.items():
+    for name, (sampler, predict, levels_, extra) in runs.items():
         given = noise[: draws[name]]
-        program = jax.jit(lambda x, a=(sampler, predict, levels_, given, options): run(
+        program = jax.jit(lambda x, a=(sampler, predict, levels_, given, extra): run(
             a[0], a[1], x, a[2], a[3], **a[4]
         ))  # fmt: skip
         results[name] = nchw(program(x)[-1])
@@ -453,7 +458,7 @@ def second(case: Case) -> Results:
 
 def latent_diffusion(case: Case) -> Results:
     """A model of Stable Diffusion 2, or one of the first family."""
-    return second(case) if "_tiny_tower" in case.kwargs else diffusion.latent_diffusion(case)
+    return second(case) if "_tiny_tower" in case.kwargs else options.latent_diffusion(case)
 
 
 _DDPM = "ldm.models.diffusion.ddpm."

@@ -16,6 +16,7 @@ from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import ConfigError, RequestError
 from ldm_jax.io.checkpoint import save_model
 from ldm_jax.models.classifier import Classifier, classifier_of, cross_entropy
+from ldm_jax.sampling.pipeline import load
 from ldm_jax.sampling.request import Request
 from ldm_jax.train import loop
 from ldm_jax.train.loop import train
@@ -150,3 +151,8 @@ def test_the_gradient_is_that_of_the_log_probability():
     )
     eps = np.ones_like(x)
     assert np.allclose(classifier.corrected(eps, x, t, labels, 0.0), eps)
+
+
+def test_a_classifier_takes_no_refiner():
+    with pytest.raises(RequestError, match="do not go together"):
+        load("emoji", classifier="some", refiner="other")
