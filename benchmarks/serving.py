@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from typing import Any
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def queue(model: str, steps: int, batch: int, callers: int, each: int) -> dict[s
     alone = (time.perf_counter() - began) / (each * 2)
     waited: list[float] = []
 
-    def call(server: ldm_jax.sampling.server.Server) -> None:
+    def call(server: Any) -> None:
         for _ in range(each):
             start = time.perf_counter()
             server.submit(request).result()
