@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.io.atomic import write_atomic
+from ldm_jax.train.report import clock
 from ldm_jax.train.tasks.base import plain
 
 Points = list[tuple[int, float]]
@@ -57,7 +58,7 @@ def write_page(workdir: Path, config: Any, facts: Mapping[str, Any]) -> Path:
     if speeds:
         seconds = config.batch_size * config.steps / (len(speeds) / sum(1 / s for s in speeds))
         rows["images per second"] = f"{np.median(speeds):.1f} (median)"
-        rows["time of the steps"] = f"{seconds / 3600:.2f} h"
+        rows["time of the steps"] = clock(round(seconds))
     previews = sorted((workdir / "previews").glob("*.png"))
     chosen = sorted({round(i) for i in np.linspace(0, len(previews) - 1, PREVIEWS)})
     images = [(previews[i].stem, embedded(previews[i])) for i in chosen if previews]

@@ -61,7 +61,7 @@ def test_the_page_has_everything_and_needs_nothing(run):
     assert not re.search(r"url\(|@import|https?://", page.replace("http://www.w3.org", ""))
     assert parsed.tags.count("img") == 4
     assert parsed.tags.count("figure") == 2  # the metric without a finite value has none
-    for text in ("run <b>&", "20.0 (median)", "0.06 h", '"batch_size": 4', "jaxlib", "Step 50"):
+    for text in ("run <b>&", "20.0 (median)", "3:20", '"batch_size": 4', "jaxlib", "Step 50"):
         assert text in parsed.text, text
     assert "logarithmic" in page
 
