@@ -17,6 +17,7 @@ from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.diffusion.schedule import BETA_SCHEDULES
 from ldm_jax.eval.evaluation import METRICS
 from ldm_jax.eval.protocols import PRESETS
+from ldm_jax.train.tasks import TASKS
 from ldm_jax.train.tasks.base import flatten, plain
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +102,7 @@ def test_every_config_field_exists():
     known |= {f"data.condition.{name}" for name in ("column", "most", "database", "clip")}
     known |= {"data.source", "data.condition"}
     known |= {f"data.{a}" for s in SOURCES.values() for a in inspect.signature(s).parameters}
-    for task in ("diffusion", "autoencoder"):
+    for task in TASKS:
         known |= flatten(plain(base(task))).keys()
     sections = "data|optim|loss|mesh|best|guard|adversary|wandb"
     for name, page in PAGES.items():

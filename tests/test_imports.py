@@ -11,8 +11,8 @@ pytestmark = pytest.mark.fast
 
 PACKAGE = Path(__file__).parent.parent / "ldm_jax"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "configs" not in p.relative_to(PACKAGE).parts)
-# Two modules of models/ stand above conditioning/: they put the whole model together.
-ASSEMBLY = ("ldm_jax.models.ldm", "ldm_jax.models.build")
+# These modules of models/ stand above conditioning/: they put whole models together.
+ASSEMBLY = ("ldm_jax.models.ldm", "ldm_jax.models.build", "ldm_jax.models.code_transformer")
 PURE = ("nn", "models", "diffusion", "conditioning", "sampling")
 
 # package -> the packages of ldm_jax that it may import besides itself

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-SHARED = ("common", "presets", "emoji_presets", "released")  # what configs share, none themselves
+# What configs share, none themselves.
+SHARED = ("common", "presets", "emoji_presets", "released", "transformers")
 STEPS = ["--num=1", "--steps=3"]
 
 
@@ -46,6 +47,10 @@ def inputs(folder: Path) -> dict[str, list[str]]:
         "rescale": [f"--semantic_map={files['labels.png']}"],
         "masked": [f"--image={files['picture.png']}", f"--mask={files['mask.png']}"],
         "picture": [f"--image={files['picture.png']}"],
+        "start": [],
+        "label": ["--class=0"],
+        "coordinates": ["--size=64x96"],
+        "coded_map": [f"--semantic_map={files['labels.png']}"],
     }
 
 
@@ -56,8 +61,9 @@ def run(name: str, folder: Path, asked: dict[str, list[str]]) -> tuple[str, floa
     wrong = execute("train.py", train)
     if not wrong:
         config = json.loads((model / "config.json").read_text())
-        if config["kind"] == "latent_diffusion":
+        if config["kind"] != "first_stage":
             conditioner = config["conditioner"]
+            steps = STEPS if "schedule" in config else STEPS[:1]
             kind = (
                 conditioner.get("of", "picture").split("_")[0]
                 if conditioner["kind"] == "joined"
@@ -65,7 +71,7 @@ def run(name: str, folder: Path, asked: dict[str, list[str]]) -> tuple[str, floa
             )
             wrong = execute(
                 "sample.py",
-                [f"--model={model}", *asked[kind], *STEPS, f"--out={folder / name / 'out'}"],
+                [f"--model={model}", *asked[kind], *steps, f"--out={folder / name / 'out'}"],
             )
     return name, time.perf_counter() - began, wrong
 

@@ -4,16 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_jax.conditioning.base import Cond, Conditioner, RowCondition
+from ldm_jax.conditioning.box_tokens import BoxTokens
 from ldm_jax.conditioning.class_label import ClassLabel
 from ldm_jax.conditioning.class_vector import ClassVector
 from ldm_jax.conditioning.clip_vector import ClipVector
+from ldm_jax.conditioning.coded_map import CodedLabels
+from ldm_jax.conditioning.coordinates import Coordinates
 from ldm_jax.conditioning.depth import TextDepth
 from ldm_jax.conditioning.embeddings import Embeddings
 from ldm_jax.conditioning.hybrid import Hybrid
+from ldm_jax.conditioning.label_token import LabelToken
 from ldm_jax.conditioning.layout import Layout
 from ldm_jax.conditioning.sdxl import Sdxl
 from ldm_jax.conditioning.semantic_map import SemanticMap
 from ldm_jax.conditioning.small_picture import SmallPicture
+from ldm_jax.conditioning.start_token import StartToken
 from ldm_jax.conditioning.text import BertText, ClipText
 from ldm_jax.conditioning.unconditional import Unconditional
 from ldm_jax.conditioning.upscale import TextUpscale
@@ -44,6 +49,12 @@ CONDITIONERS: dict[str, type[Conditioner]] = {
     "upscale": TextUpscale,
     "embeddings": Embeddings,
     "none": Unconditional,
+    # Of a transformer over codes.
+    "start": StartToken,
+    "label": LabelToken,
+    "coordinates": Coordinates,
+    "coded_map": CodedLabels,
+    "boxes": BoxTokens,
 }
 
 

@@ -20,17 +20,22 @@ Names = tuple[str, ...]
 
 @flax.struct.dataclass
 class Cond:
-    """The three ways into a UNet; a way that a model does not use is None.
+    """The ways into a network; a way that a model does not use is None.
+
+    The first three lead into a UNet, the last into a transformer over codes.
 
     Attributes:
       crossattn: Context tokens [b, m, k], read by cross-attention.
       concat: Channels [b, h, w, c] that are concatenated to the latents.
       vector: Added to the timestep embedding: class indices [b] or features [b, d].
+      tokens: Tokens int32 [b, m] that precede the picture's, or a grid [b, h, w] of them with one
+        for each code of the picture.
     """
 
     crossattn: jax.Array | None = None
     concat: jax.Array | None = None
     vector: jax.Array | None = None
+    tokens: jax.Array | None = None
 
 
 class Rows(NamedTuple):
@@ -107,6 +112,8 @@ class Conditioner:
       argument: Name of the condition's argument in an exported program; None if it cannot be
         exported.
       options: Those of `REQUEST_OPTIONS` that the kind takes.
+      pretrained: The part of another model directory that its parameters come from, which are then
+        never trained; None: they are trained, unless the config says "frozen".
     """
 
     field: ClassVar[str | None] = None
@@ -122,6 +129,7 @@ class Conditioner:
     by_patch: ClassVar[bool] = True
     argument: ClassVar[str | None] = None
     options: ClassVar[Names] = ()
+    pretrained: ClassVar[str | None] = None
 
     # ------------------------------------------------------------------------------ from a config
 
@@ -251,6 +259,11 @@ class Conditioner:
         """
         return {}
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of values of `Cond.tokens`."""
+        return 0
+
     def init(self, key: jax.Array) -> dict:
         """Returns fresh parameters; {} where there are none."""
         module = getattr(self, "module", None)
@@ -325,7 +338,7 @@ class Conditioner:
             if name != self.field and getattr(request, name) is not None:
                 raise RequestError(f"{sentence}, not {name}")
         for name in REQUEST_OPTIONS:
-            if name not in self.options and getattr(request, name) is not None:
+            if name not in (self.field, *self.options) and getattr(request, name) is not None:
                 raise RequestError(f"{sentence}, which takes no {name}")
         if self.field is not None and not as_list(getattr(request, self.field)):
             raise RequestError(f"{sentence}: give at least one")

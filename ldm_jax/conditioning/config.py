@@ -112,7 +112,8 @@ def frozen_conditioner(
     if isinstance(fields.get("text"), Mapping):
         fields["text"], params = frozen_conditioner(fields["text"], weights)
         return fields, params
-    path, frozen = fields.pop("path", None), fields.pop("frozen", False)
+    part = conditioner_class(fields).pretrained
+    path, frozen = fields.pop("path", None), fields.pop("frozen", part is not None)
     if not frozen:
         if path and weights:
             raise ConfigError(
@@ -120,18 +121,20 @@ def frozen_conditioner(
                 "model.conditioner.frozen too"
             )
         return fields, None
-    if not weights:
-        return fields, jax.eval_shape(make_conditioner(fields, jnp.float32).init, jax.random.key(0))
+    untrained = fields.pop("untrained", False)
+    if not weights or (untrained and not path):
+        init, key = make_conditioner(fields, jnp.float32).init, jax.random.key(0)
+        return fields, jax.jit(init)(key) if weights else jax.eval_shape(init, key)
     if not path:
         raise ConfigError(
             "model.conditioner.frozen: give the model directory that its parameters come from as "
             "model.conditioner.path"
         )
     saved, params = load_model(find_model(path))
-    if "conditioner" not in params:
-        raise ConfigError(f"model.conditioner.path {path} has no conditioner with parameters")
-    merged = _merged(saved["conditioner"], json.loads(json.dumps(fields)), str(path))
-    return merged, params["conditioner"]
+    if (part := part or "conditioner") not in params:
+        raise ConfigError(f"model.conditioner.path {path} has no {part} with parameters")
+    own = {k: v for k, v in saved[part].items() if k != "kind" or part == "conditioner"}
+    return _merged(own, json.loads(json.dumps(fields)), str(path)), params[part]
 
 
 def _merged(saved: Mapping[str, Any], fields: Mapping[str, Any], path: str, at: str = "") -> dict:

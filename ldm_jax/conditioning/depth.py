@@ -4,6 +4,7 @@ The map is given; nothing here estimates it from a picture.
 """
 
 import dataclasses
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ class RowDepth(RowCondition):
 
 
 def read_depth(value: Any) -> np.ndarray:
-    """Reads a picture of one channel or an array as float32 [h, w]; colours become grey.
+    """Reads a picture of one channel, a .npy or an array as float32 [h, w]; colours become grey.
+
+    Args:
+      value: A path, a picture, an array, or the bytes of a picture or of a .npy file.
 
     Raises:
       RequestError: It cannot be read.
@@ -77,6 +81,16 @@ def read_depth(value: Any) -> np.ndarray:
             )
         return array
 
+    if isinstance(value, str | Path) and Path(value).suffix == ".npy":
+        try:
+            value = Path(value).read_bytes()
+        except OSError as error:
+            raise RequestError(f"depth {value} cannot be read: {error.strerror or error}") from None
+    if isinstance(value, bytes) and value.startswith(b"\x93NUMPY"):
+        try:
+            return convert(np.load(io.BytesIO(value), allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise RequestError(f"depth: {error}") from error
     if isinstance(value, bytes):
         from ldm_jax.data import decode
 

@@ -155,16 +155,21 @@ class SemanticMap(Conditioner):
         if self.of_pictures:
             picture = fit(read_picture(value, "semantic_map"), size, "semantic_map")
             return picture.astype(np.float32) / 127.5 - 1.0
-        labels, known = request_labels(value), self.module.in_channels
-        if labels.min() < 0 or labels.max() >= known:
-            highest = max(labels.max(), -labels.min(), key=abs)
-            raise RequestError(
-                f"semantic_map has the label {highest}: this model knows 0 to {known - 1}"
-            )
-        # Two bytes of a label as two channels, since only 8-bit pictures are resampled.
-        pixels = np.stack([labels & 255, labels >> 8, np.zeros_like(labels)], -1).astype(np.uint8)
-        fitted = fit(pixels, size, "semantic_map", "nearest").astype(int)
-        return fitted[:, :, 0] + 256 * fitted[:, :, 1]
+        return request_map(value, size, self.module.in_channels)
+
+
+def request_map(value: Any, size: tuple[int, int], known: int) -> np.ndarray:
+    """Reads a request's map and fits it to ``size``: labels [h, w] below ``known``."""
+    labels = request_labels(value)
+    if labels.min() < 0 or labels.max() >= known:
+        highest = max(labels.max(), -labels.min(), key=abs)
+        raise RequestError(
+            f"semantic_map has the label {highest}: this model knows 0 to {known - 1}"
+        )
+    # Two bytes of a label as two channels, since only 8-bit pictures are resampled.
+    pixels = np.stack([labels & 255, labels >> 8, np.zeros_like(labels)], -1).astype(np.uint8)
+    fitted = fit(pixels, size, "semantic_map", "nearest").astype(int)
+    return fitted[:, :, 0] + 256 * fitted[:, :, 1]
 
 
 def request_labels(value: Any) -> np.ndarray:

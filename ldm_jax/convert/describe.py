@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from ldm_jax.convert.compvis.names import EMA
+from ldm_jax.convert.compvis.others import of_target
 from ldm_jax.convert.originals import infer
 from ldm_jax.convert.reader.reader import Checkpoint
 from ldm_jax.errors import TargetError
@@ -15,6 +16,7 @@ FAMILIES = {
         "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
     ),
     "latent diffusion (CompVis)": "model.diffusion_model.time_embed.0.weight",
+    "transformer over codes (taming-transformers)": "transformer.tok_emb.weight",
     "VQGAN (taming-transformers) or VQ first stage": "quantize.embedding.weight",
     "KL first stage (CompVis)": "post_quant_conv.weight",
     "UNet (diffusers)": "time_embedding.linear_1.weight",
@@ -58,6 +60,8 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
     except TargetError:
         return {}
     params = original.params
+    if (own := of_target(original.target)) is not None:
+        return own.describe(original)
     if "unet_config" not in params:
         return {"first stage": _autoencoder(original.target, params)}
     unet, stage, conditioner = (

@@ -70,7 +70,8 @@ def construct(
 _INTERNAL = ("parent", "name", "kernels")  # fields of a module that no config has
 
 
-def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a section of a model config; raises ConfigError where there is none."""
     if name not in config:
         raise ConfigError(f"model config: the section {name!r} is missing")
     try:
@@ -89,7 +90,7 @@ def build_first_stage(
     With "force_upcast" it computes in float32 where the model has float16, which its activations
     exceed.
     """
-    fields, options = _section(config, "first_stage"), {"remat": REMATS[remat]}
+    fields, options = section(config, "first_stage"), {"remat": REMATS[remat]}
     kind = fields.pop("kind", None)
     if fields.pop("force_upcast", False) and dtype == "float16":
         dtype = "float32"
@@ -104,7 +105,7 @@ def build_first_stage(
 
 def build_conditioner(config: Mapping[str, Any], dtype: str = "float32") -> Conditioner:
     """The conditioner of a config's "conditioner"."""
-    return make_conditioner(_section(config, "conditioner"), DTYPES[dtype])
+    return make_conditioner(section(config, "conditioner"), DTYPES[dtype])
 
 
 def build(
@@ -135,8 +136,8 @@ def build(
     return LatentDiffusion(
         params=params,
         first_stage=FirstStage(first_stage_params, config.get("scale_factor", 1.0), stage),
-        schedule=construct(make_schedule, "schedule", _section(config, "schedule")),
-        unet=construct(UNet, "unet", _section(config, "unet"), **options),
+        schedule=construct(make_schedule, "schedule", section(config, "schedule")),
+        unet=construct(UNet, "unet", section(config, "unet"), **options),
         conditioner=conditioner,
         objective=config["objective"],
         config_json=json.dumps(config),
@@ -165,8 +166,13 @@ def check_params(model: LatentDiffusion) -> None:
     present = dict(model.params)
     if model.first_stage.module is not None:
         present["first_stage"] = model.first_stage.params
+    check_shapes(_param_shapes(model.config_json), present)
+
+
+def check_shapes(expected: Any, present: Any) -> None:
+    """Raises ConfigError where one of the ``expected`` arrays is missing or has another shape."""
     shapes = {path: leaf.shape for path, leaf in _leaves(present)}
-    for path, leaf in _leaves(_param_shapes(model.config_json)):
+    for path, leaf in _leaves(expected):
         if shapes.get(path) != leaf.shape:
             found = (
                 f"has the shape {shapes[path]}, not {leaf.shape}"

@@ -159,6 +159,11 @@ class LatentDiffusion:
         """The config that it was built from."""
         return json.loads(self.config_json)
 
+    @property
+    def multiple(self) -> int:
+        """Sides of latents are multiples of this, so that every level of the UNet halves them."""
+        return 2 ** (len(self.unet.channel_mult) - 1)
+
     def apply(self, params: Any, x: jax.Array, t: jax.Array, cond: Cond, **options: Any) -> Any:
         """The UNet's output [b, h, w, c] at latents ``x`` [b, h, w, c] and timesteps ``t`` [b].
 

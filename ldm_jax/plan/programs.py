@@ -182,7 +182,7 @@ class Step(Program):
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh, zero1: bool, cached: bool):
         super().__init__(config, mesh)
         self.cached = cached
-        self.tx = make_optimizer(config.optim, config.steps)
+        self.tx = make_optimizer(config.optim, config.steps, self.task.decays)
 
         def create(key: jax.Array) -> Any:
             params, extra = self.task.init(key), self.task.extra(key)

@@ -134,7 +134,7 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
         size=None if request.size is None else (request.size[0], request.size[1]),
         own=(own.size[0], own.size[1]),
         factor=model.first_stage.downsampling,
-        multiple=2 ** (len(model.unet.channel_mult) - 1),
+        multiple=model.multiple,
         names=model.config.get("classes"),
     )
     canvas = conditioner.canvas(request, geometry)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from ldm_jax.models.unet import layout
 from ldm_jax.sampling.classifier import load_classifier, take_classes, with_labels
 from ldm_jax.sampling.decoding import decode_part
 from ldm_jax.sampling.inputs import Inputs, check_request, make_inputs
+from ldm_jax.sampling.kinds import pipeline_class
 from ldm_jax.sampling.program import Pictures, SamplingConfig, Steps, finish, generate
 from ldm_jax.sampling.programs import ProgramStore, shape_and_type
 from ldm_jax.sampling.refining import check_pair, divide, without_others
@@ -167,11 +168,20 @@ class Pipeline:
     The number of steps, the batch, the size, the sampler, its cache and the kind of task are
     compiled in; prompts, seeds, pictures, masks, strength, guidance, eta and temperature are
     traced, as are the sampler's options but for those that change its number of calls.
+
+    A subclass samples another kind of model; `ldm_jax.sampling.kinds` lists them.
+
+    Attributes:
+      refused: Settings that this kind of model does not have.
+      refused_parts: Options of `load` that it has no use for.
     """
+
+    refused: ClassVar[tuple[str, ...]] = ("top_k", "top_p")
+    refused_parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
-        model: LatentDiffusion,
+        model: Any,
         *,
         dtype: str = "float32",
         name: str = "",
@@ -196,7 +206,7 @@ class Pipeline:
         self.dtype, self.name, self.refiner = dtype, name, refiner
         self.parallel: Mode = parallel
         self.defaults = default_settings(model)
-        self._schedule = jax.device_get(model.schedule)
+        self._schedule = jax.device_get(getattr(model, "schedule", None))
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._executables: dict[Any, Callable[..., Any]] = {}
         self._store = programs
@@ -216,6 +226,7 @@ class Pipeline:
         Raises:
           CheckpointError: A file cannot be read, or does not fit the model.
         """
+        self.check_parts(lora=loras)
         try:
             pairs = pairs_of(loras)
             params = merge_loras(self.model.config, self.model.params, pairs)
@@ -234,6 +245,7 @@ class Pipeline:
         Raises:
           CheckpointError: A file cannot be read, or does not fit the model.
         """
+        self.check_parts(control=controls)
         model, dtype = self.model, DTYPES[self.dtype]
         nets, params = list(model.controls), dict(model.params.get("controls", {}))
         for path in controls:
@@ -259,6 +271,28 @@ class Pipeline:
         copied.model = jax.device_put(model, kernels.weight_formats(model, whole))
         copied._shared = {}
         return copied
+
+    @classmethod
+    def check_parts(cls, **parts: Any) -> None:
+        """Raises RequestError for an option of `load` that this kind of model has no use for."""
+        for name, value in parts.items():
+            if value and name in cls.refused_parts:
+                raise RequestError(f"{name} is not for this kind of model: leave it out")
+
+    @staticmethod
+    def build(config: dict[str, Any], params: dict[str, Any], dtype: str) -> Any:
+        """Builds the model of a model directory; raises ConfigError.
+
+        Args:
+          config: Of ``config.json``.
+          params: By part; "conditioner" is {} where it has none.
+          dtype: The type that the model computes in.
+        """
+        first_stage = params.pop("first_stage", None)
+        params.pop("logvar", None)  # of the training loss alone
+        return build(config, params, first_stage, dtype)
+
+    check_params: ClassVar[Callable[[Any], None]] = staticmethod(check_params)
 
     # ------------------------------------------------------------------------------- requests
 
@@ -292,6 +326,8 @@ class Pipeline:
         guidance: float | Sequence[float] | None = None,
         eta: float | None = None,
         temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         sampler: str | None = None,
         sampler_options: Mapping[str, float] | None = None,
         noise_dropout: float | None = None,
@@ -369,7 +405,7 @@ class Pipeline:
         if self.refiner is not None:
             return self._refined(request, self.refiner)
         request, labels = take_classes(self.model, request)
-        request = check_request(self.model, request)
+        request = self.check(request)
         own = self.complete(request)
         if request.switch is not None:
             raise RequestError("switch needs a refiner: give one")
@@ -494,6 +530,21 @@ class Pipeline:
         then = Job(theirs, last, left, second, count, canvas.keep, [])
         return Job(own, config, steps, first, count, canvas.keep, [], then)
 
+    def check(self, request: Request) -> Request:
+        """Returns the request, checked against the model; see `check_request`."""
+        self.refuse(request)
+        return check_request(self.model, request)
+
+    def refuse(self, request: Request) -> None:
+        """Raises RequestError for a setting that this kind of model does not have.
+
+        The value that `complete` gives it, as in the settings of a picture, is none.
+        """
+        for name in self.refused:
+            value = getattr(request, name)
+            if value is not None and value != getattr(self.defaults, name):
+                raise RequestError(f"{name} is no setting of this kind of model: leave it out")
+
     def _shown(self, own: Request, steps: Steps) -> tuple[tuple[int, ...], list[int]]:
         """Returns the calls whose predictions are computed, and which of them are returned."""
         assert own.sampler is not None
@@ -555,7 +606,7 @@ class Pipeline:
 
     def check_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Returns (height, width) if the model can make it."""
-        factor = self.model.first_stage.downsampling * 2 ** (len(self.model.unet.channel_mult) - 1)
+        factor = self.model.first_stage.downsampling * self.model.multiple
         if len(size) != 2 or min(size) < factor or size[0] % factor or size[1] % factor:
             raise RequestError(
                 f"size {'x'.join(map(str, size))}: height and width must be multiples of {factor}"
@@ -691,6 +742,10 @@ class Pipeline:
         model = self.model if count == 1 else self._shared[count]
         return self.program(sampler, config, count, apart), model, count
 
+    def step_of(self, sampler: str, config: Any) -> Callable[..., Pictures]:
+        """Returns the pure function of (model, steps, inputs, kernels=) that is compiled."""
+        return partial(_generate, sampler=sampler, config=config)
+
     def program(
         self, sampler: str, config: SamplingConfig, count: int = 1, apart: bool = False
     ) -> Callable[..., Pictures]:
@@ -705,7 +760,7 @@ class Pipeline:
             mesh = self.mesh if count == 1 else cores.mesh_of(self.cores[:count])
             whole, rows = PartitionSpec(), PartitionSpec(cores.AXIS)
             kernels = partial(for_platform, cores.platform_of(mesh), differentiable=False)
-            step = partial(_generate, sampler=sampler, config=config)
+            step = self.step_of(sampler, config)
             if apart or (count == 1 and self.parallel == "pmap"):
                 each = jax.shard_map(
                     partial(step, kernels=kernels()),
@@ -928,24 +983,24 @@ def load(
     dtype = check_dtype(dtype)
     parts = {"vae": vae, "text_encoder": text_encoder, "clip": clip}
     path, fields, params = read_parts(name, config, ema, **parts)
-    if fields.get("kind") != "latent_diffusion":
+    cls = pipeline_class(fields.get("kind"))
+    if cls is None:
         raise RequestError(
             f"{path} is a {fields.get('kind')}, which makes no pictures by itself: give a latent "
             "diffusion model, or --reconstruct a folder of pictures"
         )
+    cls.check_parts(**parts, refiner=refiner, classifier=classifier, lora=lora, control=control)
+    cls.check_parts(embedding=embedding, prompt_weights=prompt_weights, clip_skip=clip_skip)
     try:
-        params = as_dtype(params, dtype)
-        params = {"conditioner": {}, **params}  # an empty tree leaves no trace on disk
-        first_stage = params.pop("first_stage", None)
-        params.pop("logvar", None)  # of the training loss alone
+        params = {"conditioner": {}, **as_dtype(params, dtype)}  # {} leaves no trace on disk
         fields, params = with_embeddings(fields, params, embedding)
         fields = with_prompts(fields, prompt_weights, clip_skip)
-        model = build(fields, params, first_stage, dtype)
+        model = cls.build(fields, params, dtype)
         store = None if programs is None else ProgramStore(programs)
         if store is None:
-            check_params(model)
+            cls.check_params(model)
         else:
-            store.once(check_params, model)
+            store.once(cls.check_params, model)
         if classifier is not None:
             guide = load_classifier(classifier, model)
             model = dataclasses.replace(model, classifier=guide)
@@ -953,9 +1008,7 @@ def load(
         second = None
         if refiner is not None:
             second = load(refiner, dtype=dtype, programs=programs, **options)
-        pipe = Pipeline(
-            model, dtype=dtype, name=str(name), programs=store, refiner=second, **options
-        )
+        pipe = cls(model, dtype=dtype, name=str(name), programs=store, refiner=second, **options)
     except ConfigError as error:
         where = path if is_foreign(path) else path / "config.json"
         raise CheckpointError(f"{where}: {error}") from None

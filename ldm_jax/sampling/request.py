@@ -160,7 +160,8 @@ class Request:
       negative: Prompts to be guided away from.
       image: The picture to start from; for a super-resolution model, the small picture.
       mask: Bright where ``image`` is painted.
-      depth: For a depth model: a map of inverse depth, brighter where nearer, of any range.
+      depth: For a depth model: a map of inverse depth, brighter where nearer, of any range: a
+        picture of one channel (8 or 16 bits, floats) or a .npy file.
       outpaint: Pixels to add at the image's (top, right, bottom, left).
       strength: Denoising strength in (0, 1]: the fraction of the steps that is run on ``image``.
       variation: Distance in [0, 1] from ``image`` by its inverted noise.
@@ -178,7 +179,11 @@ class Request:
       guidance: Scale of classifier-free guidance, one or one for each picture; 1 is none.
       eta: Noise of the samplers that have it: 0 is deterministic, 1 the DDPM's; by default the
         sampler's own, which is 0 for ddim.
-      temperature: Factor of the noise that ddim and tcd (with eta), ddpm and lcm add.
+      temperature: Factor of the noise that ddim and tcd (with eta), ddpm and lcm add; for a
+        transformer over codes, of their logits' inverse.
+      top_k: For a transformer over codes: choose among the k likeliest codes.
+      top_p: For a transformer over codes: choose among the likeliest codes up to this probability
+        in (0, 1] (arXiv:1904.09751).
       sampler: Name of the sampler.
       sampler_options: Further options of the sampler: name -> number, as in {"churn": 40}.
       noise_dropout: Rate in [0, 1) of dropout on the noise that the sampler adds.
@@ -228,7 +233,9 @@ class Request:
         "file", "A picture to start from; for a super-resolution model, to enlarge."
     )
     mask: Any = option("file", "A picture that is white where --image is painted.")
-    depth: Any = option("file", "A depth map, brighter where nearer, for a depth model.")
+    depth: Any = option(
+        "file", "A depth map, brighter where nearer: a picture of one channel, or a .npy file."
+    )
     outpaint: Sequence[int] | None = option(
         "wholes", "TOP,RIGHT,BOTTOM,LEFT: pixels to add around --image."
     )
@@ -283,6 +290,12 @@ class Request:
         "real",
         "Factor of the noise that ddim and tcd (with --eta), ddpm and lcm add (default: 1).",
         own=1.0,
+    )
+    top_k: int | None = option(
+        "whole", "Choose each code among the k likeliest (transformers over codes).", own=None
+    )
+    top_p: float | None = option(
+        "real", "Choose each code among the likeliest up to this probability.", own=None
     )
     sampler: str | None = option(
         "text",
@@ -397,6 +410,10 @@ class Request:
             raise RequestError(
                 f"noise_dropout must be at least 0 and below 1, not {self.noise_dropout}"
             )
+        if self.top_k is not None and self.top_k < 1:
+            raise RequestError(f"top_k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p must be above 0 and up to 1, not {self.top_p}")
         for name in ("eta", "temperature"):
             if (getattr(self, name) or 0) < 0:
                 raise RequestError(

@@ -96,7 +96,7 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
         check_cache(config, task)
     else:
         task.check_rows(train_loader)
-    tx, rate = make_optimizer(optim, config.steps), learning_rate(optim, config.steps)
+    tx, rate = make_optimizer(optim, config.steps, task.decays), learning_rate(optim, config.steps)
     mesh = mesh_of(config)
 
     def init(key: jax.Array) -> TrainState:

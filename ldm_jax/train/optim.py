@@ -1,5 +1,6 @@
 """The optimiser: AdamW, Adafactor or Muon with warm-up, decay and clipping, from a config."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -100,7 +101,9 @@ def describe_rate(config: Any, batch_size: int) -> str:
     )
 
 
-def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Any, steps: int, decays: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformation:
     """Builds the optimiser of a config's "optim".
 
     Clipping by global norm (``clip``; 0 for none), then AdamW (Loshchilov & Hutter 2019,
@@ -111,6 +114,12 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     and scales it to the size of AdamW's updates (arXiv:2502.16982), so that learning rate and
     weight decay are AdamW's; biases, scales and tables of embeddings take AdamW with Nesterov's
     momentum.
+
+    Args:
+      config: The config's "optim".
+      steps: The number of steps of the run.
+      decays: ``decays(params)`` is a tree of booleans, True where ``weight_decay`` applies; None:
+        everywhere. What Muon leaves to AdamW then does not decay.
     """
     rate = learning_rate(config, steps)
     if config.kind == "adafactor":
@@ -118,6 +127,7 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
             rate,
             multiply_by_parameter_scale=False,
             weight_decay_rate=config.weight_decay or None,
+            weight_decay_mask=decays,
             momentum=config.b1 or None,
             dtype_momentum=config.mu_dtype,
         )
@@ -126,16 +136,17 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
             rate,
             beta=0.95,
             weight_decay=config.weight_decay,
+            weight_decay_mask=decays,
             mu_dtype=config.mu_dtype,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
+            adam_weight_decay=config.weight_decay if decays is None else 0.0,
             muon_weight_dimension_numbers=_matrices,
             consistent_rms=0.2,
         )
     else:
         moments = {"b1": config.b1, "b2": config.b2, "mu_dtype": config.mu_dtype}
-        chosen = optax.adamw(rate, weight_decay=config.weight_decay, **moments)
+        chosen = optax.adamw(rate, weight_decay=config.weight_decay, mask=decays, **moments)
     return optax.chain(optax.clip_by_global_norm(config.clip), chosen) if config.clip else chosen
 
 

@@ -3,12 +3,34 @@
 import jax
 import pytest
 
-from . import adapters, diffusion, evaluation, networks, options, retrieval, schedulers, sgm, stages
+from . import (
+    adapters,
+    diffusion,
+    evaluation,
+    networks,
+    options,
+    retrieval,
+    schedulers,
+    sgm,
+    stages,
+    transformer,
+)
 from .golden import Case, NotYet, all_cases, compare
 
 pytestmark = pytest.mark.parity
 
-PARTS = (adapters, networks, stages, diffusion, schedulers, evaluation, options, retrieval, sgm)
+PARTS = (
+    adapters,
+    networks,
+    stages,
+    diffusion,
+    schedulers,
+    evaluation,
+    options,
+    retrieval,
+    sgm,
+    transformer,
+)
 RUNNERS = {name: runner for part in PARTS for name, runner in part.CASES.items()}
 
 

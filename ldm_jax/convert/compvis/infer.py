@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm_jax.convert.compvis import others
 from ldm_jax.convert.compvis.names import CONDITIONER, FIRST_STAGE, UNET
 from ldm_jax.convert.compvis.schedules import schedule_params
 from ldm_jax.convert.compvis.targets import OPEN_CLIP, VIT_H
@@ -102,6 +103,8 @@ def infer(tensors: Mapping[str, Any], family: Callable[..., Original] | None = N
 
 
 def _infer(names: Shapes, tensors: Mapping[str, Any]) -> Original:
+    if (own := others.of_names(names)) is not None:
+        return own.infer(names, tensors)
     if names.any(UNET):
         return _latent_diffusion(names, tensors)
     if names.any("encoder.") and names.any("decoder."):

@@ -32,7 +32,7 @@ HARMLESS: tuple[tuple[str, str], ...] = (
     (r"cond_stage_model\.(.*\.)?visual\.", "of CLIP's image tower"),
     (r"(v_pred|ztsnr|edm_vpred\..*)$", "a marker of the objective, which config.json records"),
     (r"model_ema\.", "of averages that are not there, or not of the UNet"),
-    (r"(first_stage_model\.)?loss\.", "of the loss that the first stage was trained with"),
+    (r"((first|cond)_stage_model\.)?loss\.", "of the loss that the first stage was trained with"),
     (r"denoiser\.", "the table of noise levels, which follows from the schedule"),
     (r"(lvlb_weights|ddim_\w+|log_sigmas|sigmas|sqrt_\w+|posterior_\w+)$", "a table of constants"),
     (r"(.*\.)?(lora_\w+|lora)\.", "of a LoRA, which is no part of the model"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ldm_jax.convert.compvis import others
 from ldm_jax.convert.compvis.infer import (
     DEPTH,
     INPAINTING,
@@ -119,6 +120,8 @@ def config_of(
     Raises:
       TargetError: It cannot be run here.
     """
+    if (own := others.of_target(original.target)) is not None:
+        return own.config_of(original, modules)
     if "unet" not in modules:
         return {
             "kind": "first_stage",
@@ -153,7 +156,7 @@ def config_of(
 
 
 def first_stage_section(module: Autoencoder) -> dict[str, Any]:
-    """Returns the "first_stage" section of an autoencoder."""
+    """Returns the "first_stage" of a model config; TargetError where it cannot hold the module."""
     kind = "kl" if isinstance(module, AutoencoderKL) else "vq"
     if isinstance(module, VQModel) and module.quantizer == "ema":
         raise TargetError(
@@ -282,6 +285,8 @@ def _remembered(original: Original) -> dict[str, Any]:
 def original_of(config: Mapping[str, Any]) -> Original:
     """Returns the original's description of a model; TargetError names what it cannot hold."""
     kept = config.get("original", {})
+    if (own := others.of_config(config)) is not None:
+        return own.original_of(config)
     if config.get("kind") == "first_stage":
         return Original(*first_stage_of(build_first_stage(config), kept.get("target"), alone=True))
     if config.get("kind") != "latent_diffusion":

@@ -17,6 +17,7 @@ from ldm_jax.convert.compvis.names import (
     unwrap,
 )
 from ldm_jax.convert.compvis.original import read_yaml
+from ldm_jax.convert.compvis.others import of_target
 from ldm_jax.convert.compvis.whole import IDENTITIES, Whole
 from ldm_jax.convert.converted import MISSING, Converted, Taking, describe
 from ldm_jax.convert.originals import config_of, infer, whole_from_config
@@ -190,6 +191,8 @@ def whole_of(original: Original, tensors: Mapping[str, Any], ema: bool = False) 
             stage = params["first_stage_config"]
             inner = {**(stage.get("params") or {}), "lossconfig": loss}
             params["first_stage_config"] = {**stage, "params": inner}
+        elif of_target(original.target) is not None:
+            vgg = ()
         else:
             params["lossconfig"], vgg = loss_config(shapes)
         return whole_from_config(original.target, params, vgg=vgg or VGG16_WIDTHS, **options)

@@ -476,8 +476,10 @@ def discriminator_from_params(params: Mapping[str, Any]) -> PatchDiscriminator:
 
 def gpt_from_params(params: Mapping[str, Any]) -> GPT:
     """taming.modules.transformer.mingpt.GPT."""
-    same = "vocab_size block_size n_layer n_head n_embd n_unmasked embd_pdrop resid_pdrop"
-    return GPT(**pick_params("GPT", params, same=same, fixed={"attn_pdrop": 0.0}))
+    same = (
+        "vocab_size block_size n_layer n_head n_embd n_unmasked embd_pdrop resid_pdrop attn_pdrop"
+    )
+    return GPT(**pick_params("GPT", params, same=same))
 
 
 TARGETS: dict[str, Callable[[Mapping[str, Any]], Any]] = {

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.convert.compvis import others
 from ldm_jax.convert.compvis.encoders import open_clip_table
 from ldm_jax.convert.compvis.names import CONDITIONER, EMA, FIRST_STAGE, UNET
 from ldm_jax.convert.compvis.networks import param_shapes, table_of
@@ -337,4 +338,6 @@ def whole_from_config(target: str, params: Mapping[str, Any], **options: Any) ->
     """Returns the checkpoint of a YAML's ``target`` and ``params``; options as of the two above."""
     if target in WHOLE:
         return WHOLE[target](params, **options)
+    if (own := others.of_target(target)) is not None:
+        return own.whole(params, **options)
     return first_stage(target, params, **options)

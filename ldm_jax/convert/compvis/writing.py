@@ -25,7 +25,7 @@ def to_compvis(config: Mapping[str, Any], params: Mapping[str, Any], out: Path) 
     if yaml_file.exists():
         raise CheckpointError(f"{yaml_file} is already there; give a new name or remove it first")
     original = original_of(config)
-    tree = {part: params.get(part, {}) for part in ("unet", "conditioner", "first_stage", "logvar")}
+    tree = {part: params.get(part, {}) for part in ("unet", "conditioner", *params)}
     if "logvar" in params:
         original.params["learn_logvar"] = True
     if original.params.get("scale_by_std"):

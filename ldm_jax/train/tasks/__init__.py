@@ -9,6 +9,7 @@ from ldm_jax.train.tasks.classifier import ClassifierTask
 from ldm_jax.train.tasks.contrastive import ContrastiveTask
 from ldm_jax.train.tasks.diffusion import DiffusionTask
 from ldm_jax.train.tasks.label_maps import LabelMapTask
+from ldm_jax.train.tasks.transformer import TransformerTask
 
 TASKS: dict[str, type[Task]] = {
     "autoencoder": AutoencoderTask,
@@ -16,6 +17,7 @@ TASKS: dict[str, type[Task]] = {
     "contrastive": ContrastiveTask,
     "diffusion": DiffusionTask,
     "label_maps": LabelMapTask,
+    "transformer": TransformerTask,
 }
 
 

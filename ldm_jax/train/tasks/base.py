@@ -108,6 +108,11 @@ class Task:
         """Returns fresh parameters; compiled by the caller."""
         raise NotImplementedError
 
+    @property
+    def decays(self) -> Callable[[Any], Any] | None:
+        """What `make_optimizer` decays by ``optim.weight_decay``; None: all parameters."""
+        return None
+
     def extra(self, key: jax.Array) -> dict[str, Any]:
         """Returns what the state carries beside parameters; compiled by the caller."""
         return {}
