@@ -1,6 +1,6 @@
 """Runs ``ldm-sample`` from a checkout."""
 
-from ldm_jax.cli.sample import main
+from ldm_jax.cli import start_sample
 
 if __name__ == "__main__":
-    main()
+    start_sample()

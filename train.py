@@ -1,6 +1,6 @@
 """Runs the `ldm-train` command; see ``python train.py --help``."""
 
-from ldm_jax.cli.train import main
+from ldm_jax.cli import start_train
 
 if __name__ == "__main__":
-    main()
+    start_train()

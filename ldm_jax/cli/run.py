@@ -14,7 +14,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from ldm_jax.cli.config import config_names
-from ldm_jax.errors import LdmJaxError, did_you_mean
+from ldm_jax.errors import LdmJaxError, ResourceError, did_you_mean
 from ldm_jax.io.resources import resource_errors
 
 # Errors of the machine, not of the program: no space, no permission, no such file ...
@@ -23,6 +23,7 @@ EXPECTED = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO),
     *(errno.EMFILE, errno.ENOMEM, errno.ELOOP, errno.ENOTEMPTY),
 }
+MEMORY_ADVICE = "lower the batch or the size"
 PIPE_CLOSED = 141  # as a shell reports SIGPIPE
 
 
@@ -40,11 +41,12 @@ def run(main: Callable[[Any], None]) -> None:
             near = known if known.startswith(";") else ""
             sys.exit(fail(f"--config {file} does not exist{near}"))
         try:
-            if "--help" not in argv:
-                return flags.FLAGS(argv)
-            _show_flags_of(main)
-            return app.parse_flags_with_usage(argv)
-        except OSError as error:  # of --help on a full disk, or of what a config file reads
+            with resource_errors(MEMORY_ADVICE):
+                if "--help" not in argv:
+                    return flags.FLAGS(argv)
+                _show_flags_of(main)
+                return app.parse_flags_with_usage(argv)
+        except (OSError, ResourceError) as error:  # of --help, or of what a config file reads
             sys.exit(fail(error))
         except Exception as error:  # absl's own, and what a config file raises while it is read
             sys.exit(fail(_flag_mistake(error, argv)))
@@ -83,7 +85,7 @@ def one_line(name: str, main: Callable[[], Any], *, lists: bool = False) -> int:
       lists: Keep the lines of a message that lists what does not fit.
     """
     try:
-        with resource_errors("lower the batch or the size"):
+        with resource_errors(MEMORY_ADVICE):
             main()
             sys.stdout.flush()
     except SystemExit as stop:

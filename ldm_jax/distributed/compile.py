@@ -26,7 +26,7 @@ def compile_step(
     shared: tuple[Any, ...],
     donate: tuple[int, ...] = (),
     out_shared: Any = True,
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """``step(*args, axis_name=None)`` compiled over the mesh.
 
     In both modes arguments and results have their global shapes.

@@ -2,7 +2,7 @@
 
 import sys
 
-from ldm_jax.cli.eval import main
+from ldm_jax.cli import start_eval
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start_eval())

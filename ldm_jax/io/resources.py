@@ -64,6 +64,8 @@ def resource_errors(
             ) from None
         if why == "memory":
             text = (str(error).strip().splitlines() or [""])[0][:160]
+            if limit := address_limit():
+                memory += f"; ulimit -v allows {limit / 2**30:.2f} GiB of address space"
             raise ResourceError(
                 f"out of memory: {memory}" + (f" ({text})" if text else "")
             ) from None
@@ -71,6 +73,16 @@ def resource_errors(
     finally:
         threading.excepthook = shown
         log.removeFilter(without_traceback)
+
+
+def address_limit() -> int | None:
+    """Returns this process's limit of address space in bytes, None without one."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def reason(error: BaseException | None) -> Literal["disk", "memory"] | None:

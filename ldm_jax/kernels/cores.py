@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ldm_jax.kernels import heap
+
 AXIS = "data"
 _used = False
 
@@ -84,8 +86,37 @@ def free_memory(mesh: Mesh) -> int | None:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         if limit != resource.RLIM_INFINITY:
-            left.append(limit - pages * resource.getpagesize())
+            left.append(limit - pages * resource.getpagesize() + heap.free_bytes())
     return max(min(left), 0) if left else None
+
+
+def check_free(mesh: Mesh, need: int, what: str = "") -> None:
+    """Raises MemoryError where a CPU has less than ``need`` bytes left.
+
+    The system would end the process without a message.
+
+    Args:
+      mesh: The devices; on other platforms nothing is checked.
+      need: Bytes on all devices together.
+      what: What needs them, for the message.
+    """
+    free = free_memory(mesh)
+    if free is not None and need > free:
+        figures = f"{need / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
+        raise MemoryError(f"{what}: {figures}" if what else figures)
+
+
+def check_program(compiled: Any, mesh: Mesh, what: str = "") -> None:
+    """Raises MemoryError where a compiled program needs more than a CPU has left.
+
+    Args:
+      compiled: A `jax.stages.Compiled`.
+      mesh: The devices that it runs on.
+      what: The program, for the message.
+    """
+    if (stats := compiled.memory_analysis()) is not None:
+        new = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
+        check_free(mesh, len(mesh.local_devices) * (stats.temp_size_in_bytes + new), what)
 
 
 def fewest(rows: int, most: int) -> int:

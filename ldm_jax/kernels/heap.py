@@ -47,6 +47,26 @@ def keep_large_blocks() -> bool:
     return bool(kept)
 
 
+def free_bytes() -> int:
+    """Returns the bytes that the heap has taken from the system and not given out; 0 if unknown."""
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallinfo2"):
+        return 0
+    libc.mallinfo2.restype = _MallInfo
+    return libc.mallinfo2().fordblks
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
 def _surely_cpu() -> bool:
     """Whether no other backend can start, decided before any has."""
     if platforms := jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,7 +2,7 @@
 
 import sys
 
-from ldm_jax.cli.plan import main
+from ldm_jax.cli import start_plan
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start_plan())

@@ -706,23 +706,10 @@ class Pipeline:
                 described = sampler, config, count, self.parallel, self.dtype
                 compiled = self._store.get(program, arguments, result, *described)
             if math.prod(config.size) * len(inputs.seeds) >= LARGE:
-                self._check_memory(compiled, count)
+                mesh = self.mesh if count == 1 else cores.mesh_of(self.cores[:count])
+                cores.check_program(compiled, mesh)
             self._executables[key] = compiled
         return self._executables[key], model
-
-    def _check_memory(self, compiled: Any, count: int) -> None:
-        """Raises MemoryError where a program of ``count`` cores needs more than is free.
-
-        The system of a CPU would end the process without a message.
-        """
-        stats, free = compiled.memory_analysis(), cores.free_memory(self.mesh)
-        if stats is None or free is None:
-            return
-        devices = count if count > 1 else self.mesh.devices.size
-        need = devices * (stats.temp_size_in_bytes + stats.output_size_in_bytes)
-        if need > free:
-            needed, left = need / 2**30, free / 2**30
-            raise MemoryError(f"{needed:.1f} GiB are needed, {left:.1f} GiB are free")
 
     def prepare(
         self, sampler: str, config: SamplingConfig, inputs: Inputs

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from ldm_jax.errors import (
 )
 from ldm_jax.io.checkpoint import BestCheckpoints, TrainingCheckpoints, read_config, save_model
 from ldm_jax.io.resources import resource_errors
-from ldm_jax.kernels import for_platform
+from ldm_jax.kernels import cores, for_platform
 from ldm_jax.nn.layers import with_kernels
 from ldm_jax.train.config import check_config, check_rows, check_workdir, claim_workdir, complete
 from ldm_jax.train.encode import check_cache
@@ -118,6 +119,11 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
 
     # ------------------------------------------------------------------------- start or resume
     # The folder is written only now: a mistake above leaves nothing behind.
+    size = sum(
+        math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, where in zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True)
+    )
+    cores.check_free(mesh, len(mesh.local_devices) * size, "parameters, averages and optimiser")
     if is_first():
         claim_workdir(workdir, config)
     barrier("claimed")
@@ -158,9 +164,11 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
 
     # ------------------------------------------------------------------------------------ loop
     first_row = process[0] * config.batch_size // process[1]
+    unchecked = platform == "cpu"  # others report a lack of memory themselves
 
     def run(start: int, state: TrainState, preemption: Preemption) -> TrainState:
         """Trains from step ``start`` to the last; TrainingDiverged before a bad state is saved."""
+        nonlocal unchecked
         report, batches = Report(workdir, config, task, start, rate), train_loader.iterate(start)
         # Metrics of the step before, which are read while the device runs the next one.
         pending: tuple[int, dict] | None = None
@@ -173,6 +181,10 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
                     batch = global_rows(task.host_batch(raw, first_row), mesh)
                 compiles = step == start + 1
                 with report.pause() if compiles else contextlib.nullcontext():
+                    if compiles and unchecked:
+                        compiled = step_fn.lower(state, frozen, batch).compile()
+                        cores.check_program(compiled, mesh, "a training step")
+                        unchecked = False
                     state, metrics = step_fn(state, frozen, batch)
                 if pending is not None:
                     report.step(*pending)

@@ -407,6 +407,22 @@ def test_links_and_damaged_headers_in_tars(tmp_path, caplog):
 
 
 @pytest.mark.fast
+def test_an_empty_header_within_a_tar_is_no_end(tmp_path, caplog):
+    path = write_shard(tmp_path / "d.tar", list(THREE.items()))
+    whole = path.read_bytes()
+    with caplog.at_level(logging.WARNING):
+        assert len(values(path=path)) == 3
+    assert "damaged" not in caplog.text
+    # A block that a disk zeroed, and two archives one after the other.
+    for data, where in ((whole[:1024] + bytes(2048) + whole[1024:], 3072), (whole * 2, len(whole))):
+        caplog.clear()
+        path.write_bytes(data)
+        with caplog.at_level(logging.WARNING):
+            values(path=path)
+        assert f"is damaged at byte {where}: its other files are lost" in caplog.text
+
+
+@pytest.mark.fast
 def test_compressed_shards_are_named(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
     fails(r"a\.tar\.gz is not a plain tar .* unpack it first", source="webdataset", path=tmp_path)

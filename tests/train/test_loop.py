@@ -23,8 +23,9 @@ from PIL import Image
 import ldm_jax
 from ldm_jax.configs.common import base
 from ldm_jax.distributed.mesh import make_mesh
-from ldm_jax.errors import CheckpointError, ConfigError, TrainingDiverged
+from ldm_jax.errors import CheckpointError, ConfigError, ResourceError, TrainingDiverged
 from ldm_jax.io.checkpoint import BestCheckpoints, TrainingCheckpoints, load_model, save_model
+from ldm_jax.kernels import cores
 from ldm_jax.models.autoencoder import init_autoencoder
 from ldm_jax.models.build import build, build_first_stage, init_params
 from ldm_jax.models.ldm import FirstStage
@@ -273,6 +274,22 @@ def test_a_run_begins_with_a_models_parameters(quick, first_stage, tmp_path):
     ):
         train(quick, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_without_the_memory_is_refused_with_both_figures(quick, tmp_path, monkeypatch):
+    free = [1000]
+    monkeypatch.setattr(cores, "free_memory", lambda mesh: free[0])
+    figures = r"{}: 0\.0 GiB are needed, 0\.0 GiB are free"
+    state = figures.format("parameters, averages and optimiser")
+    with pytest.raises(ResourceError, match=f"out of memory: a smaller batch_size.*{state}"):
+        train(quick, tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    monkeypatch.setattr(cores, "free_memory", lambda mesh: free.pop())
+    free[:] = [1000, 2**60]
+    step = figures.format("a training step")
+    with pytest.raises(ResourceError, match=f"out of memory: a smaller batch_size.*{step}"):
+        train(quick, tmp_path / "step")
+    assert not free
 
 
 def test_a_diffusion_run_that_begins_with_a_model_takes_its_scale(pictures, first_stage, tmp_path):

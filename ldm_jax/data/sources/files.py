@@ -90,11 +90,20 @@ def _scan_tar(
                 seen[name] = Member(info.offset_data, info.size, int(info.mtime))
                 yield prefix + name, seen[name]
             archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (bounds its memory)
-        # tarfile ends at a damaged header as it does at the end of the archive.
+        # tarfile ends at a damaged header, and at one of zeros, as at the end of the archive.
         at: int = archive.offset  # pyright: ignore[reportAttributeAccessIssue]
-        file.seek(at)
-        if file.read(max(0, min(512, end - at))).strip(b"\0"):
-            _LOG.warning("%s is damaged at byte %d: its other files are lost", path, at)
+        if (found := _first_byte(file, at, end)) is not None:
+            _LOG.warning("%s is damaged at byte %d: its other files are lost", path, found)
+
+
+def _first_byte(file: IO[bytes], start: int, end: int) -> int | None:
+    """Returns the position of the first byte that is not 0, in whole blocks; None without one."""
+    file.seek(start)
+    while (size := min(2**20, end - start)) > 0 and (data := file.read(size)):
+        if rest := data.lstrip(b"\0"):
+            return start + (len(data) - len(rest)) // 512 * 512
+        start += len(data)
+    return None
 
 
 def read_at(file: Any, member: Member, path: str) -> bytes:
