@@ -1,26 +1,39 @@
 """Describes a checkpoint from its names and shapes, for ``ldm-convert inspect``."""
 
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from ldm_jax.convert.compvis.names import EMA
-from ldm_jax.convert.compvis.others import of_target
-from ldm_jax.convert.originals import infer
+from ldm_jax.convert.compvis.names import EMA, other_file
+from ldm_jax.convert.originals import described, infer
 from ldm_jax.convert.reader.reader import Checkpoint
 from ldm_jax.errors import TargetError
 
-# A name that only one family has; the first match wins.
-FAMILIES = {
-    "Stable Diffusion v1 (CompVis)": (
-        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+_OPEN_CLIP = "cond_stage_model.model.positional_embedding"
+# Names that only one family has; the first match wins.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "Stable Diffusion XL base (sgm)": (
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
     ),
-    "latent diffusion (CompVis)": "model.diffusion_model.time_embed.0.weight",
-    "transformer over codes (taming-transformers)": "transformer.tok_emb.weight",
-    "VQGAN (taming-transformers) or VQ first stage": "quantize.embedding.weight",
-    "KL first stage (CompVis)": "post_quant_conv.weight",
-    "UNet (diffusers)": "time_embedding.linear_1.weight",
-    "CLIP text tower (transformers)": "text_model.embeddings.position_embedding.weight",
+    "Stable Diffusion XL refiner (sgm)": ("conditioner.embedders.0.model.positional_embedding",),
+    "Stable Diffusion XL, the UNet alone (sgm)": ("model.diffusion_model.label_emb.0.0.weight",),
+    "Stable Diffusion x4 upscaler (CompVis)": (
+        _OPEN_CLIP,
+        "model.diffusion_model.label_emb.weight",
+    ),
+    "Stable Diffusion 2 (CompVis)": (_OPEN_CLIP,),
+    "Stable Diffusion v1 (CompVis)": (
+        "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+    ),
+    "latent diffusion (CompVis)": ("model.diffusion_model.time_embed.0.weight",),
+    "transformer over codes (taming-transformers)": ("transformer.tok_emb.weight",),
+    "VQGAN (taming-transformers) or VQ first stage": ("quantize.embedding.weight",),
+    "KL first stage (CompVis)": ("post_quant_conv.weight",),
+    "ControlNet (diffusers)": ("controlnet_cond_embedding.conv_in.weight",),
+    "UNet of Stable Diffusion XL (diffusers)": ("add_embedding.linear_1.weight",),
+    "UNet (diffusers)": ("time_embedding.linear_1.weight",),
+    "CLIP text tower (transformers)": ("text_model.embeddings.position_embedding.weight",),
 }
 
 
@@ -34,7 +47,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
             values[str(tensor.dtype)] += prod(tensor.shape)
     lines = {
         "file": f"{checkpoint.path.name} ({checkpoint.format})",
-        "family": next((family for family, name in FAMILIES.items() if name in names), "unknown"),
+        "family": _family(names),
         **_architecture(checkpoint),
         "values": f"{sum(values.values()):,} in {len(names) - shadows} tensors without EMA",
         "dtype": ", ".join(f"{dtype} {n:,}" for dtype, n in values.most_common()),
@@ -53,15 +66,22 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
     return lines
 
 
+def _family(names: Mapping[str, Any]) -> str:
+    for family, marks in FAMILIES.items():
+        if all(mark in names for mark in marks):
+            return family
+    return other_file(names) or "unknown"
+
+
 def _architecture(checkpoint: Checkpoint) -> dict[str, str]:
     """Returns the parts of a model of the original with their sizes, or {}."""
     try:
         original = infer(checkpoint.tensors)
     except TargetError:
         return {}
+    if (own := described(original)) is not None:
+        return own
     params = original.params
-    if (own := of_target(original.target)) is not None:
-        return own.describe(original)
     if "unet_config" not in params:
         return {"first stage": _autoencoder(original.target, params)}
     unet, stage, conditioner = (

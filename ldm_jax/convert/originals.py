@@ -11,10 +11,12 @@ from ldm_jax.convert.compvis import infer as ldm_infer
 from ldm_jax.convert.compvis import original as ldm_original
 from ldm_jax.convert.compvis import whole as ldm_whole
 from ldm_jax.convert.compvis.infer import Original, Shapes
+from ldm_jax.convert.compvis.others import of_target
 from ldm_jax.convert.compvis.whole import Whole
 from ldm_jax.convert.sgm.engine import (
     ENGINE,
     config_of_engine,
+    describe_engine,
     diffusion_engine,
     original_of_engine,
 )
@@ -55,4 +57,12 @@ def original_of(config: Mapping[str, Any]) -> Original:
     return ldm_original.original_of(config)
 
 
-__all__ = ["Shapes", "config_of", "infer", "original_of", "whole_from_config"]
+def described(original: Original) -> dict[str, str] | None:
+    """Returns {label: text} of a model that says itself what it consists of, else None."""
+    if original.target == ENGINE:
+        return describe_engine(original)
+    own = of_target(original.target)
+    return None if own is None else own.describe(original)
+
+
+__all__ = ["Shapes", "config_of", "described", "infer", "original_of", "whole_from_config"]

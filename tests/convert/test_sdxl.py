@@ -1,6 +1,8 @@
 """Stable Diffusion XL: its condition, its files in both layouts, and sampling."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from sdxl_models import model_of, random_params, sdxl_config
 
 from ldm_jax.conditioning import make_conditioner
 from ldm_jax.convert.conversion import export, read_model
+from ldm_jax.convert.describe import describe
 from ldm_jax.convert.originals import infer, original_of, whole_from_config
 from ldm_jax.convert.tables import flatten, source_shapes
 from ldm_jax.data.transforms import Crop, ImageTransform, View
@@ -83,6 +86,48 @@ def test_the_yaml_names_the_classes_and_is_inferred_from_names():
     again = whole_from_config(found.target, found.params)
     assert source_shapes(again.table, again.shapes) == shapes
     assert found.params["conditioner_config"]["params"]["emb_models"][2:] == models[2:]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("refiner", [False, True])
+def test_inspect_describes_every_part(refiner):
+    original = original_of(sdxl_config(refiner))
+    whole = whole_from_config(original.target, original.params)
+    shapes = source_shapes(whole.table, whole.shapes)
+    lines = describe(found_in({n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}))
+    assert lines["family"] == f"Stable Diffusion XL {'refiner' if refiner else 'base'} (sgm)"
+    assert "model_channels 32, channel_mult [1, 2]" in lines["UNet"]
+    towers = ["FrozenOpenCLIPEmbedder2 of txt"]
+    towers = towers if refiner else ["FrozenCLIPEmbedder of txt", *towers]
+    assert lines["condition"].startswith(", ".join(towers))
+    assert lines["predicts"] == "eps"
+    assert lines["first stage"].startswith("ch 32, ch_mult [1, 2]")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        (["add_embedding.linear_1.weight"], "UNet of Stable Diffusion XL (diffusers)"),
+        (["model.diffusion_model.label_emb.0.0.weight"], "Stable Diffusion XL, the UNet alone"),
+        (["cond_stage_model.model.positional_embedding"], "Stable Diffusion 2 (CompVis)"),
+        (["controlnet_cond_embedding.conv_in.weight"], "ControlNet (diffusers)"),
+        (["control_model.time_embed.0.weight"], "a ControlNet, not a model; give"),
+        (["lora_unet_mid_block.lora_up.weight"], "a LoRA, not a model; give"),
+        (["emb_params"], "a textual inversion embedding, not a model; give"),
+        (["double_blocks.0.img_attn.qkv.weight"], "FLUX, which is not supported"),
+        (["some.other.weight"], "unknown"),
+    ],
+)
+def test_inspect_names_the_family_or_the_kind_of_file(names, family):
+    lines = describe(found_in({name: np.zeros((2, 2), np.float32) for name in names}))
+    assert lines["family"].startswith(family)
+
+
+def found_in(arrays: dict[str, np.ndarray]) -> Any:
+    return SimpleNamespace(
+        tensors=arrays, tree={}, path=Path("x.safetensors"), format="safetensors", standins={}
+    )
 
 
 def test_a_file_without_parts_names_what_to_give(tmp_path):

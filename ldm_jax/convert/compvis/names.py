@@ -138,12 +138,16 @@ def check_is_model(tensors: Mapping[str, Any], where: str) -> None:
     models = (f"{UNET}input_blocks.", "encoder.mid.", "encoder.down.")
     if any(name.startswith(models) for name in tensors):
         return
+    if meaning := other_file(tensors):
+        raise TargetError(f"{where} is {meaning}")
+
+
+def other_file(tensors: Mapping[str, Any]) -> str | None:
+    """Returns what a file is that is no model, and what takes it; None where it is not known."""
     for pattern, meaning in _OTHERS:
         if any(re.match(pattern, name) for name in tensors):
-            raise TargetError(f"{where} is {meaning}")
+            return meaning
     flat = [t for name, t in tensors.items() if "." not in name and name not in ("weight", "bias")]
     if 0 < len(flat) == len(tensors) <= _EMBEDDING and all(len(t.shape) in (1, 2) for t in flat):
-        raise TargetError(
-            f"{where} is a textual inversion embedding, not a model; give a model and this with"
-            " --embedding"
-        )
+        return "a textual inversion embedding, not a model; give a model and this with --embedding"
+    return None

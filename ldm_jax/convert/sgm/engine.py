@@ -218,3 +218,29 @@ def original_of_engine(config: Mapping[str, Any]) -> Original:
         },
     }
     return Original(ENGINE, params)
+
+
+def describe_engine(original: Original) -> dict[str, str]:
+    """Returns {label: text} of a description, for ``ldm-convert inspect``."""
+    params = original.params
+    unet, stage = (params[f"{part}_config"].get("params") for part in ("network", "first_stage"))
+    lines = {"UNet": ", ".join(f"{name} {unet[name]}" for name in _SHOWN if name in unet)}
+    embedders = params["conditioner_config"].get("params", {}).get("emb_models", [])
+    texts = []
+    for embedder in embedders:
+        key = embedder.get("input_key", "")
+        texts.append(f"{embedder['target'].split('.')[-1]} of {key}" if key else embedder["target"])
+    lines["condition"] = ", ".join(texts) or "none in this file"
+    objective, _ = _denoiser(params["denoiser_config"])
+    lines["predicts"] = objective
+    if stage:
+        inner = stage.get("ddconfig", stage)
+        known = ("ch", "ch_mult", "num_res_blocks", "z_channels")
+        lines["first stage"] = ", ".join(f"{name} {inner[name]}" for name in known if name in inner)
+    return lines
+
+
+_SHOWN = (
+    *("model_channels", "channel_mult", "num_res_blocks", "transformer_depth"),
+    *("attention_resolutions", "in_channels", "context_dim", "adm_in_channels"),
+)
