@@ -66,3 +66,24 @@ def smoke(config: Any) -> None:
     }
     config.model.unet.update(in_channels=8, out_channels=8, context_dim=64, num_heads=2, **narrow)
     config.model.sampling.update(size=(64, 64), steps=10)
+
+
+def lora_of(
+    config: ml_collections.ConfigDict, *, path: str, like: str, size: tuple[int, int]
+) -> None:
+    """Sets what the LoRA of a large frozen model needs on one accelerator.
+
+    Args:
+      config: A config of the task "lora".
+      path: The model directory.
+      like: The config of the model, for plans without it.
+      size: Height and width in pixels.
+    """
+    config.ema = 0.0
+    config.dtype = config.base_dtype = "bfloat16"
+    config.remat = "blocks"
+    config.save_every = config.eval_every = config.preview_every = 500
+    config.data.update(size=size, flip=False, num_workers=4)
+    config.optim.update(decay="cosine", final=0.02, clip=1.0, weight_decay=0.01)
+    config.loss.caption_dropout = 0.05
+    config.model.update(path=path, like=like)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from ldm_jax.conditioning import config as conditions
-from ldm_jax.train.config import check_config
+from ldm_jax.train.config import check_config, complete
 from ldm_jax.train.tasks import TASKS
 
 SHARED = ("__init__", "common", "presets", "emoji_presets", "released", "transformers")
@@ -45,7 +45,7 @@ LARGE = (("rdm", "neighbors"), ("vqgan_transformer", "class"), ("vqgan_transform
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_a_config_is_whole(name, variant, monkeypatch):
-    config = importlib.import_module(f"configs.{name}").get_config(variant)
+    config = complete(importlib.import_module(f"configs.{name}").get_config(variant))
     check_config(config)
     if config.task == "diffusion" and "kind" not in config.model.first_stage:
         config.model.first_stage.path = (
@@ -58,7 +58,7 @@ def test_a_config_is_whole(name, variant, monkeypatch):
     task = TASKS[config.task].from_config(config, weights=False)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     millions = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
-    assert millions > 0.3
+    assert millions > (0.1 if name.endswith("_lora") else 0.3)
     if variant and (name, variant) not in LARGE:
         assert millions < 10
     elif name in RELEASED:

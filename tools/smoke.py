@@ -73,6 +73,9 @@ def run(name: str, folder: Path, asked: dict[str, list[str]]) -> tuple[str, floa
                 "sample.py",
                 [f"--model={model}", *asked[kind], *steps, f"--out={folder / name / 'out'}"],
             )
+        elif config["kind"] == "lora":
+            adapted = [f"--model={config['base']}", f"--lora={model}", "--prompt=red apple"]
+            wrong = execute("sample.py", [*adapted, *STEPS, f"--out={folder / name / 'out'}"])
     return name, time.perf_counter() - began, wrong
 
 

@@ -4,6 +4,8 @@ ldm-convert SRC --out MODEL_DIR      a model directory, and a report about each 
 ldm-convert inspect SRC              what a checkpoint is
 ldm-convert export MODEL_DIR --to compvis --out FILE.safetensors
                                      a model directory under the names of the original
+ldm-convert export LORA_DIR --to kohya --out FILE.safetensors
+                                     a LoRA that was trained here; --to peft for diffusers
 ldm-convert merge MODEL --lora FILE:0.8 --out MODEL_DIR
                                      a model with LoRA files merged into its weights
 ldm-convert merge A B --weights 0.3 --out MODEL_DIR
@@ -34,7 +36,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command == "export":
         add("model", help="a model directory")
         add("--to", choices=list(EXPORTS), required=True, help="the layout")
-        add("--out", required=True, help="the new file; its .yaml is written beside it")
+        add("--out", required=True, help="the new file or folder; compvis has its .yaml beside it")
         return parser
     if command == "merge":
         add("models", metavar="MODEL", nargs="+", help="a model directory or checkpoint, up to 3")

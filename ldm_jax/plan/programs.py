@@ -207,7 +207,7 @@ class Step(Program):
             parts = {self.task.exported_part: sum(parts.values())}
         for name, part in self.frozen.items():
             weights = part.params if name == "first_stage" else part
-            if name in ("conditioner", "perceptual", "first_stage") and weights is not None:
+            if name in ("base", "conditioner", "perceptual", "first_stage") and weights is not None:
                 parts[f"{name} (frozen)"] = _count(weights)
         return parts
 

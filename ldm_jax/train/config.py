@@ -34,7 +34,8 @@ POSITIVE_SETTINGS = (
 def complete(config: Any) -> Any:
     """Returns a copy of a config with the defaults of the fields that it lacks.
 
-    Such a config is older than the package: the defaults of new fields keep its meaning.
+    Such a config is older than the package: the defaults of new fields keep its meaning. What the
+    task reads from a model that the config names is filled in, too.
     """
     from ldm_jax.configs.common import base
 
@@ -54,6 +55,7 @@ def complete(config: Any) -> Any:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         fill(config, base(config.task))
+        task_class(config).complete_config(config)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         LOG.warning("the config lacks %s%s: the defaults are used", missing[0], more)

@@ -9,9 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import ldm_jax
+from ldm_jax.configs.common import base as make_base
+from ldm_jax.convert.conversion import convert, export
 from ldm_jax.diffusion.samplers import initial_noise
+from ldm_jax.distributed.mesh import make_mesh
+from ldm_jax.train import loop
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -26,6 +31,7 @@ from test_live_diffusers import (  # noqa: E402
     random,
     stable_diffusion,
 )
+from test_live_sdxl import folders, loaded  # noqa: E402, F401
 
 pytestmark = pytest.mark.compile
 
@@ -106,6 +112,63 @@ def test_lora_of_the_text_encoder(base: Any, tmp_path: Path) -> None:
     expected = theirs(PROMPTS, **options).images
     pipe = ldm_jax.load(folder, dtype="float32", devices=1, lora=[file])
     close(pipe(PROMPTS, seeds=SEEDS, steps=10, guidance=3.0), expected, plain)
+
+
+def trained_lora(base_model: Path, folder: Path, targets: tuple[str, ...]) -> Path:
+    """The directory of a LoRA that two steps have trained on pictures of noise."""
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir(parents=True)
+    for i in range(4):
+        pixels = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+    convert(base_model, folder / "base")
+    config = make_base("lora")
+    config.update(steps=2, batch_size=2, ema=0.0, save_every=2, eval_every=2, eval_batches=1)
+    config.update(preview_every=2, preview_captions=("toy",), loss={"caption_dropout": 0.0})
+    config.data.update(path=str(folder / "pictures"), size=(16, 16), caption="toy")
+    config.optim.update(lr=0.1)
+    config.model.update(path=str(folder / "base"), sampling={"size": (16, 16)})
+    config.adapter.update(rank=2, alpha=3.0, targets=targets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda **axes: make_mesh(1))
+        return ldm_jax.train(config, folder / "run")
+
+
+TRAINED = (r"attn\d/to_(q|k|v|out)$", "in_conv", "proj_in$", r"layers_\d/(q|fc1)$")
+
+
+def test_a_lora_that_was_trained_here(base: Any, tmp_path: Path) -> None:
+    folder, plain = base
+    lora = trained_lora(folder, tmp_path, TRAINED)
+    pipe = ldm_jax.load(folder, dtype="float32", devices=1)
+    found = pipe.with_lora((lora, 0.7))(PROMPTS, seeds=SEEDS, steps=10, guidance=3.0)
+    for to in ("kohya", "peft"):
+        export(lora, to, tmp_path / f"{to}.safetensors")
+        theirs = reload(folder)
+        theirs.load_lora_weights(tmp_path, weight_name=f"{to}.safetensors", adapter_name="a")
+        theirs.set_adapters(["a"], [0.7])
+        options = OPTIONS | {"num_inference_steps": 10, "latents": noise(8, 8)}
+        close(found, theirs(PROMPTS, **options).images, plain)
+
+
+def test_a_lora_of_stable_diffusion_xl_that_was_trained_here(
+    folders: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    folder = folders["base"]
+    lora = trained_lora(folder, tmp_path, TRAINED)
+    pipe = ldm_jax.load(folder, dtype="float32", devices=1)
+    settings = {"seeds": SEEDS[:1], "steps": 4, "guidance": 3.0}
+    found = pipe.with_lora((lora, 0.7))(PROMPTS[:1], size=(16, 16), **settings)
+    theirs = loaded("StableDiffusionXLPipeline", folder)
+    options = OPTIONS | {"num_inference_steps": 4, "latents": noise(8, 8)[:1]}
+    plain = theirs(PROMPTS[0], **options).images
+    for to in ("kohya", "peft"):
+        export(lora, to, tmp_path / f"{to}.safetensors")
+        theirs = loaded("StableDiffusionXLPipeline", folder)
+        theirs.load_lora_weights(tmp_path, weight_name=f"{to}.safetensors", adapter_name="a")
+        theirs.set_adapters(["a"], [0.7])
+        close(found, theirs(PROMPTS[0], **options).images, plain)
 
 
 def test_textual_inversion_of_several_vectors(base: Any, tmp_path: Path) -> None:

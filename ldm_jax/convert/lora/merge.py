@@ -3,23 +3,21 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.conditioning import make_conditioner
-from ldm_jax.convert.compvis.networks import table_of
-from ldm_jax.convert.diffusers.components import MODULES
-from ldm_jax.convert.diffusers.tables import TABLES
 from ldm_jax.convert.lora.deltas import ROLES, decomposed, delta
+from ldm_jax.convert.lora.names import tables_of
+from ldm_jax.convert.lora.writing import KIND, kohya_arrays
 from ldm_jax.convert.reader.lazy import shown
 from ldm_jax.convert.reader.reader import open_checkpoint
-from ldm_jax.convert.tables import Entry, Table, as_ours, flatten, nest
+from ldm_jax.convert.tables import Entry, as_ours, flatten, nest
 from ldm_jax.convert.tables import Path as ParamPath
-from ldm_jax.errors import ConversionError, TargetError
+from ldm_jax.errors import CheckpointError, ConversionError, ReaderError, TargetError
+from ldm_jax.io.checkpoint import load_model, read_config
 
 # Prefixes of layer names, dots as underscores -> the network. SDXL's two towers count from 1.
 _NETWORKS = {
@@ -31,8 +29,6 @@ _NETWORKS = {
     "text_encoder_2_": "text 2",
     "text_encoder_": "text",
 }
-# Name of a conditioner's tower -> the network; a sole tower has the name "".
-_TOWERS = {"": "text", "clip_l": "text", "clip_g": "text 2"}
 _ENDING = re.compile(rf"\.({'|'.join(map(re.escape, sorted(ROLES, key=len, reverse=True)))})$")
 # Older diffusers: attn1.processor.to_q_lora.down.weight.
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(up|down)\.weight$")
@@ -56,7 +52,8 @@ def read_lora(
     Args:
       config: The config of the model.
       params: Its parameters; only their shapes are used.
-      file: A .safetensors, .pt or .bin of kohya, LyCORIS, peft or diffusers.
+      file: A .safetensors, .pt or .bin of kohya, LyCORIS, peft or diffusers, or the model
+        directory of a LoRA that was trained here.
 
     Raises:
       ReaderError: The file cannot be read.
@@ -64,16 +61,16 @@ def read_lora(
       ConversionError: Layers that the model does not have.
     """
     file = Path(file)
-    with open_checkpoint(file) as checkpoint:
-        layers: dict[str, dict[str, np.ndarray]] = {}
-        unknown = []
-        for name, tensor in checkpoint.tensors.items():
-            base, role = _split(name)
-            if base is None:
-                unknown.append(name)
-            else:
-                layers.setdefault(base, {})[role] = tensor.numpy().astype(np.float32)
-        alphas = _Alphas(checkpoint.metadata)
+    named, metadata = _arrays_of(file)
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    unknown = []
+    for name, array in named.items():
+        base, role = _split(name)
+        if base is None:
+            unknown.append(name)
+        else:
+            layers.setdefault(base, {})[role] = array.astype(np.float32)
+    alphas = _Alphas(metadata)
     if not layers:
         raise TargetError(f"{file} is no LoRA: it has no arrays such as *.lora_down.weight")
     ConversionError.check(
@@ -207,6 +204,27 @@ def _updated(layer: Layer, weight: np.ndarray, strength: float) -> np.ndarray:
     return weight + np.float32(strength) * update
 
 
+def _arrays_of(file: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    """Returns ({name: array}, metadata) of a file or of a model directory.
+
+    Arrays that are not of a LoRA stay unread: they are empty.
+    """
+    if (file / "config.json").is_file():
+        try:
+            config = read_config(file)
+            return kohya_arrays(config, load_model(file)[1]) if config.get(
+                "kind"
+            ) == KIND else {}, {}
+        except CheckpointError as error:
+            raise ReaderError(str(error)) from None
+    with open_checkpoint(file) as checkpoint:
+        arrays = {
+            name: np.zeros(0) if _split(name)[0] is None else tensor.numpy()
+            for name, tensor in checkpoint.tensors.items()
+        }
+        return arrays, checkpoint.metadata
+
+
 def _split(name: str) -> tuple[str | None, str]:
     """Returns (the layer with dots as underscores, the role of the array) or (None, "")."""
     if match := _PROCESSOR.search(name):
@@ -261,25 +279,12 @@ Targets = dict[str, dict[str, tuple[ParamPath, Entry]]]
 def _targets(config: Mapping[str, Any], params: Mapping[str, Any]) -> Targets:
     """Returns {network: {layer name with underscores: (path of the parameter, entry)}}."""
     leaves, targets = flatten(params).keys(), {}
-    for network, path, table in _tables(config):
-        names = targets.setdefault(network, {})
-        for entry in table:
-            full = (*path, *getattr(entry, "path", ()))
+    for named in tables_of(config):
+        names = targets.setdefault(named.network, {})
+        for entry in named.table:
+            full = (*named.path, *getattr(entry, "path", ()))
             if isinstance(entry, Entry) and entry.source.endswith(".weight") and full in leaves:
                 base = entry.source.removesuffix(".weight").replace(".", "_")
                 names[base] = full, entry
                 names.setdefault(base.removeprefix("text_model_"), names[base])
     return targets
-
-
-def _tables(config: Mapping[str, Any]) -> Iterator[tuple[str, ParamPath, Table]]:
-    """Yields (network, path of its parameters, a table that names its layers)."""
-    if "unet" in config:
-        unet = MODULES["unet"](dict(config))
-        yield "unet", ("unet",), TABLES[type(unet)](unet)
-        yield "unet", ("unet",), table_of(unet, "")
-    if "conditioner" in config:
-        for name, text in make_conditioner(config["conditioner"], jnp.float32).towers.items():
-            if (tower := type(text.module)) in TABLES:
-                path = ("conditioner", name) if name else ("conditioner",)
-                yield _TOWERS.get(name, name), path, TABLES[tower](text.module)

@@ -9,6 +9,7 @@ from ldm_jax.train.tasks.classifier import ClassifierTask
 from ldm_jax.train.tasks.contrastive import ContrastiveTask
 from ldm_jax.train.tasks.diffusion import DiffusionTask
 from ldm_jax.train.tasks.label_maps import LabelMapTask
+from ldm_jax.train.tasks.lora import LoraTask
 from ldm_jax.train.tasks.transformer import TransformerTask
 
 TASKS: dict[str, type[Task]] = {
@@ -17,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     "contrastive": ContrastiveTask,
     "diffusion": DiffusionTask,
     "label_maps": LabelMapTask,
+    "lora": LoraTask,
     "transformer": TransformerTask,
 }
 

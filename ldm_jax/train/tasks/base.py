@@ -69,6 +69,13 @@ class Task:
         return {}
 
     @classmethod
+    def complete_config(cls, config: Any) -> None:
+        """Fills in, in place, what a directory that the config names gives, such as a model.
+
+        Raises ConfigError where a field of the config contradicts it.
+        """
+
+    @classmethod
     def check_config(cls, config: Any) -> None:
         """Raises ConfigError for a setting that would fail only later."""
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +117,9 @@ class DiffusionTask(Task):
             raise ConfigError("loss.min_snr_gamma and loss.p2_gamma both weigh timesteps: set one")
 
     @classmethod
-    def from_config(cls, config: Any, weights: bool = True) -> "DiffusionTask":
+    def from_config(cls, config: Any, weights: bool = True) -> Self:
         """Builds the model; first stage and frozen conditioner come from their directories."""
-        model, loss = plain(config.model), config.loss
+        model = plain(config.model)
         path, first_stage = model["first_stage"].pop("path", None), None
         if not weights:
             model["first_stage"], first_stage = first_stage_shapes(model["first_stage"], path)
@@ -133,8 +133,22 @@ class DiffusionTask(Task):
                 "train a first stage and give its model directory"
             )
         model["conditioner"], frozen = frozen_conditioner(model["conditioner"], weights)
+        return cls.of_model(config, model, first_stage, frozen)
+
+    @classmethod
+    def of_model(
+        cls, config: Any, model: dict[str, Any], first_stage: Any, conditioner: Any = None
+    ) -> Self:
+        """Builds the task of a model.
+
+        Args:
+          config: The config.
+          model: The model's own config, with a whole section "first_stage".
+          first_stage: Parameters of the first stage, or their shapes.
+          conditioner: Those of a frozen conditioner.
+        """
         condition = row_condition(plain(config))
-        model = complete_model(model, condition, loss.caption_dropout)
+        model = complete_model(model, condition, config.loss.caption_dropout)
         if model["schedule"].get("zero_terminal_snr") and model["objective"] == "eps":
             raise ConfigError(
                 "model.schedule.zero_terminal_snr: its last step is pure noise, from which eps "
@@ -144,7 +158,7 @@ class DiffusionTask(Task):
         built = build(model, None, first_stage, config.dtype, config.remat)
         built = built.with_kernels(for_platform(jax.default_backend()))
         check_sizes(built, tuple(config.data.size))
-        levels = loss.condition_levels
+        levels = config.loss.condition_levels
         if not 1 <= levels <= built.schedule.timesteps or (
             levels > 1 and built.conditioner.gives_vector
         ):
@@ -152,7 +166,7 @@ class DiffusionTask(Task):
                 f"loss.condition_levels {levels}: give a number from 1 to the schedule's "
                 f"{built.schedule.timesteps} timesteps, and 1 where the condition is a class number"
             )
-        return cls(config, built, model, condition, frozen)
+        return cls(config, built, model, condition, conditioner)
 
     def measure(self, batches: Batches) -> dict[str, Any]:
         """Measures the scale factor of the latents, unless the config gives it."""
@@ -416,7 +430,7 @@ class DiffusionTask(Task):
             sheet.append(fetch(quantized.images))
         return png.sheet([*sheet, fetch(made.progress)[0]])
 
-    def sampling_model(self) -> LatentDiffusion:
+    def sampling_model(self) -> LatentDiffusion | None:
         """Returns the model."""
         return self.model
 
