@@ -61,6 +61,8 @@ def build(studio: Studio) -> gr.Blocks:
             f"the page has no input for the condition {field!r}: use ldm-sample, or Python"
         )
     tasks = [task for task in TASKS if task.offered(studio.conditioner)]
+    if "toward" in studio.pipe.refused:
+        tasks = [task for task in tasks if task.name != "interpolate"]
     with gr.Blocks(
         title=f"ldm_jax: {studio.model['model']}",
         analytics_enabled=False,
@@ -145,7 +147,10 @@ class Settings:
 
     def __init__(self, studio: Studio):
         own, conditioner = studio.pipe.defaults, studio.conditioner
-        timesteps = studio.pipe.model.schedule.timesteps
+        refused = studio.pipe.refused
+        guided = conditioner.guided and "guidance" not in refused
+        schedule = getattr(studio.pipe.model, "schedule", None)
+        most = own.steps if schedule is None else min(schedule.timesteps, 200)
         self.own = own
         with gr.Row():
             self.num = gr.Slider(
@@ -171,7 +176,12 @@ class Settings:
         )
         with gr.Row():
             self.steps = gr.Slider(
-                1, max(min(timesteps, 200), own.steps), own.steps, step=1, label="Steps"
+                1,
+                max(most, own.steps),
+                own.steps,
+                step=1,
+                label="Steps",
+                visible="steps" not in refused,
             )
             self.guidance = gr.Slider(
                 1.0,
@@ -179,11 +189,17 @@ class Settings:
                 own.guidance,
                 step=0.1,
                 label="Guidance",
-                visible=conditioner.guided,
+                visible=guided,
             )
-            self.sampler = gr.Dropdown(OFFERED, value=own.sampler, label="Sampler", filterable=True)
-        self.names = advanced()
-        with gr.Accordion("Compare in a grid", open=False):
+            self.sampler = gr.Dropdown(
+                [own.sampler] if "sampler" in refused else OFFERED,
+                value=own.sampler,
+                label="Sampler",
+                filterable=True,
+                visible="sampler" not in refused,
+            )
+        self.names = advanced(refused)
+        with gr.Accordion("Compare in a grid", open=False, visible="steps" not in refused):
             gr.Markdown("Several values make a labelled grid.")
             with gr.Row():
                 self.many_steps = gr.Textbox(
@@ -194,7 +210,7 @@ class Settings:
                     label="Several guidance scales",
                     placeholder="1,3,5",
                     max_length=200,
-                    visible=conditioner.guided,
+                    visible=guided,
                 )
         with gr.Accordion("All settings", open=False):
             gr.Markdown("Empty fields are the model's own.")
@@ -465,7 +481,7 @@ def restorer(
             return [KEEP] * (count + 2)
         with mistakes():
             kept = read(path)
-            fits(kept)
+            fits(kept, studio.pipe.defaults.sampler)
             found = [
                 (task, part) for task, part in zip(tasks, parts, strict=True) if task.made(kept)
             ]
@@ -504,12 +520,17 @@ def read(path: str) -> dict[str, Any]:
     return kept
 
 
-def fits(kept: Mapping[str, Any]) -> None:
-    """Raises RequestError where a picture's settings have values that do not fit a request."""
+def fits(kept: Mapping[str, Any], own: str) -> None:
+    """Raises RequestError where a picture's settings have values that do not fit a request.
+
+    Args:
+      kept: The settings.
+      own: The model's own sampler.
+    """
     request = Request.from_row(kept)
     if request.seeds is None:
         raise RequestError("its settings lack 'seed', so it cannot be made again (a grid?)")
-    if request.sampler is not None and request.sampler not in SAMPLERS:
+    if request.sampler is not None and request.sampler not in (own, *SAMPLERS):
         raise RequestError(f"its sampler {request.sampler!r} does not exist")
     texts = [kept.get(name) for name in ("prompt", "negative", "toward_prompt")]
     if any(text is not None and not isinstance(text, str) for text in texts):

@@ -52,11 +52,16 @@ def python(model: Mapping[str, Any], requests: Sequence[Request]) -> str:
     return "\n".join(lines)
 
 
-def advanced() -> list[str]:
-    """Returns the options of a request that the page offers as a text, by their names."""
+def advanced(refused: Sequence[str] = ()) -> list[str]:
+    """Returns the options of a request that the page offers as a text, by their names.
+
+    Args:
+      refused: Options that the kind of model does not have.
+    """
     own = ("steps", "guidance", "sampler", "strength", "variation", "outpaint", "progress_every")
     return [
         name
         for name, field in OPTIONS.items()
-        if field.metadata["kind"] not in ("", "file", "texts", "classes") and name not in own
+        if field.metadata["kind"] not in ("", "file", "texts", "classes")
+        and name not in (*own, *refused)
     ]

@@ -3,9 +3,10 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
-from conftest import TINY, pipeline_of
+from conftest import TINY, pipeline_of, random_params
 from PIL import Image
 
 pytest.importorskip("gradio", reason="needs gradio: pip install ldm_jax[app]")
@@ -15,11 +16,14 @@ import httpx
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from ldm_jax.app.page import build
+from ldm_jax.app.page import build, fits
 from ldm_jax.app.server import launch
 from ldm_jax.app.studio import Studio
 from ldm_jax.errors import RequestError
 from ldm_jax.io.png import read_settings, save_png
+from ldm_jax.models import code_transformer
+from ldm_jax.models.autoencoder import init_autoencoder
+from ldm_jax.sampling.codes import CodePipeline
 
 MASKED = {"kind": "joined", "of": "masked", "channels": 5, "size": [8, 8]}
 KINDS = {
@@ -61,6 +65,47 @@ def test_tabs_are_what_the_model_can_do(kind, tmp_path):
     model["sampling"] = {"size": [16, 16], "steps": 4}
     page = build(Studio(pipeline_of(model), {"model": "tiny"}, tmp_path))
     assert tabs(page) == TABS[kind]
+
+
+def test_a_transformer_has_the_settings_that_it_takes(tmp_path):
+    model = {
+        "kind": "transformer",
+        "transformer": {
+            "vocab_size": 20, "block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16,
+        },
+        "first_stage": {
+            "kind": "vq", "n_embed": 16, "embed_dim": 4, "z_channels": 4, "ch": 8,
+            "ch_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4, "attn_resolutions": [],
+            "resolution": 8, "in_channels": 3, "out_ch": 3,
+        },
+        "conditioner": {"kind": "label", "n_classes": 3},
+        "sampling": {"size": [8, 8]},
+    }  # fmt: skip
+    made, key = code_transformer.build(model, None), jax.random.key(0)
+    params = jax.eval_shape(lambda: code_transformer.init_transformer(made, key))
+    stage = jax.eval_shape(lambda: init_autoencoder(made.first_stage.module, key))
+    made = made.replace(
+        params={"conditioner": {}, "transformer": random_params(params, 0)},
+        first_stage=made.first_stage.replace(params=random_params(stage, 1)),
+    )
+    studio = Studio(CodePipeline(made, devices=1), {"model": "m"}, tmp_path / "out")
+    page = build(studio)
+    assert tabs(page) == ["Class to image", *EDITS]
+    shown = {
+        c["props"].get("label"): c["props"].get("visible", True)
+        for c in page.get_config_file()["components"]
+    }
+    assert shown["top_k"]
+    assert not shown["Steps"]
+    assert not shown["Guidance"]
+    assert not shown["Sampler"]
+    assert "eta" not in shown
+    list(studio.run({"class": "1", "num": 2, "seed": 3, "top_k": "4"}))
+    kept = [read_settings(path) for path in sorted((tmp_path / "out").glob("*.png"))]
+    kept = [row for row in kept if "seed" in row]  # the grid has none
+    made = [(row["class"], row["seed"], row["top_k"]) for row in kept]
+    assert made == [("1", 3, 4), ("1", 4, 4)]
+    fits(kept[0], studio.pipe.defaults.sampler)
 
 
 @pytest.fixture(scope="module")
