@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from ldm_jax.configs import emoji
+from ldm_jax.distributed.flops import PRODUCTS, count_flops
 from ldm_jax.kernels.heap import keep_large_blocks
-from ldm_jax.plan.flops import PRODUCTS, count_flops
 from ldm_jax.train.encode import encode
 from ldm_jax.train.loaders import make_loader
 from ldm_jax.train.optim import make_optimizer

@@ -20,8 +20,8 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from jax.sharding import PartitionSpec
 
+from ldm_jax.distributed.flops import PRODUCTS, count_flops
 from ldm_jax.kernels import cores
-from ldm_jax.plan.flops import PRODUCTS, count_flops
 
 # Peak bfloat16 TFLOP/s for utilisation: the H200's as sustained by large products, else the
 # manufacturer's figure.

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 from jax.sharding import AbstractMesh
 
+from ldm_jax.distributed.flops import KINDS, PRODUCTS, count_flops, peak_bytes
 from ldm_jax.distributed.mesh import AXES, make_mesh, mesh_sizes, row_shards
 from ldm_jax.errors import PlanError, did_you_mean
 from ldm_jax.plan.chips import Topology, find_devices
-from ldm_jax.plan.flops import KINDS, PRODUCTS, count_flops, peak_bytes
 from ldm_jax.plan.programs import Compiled, Decode, Forward, Program, Step
 from ldm_jax.train.config import check_config, check_rows, complete
 from ldm_jax.train.tasks.base import plain

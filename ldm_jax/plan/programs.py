@@ -15,6 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ldm_jax.distributed.compile import compile_step
+from ldm_jax.distributed.flops import count_flops, nbytes
 from ldm_jax.distributed.mesh import ROWS, row_shards
 from ldm_jax.distributed.shardings import shardings, state_shardings
 from ldm_jax.errors import ConfigError, PlanError
@@ -23,7 +24,6 @@ from ldm_jax.models.build import DTYPES
 from ldm_jax.models.ldm import to_uint8
 from ldm_jax.nn.layers import with_kernels
 from ldm_jax.plan.chips import GIB, Topology
-from ldm_jax.plan.flops import count_flops, nbytes
 from ldm_jax.plan.hlo import Collective, collectives, parse
 from ldm_jax.plan.roofline import Kernel
 from ldm_jax.plan.roofline import kernels as launches

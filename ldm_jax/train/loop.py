@@ -180,6 +180,8 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
                     raw = task.batch_at(next(batches), step - 1)
                     batch = global_rows(task.host_batch(raw, first_row), mesh)
                 compiles = step == start + 1
+                if compiles:
+                    report.count(step_fn, state, frozen, batch)
                 with report.pause() if compiles else contextlib.nullcontext():
                     if compiles and unchecked:
                         compiled = step_fn.lower(state, frozen, batch).compile()
@@ -223,7 +225,7 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
                             LOG.info("best so far: %s %.4f at step %d", best.metric, value, step)
                     if previews:
                         raw = first_batches(preview_loader, 1)[0]
-                        report.preview(step, task.preview(weights, frozen, raw))
+                        report.preview(step, task.preview(weights, frozen, raw), raw.get("image"))
         return state
 
     with contextlib.ExitStack() as opened:

@@ -1,9 +1,14 @@
-"""The record of a run: progress line, TensorBoard, metrics.jsonl, Weights & Biases, previews."""
+"""The record of a run: progress line, TensorBoard, metrics.jsonl, Weights & Biases, previews.
+
+TensorBoard and Weights & Biases have the groups train/ and eval/, bins/ (validation by parts, see
+`Task.bins`), speed/, data/ and previews/.
+"""
 
 import contextlib
 import importlib
 import json
 import logging
+import resource
 import sys
 import time
 import uuid
@@ -14,12 +19,23 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from ldm_jax.distributed.chips import chip_of
+from ldm_jax.distributed.flops import PRODUCTS, count_flops
 from ldm_jax.distributed.processes import is_first
 from ldm_jax.errors import ConfigError, TrainingDiverged
 from ldm_jax.io import png
 from ldm_jax.train.tasks.base import Task
 
 LOG = logging.getLogger(__name__)
+
+PARTS = {"train": "train", "validation": "eval"}  # part of metrics.jsonl -> group
+# Metrics of this module -> group; the others are the task's.
+GROUPS = {
+    "images_per_second": "speed",
+    "mfu": "speed",
+    "memory_gib": "speed",
+    "waited_for_data": "data",
+}
 
 
 class Report:
@@ -36,6 +52,7 @@ class Report:
 
     Attributes:
       suspect: Whether the last step was close to divergence: its state must not be saved.
+      useful: FLOPs of a step that count for the MFU; 0 where they or the peak are not known.
     """
 
     def __init__(
@@ -43,26 +60,46 @@ class Report:
     ):
         import tensorboardX
         from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
         self.config, self.task, self.rate = config, task, rate
         self.previews = workdir / "previews"
         self.writes = is_first()
+        self.terminal = self.writes and sys.stderr.isatty()
+        self.opened = contextlib.ExitStack()
         if self.writes:
             self.previews.mkdir(exist_ok=True)
             purge = first + 1 if first else None
             self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=purge, flush_secs=30)
             self.jsonl = reopen_metrics(workdir / "metrics.jsonl", first)
             self.wandb = open_wandb(workdir, config)
-        self.terminal = self.writes and sys.stderr.isatty()
+            where = f"tensorboard --logdir {workdir}; {self.previews}; {workdir / 'metrics.jsonl'}"
+            LOG.info("progress: %s", where)
+        # A line that is redrawn and cut to the terminal's width; a log file has a line a record.
         self.bar = tqdm(
             total=config.steps,
             initial=first,
-            unit="step",
+            bar_format="{percentage:3.0f} % |{bar:8}| {n_fmt}/{total_fmt}{desc}",
             disable=not self.terminal,
             dynamic_ncols=True,
         )
+        if self.terminal:
+            self.opened.enter_context(logging_redirect_tqdm([logging.getLogger("ldm_jax")]))
         self.since, self.logged, self.waited = time.perf_counter(), first, 0.0
-        self.suspect, self.warned = False, False
+        self.suspect = self.warned = self.shown = False
+        self.useful, self.peak = 0.0, 0.0
+
+    def count(self, step: Any, *arguments: Any) -> None:
+        """Counts the FLOPs of a compiled step, where the peak of the devices is known.
+
+        With ``config.remat`` no MFU is recorded: the step as traced computes more than is useful.
+        """
+        chip = chip_of(jax.devices()[0].device_kind)
+        if self.writes and chip is not None and self.config.remat == "none":
+            flops = count_flops(step.trace(*arguments).jaxpr.jaxpr)
+            # The body of a program of mode "pmap" is that of one device.
+            devices = 1 if self.config.parallel == "pmap" else jax.device_count()
+            self.useful, self.peak = sum(flops[kind] for kind in PRODUCTS), devices * chip.peak
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Records the metrics of one step; TrainingDiverged where the task sees a problem."""
@@ -85,18 +122,28 @@ class Report:
         per_second = (step - self.logged) * self.config.batch_size / seconds
         waited = min(self.waited / seconds, 1.0)
         left = (self.config.steps - step) * self.config.batch_size / max(per_second, 1e-9)
+        mfu = self.useful * (step - self.logged) / seconds / self.peak if self.useful else None
         self.since, self.logged, self.waited = now, step, 0.0
         values = metrics | {
             "learning_rate": float(self.rate(step - 1)),
             "images_per_second": per_second,
             "waited_for_data": waited,
+            "memory_gib": memory() / 2**30,
         }
+        values |= {} if mfu is None else {"mfu": mfu}
         self._write(step, "train", values)
-        line = f"loss {metrics['loss']:.4f}, {per_second:.1f} images/s, {clock(left)} left"
-        if waited > 0.05:
-            line += f"; waits {100 * waited:.0f} % of the time for data"
+        # The most important first: a narrow terminal cuts the end off.
+        parts = [
+            f"loss {metrics['loss']:.4f}",
+            f"{per_second:.1f} images/s",
+            f"{clock(left)} left",
+            f"waits {100 * waited:.0f} % of the time for data" if waited > 0.05 else "",
+            "" if mfu is None else f"MFU {100 * mfu:.0f} %",
+            f"{values['memory_gib']:.1f} GiB",
+        ]
+        line = ", ".join(filter(None, parts))
         if self.terminal:
-            self.bar.set_postfix_str(line)
+            self.bar.set_description_str(f": {line}")
         else:
             LOG.info("step %d/%d: %s", step, self.config.steps, line)
 
@@ -107,13 +154,25 @@ class Report:
             shown = (f"{k} {v:.4f}" for k, v in values.items() if k in self.task.headline)
             LOG.info("validation at step %d: %s", step, ", ".join(shown))
 
-    def preview(self, step: int, image: np.ndarray) -> None:
-        """Records a picture uint8 [H, W, 3]."""
-        if self.writes:
-            png.save_png(self.previews / f"{step:07d}.png", image)
-            self.board.add_image("preview", image, step, dataformats="HWC")
+    def preview(self, step: int, made: np.ndarray, real: np.ndarray | None = None) -> None:
+        """Records a picture uint8 [H, W, 3] of the progress.
+
+        Args:
+          step: The step.
+          made: The picture.
+          real: The held-out pictures that it belongs to, uint8 [n, H, W, 3]; recorded once.
+        """
+        if not self.writes:
+            return
+        png.save_png(self.previews / f"{step:07d}.png", made)
+        shown = {"previews/made": made}
+        if real is not None and not self.shown:
+            shown["previews/real"] = png.grid(real[:16])
+        self.shown = True
+        for name, image in shown.items():
+            self.board.add_image(name, image, step, dataformats="HWC")
             if self.wandb is not None:
-                self.wandb.log({"preview": find_wandb().Image(image), "step": step})
+                self.wandb.log({name: find_wandb().Image(image), "step": step})
 
     @contextlib.contextmanager
     def waiting(self, running: Any) -> Iterator[None]:
@@ -136,7 +195,7 @@ class Report:
         self.since += time.perf_counter() - began
 
     def _write(self, step: int, part: str, values: dict[str, float]) -> None:
-        named = {f"{part}/{key}": value for key, value in values.items()}
+        named = {f"{self._group(part, name)}/{name}": value for name, value in values.items()}
         for key, value in named.items():
             self.board.add_scalar(key, value, step)
         if self.wandb is not None:
@@ -145,14 +204,29 @@ class Report:
         self.jsonl.write(json.dumps({"step": step, "part": part, **rounded}) + "\n")
         self.jsonl.flush()
 
+    def _group(self, part: str, name: str) -> str:
+        """Returns the group of a metric."""
+        of_part = "bins" if part == "validation" and name in self.task.bins else PARTS[part]
+        return GROUPS.get(name, of_part)
+
     def close(self) -> None:
         """Closes the files."""
+        self.opened.close()
         self.bar.close()
         if self.writes:
             self.board.close()
             self.jsonl.close()
             if self.wandb is not None:
                 self.wandb.finish()
+
+
+def memory() -> int:
+    """Returns the most bytes used so far: of the first device, or of this process on a CPU."""
+    found = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if found is not None:
+        return found
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reopen_metrics(file: Path, first: int) -> TextIO:

@@ -11,11 +11,11 @@ import pytest
 from ldm_jax.conditioning.base import Cond
 from ldm_jax.diffusion.guidance import classifier_free
 from ldm_jax.diffusion.samplers import SAMPLERS, initial_noise
+from ldm_jax.distributed.flops import count_flops
 from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import RequestError
 from ldm_jax.kernels import for_platform
 from ldm_jax.models.unet import layout
-from ldm_jax.plan.flops import count_flops
 from ldm_jax.sampling.program import SamplingConfig
 
 pytestmark = pytest.mark.compile

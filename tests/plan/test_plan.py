@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from ldm_jax.configs import kl_f8, sd_v1, txt2img_1p4b
 from ldm_jax.configs.common import base
+from ldm_jax.distributed.chips import CHIPS, chip_of
+from ldm_jax.distributed.flops import count_flops, peak_bytes
 from ldm_jax.errors import ConfigError, PlanError
 from ldm_jax.kernels.cpu import chunked
 from ldm_jax.kernels.gpu import cudnn
@@ -19,7 +21,6 @@ from ldm_jax.kernels.reference import attention as plain
 from ldm_jax.kernels.tpu import splash
 from ldm_jax.plan import chips
 from ldm_jax.plan.chips import GIB, find_devices, parse_topology
-from ldm_jax.plan.flops import count_flops, peak_bytes
 from ldm_jax.plan.hlo import collectives, parse
 from ldm_jax.plan.planner import largest_batch, plan
 from ldm_jax.plan.programs import Compiled, Step, out_of_memory
@@ -445,3 +446,21 @@ def test_the_command(script, tmp_path):
     ran = script("ldm_jax/plan/__main__.py", "configs/emoji_kl.py:smoke", "--topology=v9:8")
     assert (ran.status, len(ran.lines)) == (2, 1)
     assert "write KIND:SHAPE" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
+        ("cpu", None),
+    ],
+)
+def test_a_device_is_known_by_its_kind(kind, name):
+    assert chip_of(kind) == (name and CHIPS[name])

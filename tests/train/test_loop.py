@@ -512,16 +512,17 @@ def test_wandb_logs_what_tensorboard_logs_and_a_resumed_run_keeps_its_id(
     assert [len(wandb.runs), wandb.finished] == [2, 2]
     assert ("*", "step") in wandb.metrics
     train_, validation, preview = wandb.logged[:3]
-    assert {**train_, "train/images_per_second": 0.0} == {
+    assert {**train_, "speed/images_per_second": 0.0, "speed/memory_gib": 1.0} == {
         "train/loss": 1.0,
         "train/grad_norm": 0.5,
         "train/learning_rate": 0.1,
-        "train/images_per_second": 0.0,
-        "train/waited_for_data": 0.0,
+        "speed/images_per_second": 0.0,
+        "speed/memory_gib": 1.0,
+        "data/waited_for_data": 0.0,
         "step": 1,
     }
-    assert validation == {"validation/psnr": 20.0, "step": 1}
-    assert preview == {"preview": (4, 6, 3), "step": 1}
+    assert validation == {"eval/psnr": 20.0, "step": 1}
+    assert preview == {"previews/made": (4, 6, 3), "step": 1}
     assert [logged["step"] for logged in wandb.logged] == [1, 1, 1, 3, 3, 3]
 
     def refuse(**given):

@@ -51,6 +51,7 @@ class Task:
       config: The config, with all fields and the final learning rate.
       watched: Metrics that are read after every step, for `problem` and `warning`.
       headline: Metrics of a validation that the log shows.
+      bins: Metrics of a validation that belong to a part of it each, such as some timesteps.
       free_settings: Settings of this task that a resumed run may change.
       exported_part: The name of the only exported part, where parameters are not split by part.
     """
@@ -58,6 +59,7 @@ class Task:
     config: Any
     watched: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     headline: ClassVar[tuple[str, ...]] = ("loss",)
+    bins: ClassVar[tuple[str, ...]] = ()
     free_settings: ClassVar[tuple[str, ...]] = ()
     exported_part: ClassVar[str] = ""
 

@@ -66,6 +66,7 @@ class DiffusionTask(Task):
     conditioner_params: Any = None
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "loss_simple")
+    bins: ClassVar[tuple[str, ...]] = tuple(f"loss_simple_q{quarter}" for quarter in range(1, 5))
 
     # ------------------------------------------------------------------------------ construction
 
