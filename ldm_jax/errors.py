@@ -98,6 +98,13 @@ class ResourceError(LdmJaxError, RuntimeError):
     """A disk that is full, or memory that does not suffice."""
 
 
+class StorageError(LdmJaxError, OSError):
+    """A path that cannot be used: a bucket without rights, or a kind of storage that is not known.
+
+    An OSError, so that code which reads optional files treats it as one.
+    """
+
+
 class TrainingDiverged(LdmJaxError, RuntimeError):
     """Training that cannot improve any more.
 

@@ -8,7 +8,6 @@ and sends nothing to any.
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -17,6 +16,7 @@ from ldm_jax.cli import run as cli
 from ldm_jax.cli.run import say
 from ldm_jax.cli.sample import MODEL, check_out, define_model_flags, load_model, lora_sweep
 from ldm_jax.errors import RequestError
+from ldm_jax.io.paths import local_only
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def serve(args: Any) -> None:
     if loras[0]:
         pipe = pipe.with_lora(*loras[0])
     launch(
-        Studio(pipe, model, Path(out)),
+        Studio(pipe, model, local_only(out, "the pictures of the page")),
         host=args.host,
         port=args.port,
         max_upload=args.max_upload,

@@ -18,6 +18,7 @@ from absl import flags
 
 from ldm_jax.cli import run as cli
 from ldm_jax.cli.config import define_config_flag, with_config_path
+from ldm_jax.io.atomic import write_atomic
 
 
 def define_flags() -> None:
@@ -85,7 +86,7 @@ def plan_from_flags(args: Any) -> None:
         find_batch=args.find_batch,
     )
     if args.json:
-        Path(args.json).write_text(json.dumps(as_dict(made), indent=1) + "\n")
+        write_atomic(args.json, json.dumps(as_dict(made), indent=1) + "\n")
     print(f"{HEAD}\n{as_row(made)}" if args.markdown else as_text(made))
 
 

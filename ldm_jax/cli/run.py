@@ -97,7 +97,7 @@ def one_line(name: str, main: Callable[[], Any], *, lists: bool = False) -> int:
     except (LdmJaxError, OSError) as error:
         if os.environ.get("LDM_JAX_TRACEBACK"):
             raise
-        if isinstance(error, OSError) and error.errno not in EXPECTED:
+        if not isinstance(error, LdmJaxError) and error.errno not in EXPECTED:
             raise
         return fail(error, 2, name, lists=lists)
     finally:

@@ -24,6 +24,7 @@ from ldm_jax.cli.run import say
 from ldm_jax.conditioning.base import as_list
 from ldm_jax.errors import RequestError
 from ldm_jax.io import png
+from ldm_jax.io.paths import absolute_path, as_path, check_writable, exists, is_bucket, local_copy
 from ldm_jax.sampling.request import (
     FILES,
     KINDS,
@@ -286,7 +287,7 @@ def reconstruct_all(args: Any) -> None:
     from ldm_jax.conditioning.pictures import read_picture
     from ldm_jax.sampling.pipeline import load_first_stage, reconstruct
 
-    given = Path(args.reconstruct)
+    given = local_copy(args.reconstruct)
     files = [given] if given.is_file() else sorted(given.rglob("*")) if given.is_dir() else []
     files = [file for file in files if file.suffix.lower() in PICTURES]
     if not files:
@@ -386,7 +387,7 @@ def fingerprints(request: Request) -> dict[str, Any]:
     kept = {name: v for name in TASK if (v := getattr(request, name)) is not None}
     for name in set(FILES) & set(kept):
         several = isinstance(kept[name], list)
-        files = [Path(file).absolute() for file in as_list(kept[name])]
+        files = [absolute_path(file) for file in as_list(kept[name])]
         digests = [digest_of(file) for file in files]
         kept[name] = [*map(str, files)] if several else str(files[0])
         kept[f"{name}_sha256"] = digests if several else digests[0]
@@ -395,6 +396,7 @@ def fingerprints(request: Request) -> dict[str, Any]:
 
 def digest_of(path: Path) -> str:
     """Returns the SHA-256 of a file, or of a folder's tables and of its other files' sizes."""
+    path = local_copy(path)
     if not path.is_dir():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     found = hashlib.sha256()
@@ -432,8 +434,8 @@ def replayed(path: str) -> tuple[dict[str, Any], Request]:
         )
     for name in set(FILES) & set(kept):
         files, digests = as_list(kept[name]), as_list(kept.get(f"{name}_sha256"))
-        for file, digest in itertools.zip_longest(map(Path, map(str, files)), digests):
-            if file is None or not file.exists():
+        for file, digest in itertools.zip_longest(map(as_path, map(str, files)), digests):
+            if file is None or not exists(file):
                 raise RequestError(
                     f"{path} was made from the {name} {file}, which is missing: put it back"
                 )
@@ -459,6 +461,9 @@ def replayed(path: str) -> tuple[dict[str, Any], Request]:
 
 def check_out(path: str) -> Path:
     """Returns the output folder; raises RequestError where nothing can be written there."""
+    if is_bucket(path):
+        check_writable(path)
+        return as_path(path)
     out = Path(path)
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -520,7 +525,8 @@ def describe(requests: Sequence[Request], own: Request) -> dict[str, Any]:
 
 def next_number(out: Path) -> int:
     """Returns one more than the highest number that a picture in ``out`` starts with."""
-    numbers = [int(m[1]) for path in out.iterdir() if (m := re.match(r"(\d{5,})-", path.name))]
+    names = (path.name for path in out.iterdir()) if exists(out) else ()
+    numbers = [int(m[1]) for name in names if (m := re.match(r"(\d{5,})-", name))]
     return max(numbers, default=-1) + 1
 
 

@@ -21,6 +21,7 @@ from ldm_jax.conditioning.clip_vector import ClipVector
 from ldm_jax.conditioning.neighbors import Database, normalize, open_database
 from ldm_jax.errors import DataError, RequestError, UnreadablePicture
 from ldm_jax.io.checkpoint import find_model, load_model
+from ldm_jax.io.paths import local_copy
 from ldm_jax.models.clip import CLIP, clip_from_config
 
 
@@ -341,7 +342,7 @@ def read_embeddings(value: Any, dim: int) -> np.ndarray:
     path = isinstance(value, str | Path)
     name = f"embeddings {value}" if path else "embeddings"
     try:
-        vectors = np.load(value, allow_pickle=False) if path else value
+        vectors = np.load(local_copy(value), allow_pickle=False) if path else value
         vectors = np.atleast_2d(np.asarray(vectors, np.float32))
     except OSError as error:
         raise RequestError(f"{name} cannot be read: {error.strerror or error}") from None

@@ -15,6 +15,7 @@ from ldm_jax.conditioning.base import Names, RowCondition, Rows, column_of, labe
 from ldm_jax.conditioning.class_label import class_numbers
 from ldm_jax.conditioning.text import BertText
 from ldm_jax.errors import DataError, RequestError
+from ldm_jax.io.paths import read_bytes
 from ldm_jax.io.png import palette
 from ldm_jax.models.bert import TransformerEncoder
 
@@ -177,7 +178,7 @@ def boxes_of(row: Mapping[str, Any], column: str) -> list[tuple[Any, Box]]:
 def read_layout(path: str | Path) -> list[tuple[Any, list[float]]]:
     """Reads boxes from a JSON file: [{"label": "cup", "box": [left, top, width, height]}, ...]."""
     try:
-        boxes = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        boxes = json.loads(read_bytes(path).decode("utf-8-sig"))
         return [(box["label"], [float(v) for v in box["box"]]) for box in boxes]
     except OSError as error:
         raise RequestError(f"layout {path} cannot be read: {error.strerror or error}") from None

@@ -14,6 +14,7 @@ from PIL import Image
 from ldm_jax.conditioning.base import as_list
 from ldm_jax.data import ImageTransform, decode, decode_image, to_rgb
 from ldm_jax.errors import RequestError, UnreadablePicture
+from ldm_jax.io.paths import read_bytes
 
 LOG = logging.getLogger(__name__)
 MOST_ASPECT = 16  # sides' ratio above which a picture is not taken whole
@@ -66,7 +67,7 @@ def open_picture(value: Any, what: str, convert: Callable[[Any], np.ndarray]) ->
     try:
         if not path:
             return convert(value)
-        data = Path(value).read_bytes()
+        data = read_bytes(value)
     except UnreadablePicture as error:
         raise RequestError(f"{name} is no readable picture: {error}") from None
     except OSError as error:
@@ -86,7 +87,7 @@ def read_picture(value: Any, what: str = "image") -> np.ndarray:
             value = np.uint8(255) * value
         return open_picture(value, what, to_rgb)
     try:
-        return decode_image(Path(value).read_bytes())
+        return decode_image(read_bytes(value))
     except UnreadablePicture as error:
         raise RequestError(f"{what} {value} is no readable picture: {error}") from None
     except OSError as error:

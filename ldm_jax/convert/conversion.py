@@ -20,8 +20,9 @@ from ldm_jax.convert.converted import MISSING, Converted, report_of
 from ldm_jax.convert.diffusers import from_diffusers, is_diffusers, to_diffusers
 from ldm_jax.convert.lora.writing import to_kohya, to_peft
 from ldm_jax.errors import CheckpointError, TargetError, did_you_mean
-from ldm_jax.io.atomic import write_atomic
+from ldm_jax.io.atomic import atomic_path, write_atomic
 from ldm_jax.io.checkpoint import load_model, save_model
+from ldm_jax.io.paths import as_path, is_bucket, local_copy
 from ldm_jax.models.build import build, check_params
 
 __all__ = ["Converted", "convert", "export", "is_foreign", "read_model", "replace_parts"]
@@ -83,7 +84,7 @@ def read_model(
     Raises:
       ReaderError, TargetError or ConversionError: The checkpoint cannot be read or converted.
     """
-    path = Path(path)
+    path = local_copy(path)
     format = next((format for format in FORMATS.values() if format.recognises(path)), None)
     if format is None:
         reason = "there is nothing to convert in it" if path.exists() else "no such file"
@@ -164,7 +165,8 @@ def replace_parts(
 
 def read_any(path: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Returns (config, parameters) of a model directory, or of a checkpoint converted in memory."""
-    if is_foreign(Path(path)):
+    path = local_copy(path)
+    if is_foreign(path):
         converted = read_model(path)
         return converted.config, converted.params
     return load_model(path)
@@ -185,17 +187,17 @@ def convert(
       CheckpointError: ``out`` or ``report`` exists already.
       ReaderError, TargetError or ConversionError: The checkpoint cannot be read or converted.
     """
-    out = Path(out)
+    out = as_path(out)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; give a new folder or remove it first")
     if report is not None:
-        check_new(Path(report))
+        check_new(as_path(report))
     converted = read_model(source, **options)
     config, params = converted.config, converted.params
     if config["kind"] == "latent_diffusion" and config["first_stage"]["kind"] != MISSING:
         check_params(build(config, {"conditioner": {}, **params}, params.get("first_stage")))
     save_model(out, config, params, dtype=None)
-    text = report_of(Path(source), converted, options.get("dtype"))
+    text = report_of(as_path(source), converted, options.get("dtype"))
     write_atomic(report or out / "conversion.json", text)
     return converted
 
@@ -209,16 +211,21 @@ def export(model: str | Path, to: str, out: str | Path) -> None:
     """
     if to not in EXPORTS:
         raise TargetError(f"cannot write {to!r}{did_you_mean(to, EXPORTS)}")
-    config, params = load_model(model)
+    config, params = load_model(local_copy(model))
     if config.get("first_stage", {}).get("kind") == MISSING:
         raise TargetError(f"{model} has no first stage; convert it with --vae PATH")
-    EXPORTS[to](config, jax.tree.map(np.asarray, params), check_new(Path(out)))
+    out, arrays = check_new(as_path(out)), jax.tree.map(np.asarray, params)
+    if not is_bucket(out):
+        EXPORTS[to](config, arrays, out)
+        return
+    with atomic_path(out) as temporary:
+        EXPORTS[to](config, arrays, temporary)
 
 
 def check_new(path: Path) -> Path:
     """Returns ``path``; raises CheckpointError where it exists or cannot be created."""
     if path.exists():
         raise CheckpointError(f"{path} is already there; give a new name or remove it first")
-    if not path.absolute().parent.is_dir():
+    if not is_bucket(path) and not path.absolute().parent.is_dir():
         raise CheckpointError(f"{path} cannot be written: {path.absolute().parent} is no folder")
     return path

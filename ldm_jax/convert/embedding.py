@@ -17,6 +17,7 @@ from ldm_jax.conditioning import make_conditioner
 from ldm_jax.convert.reader.lazy import shown
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.errors import ConversionError, TargetError
+from ldm_jax.io.paths import as_path, exists
 
 # Names of the arrays of files for several towers, which are those of a conditioner's towers.
 SEVERAL = ("clip_l", "clip_g")
@@ -56,7 +57,7 @@ def read_embedding(file: str | Path, word: str | None = None) -> Embedding:
       TargetError: It is no textual inversion, or its word cannot be used.
       ConversionError: It holds NaN or infinity.
     """
-    file = Path(file)
+    file = as_path(file)
     with open_checkpoint(file) as checkpoint:
         tensors, named = dict(checkpoint.tensors), None
         if isinstance(checkpoint.tree, dict):
@@ -187,4 +188,4 @@ def split_word(text: str) -> tuple[str, str | None]:
     """Splits "WORD=FILE" into (FILE, WORD); without a word it is None."""
     word, equals, file = text.partition("=")
     # A path may have an equals sign, too.
-    return (file, word) if equals and file and not Path(text).exists() else (text, None)
+    return (file, word) if equals and file and not exists(text) else (text, None)

@@ -13,6 +13,7 @@ from ldm_jax.convert.tables import flatten, nest
 from ldm_jax.errors import TargetError
 from ldm_jax.io.atomic import write_atomic
 from ldm_jax.io.checkpoint import save_model
+from ldm_jax.io.paths import as_path
 
 
 def merge(
@@ -41,7 +42,7 @@ def merge(
     """
     if not 1 <= len(models) <= 3 or (len(models) == 1 and not loras):
         raise TargetError("give one to three models to merge, or one with --lora FILE")
-    check_new(Path(out))
+    check_new(as_path(out))
     config, params = read_any(models[0])
     config, flat, lines = dict(config), flatten(params), {}
     if len(models) > 1:
@@ -58,7 +59,7 @@ def merge(
     config.pop("format", None)
     save_model(out, config, params, dtype=None)
     report = {"models": [str(m) for m in models], "weight": weight, "loras": list(loras)}
-    write_atomic(Path(out) / "merge.json", json.dumps(report, indent=1) + "\n")
+    write_atomic(as_path(out) / "merge.json", json.dumps(report, indent=1) + "\n")
     return lines
 
 

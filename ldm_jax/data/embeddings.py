@@ -18,6 +18,7 @@ import numpy as np
 
 from ldm_jax.errors import DataError
 from ldm_jax.io.atomic import atomic_path, write_atomic
+from ldm_jax.io.paths import as_path, exists, local_copy, read_bytes
 
 _NAME = "embeddings.json"
 
@@ -71,8 +72,8 @@ def begin_embeddings(folder: str | os.PathLike[str], info: EmbeddingInfo) -> Non
     Raises:
       DataError: The folder holds anything else.
     """
-    folder = Path(folder)
-    if (folder / _NAME).exists():
+    folder = as_path(folder)
+    if exists(folder / _NAME):
         found, wanted = _description(folder), json.loads(json.dumps(dataclasses.asdict(info)))
         different = [k for k, v in wanted["key"].items() if found.get("key", {}).get(k) != v]
         different += [k for k, v in wanted.items() if k != "key" and found.get(k) != v]
@@ -99,8 +100,10 @@ def write_embeddings(file: Path, found: Embeddings) -> None:
 
 def is_whole(file: Path) -> bool:
     """Whether a shard is there and its archive is not cut off."""
+    if not exists(file):
+        return False
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(local_copy(file)) as archive:
             return "embedding.npy" in archive.namelist()
     except (OSError, zipfile.BadZipFile):
         return False
@@ -112,7 +115,7 @@ def embedding_files(path: str | os.PathLike[str]) -> list[Path]:
     Raises:
       DataError: There are none, or embeddings.json names some that are missing.
     """
-    path = Path(path)
+    path = local_copy(path)
     if path.is_file():
         return [path]
     files = sorted(path.glob("*.npz"))
@@ -191,7 +194,7 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
 def _description(folder: Path) -> Mapping[str, Any]:
     file = folder / _NAME
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read_bytes(file))
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): embed into a new folder") from None
     if not isinstance(content, dict) or content.get("format") != 1:

@@ -21,8 +21,9 @@ from ldm_jax.data.captions import CAPTION_SETTINGS, Captions, make_captions
 from ldm_jax.data.sources import Source, Subset
 from ldm_jax.data.sources.base import Handles
 from ldm_jax.data.stream import Batches, Stream
-from ldm_jax.errors import DataError
+from ldm_jax.errors import DataError, StorageError
 from ldm_jax.io.atomic import atomic_path, write_atomic
+from ldm_jax.io.paths import as_path, exists, local_copy, read_bytes
 
 _NAME = "cache.json"
 _RESUME = "run the encode command again to complete it"
@@ -63,13 +64,15 @@ class CacheInfo:
 
 def read_info(folder: str | os.PathLike[str]) -> CacheInfo:
     """Reads the description of a cache; DataError where there is none, or of another format."""
-    file = Path(folder, _NAME)
+    file = as_path(folder) / _NAME
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read_bytes(file))
     except FileNotFoundError:
         raise DataError(
             f"{folder} is no latent cache: make one with python -m ldm_jax.data encode"
         ) from None
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): encode into a new folder") from None
     if not isinstance(content, dict) or content.get("format") not in (1, 2):
@@ -83,7 +86,7 @@ def claim(folder: str | os.PathLike[str], info: CacheInfo) -> None:
     Raises:
       DataError: The folder holds anything else.
     """
-    folder, info = Path(folder), CacheInfo(**json.loads(json.dumps(dataclasses.asdict(info))))
+    folder, info = as_path(folder), CacheInfo(**json.loads(json.dumps(dataclasses.asdict(info))))
     if (folder / _NAME).exists():
         found = read_info(folder)
         check_key(folder, found, info.key)
@@ -169,10 +172,11 @@ def write_shard(
 
 def count_records(file: Path) -> int | None:
     """Returns the number of records in a shard; None where it is missing or damaged."""
-    if not file.is_file():
+    if not (exists(file) and file.is_file()):
         return None
+    local = local_copy(file)
     try:
-        reader = _open_shard(str(file))
+        reader = _open_shard(str(local))
         count = reader.num_records()
         reader.close()
         return count
@@ -203,19 +207,21 @@ class LatentSource:
                 f"{', '.join(self.info.parts)}"
             )
         self._shards, self._readers = self.info.shards(part), Handles(_open_shard)
-        lost = [n for n, rows in self._shards if count_records(Path(folder, n)) != len(rows)]
+        lost = [n for n, rows in self._shards if count_records(as_path(folder) / n) != len(rows)]
         if lost:
             raise DataError(
                 f"the latent cache {folder} is not whole: {len(lost)} of {len(self._shards)} "
                 f"shards of {part!r} are missing or damaged (first: {lost[0]}): {_RESUME}"
             )
+        shards = (as_path(folder) / name for name, _ in self._shards)
+        self._files = [os.fspath(local_copy(shard)) for shard in shards]
 
     def __len__(self) -> int:
         return self._shards[-1][1].stop
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, place = divmod(index, self.info.shard_size)
-        data = self._readers(os.path.join(self.path, self._shards[shard][0])).read([place])[0]
+        data = self._readers(self._files[shard]).read([place])[0]
         row: dict[str, Any] = {}
         at = 0
         for name, field in self.info.fields.items():

@@ -37,6 +37,7 @@ from ldm_jax.eval.protocols import (
 )
 from ldm_jax.io.atomic import write_atomic
 from ldm_jax.io.checkpoint import find_model, load_model
+from ldm_jax.io.paths import is_bucket, local_copy, local_only
 from ldm_jax.models.build import build_first_stage
 from ldm_jax.models.ldm import FirstStage
 from ldm_jax.models.perceptual import load_lpips
@@ -393,7 +394,10 @@ def evaluate(
         if known is None:
             raise EvaluationError("--reconstruct needs pictures: give them as --reference")
         known = _first(known, num)
-        heads = None if lpips is None else load_lpips(*lpips)
+        heads = None
+        if lpips is not None:
+            vgg, linear = (file and local_copy(file) for file in lpips)
+            heads = load_lpips(vgg, linear)
         pictures: Pictures = Reconstructions(load_first_stage(subject), known)
         pairs = PairMeasure(known, heads)
     elif is_model(subject):
@@ -436,7 +440,7 @@ def evaluate(
     if not chosen and save_statistics is None:
         raise EvaluationError("nothing to compute: give a --reference, or --save_stats")
 
-    folder = None if out is None else Path(out)
+    folder = None if out is None else local_only(out, "the parts of an evaluation")
     identity = {
         "subject": str(name),
         "features": extractor.protocol(),
@@ -547,7 +551,7 @@ def is_model(subject: Any) -> bool:
     """Whether a subject is a model, not pictures."""
     if not isinstance(subject, str | Path):
         return not isinstance(subject, np.ndarray)
-    path = Path(subject)
+    path = local_copy(subject)
     if path.is_dir():
         return (path / "config.json").is_file() or (path / "model_index.json").is_file()
     if not path.exists():
@@ -569,7 +573,7 @@ def open_pictures(
                 f"pictures are uint8 [n, h, w, 3], not {what.dtype} {list(what.shape)}"
             )
         return ArrayPictures(what)
-    path = Path(what)
+    path = local_copy(what)
     if path.is_dir() and (path / "pictures.npz").is_file():
         path = path / "pictures.npz"
     if path.suffix == ".npz" and not data:
@@ -578,7 +582,9 @@ def open_pictures(
         if size is not None:
             raise EvaluationError(f"{path} has a fixed size: leave --size out")
         return NpzPictures(path)
-    source = make_source({"path": str(what), "part": "all", **(data or {})})
+    source = make_source(
+        {"path": str(path if is_bucket(what) else what), "part": "all", **(data or {})}
+    )
     return SourcePictures(source, size=size, crop=crop)
 
 
@@ -592,6 +598,8 @@ def open_reference(
     """(statistics, pictures) of a reference; either is None where it has none."""
     if reference is None:
         return None, None
+    if isinstance(reference, str | Path) and is_bucket(reference):
+        reference = local_copy(reference)
     if isinstance(reference, str | Path) and Path(reference).is_file():
         path = Path(reference)
         if is_statistics(path):
@@ -619,7 +627,7 @@ def _first(pictures: Pictures, num: int | None) -> Pictures:
 def _recorded_sampling(subject: Any) -> dict[str, Any] | None:
     """The settings that `ldm-sample --format npz` writes beside its pictures."""
     if isinstance(subject, str | Path):
-        path = Path(subject)
+        path = local_copy(subject)
         note = (path if path.is_dir() else path.parent) / "run.json"
         if note.is_file():
             try:

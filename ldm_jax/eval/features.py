@@ -21,6 +21,7 @@ from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.tables import Table, to_ours
 from ldm_jax.errors import EvaluationError, did_you_mean
 from ldm_jax.eval.resize import resize
+from ldm_jax.io.paths import local_copy
 from ldm_jax.models.clip import _MEAN, _STD, CLIPText, CLIPVision
 from ldm_jax.models.efficientnet import EfficientNetLite0
 from ldm_jax.models.inception import InceptionV3
@@ -230,6 +231,7 @@ def _load(
     path: str | Path, net: Any, size: int, table: Callable[[Mapping[str, Any]], Table]
 ) -> tuple[Any, str]:
     """(variables, SHA-256 of the file)."""
+    path = local_copy(path)
     shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     with open_checkpoint(path) as checkpoint:
         arrays = {name: tensor.numpy() for name, tensor in checkpoint.tensors.items()}
@@ -271,7 +273,7 @@ def load_clip(folder: str | Path, resizer: str = "pil_bicubic") -> CLIP:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import CLIPTokenizer
 
-    path = Path(folder)
+    path = local_copy(folder)
     try:
         config = json.loads((path / "config.json").read_text())
         text_config, vision_config = config["text_config"], config["vision_config"]

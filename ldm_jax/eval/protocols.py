@@ -15,6 +15,7 @@ import numpy as np
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.errors import EvaluationError, ReaderError
 from ldm_jax.io.atomic import atomic_path
+from ldm_jax.io.paths import as_path, local_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Result:
     @classmethod
     def read(cls, path: str | Path) -> "Result":
         """Reads a ``result.json``, or the one of an output folder."""
-        file = Path(path)
+        file = local_copy(path)
         file = file / "result.json" if file.is_dir() else file
         try:
             fields = json.loads(file.read_text())
@@ -201,7 +202,7 @@ def is_statistics(path: Path) -> bool:
 
 def read_statistics(path: str | Path) -> Statistics:
     """Reads statistics: .npz of pytorch-fid, ADM or `write_statistics`, .pt of torch-fidelity."""
-    path = Path(path)
+    path = local_copy(path)
     if path.suffix == ".pt":
         try:
             with open_checkpoint(path) as checkpoint:
@@ -234,7 +235,7 @@ def write_statistics(path: str | Path, statistics: Statistics) -> None:
     ``.npz`` has mu and sigma as pytorch-fid, mu_s and sigma_s as ADM, and the protocol as JSON;
     ``.pt`` is torch-fidelity's cache entry, which has no room for the protocol.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix not in (".npz", ".pt"):
         raise EvaluationError(f"{path}: statistics are written as .npz or .pt")
     with atomic_path(path) as temporary:

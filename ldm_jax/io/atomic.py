@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ldm_jax.io.paths import as_path, is_bucket, upload
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -14,9 +16,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The block may create a file or a folder at the temporary path. An existing file at ``path`` is
     replaced; an existing folder makes the move fail, as `os.replace` does. Devices and pipes, such
-    as /dev/stdout, are written to. After an error nothing is left behind.
+    as /dev/stdout, are written to. For a bucket the temporary path is on this machine and is
+    uploaded: a file appears whole, a folder file by file. After an error nothing is left behind.
     """
-    path = Path(path)
+    path = as_path(path)
+    if is_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            upload(temporary, path)
+        return
     if path.exists() and not (path.is_file() or path.is_dir()):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name

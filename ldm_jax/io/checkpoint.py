@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.distributed.processes import barrier, is_first
-from ldm_jax.errors import CheckpointError, did_you_mean
+from ldm_jax.errors import CheckpointError, StorageError, did_you_mean
+from ldm_jax.io import orbax_s3
+from ldm_jax.io.paths import (
+    absolute_path,
+    as_path,
+    check_writable,
+    describe_problem,
+    exists,
+    is_bucket,
+    local_copy,
+    move_tree,
+    remove_tree,
+    storage_problem,
+)
 from ldm_jax.io.resources import reason
 
 FORMAT = 1
@@ -35,8 +47,11 @@ def find_model(name: str | Path) -> Path:
 
     Args:
       name: The path of a model directory or a checkpoint, a "pkg:..." path inside the package, or
-        the name of a model that ships with it. An existing path has precedence.
+        the name of a model that ships with it. An existing path has precedence. A model in a bucket
+        is copied to this machine.
     """
+    if is_bucket(name):
+        return local_copy(name)
     if str(name).startswith("pkg:"):
         name = PACKAGE / str(name)[4:]
     if Path(name).exists():
@@ -64,17 +79,20 @@ def save_model(
       params: The arrays.
       dtype: Type of the stored floating-point arrays; None keeps theirs.
     """
-    import orbax.checkpoint as ocp
-
-    path = Path(path).absolute()
+    path = absolute_path(path)
+    ocp = _orbax(path)
     if path.exists() and any(path.iterdir()):
         raise CheckpointError(f"{path} is not empty; give a new folder or remove it first")
     # Written beside its place and renamed, so that a killed run leaves no incomplete model. All
-    # processes write to the same temporary folder.
-    partial = path.with_name(f".{path.name}.partial")
+    # processes write to the same temporary folder. In a bucket nothing is renamed: a model is
+    # whole when its config.json is there, which comes last.
+    in_bucket = is_bucket(path)
+    partial = path if in_bucket else path.with_name(f".{path.name}.partial")
     first = is_first()
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
+    if first and in_bucket:
+        check_writable(path)
+    elif first:
+        remove_tree(partial)
         partial.mkdir(parents=True)
     barrier("model folder")
     if dtype is not None:
@@ -95,7 +113,8 @@ def save_model(
     if first:
         text = json.dumps({"format": FORMAT, **config}, indent=1) + "\n"
         (partial / "config.json").write_text(text)
-        os.replace(partial, path)
+        if not in_bucket:
+            os.replace(partial, path)
     barrier("model written")
 
 
@@ -108,10 +127,8 @@ def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
     Raises:
       CheckpointError: The folder is no model directory, or is damaged.
     """
-    path = Path(path).absolute()
-    config = read_config(path)
-    import orbax.checkpoint as ocp
-
+    path = absolute_path(path)
+    config, ocp = read_config(path), _orbax(path)
     if not (path / "params").is_dir():
         raise CheckpointError(
             f"{path} has a config.json but no params folder; copy the model directory whole"
@@ -124,6 +141,7 @@ def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
     except Exception as error:  # of many kinds, from Orbax and its storage
         if reason(error) == "memory":
             raise
+        _refuse(error, path)
         raise CheckpointError(
             f"{path / 'params'} cannot be read (damaged or incomplete?): {first_line(error)}"
         ) from None
@@ -131,8 +149,8 @@ def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Reads the ``config.json`` of a model directory."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
+    file = as_path(path) / "config.json"
+    if not exists(file) or not file.is_file():
         raise CheckpointError(f"{path} is no model directory: it has no config.json")
     try:
         config = json.loads(file.read_text())
@@ -142,6 +160,21 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if version != FORMAT:
         raise CheckpointError(f"{file}: format {version!r} is not {FORMAT}; use a newer ldm_jax")
     return config
+
+
+def _refuse(error: Exception, path: Path) -> None:
+    """Raises StorageError where a bucket has refused to be read."""
+    if is_bucket(path) and (problem := storage_problem(error)) not in (None, "missing"):
+        raise StorageError(describe_problem(problem, path)) from None
+
+
+def _orbax(path: str | Path) -> Any:
+    """Returns the package, which can use ``path``."""
+    import orbax.checkpoint as ocp
+
+    if str(path).startswith(orbax_s3.S3):
+        orbax_s3.enable()
+    return ocp
 
 
 # ------------------------------------------------------------------------- training checkpoints
@@ -167,10 +200,8 @@ class TrainingCheckpoints:
     def __init__(
         self, workdir: str | Path, keep: int = 3, *, restore_step: int | None = None, **options: Any
     ):
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-        self.path = Path(workdir).absolute() / self.folder
+        self.path = absolute_path(workdir) / self.folder
+        self._ocp = ocp = _orbax(self.path)
         if restore_step is not None:
             self._set_aside(restore_step, self.steps_in(workdir))
         # Without the limit all that is read is in memory beside what is made of it.
@@ -189,8 +220,13 @@ class TrainingCheckpoints:
     @classmethod
     def steps_in(cls, workdir: str | Path) -> list[int]:
         """Returns the saved steps of a run folder."""
-        names = (path.name for path in (Path(workdir) / cls.folder).glob("*"))
-        return sorted(int(name) for name in names if name.isdigit())
+        folder = as_path(workdir) / cls.folder
+        names = (path.name for path in folder.glob("*"))
+        steps = sorted(int(name) for name in names if name.isdigit())
+        if is_bucket(folder):  # a step that a killed run has begun lacks its commit file
+            ocp = _orbax(folder)
+            steps = [s for s in steps if ocp.utils.is_checkpoint_finalized(folder / str(s))]
+        return steps
 
     def _set_aside(self, step: int, steps: list[int]) -> None:
         if step not in steps:
@@ -201,8 +237,8 @@ class TrainingCheckpoints:
         if is_first():
             for later in (later for later in steps if later > step):
                 aside.mkdir(exist_ok=True)
-                shutil.rmtree(aside / str(later), ignore_errors=True)
-                os.replace(self.path / str(later), aside / str(later))
+                remove_tree(aside / str(later))
+                move_tree(self.path / str(later), aside / str(later))
         barrier("later checkpoints")
 
     def latest(self) -> int | None:
@@ -266,6 +302,7 @@ class TrainingCheckpoints:
                 restored = self._manager.restore(step, args=items)
             return restored["state"], restored["info"]
         except Exception as error:  # of many kinds, from Orbax and its storage
+            _refuse(error, self.path)
             raise CheckpointError(
                 f"{self.path / str(step)} is damaged or incomplete: {first_line(error)}"
             ) from None

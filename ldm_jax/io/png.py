@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm_jax.errors import RequestError
 from ldm_jax.io.atomic import atomic_path
+from ldm_jax.io.paths import local_copy
 
 KEY = "ldm_jax"  # the PNG text chunk that holds every setting as JSON, beside "prompt"
 
@@ -45,7 +46,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
       RequestError: The file is no PNG of this program.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(local_copy(path)) as image:
             image.load()
             text = getattr(image, "text", {})
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:

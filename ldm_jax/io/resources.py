@@ -1,4 +1,4 @@
-"""Disk and memory that do not suffice, as one line each instead of the errors of libraries."""
+"""Disk, memory and buckets that fail, as one line each instead of the errors of libraries."""
 
 import contextlib
 import errno
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm_jax.errors import LdmJaxError, ResourceError
+from ldm_jax.errors import LdmJaxError, ResourceError, StorageError
+from ldm_jax.io.paths import describe_problem, is_bucket, storage_problem
 
 DISK_FULL = ("No space left", "Disk quota exceeded", "File too large")
 OUT_OF_MEMORY = (
@@ -22,7 +23,7 @@ OUT_OF_MEMORY = (
 def resource_errors(
     memory: str, folder: Path | None = None, after: str = "start the same command again"
 ) -> Iterator[None]:
-    """Raises a full disk and exhausted memory as ResourceError.
+    """Raises a full disk and exhausted memory as ResourceError, a bucket's refusal as StorageError.
 
     Orbax, TensorBoard's writer and the compiler report them in many ways, some of them in threads
     that print tracebacks of their own.
@@ -69,6 +70,8 @@ def resource_errors(
             raise ResourceError(
                 f"out of memory: {memory}" + (f" ({text})" if text else "")
             ) from None
+        if problem := _problem_of_bucket(error, folder):
+            raise StorageError(describe_problem(problem, folder)) from None
         raise
     finally:
         threading.excepthook = shown
@@ -83,6 +86,14 @@ def address_limit() -> int | None:
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _problem_of_bucket(error: BaseException, folder: Path | None) -> str | None:
+    """Returns the `storage_problem` of an error that cannot be one of this machine's files."""
+    problem = storage_problem(error)
+    if problem in ("missing", "rights") and not (folder is not None and is_bucket(folder)):
+        return None
+    return problem
 
 
 def reason(error: BaseException | None) -> Literal["disk", "memory"] | None:

@@ -19,6 +19,7 @@ from ldm_jax.conditioning.base import as_list
 from ldm_jax.errors import RequestError
 from ldm_jax.io import png
 from ldm_jax.io.atomic import atomic_path, write_atomic
+from ldm_jax.io.paths import local_only
 from ldm_jax.sampling.pipeline import Pipeline
 
 FORMATS = {"npz": "pictures.npz", "zip": "pictures.zip", "png": "pictures"}
@@ -77,7 +78,7 @@ def make_many(
     run |= {name: subjects, "model": pipe.name, "dtype": pipe.dtype, **own.settings()}
     subject = {name: [subjects[i % len(subjects)] for i in range(num)]} if subjects else {}
 
-    out = Path(out)
+    out = local_only(out, "an array of pictures")
     partial, result = out / "pictures.partial", out / FORMATS[form]
     # Checked before anything is written: one picture stands for all of them.
     pipe.stream(seeds=[seed], **{name: values[:1] for name, values in subject.items()}, **settings)

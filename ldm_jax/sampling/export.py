@@ -32,6 +32,7 @@ from jax import export as jax_export
 
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import RequestError
+from ldm_jax.io.paths import local_only
 from ldm_jax.kernels import PORTABLE
 from ldm_jax.sampling.inputs import Inputs, check_model, numbers
 from ldm_jax.sampling.pipeline import Pipeline, load
@@ -56,7 +57,7 @@ def export(model: str | Path, out: str | Path, *, dtype: str = "float32", **sett
     Raises:
       RequestError: The folder is not empty, or the model's condition cannot be exported.
     """
-    out = Path(out).absolute()
+    out = local_only(out, "an exported program").absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out} is not empty; give a new folder or remove it first")
     try:

@@ -14,6 +14,7 @@ from ldm_jax.conditioning.base import as_list
 from ldm_jax.data.sources.tables import decode_text
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import DataError, RequestError, did_you_mean
+from ldm_jax.io.paths import read_bytes
 
 STRENGTH = 0.75  # of image-to-image, where the request gives none
 MOST_SEED = 2**64 - 1
@@ -512,7 +513,7 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
 def read_prompts(path: str | Path) -> list[str]:
     """Returns the prompts of a text file, one on each line."""
     try:
-        lines = decode_text(Path(path).read_bytes(), f"--prompts_file {path}").splitlines()
+        lines = decode_text(read_bytes(path), f"--prompts_file {path}").splitlines()
     except OSError as error:
         reason = error.strerror or error
         raise RequestError(f"--prompts_file {path} cannot be read: {reason}") from None

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax.errors import ConfigError
 from ldm_jax.io.atomic import write_atomic
+from ldm_jax.io.paths import check_writable, is_bucket
 from ldm_jax.models.build import DTYPES, REMATS
 from ldm_jax.train.optim import KINDS
 from ldm_jax.train.report import find_wandb
@@ -132,6 +133,8 @@ def check_workdir(workdir: Path, config: Any) -> None:
 
 def claim_workdir(workdir: Path, config: Any) -> None:
     """Creates ``workdir`` and writes the config there."""
+    if is_bucket(workdir):
+        check_writable(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomic(workdir / "config.json", json.dumps(plain(config), indent=1) + "\n")

@@ -24,6 +24,7 @@ from ldm_jax.data.latents import fingerprint
 from ldm_jax.distributed.compile import compile_step
 from ldm_jax.distributed.mesh import make_mesh, replicated
 from ldm_jax.errors import ConfigError, did_you_mean
+from ldm_jax.io.paths import absolute_path
 from ldm_jax.io.resources import resource_errors
 from ldm_jax.kernels import for_platform
 from ldm_jax.models.clip import clip_from_config
@@ -91,7 +92,7 @@ def embed(
         raise ConfigError(
             f"{BATCH} pictures do not divide over {len(devices)} devices: use fewer of them"
         )
-    folder = Path(folder).absolute()
+    folder = absolute_path(folder)
     after = "start the same command again, it resumes from what is complete"
     with resource_errors("fewer devices, or a smaller CLIP model, take less", folder, after):
         return _embed(config, clip, folder, part, dtype, shard_size, devices)

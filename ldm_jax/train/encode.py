@@ -22,6 +22,7 @@ from ldm_jax.data.latents import (
 from ldm_jax.distributed.compile import compile_step
 from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import ConfigError, did_you_mean
+from ldm_jax.io.paths import absolute_path, size_of
 from ldm_jax.io.resources import resource_errors
 from ldm_jax.kernels import for_platform
 from ldm_jax.nn.layers import with_kernels
@@ -70,7 +71,7 @@ def encode(
         raise ConfigError(
             f"{BATCH} pictures do not divide over {len(devices)} devices: use fewer of them"
         )
-    folder = Path(folder).absolute()
+    folder = absolute_path(folder)
     after = "start the same command again, it resumes from what is complete"
     with resource_errors("fewer devices, or a smaller first stage, take less", folder, after):
         return _encode(config, folder, dtype, shard_size, devices)
@@ -129,6 +130,5 @@ def _encode(config: Any, folder: Path, dtype: str, shard_size: int, devices: lis
             for name, places in missing:
                 write_shard(folder / name, records(part, places), info)
                 bar.update(len(places))
-    size = sum(file.stat().st_size for file in folder.glob("*.array_record"))
-    LOG.info("the latent cache is in %s (%.0f MB)", folder, size / 1e6)
+    LOG.info("the latent cache is in %s (%.0f MB)", folder, size_of(folder) / 1e6)
     return folder

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ldm_jax.errors import (
     did_you_mean,
 )
 from ldm_jax.io.checkpoint import BestCheckpoints, TrainingCheckpoints, read_config, save_model
+from ldm_jax.io.paths import absolute_path, remove_tree
 from ldm_jax.io.resources import resource_errors
 from ldm_jax.kernels import cores, for_platform
 from ldm_jax.nn.layers import with_kernels
@@ -51,7 +51,7 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
 
     Args:
       config: A config of `ldm_jax.configs`.
-      workdir: The run folder.
+      workdir: The run folder, on this machine or in a bucket (gs://, s3://).
       restore_step: Resume from this checkpoint; those of later steps are set aside. By default
         from the newest.
 
@@ -60,11 +60,11 @@ def train(config: Any, workdir: str | Path, *, restore_step: int | None = None) 
 
     Raises:
       ConfigError, DataError, CheckpointError, MeshError: Something cannot be used as given.
-      ResourceError: The disk is full, or memory does not suffice.
+      ResourceError, StorageError: The disk is full, memory does not suffice, a bucket refuses.
       TrainingDiverged: The loss is not finite, or the task sees another problem.
       TrainingStopped: SIGTERM; the state is saved.
     """
-    workdir, config = Path(workdir).absolute(), complete(config)
+    workdir, config = absolute_path(workdir), complete(config)
     advice = (
         "a smaller batch_size, a larger optim.accumulate, remat='blocks' or mesh.fsdp take less; "
         "ldm-plan says how much"
@@ -205,6 +205,7 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
                 pending, weights = None, task.weights(state)
                 with report.pause():
                     if saves and (last or not report.suspect):
+                        report.publish()
                         checkpoints.save(step, state, measured)
                         if save_requested:
                             LOG.info("SIGUSR1: step %d is saved", step)
@@ -277,7 +278,7 @@ def export(task: Task, model_dir: Path, steps: int, weights: Callable[[], Any]) 
             return
     barrier("export")
     if is_first():
-        shutil.rmtree(model_dir, ignore_errors=True)
+        remove_tree(model_dir)
     barrier("removed")
     config, params = task.export(weights())
     save_model(model_dir, {**config, "trained_steps": steps}, params)

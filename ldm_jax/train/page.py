@@ -155,7 +155,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
 def embedded(file: Path) -> str:
     """Returns a picture as a data URI of WebP."""
     data = io.BytesIO()
-    with Image.open(file) as picture:
+    with Image.open(io.BytesIO(file.read_bytes())) as picture:
         picture.convert("RGB").save(data, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 

@@ -24,6 +24,7 @@ from ldm_jax.distributed.flops import PRODUCTS, count_flops
 from ldm_jax.distributed.processes import is_first
 from ldm_jax.errors import ConfigError, TrainingDiverged
 from ldm_jax.io import png
+from ldm_jax.io.mirror import Mirror
 from ldm_jax.train.tasks.base import Task
 
 LOG = logging.getLogger(__name__)
@@ -63,18 +64,21 @@ class Report:
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         self.config, self.task, self.rate = config, task, rate
-        self.previews = workdir / "previews"
         self.writes = is_first()
         self.terminal = self.writes and sys.stderr.isatty()
         self.opened = contextlib.ExitStack()
         if self.writes:
+            self.files = Mirror(workdir)
+            local = self.files.local
+            self.previews = local / "previews"
             self.previews.mkdir(exist_ok=True)
             purge = first + 1 if first else None
-            self.board = tensorboardX.SummaryWriter(str(workdir), purge_step=purge, flush_secs=30)
-            self.jsonl = reopen_metrics(workdir / "metrics.jsonl", first)
-            self.wandb = open_wandb(workdir, config)
-            where = f"tensorboard --logdir {workdir}; {self.previews}; {workdir / 'metrics.jsonl'}"
-            LOG.info("progress: %s", where)
+            self.board = tensorboardX.SummaryWriter(str(local), purge_step=purge, flush_secs=30)
+            self.jsonl = reopen_metrics(self.files.fetch("metrics.jsonl"), first)
+            self.files.fetch("wandb_id.txt")
+            self.wandb = open_wandb(local, config, workdir.name)
+            shown = f"{workdir / 'previews'}; {workdir / 'metrics.jsonl'}"
+            LOG.info("progress: tensorboard --logdir %s; %s", workdir, shown)
         # A line that is redrawn and cut to the terminal's width; a log file has a line a record.
         self.bar = tqdm(
             total=config.steps,
@@ -115,6 +119,7 @@ class Report:
         self.bar.update(step - self.bar.n)
         if self.writes and (step % self.config.log_every == 0 or step == self.config.steps):
             self._log(step, {k: float(v) for k, v in metrics.items()})
+            self.files.push_sometimes()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         now = time.perf_counter()
@@ -209,6 +214,12 @@ class Report:
         of_part = "bins" if part == "validation" and name in self.task.bins else PARTS[part]
         return GROUPS.get(name, of_part)
 
+    def publish(self) -> None:
+        """Copies the files to a run folder in a bucket, so that a saved step has its record."""
+        if self.writes:
+            self.board.flush()
+            self.files.push()
+
     def close(self) -> None:
         """Closes the files."""
         self.opened.close()
@@ -218,6 +229,7 @@ class Report:
             self.jsonl.close()
             if self.wandb is not None:
                 self.wandb.finish()
+            self.files.close()
 
 
 def memory() -> int:
@@ -253,7 +265,7 @@ def find_wandb() -> Any:
     return wandb
 
 
-def open_wandb(workdir: Path, config: Any) -> Any:
+def open_wandb(workdir: Path, config: Any, title: str) -> Any:
     """Opens or resumes the Weights & Biases run of ``workdir``; None without a project.
 
     Points are placed by their own "step": wandb's counter would drop the steps that a killed run
@@ -270,7 +282,7 @@ def open_wandb(workdir: Path, config: Any) -> Any:
         run = wandb.init(
             project=config.wandb.project,
             dir=str(workdir),
-            name=workdir.name,
+            name=title,
             id=name,
             resume="allow",
             config=json.loads(config.to_json_best_effort()),

@@ -18,6 +18,7 @@ from ldm_jax.convert.tables import Entry, as_ours, flatten, nest
 from ldm_jax.convert.tables import Path as ParamPath
 from ldm_jax.errors import CheckpointError, ConversionError, ReaderError, TargetError
 from ldm_jax.io.checkpoint import load_model, read_config
+from ldm_jax.io.paths import local_copy
 
 # Prefixes of layer names, dots as underscores -> the network. SDXL's two towers count from 1.
 _NETWORKS = {
@@ -60,7 +61,7 @@ def read_lora(
       TargetError: It is no LoRA, or one for another base model.
       ConversionError: Layers that the model does not have.
     """
-    file = Path(file)
+    file = local_copy(file)
     named, metadata = _arrays_of(file)
     layers: dict[str, dict[str, np.ndarray]] = {}
     unknown = []

@@ -40,6 +40,7 @@ from ldm_jax.convert.reader.lazy import (
 from ldm_jax.convert.reader.pickles import MAX_OPS, MAX_PICKLE, Unpickler
 from ldm_jax.convert.reader.rebuild import Standin, StorageClass
 from ldm_jax.errors import ReaderError
+from ldm_jax.io.paths import local_copy
 
 __all__ = ["Checkpoint", "LazyTensor", "ReaderError", "Standin", "open_checkpoint"]
 
@@ -111,7 +112,7 @@ def open_checkpoint(path: str | Path, *, variant: str | None = None) -> Checkpoi
       ReaderError: The file cannot be read, is damaged, is of no known kind, or would run code when
         unpickled. No other error is raised.
     """
-    path = Path(path)
+    path = local_copy(path)
     try:
         file, found = _inside(path, variant) if path.is_dir() else (path, "")
         checkpoint = _open(file)

@@ -1,12 +1,12 @@
 """The interface of a source of pictures, and what several sources share."""
 
-import glob
 import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ldm_jax.errors import DataError
+from ldm_jax.io.paths import is_bucket, is_folder, local_copy, matches
 
 
 class Source(Protocol):
@@ -98,12 +98,19 @@ class Handles:
 
 
 def find_shards(path: str, suffix: str) -> list[str]:
-    """Returns the files that ``path`` names: a file, a folder of them, or a glob pattern."""
+    """Returns the files that ``path`` names: a file, a folder of them, or a glob pattern.
+
+    Those of a bucket are copied to this machine.
+    """
     compressed = tuple(f"{suffix}{end}" for end in ("", ".gz", ".bz2", ".xz", ".zst"))
-    if os.path.isdir(path):
+    if is_bucket(path):
+        pattern = f"{path.rstrip('/')}/*" if is_folder(path) else path
+        shards = [name for name in matches(pattern) if name.endswith(compressed)]
+        found = [os.fspath(local_copy(name)) for name in shards]
+    elif os.path.isdir(path):
         found = [os.path.join(path, name) for name in os.listdir(path) if name.endswith(compressed)]
     else:
-        found = [name for name in glob.glob(path) if os.path.isfile(name)]
+        found = matches(path)
     found = sorted(found) or ([path] if os.path.isfile(path) else [])
     if not found:
         raise DataError(

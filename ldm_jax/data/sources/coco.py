@@ -11,6 +11,7 @@ from ldm_jax.data.decode import picture_size
 from ldm_jax.data.sources.files import FileRows, Files, stem
 from ldm_jax.data.sources.tables import caption_text, parse_json, read_bytes
 from ldm_jax.errors import DataError, UnreadablePicture
+from ldm_jax.io.paths import exists
 
 
 class COCO(FileRows):
@@ -120,7 +121,7 @@ class COCO(FileRows):
 
 def _read(path: str) -> dict[str, Any]:
     where = f"data.annotations {path}"
-    if not os.path.exists(path):
+    if not exists(path):
         raise DataError(f"{where} does not exist: give COCO's captions_*.json or instances_*.json")
     table = parse_json(read_bytes(path), where)
     if not isinstance(table, dict) or not {"images", "annotations"} <= table.keys():

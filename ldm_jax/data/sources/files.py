@@ -17,6 +17,7 @@ from ldm_jax.data.decode import PICTURE_SUFFIXES, describe
 from ldm_jax.data.sources.base import Handles, Rows
 from ldm_jax.data.sources.tables import TABLES, encoding_of
 from ldm_jax.errors import DataError
+from ldm_jax.io.paths import exists, is_bucket, is_folder, listing, local_copy, read_bytes
 
 _LOG = logging.getLogger(__name__)
 
@@ -138,7 +139,9 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 
 class Files:
-    """The files of a folder, a .zip or a .tar. Picklable.
+    """The files of a folder, a .zip or a .tar, on this machine or in a bucket. Picklable.
+
+    A file in a folder of a bucket is read from there each time; an archive is copied once.
 
     Attributes:
       names: Names of the files, with "/", relative to ``path``; without hidden ones.
@@ -148,18 +151,22 @@ class Files:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = os.fspath(path)
-        if not os.path.exists(self.path):
+        self.path = self._local = os.fspath(path)
+        if not exists(self.path):
             raise DataError(
                 f"{self.path} does not exist: give the path of a folder or .zip archive of pictures"
             )
-        if os.path.isdir(self.path):
+        if is_bucket(self.path) and not is_folder(self.path):
+            self._local = os.fspath(local_copy(self.path))  # archives are read at any place
+        if is_bucket(self._local):
+            self.kind, self._handles, listed = "bucket", None, _objects(self.path)
+        elif os.path.isdir(self._local):
             self.kind, self._handles, listed = "folder", None, _walk(self.path)
-        elif zipfile.is_zipfile(self.path):
+        elif zipfile.is_zipfile(self._local):
             self.kind, self._handles = "zip", Handles(_open_zip)
-            listed = _zip_names(self._handles(self.path))
-        elif _is_tar(self.path):
-            self.kind, self._handles, listed = "tar", Handles(open_raw), tar_members(self.path)
+            listed = _zip_names(self._handles(self._local))
+        elif _is_tar(self._local):
+            self.kind, self._handles, listed = "tar", Handles(open_raw), tar_members(self._local)
         else:
             raise DataError(
                 f"{self.path} is not a zip archive (nor a folder): "
@@ -215,13 +222,17 @@ class Files:
                 if os.path.getsize(path) > MAX_BYTES:
                     raise OSError(f"{os.path.getsize(path)} bytes are too large for one file")
                 return Path(path).read_bytes()
+            if self.kind == "bucket":
+                if (size := self.names[name][1]) > MAX_BYTES:
+                    raise OSError(f"{size} bytes are too large for one file")
+                return read_bytes(f"{self.path}/{self.names[name][0]}")
             assert self._handles is not None
             if self.kind == "tar":
-                return read_at(self._handles(self.path), self.names[name], self.path)
-            info = self._handles(self.path).getinfo(self.names[name])
+                return read_at(self._handles(self._local), self.names[name], self.path)
+            info = self._handles(self._local).getinfo(self.names[name])
             if info.file_size > MAX_BYTES:
                 raise OSError(f"{info.file_size} bytes are too large for one file")
-            return self._handles(self.path).read(info.filename)
+            return self._handles(self._local).read(info.filename)
         except (OSError, MemoryError):
             raise
         except Exception as error:  # zipfile and its decompressors raise nearly every class
@@ -239,8 +250,10 @@ class Files:
         """Returns what changes with the file: its checksum in a zip, time in a tar, else size."""
         if self.kind == "tar":
             return self.names[name].time
+        if self.kind == "bucket":
+            return self.names[name][1]
         if self._handles is not None:
-            return self._handles(self.path).getinfo(self.names[name]).CRC
+            return self._handles(self._local).getinfo(self.names[name]).CRC
         return os.path.getsize(os.path.join(self.path, name))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -260,6 +273,13 @@ def _walk(top: str) -> Iterator[tuple[str, str]]:
         for name in files:
             name = posixpath.normpath(f"{inner}/{name}")
             yield name, name
+
+
+def _objects(top: str) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Yields name -> (object, bytes) of the files in a folder of a bucket."""
+    for name, info in sorted(listing(top).items()):
+        if not any(part.startswith(".") for part in name.split("/")):
+            yield posixpath.normpath(name), (name, info["size"])
 
 
 def _zip_names(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:

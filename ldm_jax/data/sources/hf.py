@@ -8,6 +8,7 @@ from typing import Any
 from ldm_jax.data.decode import describe
 from ldm_jax.data.sources.tables import PICTURE_COLUMNS, find_columns, with_text
 from ldm_jax.errors import DataError
+from ldm_jax.io.paths import exists
 
 _WINDOWS_KEPT = 3
 
@@ -67,7 +68,7 @@ class HuggingFace:
             ) from None
         saved = ("state.json", "dataset_dict.json")
         try:
-            if any(os.path.exists(os.path.join(self.path, name)) for name in saved):
+            if any(exists(os.path.join(self.path, name)) for name in saved):
                 data: Any = datasets.load_from_disk(self.path)
                 data = data[self._split] if isinstance(data, datasets.DatasetDict) else data
                 data = data.to_iterable_dataset() if self.window else data

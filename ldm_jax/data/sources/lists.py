@@ -13,6 +13,7 @@ from ldm_jax.data.sources.tables import (
     with_text,
 )
 from ldm_jax.errors import DataError
+from ldm_jax.io.paths import parent_of
 
 
 class TextList(FileRows):
@@ -44,7 +45,7 @@ class TextList(FileRows):
         lines = decode_text(read_bytes(self.path), self.path).split("\n")
         pairs = [line.rstrip("\r").partition("\t") for line in lines if line.strip()]
         self.rows = [{"file_name": name.strip(), "text": text.strip()} for name, _, text in pairs]
-        self._files = Files(root or os.path.dirname(os.path.abspath(self.path)))
+        self._files = Files(root or parent_of(self.path))
         self._resolve(posixpath.basename(self.path), missing)
         if captions == "beside":
             members = [self._member(row["file_name"]) for row in self.rows]
@@ -94,5 +95,5 @@ class Table(FileRows):
                 )
             row["file_name"] = row[column]
         self.rows = with_text(rows, self.path, text)
-        self._files = Files(root or os.path.dirname(os.path.abspath(self.path)))
+        self._files = Files(root or parent_of(self.path))
         self._resolve(posixpath.basename(self.path), missing)

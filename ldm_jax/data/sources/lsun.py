@@ -5,6 +5,7 @@ from typing import Any
 
 from ldm_jax.data.sources.base import Handles, Rows
 from ldm_jax.errors import DataError
+from ldm_jax.io.paths import local_copy
 
 
 class LSUN(Rows):
@@ -19,7 +20,7 @@ class LSUN(Rows):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, text: str = ""):
-        self.path = os.fspath(path)
+        self.path, self._local = os.fspath(path), local_copy(path)  # LMDB maps it into memory
         category = os.path.basename(os.path.normpath(self.path)).rsplit("_", 2)[0]
         text = text or category.replace("_", " ")
         with self._begin() as transaction:
@@ -39,7 +40,7 @@ class LSUN(Rows):
             return {**row, "image": transaction.get(key) or b""}
 
     def _begin(self) -> Any:
-        return _ENVIRONMENTS(os.path.realpath(self.path)).begin()
+        return _ENVIRONMENTS(os.path.realpath(self._local)).begin()
 
 
 def _open(path: str) -> Any:

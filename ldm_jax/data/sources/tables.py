@@ -7,11 +7,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm_jax.data.decode import describe
-from ldm_jax.errors import DataError
+from ldm_jax.errors import DataError, StorageError
+from ldm_jax.io import paths
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,7 +101,9 @@ def with_text(rows: list[dict[str, Any]], where: str, text: str = "") -> list[di
 def read_bytes(path: str) -> bytes:
     """Reads a file; DataError where that fails."""
     try:
-        return Path(path).read_bytes()
+        return paths.read_bytes(path)
+    except StorageError:
+        raise
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 

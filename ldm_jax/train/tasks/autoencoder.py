@@ -13,6 +13,7 @@ import optax
 from ldm_jax.distributed.processes import fetch
 from ldm_jax.errors import ConfigError
 from ldm_jax.io import png
+from ldm_jax.io.paths import local_copy
 from ldm_jax.kernels import for_platform
 from ldm_jax.models.autoencoder import (
     AutoencoderKL,
@@ -205,7 +206,9 @@ class AutoencoderTask(Task):
         lpips = params = None
         if config.loss.perceptual_weight and config.loss.vgg16:
             if weights:
-                lpips, params = load_lpips(config.loss.vgg16, config.loss.lpips_heads)
+                files = config.loss.vgg16, config.loss.lpips_heads
+                vgg, heads = (file and local_copy(file) for file in files)
+                lpips, params = load_lpips(vgg, heads)
             else:
                 lpips, pixels = LPIPS(), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
                 params = jax.eval_shape(lpips.init, jax.random.key(0), pixels, pixels)["params"]
