@@ -58,7 +58,8 @@ def test_a_config_is_whole(name, variant, monkeypatch):
     task = TASKS[config.task].from_config(config, weights=False)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     millions = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6
-    assert millions > (0.1 if name.endswith("_lora") else 0.3)
+    smallest = {"lora": 0.1, "inversion": 0.0}
+    assert millions > smallest.get(config.task, 0.3)
     if variant and (name, variant) not in LARGE:
         assert millions < 10
     elif name in RELEASED:

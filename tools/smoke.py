@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 # What configs share, none themselves.
 SHARED = ("common", "presets", "emoji_presets", "released", "transformers")
 STEPS = ["--num=1", "--steps=3"]
+ADAPTERS = {"lora": "lora", "inversion": "embedding"}  # kind of a model directory -> the flag
 
 
 def inputs(folder: Path) -> dict[str, list[str]]:
@@ -73,8 +74,9 @@ def run(name: str, folder: Path, asked: dict[str, list[str]]) -> tuple[str, floa
                 "sample.py",
                 [f"--model={model}", *asked[kind], *steps, f"--out={folder / name / 'out'}"],
             )
-        elif config["kind"] == "lora":
-            adapted = [f"--model={config['base']}", f"--lora={model}", "--prompt=red apple"]
+        elif config["kind"] in ADAPTERS:
+            flag = f"--{ADAPTERS[config['kind']]}={model}"
+            adapted = [f"--model={config['base']}", flag, "--prompt=red apple"]
             wrong = execute("sample.py", [*adapted, *STEPS, f"--out={folder / name / 'out'}"])
     return name, time.perf_counter() - began, wrong
 

@@ -10,7 +10,12 @@ import numpy as np
 
 from ldm_jax.conditioning.base import Cond, Conditioner, Rows, some
 from ldm_jax.conditioning.prompts import Chunks, chunks_of, emphasised, padded, parse_weights
-from ldm_jax.conditioning.tokenizers import bert_tokenizer, clip_tokenizer_with, expand, tokens_of
+from ldm_jax.conditioning.tokenizers import (
+    bert_tokenizer_with,
+    clip_tokenizer_with,
+    expand,
+    tokens_of,
+)
 from ldm_jax.models.bert import TransformerEncoder
 from ldm_jax.models.clip import CLIPText
 
@@ -25,16 +30,21 @@ class Text(Conditioner):
       module: The text encoder.
       weighted: Whether prompts have weights and any length (`ldm_jax.conditioning.prompts`).
         `encode` then returns {"tokens", "weights"} [b, k, m] of k chunks. Training ignores it.
+      added_tokens: Entries after the tokenizer's own vocabulary, with rows of their own in the
+        encoder's table (textual inversion).
+      table: The name of that table's parameters.
     """
 
     module: Any
     weighted: bool = False
+    added_tokens: tuple[str, ...] = ()
 
     field = "prompts"
     negative = True
     interpolates = True
     argument = "tokens"
     markers: ClassVar[tuple[str, str]]  # the tokenizer's attributes of the first and last token
+    table: ClassVar[str]
 
     @property
     def tokenizer(self) -> Any:
@@ -61,8 +71,15 @@ class Text(Conditioner):
         return {"": self}
 
     def expanded(self, caption: str) -> str:
-        """Returns a caption with the tokens of the vocabulary that its words stand for."""
-        return caption
+        """Returns a caption in which added tokens of several vectors are followed by the others."""
+        return expand(caption, self.added_tokens)
+
+    def extended_fields(self, tokens: Sequence[str]) -> dict[str, Any]:
+        """Returns the fields of its section that change where ``tokens`` follow the vocabulary."""
+        return {
+            "vocab_size": self.module.vocab_size + len(tokens),
+            "added_tokens": [*self.added_tokens, *tokens],
+        }
 
     def encode(self, values: Sequence[str]) -> Any:
         """Tokenizes captions: start, words, end, padding.
@@ -117,8 +134,12 @@ class Text(Conditioner):
         return padded(chunks, self.max_length, start, end, self.padding)
 
     def _runs(self) -> dict[int, int]:
-        """Returns {first token: number of tokens} of words of several tokens."""
-        return {}
+        """Returns {first token: number of tokens} of added words of several vectors."""
+        first = len(self.tokenizer) - len(self.added_tokens)
+        return {
+            first + i: len(expand(token, self.added_tokens).split())
+            for i, token in enumerate(self.added_tokens)
+        }
 
     def tokenizer_json(self) -> str | None:
         """Returns a `tokenizers.Tokenizer` as JSON that encodes a caption as `encode` does."""
@@ -141,8 +162,9 @@ class Text(Conditioner):
         return {"encoded": {"dtype": "int32", "shape": (self.max_length,)}}
 
     def cache_key(self) -> dict[str, Any]:
-        """Returns the number of tokens."""
-        return {"tokens per caption": self.max_length}
+        """Returns the number of tokens, and the added ones."""
+        added = {"added tokens": list(self.added_tokens)} if self.added_tokens else {}
+        return {"tokens per caption": self.max_length, **added}
 
     def row_problems(self, rows: Rows, column: str, few: int) -> Iterator[str]:
         """Yields captions that are empty, too long, or not in the vocabulary."""
@@ -189,11 +211,12 @@ class BertText(Text):
 
     network = TransformerEncoder
     markers = ("cls_token_id", "sep_token_id")
+    table = "token_emb"
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of bert-base-uncased."""
-        return bert_tokenizer()
+        """The tokenizer of bert-base-uncased, with the added tokens."""
+        return bert_tokenizer_with(self.added_tokens)
 
     @property
     def max_length(self) -> int:
@@ -218,18 +241,16 @@ class ClipText(Text):
     Attributes:
       module: The text tower.
       pad_token_id: The token of the padding; None: the end token. Stable Diffusion 2.x pads with 0.
-      added_tokens: Entries after CLIP's vocabulary, with rows of their own in the tower's table
-        (textual inversion).
       clip_skip: The context is the state after this layer from the end, 1 for the last one.
     """
 
     module: CLIPText
     pad_token_id: int | None = None
-    added_tokens: tuple[str, ...] = ()
     clip_skip: int = 1
 
     network = CLIPText
     markers = ("bos_token_id", "eos_token_id")
+    table = "token_embedding"
 
     def __post_init__(self) -> None:
         layers = self.module.num_hidden_layers
@@ -246,17 +267,15 @@ class ClipText(Text):
         """The token of the padding."""
         return self.tokenizer.pad_token_id if self.pad_token_id is None else self.pad_token_id
 
-    def expanded(self, caption: str) -> str:
-        """Returns a caption in which added tokens of several vectors are followed by the others."""
-        return expand(caption, self.added_tokens)
+    def extended_fields(self, tokens: Sequence[str]) -> dict[str, Any]:
+        """Returns the changed fields; the end token stays the last of the old vocabulary.
 
-    def _runs(self) -> dict[int, int]:
-        """Returns {first token: number of tokens} of added words of several vectors."""
-        first = len(self.tokenizer) - len(self.added_tokens)
-        return {
-            first + i: len(expand(token, self.added_tokens).split())
-            for i, token in enumerate(self.added_tokens)
-        }
+        It is pooled by its number from then on, because the new tokens have higher ones.
+        """
+        fields = super().extended_fields(tokens)
+        if self.module.eos_token_id is None:
+            fields["eos_token_id"] = self.module.vocab_size - len(self.added_tokens) - 1
+        return fields
 
     @property
     def max_length(self) -> int:

@@ -58,6 +58,16 @@ def clip_tokenizer(
 
 
 @lru_cache(maxsize=8)
+def bert_tokenizer_with(added_tokens: tuple[str, ...]) -> Any:
+    """Returns the tokenizer of bert-base-uncased with further entries, numbered from 30522."""
+    if not added_tokens:
+        return bert_tokenizer()
+    tokenizer = bert_tokenizer.__wrapped__()  # not the shared one
+    tokenizer.add_tokens(list(added_tokens))
+    return tokenizer
+
+
+@lru_cache(maxsize=8)
 def clip_tokenizer_with(added_tokens: tuple[str, ...]) -> Any:
     """Returns CLIP's tokenizer with further entries, numbered from 49408."""
     if not added_tokens:
@@ -65,6 +75,11 @@ def clip_tokenizer_with(added_tokens: tuple[str, ...]) -> Any:
     tokenizer = clip_tokenizer.__wrapped__()  # not the shared one
     tokenizer.add_tokens(list(added_tokens))
     return tokenizer
+
+
+def tokens_of_word(word: str, count: int) -> tuple[str, ...]:
+    """Returns the entries of the vocabulary of a word of ``count`` vectors: "x", "x_1" ..."""
+    return (word, *(f"{word}_{i}" for i in range(1, count)))
 
 
 def expand(caption: str, added_tokens: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from ldm_jax.convert.compvis.reading import from_compvis, is_compvis
 from ldm_jax.convert.compvis.writing import to_compvis
 from ldm_jax.convert.converted import MISSING, Converted, report_of
 from ldm_jax.convert.diffusers import from_diffusers, is_diffusers, to_diffusers
+from ldm_jax.convert.embedding_writing import to_a1111, to_embedding
 from ldm_jax.convert.lora.writing import to_kohya, to_peft
 from ldm_jax.errors import CheckpointError, TargetError, did_you_mean
 from ldm_jax.io.atomic import atomic_path, write_atomic
@@ -46,6 +47,8 @@ EXPORTS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], Path], None]]
     "compvis": to_compvis,
     "diffusers": to_diffusers,
     "clip": to_clip,
+    "a1111": to_a1111,
+    "embedding": to_embedding,
     "kohya": to_kohya,
     "peft": to_peft,
 }

@@ -14,13 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.conditioning import make_conditioner
+from ldm_jax.conditioning.tokenizers import tokens_of_word
+from ldm_jax.conditioning.words import section_of
 from ldm_jax.convert.reader.lazy import shown
 from ldm_jax.convert.reader.reader import open_checkpoint
-from ldm_jax.errors import ConversionError, TargetError
+from ldm_jax.errors import CheckpointError, ConversionError, ReaderError, TargetError
+from ldm_jax.io.checkpoint import load_model
 from ldm_jax.io.paths import as_path, exists
 
 # Names of the arrays of files for several towers, which are those of a conditioner's towers.
 SEVERAL = ("clip_l", "clip_g")
+# Of a model directory: its kind, and the name of a sole tower's vectors.
+KIND, SOLE = "inversion", "text"
 # Names under which a file keeps its vectors without the word.
 _UNNAMED = ("*", "emb_params")
 _MOST = 75  # vectors of a word: the words of a prompt
@@ -40,8 +45,7 @@ class Embedding(NamedTuple):
     @property
     def tokens(self) -> tuple[str, ...]:
         """The entries of the vocabulary, one for each vector."""
-        count = len(next(iter(self.vectors.values())))
-        return (self.word, *(f"{self.word}_{i}" for i in range(1, count)))
+        return tokens_of_word(self.word, len(next(iter(self.vectors.values()))))
 
 
 def read_embedding(file: str | Path, word: str | None = None) -> Embedding:
@@ -49,7 +53,8 @@ def read_embedding(file: str | Path, word: str | None = None) -> Embedding:
 
     Args:
       file: The .pt of A1111's web UI, or a .bin or .safetensors of diffusers; for Stable Diffusion
-        XL the arrays are "clip_l" and "clip_g".
+        XL the arrays are "clip_l" and "clip_g". Or the model directory of one that was trained
+        here.
       word: The word; None: the file's, or the name of the file where it has none.
 
     Raises:
@@ -58,6 +63,8 @@ def read_embedding(file: str | Path, word: str | None = None) -> Embedding:
       ConversionError: It holds NaN or infinity.
     """
     file = as_path(file)
+    if (file / "config.json").is_file():
+        return _trained(file, word)
     with open_checkpoint(file) as checkpoint:
         tensors, named = dict(checkpoint.tensors), None
         if isinstance(checkpoint.tree, dict):
@@ -96,6 +103,32 @@ def read_embedding(file: str | Path, word: str | None = None) -> Embedding:
     return Embedding(chosen, vectors)
 
 
+def _trained(folder: Path, word: str | None) -> Embedding:
+    """Reads the model directory of a textual inversion."""
+    try:
+        config, params = load_model(folder)
+    except CheckpointError as error:
+        raise ReaderError(str(error)) from None
+    return embedding_of(config, params, word)
+
+
+def embedding_of(
+    config: Mapping[str, Any], params: Mapping[str, Any], word: str | None = None
+) -> Embedding:
+    """Returns the word of a textual inversion that was trained here.
+
+    Raises:
+      TargetError: The model is none.
+    """
+    if config.get("kind") != KIND:
+        raise TargetError(f"a {config.get('kind')} is no textual inversion")
+    vectors = {
+        "" if name == SOLE else name: np.asarray(rows).astype(np.float32)
+        for name, rows in params["vectors"].items()
+    }
+    return Embedding(config["word"] if word is None else word, vectors)
+
+
 def add_embeddings(
     config: Mapping[str, Any], params: Mapping[str, Any], embeddings: Iterable[Embedding]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,7 +148,7 @@ def add_embeddings(
         fields = new.get("conditioner", {"kind": "none"})
         towers = make_conditioner(fields, jnp.float32).towers
         if not towers or not all(hasattr(tower, "added_tokens") for tower in towers.values()):
-            raise TargetError("--embedding needs a model with CLIP's text encoder")
+            raise TargetError("--embedding needs a model with a text encoder")
         if towers.keys() != embedding.vectors.keys():
             found, expected = (
                 " and ".join(name or "one text encoder" for name in part)
@@ -150,9 +183,6 @@ def extended(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns (changed fields, parameters) of a text tower with the rows of new tokens.
 
-    The end token stays the last of the old vocabulary; it is pooled by its number from then on,
-    because the new tokens have higher ones.
-
     Args:
       section: The tower's section of the config.
       tower: Its parameters.
@@ -162,26 +192,15 @@ def extended(
     Raises:
       TargetError: The vectors have another width than the tower.
     """
-    old, vectors = tower["token_embedding"]["embedding"], embedding.vectors[name]
+    text: Any = make_conditioner({"kind": "clip", **section}, jnp.float32)
+    old, vectors = tower[text.table]["embedding"], embedding.vectors[name]
     if old.shape[1] != vectors.shape[1]:
         raise TargetError(
             f"{embedding.word} is an embedding for another base model: its vectors have"
             f" {vectors.shape[1]} entries, this model's {old.shape[1]}"
         )
-    added = list(section.get("added_tokens", ()))
-    fields: dict[str, Any] = {
-        "vocab_size": len(old) + len(vectors),
-        "added_tokens": [*added, *embedding.tokens],
-    }
-    if section.get("eos_token_id") is None:
-        fields["eos_token_id"] = len(old) - len(added) - 1
     rows = np.concatenate([np.asarray(old), vectors.astype(old.dtype)])
-    return fields, {**tower, "token_embedding": {"embedding": rows}}
-
-
-def section_of(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns the section of a tower in a conditioner's fields."""
-    return fields[name] if name else fields.get("text", fields)
+    return text.extended_fields(embedding.tokens), {**tower, text.table: {"embedding": rows}}
 
 
 def split_word(text: str) -> tuple[str, str | None]:

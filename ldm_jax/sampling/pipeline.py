@@ -18,10 +18,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax.conditioning.base import REQUEST_OPTIONS
+from ldm_jax.conditioning.words import section_of
 from ldm_jax.convert.controlnet import read_controlnet
 from ldm_jax.convert.conversion import is_foreign, read_model, replace_parts
 from ldm_jax.convert.diffusers.hub import fetched
-from ldm_jax.convert.embedding import add_embeddings, read_embedding, section_of, split_word
+from ldm_jax.convert.embedding import add_embeddings, read_embedding, split_word
 from ldm_jax.convert.lora import merge_loras, pairs_of
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
 from ldm_jax.errors import (

@@ -167,13 +167,26 @@ def test_an_embedding_that_does_not_fit_is_named(params, tmp_path, arrays, word,
         add_embeddings(CONFIG, params, [read_embedding(tmp_path / "e.safetensors", word)])
 
 
-def test_a_model_without_clip_takes_no_words(tmp_path):
+def test_a_model_without_a_text_encoder_takes_no_words(tmp_path):
     save_file({"<x>": np.ones(4, "f4")}, tmp_path / "e.safetensors")
     word = read_embedding(tmp_path / "e.safetensors")
-    bert = {"kind": "bert", "dim": 16, "depth": 1}
-    for conditioner in (bert, {"kind": "none"}):
-        with pytest.raises(TargetError, match="CLIP's text encoder"):
-            add_embeddings({"conditioner": conditioner}, {"conditioner": {}}, [word])
+    with pytest.raises(TargetError, match="needs a model with a text encoder"):
+        add_embeddings({"conditioner": {"kind": "none"}}, {"conditioner": {}}, [word])
+
+
+def test_the_bert_encoder_takes_words(tmp_path):
+    save_file({"<x>": np.full((2, 4), 7, "f4")}, tmp_path / "e.safetensors")
+    word = read_embedding(tmp_path / "e.safetensors")
+    bert = {"kind": "bert", "dim": 4, "depth": 1, "max_seq_len": 8}
+    table = np.zeros((30522, 4), np.float32)
+    params = {"conditioner": {"token_emb": {"embedding": table}}}
+    config, new = add_embeddings({"conditioner": bert}, params, [word])
+    assert config["conditioner"]["vocab_size"] == 30524
+    assert "eos_token_id" not in config["conditioner"]
+    assert (new["conditioner"]["token_emb"]["embedding"][30522:] == 7).all()
+    row = make_conditioner(config["conditioner"], np.float32).encode(["a <X> b"])[0].tolist()
+    assert row[2:4] == [30522, 30523]
+    assert row[:2] + row[4:] == make_conditioner(bert, np.float32).encode(["a b"])[0].tolist()[:6]
 
 
 # ------------------------------------------------------------------------------------------- LoRA

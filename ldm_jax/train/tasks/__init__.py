@@ -8,6 +8,7 @@ from ldm_jax.train.tasks.base import Task
 from ldm_jax.train.tasks.classifier import ClassifierTask
 from ldm_jax.train.tasks.contrastive import ContrastiveTask
 from ldm_jax.train.tasks.diffusion import DiffusionTask
+from ldm_jax.train.tasks.inversion import InversionTask
 from ldm_jax.train.tasks.label_maps import LabelMapTask
 from ldm_jax.train.tasks.lora import LoraTask
 from ldm_jax.train.tasks.transformer import TransformerTask
@@ -17,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     "classifier": ClassifierTask,
     "contrastive": ContrastiveTask,
     "diffusion": DiffusionTask,
+    "inversion": InversionTask,
     "label_maps": LabelMapTask,
     "lora": LoraTask,
     "transformer": TransformerTask,
