@@ -22,7 +22,7 @@ from ldm_jax.convert.embedding_writing import to_a1111, to_embedding
 from ldm_jax.convert.lora.writing import to_kohya, to_peft
 from ldm_jax.errors import CheckpointError, TargetError, did_you_mean
 from ldm_jax.io.atomic import atomic_path, write_atomic
-from ldm_jax.io.checkpoint import load_model, save_model
+from ldm_jax.io.checkpoint import find_model, load_model, save_model
 from ldm_jax.io.paths import as_path, is_bucket, local_copy
 from ldm_jax.models.build import build, check_params
 
@@ -206,7 +206,7 @@ def convert(
 
 
 def export(model: str | Path, to: str, out: str | Path) -> None:
-    """Writes a model directory in the layout ``to``.
+    """Writes a model directory, or a model that ships with the package, in the layout ``to``.
 
     Raises:
       CheckpointError: ``out`` exists already.
@@ -214,7 +214,7 @@ def export(model: str | Path, to: str, out: str | Path) -> None:
     """
     if to not in EXPORTS:
         raise TargetError(f"cannot write {to!r}{did_you_mean(to, EXPORTS)}")
-    config, params = load_model(local_copy(model))
+    config, params = load_model(find_model(model))
     if config.get("first_stage", {}).get("kind") == MISSING:
         raise TargetError(f"{model} has no first stage; convert it with --vae PATH")
     out, arrays = check_new(as_path(out)), jax.tree.map(np.asarray, params)
