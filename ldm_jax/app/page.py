@@ -42,6 +42,8 @@ CSS = """
 #head h1 { margin: 0.2rem 0; font-size: 1.35rem; }
 #head p { margin: 0; opacity: 0.75; }
 #status { min-height: 1.6rem; }
+/* The gallery's height, PREVIEW + 100, less its padding: a square of pictures is not cut off. */
+#gallery .grid-container { max-width: 454px; margin: 0 auto; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.3rem 0.8rem; align-items: center; }
 .swatch { display: inline-block; width: 1rem; height: 1rem; border-radius: 0.2rem;
   border: 1px solid #8888; vertical-align: -0.15rem; }
