@@ -87,7 +87,8 @@ def test_the_readme_is_short_and_its_links_exist():
 
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
-    assert {f"{name}.md" for name in PAGES} == set(re.findall(r"[\w-]+\.md", text))
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert {f"{name}.md" for name in PAGES} | notebooks == set(re.findall(r"[\w/-]+\.md", text))
 
 
 def test_every_dotted_name_exists():
