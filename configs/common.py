@@ -27,6 +27,9 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.remat = "none"  # or "blocks": the backward pass recomputes the inside of each block
     config.ema = 0.9999  # decay of the parameters' moving average; 0: no average
     config.ema_warmup = True  # a lower decay in the first steps, which forgets the start
+    # Averages whose length `ldm-convert average` chooses after training: relative standard
+    # deviations of their profiles, such as (0.05, 0.1), and the steps between snapshots.
+    config.power_ema = section(stds=(), every=1000)
     config.parallel = "jit"  # or "pmap": one host, everything replicated
     config.mesh = section()  # axis sizes; -1: the devices that the other axes leave
     config.mesh.data = -1

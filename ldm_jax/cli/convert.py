@@ -10,6 +10,8 @@ ldm-convert merge MODEL --lora FILE:0.8 --out MODEL_DIR
                                      a model with LoRA files merged into its weights
 ldm-convert merge A B --weights 0.3 --out MODEL_DIR
                                      0.7 A + 0.3 B; with a third model C: A + 0.3 (B - C)
+ldm-convert average RUN --std 0.08 --out MODEL_DIR
+                                     an average of another length, of a run with power_ema
 """
 
 import argparse
@@ -22,6 +24,7 @@ from ldm_jax.convert.merging import merge
 from ldm_jax.convert.reader.reader import open_checkpoint
 from ldm_jax.convert.verify import verify
 from ldm_jax.models.build import DTYPES
+from ldm_jax.train.power_ema import reconstruct
 
 _READ = ("config", "ema", "dtype", "report", "variant", "allow_unexpected", "vae", "text_encoder")
 
@@ -42,6 +45,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("models", metavar="MODEL", nargs="+", help="a model directory or checkpoint, up to 3")
         add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA file")
         add("--weights", type=float, default=0.5, help="the weight of the second model")
+        add("--out", required=True, help="the new model directory")
+        return parser
+    if command == "average":
+        add("run", help="a run folder whose config had power_ema.stds")
+        add("--std", type=float, required=True, help="standard deviation, as a part of all steps")
+        add("--step", type=int, help="the last step (default: that of the newest snapshot)")
         add("--out", required=True, help="the new model directory")
         return parser
     add("source", metavar="SRC", help="a .ckpt, .pth, .bin or .safetensors, or a folder with one")
@@ -84,6 +93,10 @@ def _merge(args: argparse.Namespace) -> None:
     _print({"written": args.out} | merged)
 
 
+def _average(args: argparse.Namespace) -> None:
+    _print(reconstruct(args.run, args.out, args.std, args.step))
+
+
 def _convert(args: argparse.Namespace) -> None:
     converted = convert(args.source, args.out, **{name: getattr(args, name) for name in _READ})
     _print(_summary(converted, args))
@@ -112,7 +125,13 @@ def _print(lines: dict[str, str]) -> None:
         print(f"{label:<12}{text}")
 
 
-COMMANDS = {"convert": _convert, "inspect": _inspect, "export": _export, "merge": _merge}
+COMMANDS = {
+    "convert": _convert,
+    "inspect": _inspect,
+    "export": _export,
+    "merge": _merge,
+    "average": _average,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from ldm_jax.plan.roofline import Kernel
 from ldm_jax.plan.roofline import kernels as launches
 from ldm_jax.sampling.decoding import decode, decode_part
 from ldm_jax.train.optim import make_optimizer
+from ldm_jax.train.power_ema import with_averages
 from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import task_class
 from ldm_jax.train.tasks.diffusion import prepare_conditions
@@ -182,7 +183,8 @@ class Step(Program):
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh, zero1: bool, cached: bool):
         super().__init__(config, mesh)
         self.cached = cached
-        self.tx = make_optimizer(config.optim, config.steps, self.task.decays)
+        tx = make_optimizer(config.optim, config.steps, self.task.decays)
+        self.tx = with_averages(tx, config.power_ema)
 
         def create(key: jax.Array) -> Any:
             params, extra = self.task.init(key), self.task.extra(key)

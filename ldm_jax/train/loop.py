@@ -32,6 +32,7 @@ from ldm_jax.train.encode import check_cache
 from ldm_jax.train.loaders import AnyLoader, first_batches, make_loader
 from ldm_jax.train.optim import describe_rate, learning_rate, make_optimizer, with_scaled_rate
 from ldm_jax.train.page import write_page
+from ldm_jax.train.power_ema import save_snapshots, with_averages
 from ldm_jax.train.report import Report
 from ldm_jax.train.start import load_start, with_parameters
 from ldm_jax.train.state import TrainState, create_state
@@ -98,6 +99,7 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
     else:
         task.check_rows(train_loader)
     tx, rate = make_optimizer(optim, config.steps, task.decays), learning_rate(optim, config.steps)
+    tx = with_averages(tx, config.power_ema)
     mesh = mesh_of(config)
 
     def init(key: jax.Array) -> TrainState:
@@ -198,7 +200,8 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
                 saves = last or stopping or save_requested or step % config.save_every == 0
                 evaluates = last or step % config.eval_every == 0
                 previews = last or step % config.preview_every == 0
-                if not (saves or evaluates or previews):
+                averages = config.power_ema.stds and (last or step % config.power_ema.every == 0)
+                if not (saves or evaluates or previews or averages):
                     continue
                 # The loss of a state is checked before the state is saved or shown.
                 report.step(*pending)
@@ -210,6 +213,16 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
                         if save_requested:
                             LOG.info("SIGUSR1: step %d is saved", step)
                         save_requested = False
+                    if averages and (last or not report.suspect):
+                        save_snapshots(
+                            workdir,
+                            config.power_ema,
+                            state,
+                            step,
+                            lambda folder, of: export(
+                                task, folder, int(of.step), lambda: task.weights(of)
+                            ),
+                        )
                     if stopping and not last:
                         saved = checkpoints.latest()  # an earlier one where this is suspect
                         raise TrainingStopped(
