@@ -316,7 +316,8 @@ def bucket_errors(path: AnyPath, verb: str = "read or write") -> Iterator[None]:
                 code = errno.ENOENT
                 raise FileNotFoundError(code, os.strerror(code), os.fspath(path)) from None
             problem = "bucket"
-        raise StorageError(f"{path} {_sentence(problem, verb)}") from None
+        reason = f" ({type(error).__name__})" if problem == "network" else ""
+        raise StorageError(f"{path} {_sentence(problem, verb)}{reason}") from None
 
 
 def _bucket_exists(bucket: str) -> bool | None:

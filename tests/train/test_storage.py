@@ -22,6 +22,7 @@ from conftest import child
 from test_loop import first_stage, make_config, metrics, pictures  # noqa: F401
 
 from ldm_jax.data import make_source
+from ldm_jax.distributed.mesh import make_mesh
 from ldm_jax.errors import CheckpointError, StorageError
 from ldm_jax.io import paths
 from ldm_jax.io.atomic import atomic_path, write_atomic
@@ -31,6 +32,7 @@ from ldm_jax.io.paths import as_path, check_writable, listing, local_copy, uploa
 from ldm_jax.io.resources import resource_errors
 from ldm_jax.sampling.pipeline import load
 from ldm_jax.train import encode as encoding
+from ldm_jax.train import loop
 from ldm_jax.train.encode import encode
 from ldm_jax.train.loop import train
 
@@ -284,6 +286,7 @@ def test_a_run_in_a_bucket_is_killed_and_resumed_by_other_processes(
     bucket, run, tmp_path, monkeypatch, no_preview
 ):
     monkeypatch.setattr(encoding, "BATCH", 8)
+    monkeypatch.setattr(loop, "make_mesh", lambda **axes: make_mesh(1))
     run.data.cache = f"{bucket}/cache"
     encode(run, run.data.cache, shard_size=8)
     file = write(run, tmp_path)
@@ -310,10 +313,8 @@ def test_a_run_in_a_bucket_is_killed_and_resumed_by_other_processes(
     names = set(listing(workdir))
     assert {"config.json", "report.html", "previews/0000008.png", "model/config.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    pictures_ = [
-        load(path, devices=1)(prompts=["1"], seeds=[3]).images for path in (model, on_disk)
-    ]
-    np.testing.assert_array_equal(*pictures_)
+    sampled = [load(path, devices=1)(prompts=["1"], seeds=[3]) for path in (model, on_disk)]
+    assert np.abs(np.subtract(*sampled, dtype=int)).max() <= 1
 
 
 def steps(workdir: str) -> list[int]:
@@ -331,7 +332,7 @@ def write(config, folder: Path) -> Path:
 
 
 def together(file: Path, workdir: str) -> list[subprocess.Popen[str]]:
-    """Two processes of four devices each."""
+    """Two processes of one device each."""
     flags = [f"--config={file}", f"--workdir={workdir}"]
     flags += [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
-    return [child("train.py", *flags, f"--process_index={i}", devices=4) for i in range(2)]
+    return [child("train.py", *flags, f"--process_index={i}") for i in range(2)]
