@@ -16,7 +16,7 @@ from ldm_jax.errors import ConfigError, DataError
 from ldm_jax.io.checkpoint import find_model, load_model
 
 # Fields of "data" that say how it is read, not where it is.
-READING = ("size", "crop", "min_crop", "flip", "cache", "num_workers", "condition")
+READING = ("size", "crop", "min_crop", "flip", "cache", "num_workers", "condition", "prior")
 
 
 def source_settings(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 from ldm_jax.conditioning.config import row_condition, source_settings
 from ldm_jax.data import ImageTransform, LatentLoader, Loader, make_source
 from ldm_jax.data.captions import configured_captions
+from ldm_jax.data.mixed import MixedLoader
 from ldm_jax.train.tasks.base import plain
 
-AnyLoader = Loader | LatentLoader
+AnyLoader = Loader | LatentLoader | MixedLoader
 
 
 def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> AnyLoader:
@@ -20,6 +21,9 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
       process: (index, count), to share every batch among processes.
     """
     data = plain(config.data)
+    prior = data.pop("prior", None)
+    if part == "train" and prior and prior["path"]:
+        return _mixed(config, prior, process)
     transform = ImageTransform(
         tuple(data["size"]), data["crop"], data["flip"], min_crop=data.get("min_crop", 1.0)
     )
@@ -41,6 +45,20 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
         condition=row_condition(plain(config)),
         num_workers=data["num_workers"] if part == "train" else 0,
         **share,
+    )
+
+
+def _mixed(config: Any, prior: dict[str, Any], process: tuple[int, int]) -> MixedLoader:
+    """Makes the loader of batches of which half are the pictures of "data.prior"."""
+    weight = prior.pop("weight")
+    half = config.copy_and_resolve_references()
+    half.batch_size = config.batch_size // 2
+    half.data.prior.path = ""
+    other = half.copy_and_resolve_references()
+    with other.unlocked():
+        other.data.update({"caption_templates": (), **prior})
+    return MixedLoader(
+        make_loader(half, "train", process), make_loader(other, "train", process), weight
     )
 
 

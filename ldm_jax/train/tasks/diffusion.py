@@ -44,7 +44,7 @@ POSTERIOR, TIMESTEP, NOISE, CAPTION, OFFSET, CONDITION = range(6)
 
 # Settings of data that change no record of a latent cache: where it is, how pictures are read, and
 # what training draws from a record (the first caption template is that of the kept tokens).
-UNCACHED_SETTINGS = ("cache", "num_workers", "flip", *CAPTION_SETTINGS)
+UNCACHED_SETTINGS = ("cache", "num_workers", "flip", "prior", *CAPTION_SETTINGS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +76,9 @@ class DiffusionTask(Task):
         return {
             "scale_factor_batches": 64,  # batches that the latents' scale is measured on
             "preview_captions": (),  # prompts of previews; (): captions of held-out images
+            # DreamBooth's prior preservation (arXiv:2208.12242, equation 2): half of each batch are
+            # pictures of the class. Other fields of "data" may differ too, such as "caption".
+            "data": {"prior": {"path": "", "caption": "{text}", "weight": 1.0}},
             "loss": {
                 "kind": "l2",  # or "l1", "huber"
                 "huber_c": 0.1,  # where "huber" turns from a parabola to a line
@@ -110,6 +113,13 @@ class DiffusionTask(Task):
                 "loss.timesteps": ("uniform", "logit_normal"),
             },
         )
+        prior = config.data.prior
+        if prior.path and (config.batch_size % 2 or config.data.cache):
+            raise ConfigError(
+                "data.prior needs an even batch_size, and pictures: leave data.cache empty"
+            )
+        if prior.path and not prior.weight > 0:
+            raise ConfigError(f"data.prior.weight must be above 0, not {prior.weight}")
         loss = config.loss
         for name in ("huber_c", "logit_std", "p2_k"):
             if loss[name] <= 0:
@@ -244,7 +254,8 @@ class DiffusionTask(Task):
           frozen: Of the property.
           batch: "image" uint8 [b, H, W, 3], or "moments" [b, h, w, c] of the latent cache;
             "encoded" conditions [b, ...], and "mask" uint8 [b, H, W, 1] for those of a masked
-            picture; "row" int32 [b], each row's place in the global batch.
+            picture; "row" int32 [b], each row's place in the global batch; maybe "weight" float32
+            [b], the rows' weights in the loss.
           step: The training step.
           train: With dropout of conditions and of activations. An evaluation draws all timesteps
             alike.
@@ -289,6 +300,8 @@ class DiffusionTask(Task):
         out = model.apply(params, q_sample(schedule, z, t, noise), t, cond, train=train, rngs=rngs)
         target = obj.target(model.objective, schedule, z, noise, t)
         errors = obj.pointwise(config.kind, out, target, config.huber_c)
+        if "weight" in batch:
+            errors = errors * batch["weight"]
         logvar = jnp.full(schedule.timesteps, config.logvar_init)
         with jax.ensure_compile_time_eval():  # tables of the schedule: constants of the program
             elbo = obj.elbo_weights(model.objective, schedule)
@@ -312,7 +325,8 @@ class DiffusionTask(Task):
         """Returns the arrays that `loss` takes."""
         kept = "moments" if "moments" in raw else "image"
         rows = first_row + np.arange(len(raw[kept]), dtype=np.int32)
-        return {kept: raw[kept], "row": rows, **self.model.conditioner.encode_rows(raw)}
+        own = {name: raw[name] for name in (kept, "weight") if name in raw}
+        return {**own, "row": rows, **self.model.conditioner.encode_rows(raw)}
 
     def example_batch(self, cached: bool = False) -> dict[str, Any]:
         """Returns a batch of one row; the null condition has the shapes of any other."""
@@ -334,6 +348,8 @@ class DiffusionTask(Task):
         config, stage, conditioner = self.config, self.model.first_stage, self.model.conditioner
         if stage.module is None:
             raise ConfigError("model.first_stage is the identity: there is nothing to encode")
+        if config.data.prior.path:
+            raise ConfigError("data.prior is read from pictures: a latent cache holds none of it")
         if config.data.crop == "random":
             raise ConfigError(
                 "data.crop='random' makes a new picture each time: "
