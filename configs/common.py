@@ -53,6 +53,14 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.source = "image_folder"  # a name in ldm_jax.data.SOURCES
     config.data.path = ""
     config.data.size = (64, 64)  # height, width in pixels
+    # Aspect-ratio buckets: each picture is cut to the nearest of several sizes, each batch has one.
+    config.data.buckets = section()
+    config.data.buckets.step = 0  # sides are multiples of it, in pixels; 0: no buckets
+    config.data.buckets.areas = ()  # in pixels, one or several; (): that of data.size
+    config.data.buckets.max_ratio = 4.0  # of the longer side to the shorter one
+    config.data.buckets.ratios = ()  # width / height; (): all that multiples of the step give
+    config.data.buckets.sizes = ()  # (height, width) pairs, instead of all of these
+    config.data.buckets.columns = ()  # of pictures' height and width; (): the pictures are read
     config.data.crop = "center"  # or "random", "none"
     config.data.flip = False
     config.data.caption = "{text}"  # a template over the columns; "[, {style} style]" is optional

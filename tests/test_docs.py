@@ -101,7 +101,7 @@ def test_every_dotted_name_exists():
 def test_every_config_field_exists():
     known = {"data.where", "data.split_column", "data.holdout", "data.pair_holdout"}
     known |= {f"data.condition.{name}" for name in ("column", "most", "database", "clip")}
-    known |= {"data.source", "data.condition"}
+    known |= {"data.source", "data.condition", "data.buckets"}
     known |= {f"data.{a}" for s in SOURCES.values() for a in inspect.signature(s).parameters}
     for task in TASKS:
         known |= flatten(plain(base(task))).keys()

@@ -16,7 +16,10 @@ from ldm_jax.errors import ConfigError, DataError
 from ldm_jax.io.checkpoint import find_model, load_model
 
 # Fields of "data" that say how it is read, not where it is.
-READING = ("size", "crop", "min_crop", "flip", "cache", "num_workers", "condition", "prior")
+READING = (
+    *("size", "buckets", "crop", "min_crop", "flip"),
+    *("cache", "num_workers", "condition", "prior"),
+)
 
 
 def source_settings(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,6 +157,12 @@ def check_sizes(model: Any, size: tuple[int, int]) -> None:
     """Raises ConfigError where conditions do not fit latents of pictures of ``size`` (H, W)."""
     conditioner, stage = model.conditioner, model.first_stage
     latent = (size[0] // stage.downsampling, size[1] // stage.downsampling)
+    multiple = stage.downsampling * model.multiple
+    if size[0] % multiple or size[1] % multiple:
+        raise ConfigError(
+            f"pictures of {size} do not divide over the levels of this model: "
+            f"their sides must be multiples of {multiple} pixels"
+        )
     try:
         conditioner.check_size(size, latent)
     except ValueError as error:

@@ -2,7 +2,8 @@
 
 A folder with cache.json (`CacheInfo`) and PART-00000-of-00010.array_record. A record is one
 picture: its arrays, one after another, then its caption in UTF-8 (format 1), or a JSON object of
-its caption and its text columns (format 2). A shard appears under its name when it is whole.
+its caption and its text columns (format 2). Format 3 has a part PART-HxW for each aspect-ratio
+bucket of a part. A shard appears under its name when it is whole.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import ml_dtypes  # noqa: F401  (gives numpy the name bfloat16)
 import numpy as np
 
 from ldm_jax.data.captions import CAPTION_SETTINGS, Captions, make_captions
+from ldm_jax.data.order import Place
 from ldm_jax.data.sources import Source, Subset
 from ldm_jax.data.sources.base import Handles
 from ldm_jax.data.stream import Batches, Stream
@@ -38,8 +41,9 @@ class CacheInfo:
       fields: Name -> {"dtype", "shape"} of a record's arrays, in their order.
       parts: Name -> number of pictures.
       shard_size: Pictures in a shard; the last one of a part has the rest.
-      format: 2 where records have text columns, else 1.
+      format: 2 where records have text columns, else 1; 3 with aspect-ratio buckets.
       columns: The text columns of a record, from which other captions can be made.
+      moments: Shapes of the moments by part, in format 3, in place of that in ``fields``.
     """
 
     key: dict[str, Any]
@@ -48,9 +52,22 @@ class CacheInfo:
     shard_size: int
     format: int = 1
     columns: Sequence[str] = ()
+    moments: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))  # JSON has lists
+
+    def buckets(self, part: str) -> list[str]:
+        """Returns the parts of the buckets of ``part``, in the order of their sizes."""
+        pattern = re.compile(rf"{re.escape(part)}-\d+x\d+")
+        return [name for name in self.parts if pattern.fullmatch(name)]
+
+    def fields_of(self, part: str) -> dict[str, dict[str, Any]]:
+        """Returns ``fields`` with the shape that the moments have in a part."""
+        if part not in self.moments:
+            return self.fields
+        moments = {**self.fields["moments"], "shape": self.moments[part]}
+        return {**self.fields, "moments": moments}
 
     def shards(self, part: str) -> list[tuple[str, range]]:
         """Returns (file name, indices of the pictures in it) of each shard of a part."""
@@ -60,6 +77,11 @@ class CacheInfo:
             (f"{part}-{i:05d}-of-{total:05d}.array_record", range(count)[i * size : (i + 1) * size])
             for i in range(total)
         ]
+
+
+def bucket_part(part: str, size: tuple[int, int]) -> str:
+    """Returns the name of a bucket's part; the names sort as the sizes (H, W) do."""
+    return f"{part}-{size[0]:05d}x{size[1]:05d}"
 
 
 def read_info(folder: str | os.PathLike[str]) -> CacheInfo:
@@ -75,8 +97,8 @@ def read_info(folder: str | os.PathLike[str]) -> CacheInfo:
         raise
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): encode into a new folder") from None
-    if not isinstance(content, dict) or content.get("format") not in (1, 2):
-        raise DataError(f"{file} is not of format 1 or 2: encode into a new folder")
+    if not isinstance(content, dict) or content.get("format") not in (1, 2, 3):
+        raise DataError(f"{file} is not of format 1, 2 or 3: encode into a new folder")
     return CacheInfo(**content)
 
 
@@ -102,6 +124,8 @@ def claim(folder: str | os.PathLike[str], info: CacheInfo) -> None:
     content = dataclasses.asdict(info)
     if info.format == 1:
         del content["columns"]
+    if info.format < 3:
+        del content["moments"]
     write_atomic(folder / _NAME, json.dumps(content, indent=1) + "\n")
 
 
@@ -207,6 +231,7 @@ class LatentSource:
                 f"{', '.join(self.info.parts)}"
             )
         self._shards, self._readers = self.info.shards(part), Handles(_open_shard)
+        self._fields = self.info.fields_of(part)
         lost = [n for n, rows in self._shards if count_records(as_path(folder) / n) != len(rows)]
         if lost:
             raise DataError(
@@ -224,7 +249,7 @@ class LatentSource:
         data = self._readers(self._files[shard]).read([place])[0]
         row: dict[str, Any] = {}
         at = 0
-        for name, field in self.info.fields.items():
+        for name, field in self._fields.items():
             dtype, shape = np.dtype(field["dtype"]), tuple(field["shape"])
             row[name] = np.frombuffer(data, dtype, math.prod(shape), at).reshape(shape)
             at += dtype.itemsize * math.prod(shape)
@@ -232,11 +257,35 @@ class LatentSource:
         return row | ({"caption": text} if self.info.format == 1 else json.loads(text))
 
 
+class LatentBuckets:
+    """All buckets of a part of a cache, one after another, as `LatentSource` reads a part.
+
+    Attributes:
+      groups: The indices of each bucket's records.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], part: str):
+        self.path, self.info = os.fspath(folder), read_info(folder)
+        self._sources = [LatentSource(folder, name) for name in self.info.buckets(part)]
+        ends = np.cumsum([len(source) for source in self._sources])
+        self.groups = np.split(np.arange(ends[-1]), ends[:-1])
+
+    def __len__(self) -> int:
+        return sum(map(len, self._sources))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for source in self._sources:
+            if index < len(source):
+                return source[index]
+            index -= len(source)
+        raise IndexError(index)
+
+
 class LatentLoader(Stream):
     """Reads batches of a latent cache in the order in which `Loader` reads the pictures.
 
     A batch has "moments" [B, h, w, c], "caption" list of B str, "index" int64 [B] and the further
-    fields of the cache.
+    fields of the cache. With aspect-ratio buckets a batch is of one bucket.
 
     Args:
       folder: The cache.
@@ -259,8 +308,12 @@ class LatentLoader(Stream):
         caption: str | Sequence[str] | Captions | None = None,
         **options: Any,
     ):
-        self.source, self._flip = LatentSource(folder, part), flip
-        info = self.source.info
+        buckets = read_info(folder).buckets(part)
+        source = LatentBuckets(folder, part) if buckets else LatentSource(folder, part)
+        self.source, self._flip, info = source, flip, source.info
+        if buckets:
+            listed = ", ".join(f"{name}: {info.parts[name]}" for name in buckets)
+            self.notes = [f"{len(buckets)} buckets in the latent cache (height x width: {listed})"]
         if flip and info.fields["moments"]["shape"][0] != 2:
             raise DataError(
                 f"the latent cache {folder} was made without data.flip: "
@@ -276,7 +329,8 @@ class LatentLoader(Stream):
                 f"the latent cache {folder} has no columns to draw captions from: "
                 "encode into a new folder"
             )
-        super().__init__(path=self.source.path, count=len(self.source), **options)
+        groups = getattr(source, "groups", None)
+        super().__init__(path=source.path, count=len(source), groups=groups, **options)
 
     def _make_batches(self, *, finite: bool, **options: Any) -> Batches:
         flip = self._flip and not finite
@@ -284,21 +338,27 @@ class LatentLoader(Stream):
 
 
 class _LatentBatches(Batches):
-    def __init__(self, source: LatentSource, flip: bool, captions: Captions | None, **options: Any):
+    def __init__(
+        self,
+        source: LatentSource | LatentBuckets,
+        flip: bool,
+        captions: Captions | None,
+        **options: Any,
+    ):
         super().__init__(**options)
         self._source, self._flip, self._captions = source, flip, captions
 
     def sample(
-        self, wanted: int, rng: np.random.Generator, text_rng: np.random.Generator | None
+        self, wanted: Place, rng: np.random.Generator, text_rng: np.random.Generator | None
     ) -> dict[str, Any]:
-        row = self._source[wanted]
+        row = self._source[wanted.sample]
         columns = row.pop("columns", {})
         if self._captions is not None:
             row["caption"] = self._captions(columns, text_rng)
             row.pop("encoded", None)
         mirror = self._flip and rng.random(4)[3] < 0.5  # the draws of ImageTransform
         moments, valid = row["moments"][int(mirror)], bool(row.pop("valid")[0])
-        return row | {"moments": moments, "index": wanted, "valid": valid}
+        return row | {"moments": moments, "index": wanted.sample, "valid": valid}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         names = [name for name in samples[0] if name not in ("caption", "valid")]

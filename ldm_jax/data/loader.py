@@ -1,14 +1,17 @@
 """Batches of pictures and captions."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from ldm_jax.data.buckets import Buckets, assign
 from ldm_jax.data.captions import Captions, make_captions
 from ldm_jax.data.decode import describe, to_rgb
-from ldm_jax.data.sources import Source
+from ldm_jax.data.order import Place
+from ldm_jax.data.sources import Source, Subset
 from ldm_jax.data.stream import Batches, Stream
 from ldm_jax.data.transforms import Condition, ImageTransform, View
 from ldm_jax.errors import DataError, UnreadablePicture
@@ -56,7 +59,8 @@ class Loader(Stream):
     [B, ...], where B = batch_size / process_count.
 
     A picture that cannot be read is replaced by the next readable one in index order, so that
-    positions stay exact; each such file is named once in a warning and in ``broken``.
+    positions stay exact; each such file is named once in a warning and in ``broken``. With buckets
+    the replacement is of the same bucket.
 
     Args:
       source: See `Source`.
@@ -65,6 +69,8 @@ class Loader(Stream):
       caption: Templates over the row's columns, see `Captions`; None gives "".
       columns: Further metadata columns of the batches.
       condition: Makes the condition of a picture; needs an `ImageTransform`.
+      buckets: Cut each picture to the size of its bucket instead of the transform's, which must be
+        an `ImageTransform`; all pictures of a batch are of one bucket.
       **options: Those of `Stream`.
 
     Raises:
@@ -80,6 +86,7 @@ class Loader(Stream):
         caption: str | Sequence[str] | Captions | None = "{text}",
         columns: Sequence[str] = (),
         condition: Condition | None = None,
+        buckets: Buckets | None = None,
         **options: Any,
     ):
         for column in columns:
@@ -90,21 +97,68 @@ class Loader(Stream):
         self.source, self.transform, self.condition = source, transform, condition
         self.captions, self._columns = make_captions(caption), tuple(columns)
         self.broken: dict[str, str] = {}
-        window = getattr(source, "window", 0)
-        super().__init__(path=source.path, count=len(source), window=window, **options)
+        self._settings = {"caption": self.captions, "columns": columns, **options}
+        self._transforms: list[Transform] = [transform]
+        self._members: list[np.ndarray] | None = None
+        if buckets is not None:
+            self._transforms, self._members = self._bucketed(buckets, options["batch_size"])
+        super().__init__(
+            path=source.path,
+            count=len(source),
+            window=getattr(source, "window", 0),
+            groups=self._members,
+            **options,
+        )
+
+    def _bucketed(
+        self, buckets: Buckets, batch_size: int
+    ) -> tuple[list[Transform], list[np.ndarray]]:
+        """Returns the transform and the pictures of each bucket."""
+        if not isinstance(self.transform, ImageTransform):
+            raise DataError("buckets change the size of a transform: give an ImageTransform")
+        found = assign(self.source, buckets, batch_size)
+        self.notes = found.notes
+        self._skip([(self.source.name(i), why) for i, why in found.unreadable.items()])
+        transforms = [dataclasses.replace(self.transform, size=size) for size in found.sizes]
+        return [*transforms], [*found.groups]
+
+    def by_bucket(self) -> dict[tuple[int, int], "Loader"]:
+        """Returns a loader of each bucket's pictures alone, by size (H, W); {} without buckets."""
+        loaders: dict[tuple[int, int], Loader] = {}
+        for transform, members in zip(self._transforms, self._members or (), strict=False):
+            assert isinstance(transform, ImageTransform)
+            subset = Subset(self.source, members.tolist())
+            alone = Loader(subset, transform, condition=self.condition, **self._settings)
+            loaders[transform.size] = alone
+        return loaders
+
+    def transform_of(self, index: int) -> Transform:
+        """Returns the transform of a picture; in several buckets, that of the first."""
+        for transform, members in zip(self._transforms, self._members or (), strict=False):
+            at = int(np.searchsorted(members, index))
+            if at < len(members) and members[at] == index:
+                return transform
+        return self.transform
 
     def _make_batches(self, *, finite: bool, **options: Any) -> Batches:
-        exact = getattr(self.transform, "deterministic", None) if finite else None
-        transform = exact() if exact else self.transform
-        parts = self.source, transform, self.captions, self._columns, self.condition
+        transforms = self._transforms
+        if finite:
+            transforms = [
+                getattr(one, "deterministic", lambda one=one: one)() for one in transforms
+            ]
+        parts = self.source, transforms, self._members, self.captions, self._columns, self.condition
         return _PictureBatches(*parts, finite=finite, **options)
 
-    def _receive(self, batch: dict[str, Any]) -> None:
-        for name, reason in batch.pop(_SKIPPED):
+    def _skip(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Names pictures that cannot be read, each once."""
+        for name, reason in skipped:
             if name not in self.broken:
                 self.broken[name] = reason
                 message = "skipped unreadable picture %s (%s): %d so far"
                 _LOG.warning(message, name, reason, len(self.broken))
+
+    def _receive(self, batch: dict[str, Any]) -> None:
+        self._skip(batch.pop(_SKIPPED))
         if self.condition is not None:
             names = [self.source.name(i) for i in batch["index"].tolist()]
             batch["condition"] = self.condition.complete(batch, names)
@@ -114,14 +168,16 @@ class _PictureBatches(Batches):
     def __init__(
         self,
         source: Source,
-        transform: Transform,
+        transforms: Sequence[Transform],
+        members: Sequence[np.ndarray] | None,
         captions: Captions | None,
         columns: tuple[str, ...],
         condition: Condition | None,
         **options: Any,
     ):
         super().__init__(**options)
-        self._source, self._transform, self._condition = source, transform, condition
+        self._source, self._condition = source, condition
+        self._transforms, self._members = transforms, members  # of each group
         self._captions, self._columns = captions, columns
         self._broken: dict[int, str] = {}
 
@@ -137,7 +193,7 @@ class _PictureBatches(Batches):
         return batch | {column: [s["row"][column] for s in samples] for column in self._columns}
 
     def sample(
-        self, wanted: int, rng: np.random.Generator, text_rng: np.random.Generator | None
+        self, wanted: Place, rng: np.random.Generator, text_rng: np.random.Generator | None
     ) -> dict[str, Any]:
         index, row, skipped = self._readable(wanted)
         for column in self._columns:
@@ -147,20 +203,21 @@ class _PictureBatches(Batches):
                     f"{self._source.path}: there is no column {column!r}: there are {known}"
                 )
         return {
-            **fit_row(row, self._transform, self._condition, rng),
+            **fit_row(row, self._transforms[wanted.group], self._condition, rng),
             "caption": "" if self._captions is None else self._captions(row, text_rng),
             "index": index,
             "row": row,
-            "valid": index == wanted,
+            "valid": index == wanted.sample,
             _SKIPPED: skipped,
         }
 
-    def _readable(self, wanted: int) -> tuple[int, dict[str, Any], list[tuple[str, str]]]:
+    def _readable(self, wanted: Place) -> tuple[int, dict[str, Any], list[tuple[str, str]]]:
         """Returns the first readable row from ``wanted`` on, with its index, and those skipped."""
         skipped: list[tuple[str, str]] = []
-        count = len(self._source)
+        members = range(len(self._source)) if self._members is None else self._members[wanted.group]
+        start, count = _position(members, wanted.sample), len(members)
         for offset in range(min(count, _MAX_BROKEN_IN_A_ROW)):
-            index = (wanted + offset) % count
+            index = int(members[(start + offset) % count])
             if index not in self._broken:
                 try:
                     return index, read_row(self._source, index, self._condition), skipped
@@ -172,3 +229,7 @@ class _PictureBatches(Batches):
             f"no readable picture in {self._source.path} (tried {len(skipped)}; "
             f"first: {name}: {reason})"
         )
+
+
+def _position(members: Sequence[int] | np.ndarray, index: int) -> int:
+    return index if isinstance(members, range) else int(np.searchsorted(members, index))

@@ -3,19 +3,16 @@
 import atexit
 import contextlib
 import gc
-import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 
+from ldm_jax.data.order import SAMPLE, TEXT, Grouped, Order, Place, Ungrouped
 from ldm_jax.errors import DataError
 
 _ENDLESS = 2**48  # steps: Grain needs a length
-
-# Purposes of random numbers, each with a stream of its own.
-_STREAM_ORDER, _STREAM_SAMPLE, _STREAM_TEXT = 0, 1, 2
 
 # Streams that have worker processes.
 _OPEN: weakref.WeakSet[Generator[dict[str, Any], None, None]] = weakref.WeakSet()
@@ -27,7 +24,8 @@ class Stream:
     Batch ``k`` depends only on the arguments and on ``k``: not on the number of workers or threads,
     nor on where the iteration started. Every epoch is another permutation of all samples; a batch
     may straddle two epochs, and data shorter than a batch repeat inside it. With several processes
-    each gets its rows of the same global batch.
+    each gets its rows of the same global batch. With groups, all samples of a batch are of one
+    group, see `ldm_jax.data.order.Grouped`.
 
     Args:
       path: Name of the data in messages.
@@ -43,11 +41,18 @@ class Stream:
       prefetch: Batches that each process prepares ahead.
       process_index: This process' place among ``process_count``.
       process_count: Processes that share each global batch, in equal parts.
-      drop_remainder: Leave out the last partial batch of `batches`.
+      drop_remainder: Leave out the last partial batch of `batches`, with groups that of each.
+      groups: Indices of the samples of each group, ascending; a sample may be in several.
+
+    Attributes:
+      count: Number of samples; one in several groups counts in each.
+      notes: Facts about the data for the log, one line each.
 
     Raises:
       DataError: An argument does not fit.
     """
+
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -64,7 +69,12 @@ class Stream:
         process_index: int = 0,
         process_count: int = 1,
         drop_remainder: bool = False,
+        groups: Sequence[np.ndarray] | None = None,
     ):
+        if groups is not None:
+            count = sum(map(len, groups))
+            if window:
+                raise DataError(f"{path}: data that are read in order cannot be grouped")
         if count == 0:
             raise DataError(f"{path}: there is nothing in it")
         if batch_size < 1 or batch_size % process_count:
@@ -82,15 +92,22 @@ class Stream:
             "read_threads": read_threads,
             "prefetch": prefetch,
         }
+        self._window, self._shuffle, self._groups = window, shuffle, groups
         self._options: dict[str, Any] = {
-            "count": count,
             "batch_size": batch_size,
             "seed": seed,
-            "window": window,
-            "shuffle": shuffle,
             "process_index": process_index,
             "process_count": process_count,
         }
+
+    def _order(self, finite: bool) -> Order:
+        """Returns the order of the training batches, or that of one pass."""
+        size, seed = self.batch_size, self._options["seed"]
+        shuffle = self._shuffle and not finite
+        if self._groups is None:
+            return Ungrouped(self.count, size, seed=seed, window=self._window, shuffle=shuffle)
+        passes = {"finite": finite, "drop_remainder": self.drop_remainder}
+        return Grouped(self._groups, size, seed=seed, shuffle=shuffle, **passes)
 
     def _make_batches(self, *, finite: bool, **options: Any) -> "Batches":
         """Builds the batches of a pass with the options of `Batches`."""
@@ -109,7 +126,7 @@ class Stream:
           DataError: Nothing can be read, or the settings do not fit the data.
         """
         options = self._options | {"first": start_step, "length": _ENDLESS}
-        return self._open(self._make_batches(finite=False, **options))
+        return self._open(self._make_batches(finite=False, order=self._order(False), **options))
 
     def batches(
         self, n: int | None = None, start: int = 0
@@ -121,11 +138,11 @@ class Stream:
           False for the rows that fill up the last batch and for replacements of what cannot be
           read. Every process gets the same number.
         """
-        rest = 0 if self.drop_remainder else self.batch_size - 1
-        left = max(0, (self.count + rest) // self.batch_size - start)
+        order = self._order(finite=True)
+        left = max(0, order.steps(self.drop_remainder) - start)
         length = left if n is None else max(0, min(n, left))
-        options = self._options | {"shuffle": False, "first": start, "length": length}
-        return self._open(self._make_batches(finite=True, **options))
+        options = self._options | {"first": start, "length": length}
+        return self._open(self._make_batches(finite=True, order=order, **options))
 
     def _open(self, batches: "Batches") -> Generator[dict[str, Any], None, None]:
         stream = self._run(batches)
@@ -183,6 +200,11 @@ class Batches:
     Subclasses define a `sample`, and how samples `collate` to a batch.
 
     Args:
+      order: The samples of each batch.
+      batch_size: Rows of a global batch.
+      seed: Seed of each sample's draws.
+      process_index: Place of the process.
+      process_count: Processes that share a batch.
       first: Step of the batch at index 0.
       length: Number of batches.
       finite: For a single pass: batches get "valid", and nothing is drawn for captions.
@@ -191,11 +213,9 @@ class Batches:
     def __init__(
         self,
         *,
-        count: int,
+        order: Order,
         batch_size: int,
         seed: int,
-        window: int,
-        shuffle: bool,
         process_index: int,
         process_count: int,
         first: int,
@@ -204,21 +224,18 @@ class Batches:
     ):
         if first < 0:
             raise DataError(f"the first step is {first}: give 0 or a positive number")
-        self._count, self._seed, self._shuffle = count, seed, shuffle
-        self._window = window or count
+        self._order, self._seed = order, seed
         self._batch_size, self._rows = batch_size, batch_size // process_count
         self._offset = process_index * self._rows
         self._first, self._length, self.finite = first, length, finite
-        self._orders: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
 
     def sample(
-        self, wanted: int, rng: np.random.Generator, text_rng: np.random.Generator | None
+        self, wanted: Place, rng: np.random.Generator, text_rng: np.random.Generator | None
     ) -> dict[str, Any]:
-        """Returns the sample at index ``wanted`` of the data.
+        """Returns the sample at the index ``wanted.sample`` of the data.
 
         Args:
-          wanted: Index of the sample. Where another one replaces it, "valid" is False.
+          wanted: The sample, and its group. Where another one replaces it, "valid" is False.
           rng: The sample's own generator.
           text_rng: Its generator for the caption; None in a finite pass.
         """
@@ -228,40 +245,23 @@ class Batches:
         """Makes a batch of samples."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_orders": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start = (self._first + int(index)) * self._batch_size + self._offset
-        samples = [self._numbered(number) for number in range(start, start + self._rows)]
+        step, rows = self._first + int(index), range(self._offset, self._offset + self._rows)
+        samples = [self._row(step, row) for row in rows]
         batch = self.collate(samples)
         if self.finite:
             batch["valid"] = np.array([s["valid"] for s in samples], bool)
         return batch
 
-    def _numbered(self, number: int) -> dict[str, Any]:
-        """Returns the sample with a global number, counted over all epochs and processes."""
-        epoch, place = divmod(number, self._count)
-        wanted = int(self._order(epoch)[place]) if self._shuffle else place
-        rng = np.random.default_rng([self._seed, _STREAM_SAMPLE, number])
-        text_rng = np.random.default_rng([self._seed, _STREAM_TEXT, number])
+    def _row(self, step: int, row: int) -> dict[str, Any]:
+        """Returns the sample of a row of the global batch at ``step``."""
+        wanted = self._order.place(step, row)
+        # Samples are numbered over all epochs and processes.
+        number = step * self._batch_size + row
+        rng = np.random.default_rng([self._seed, SAMPLE, number])
+        text_rng = np.random.default_rng([self._seed, TEXT, number])
         sample = self.sample(wanted, rng, None if self.finite else text_rng)
-        return sample | {"valid": epoch == 0 and sample["valid"]}
-
-    def _order(self, epoch: int) -> np.ndarray:
-        with self._lock:
-            if epoch not in self._orders:
-                rng = np.random.default_rng([self._seed, _STREAM_ORDER, epoch])
-                # Two epochs are in use around a border; a batch longer than the data needs several.
-                self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}
-                starts = range(0, self._count, self._window)
-                sizes = [min(self._window, self._count - start) for start in starts]
-                order = [s + rng.permutation(n) for s, n in zip(starts, sizes, strict=True)]
-                self._orders[epoch] = np.concatenate(order).astype(np.int64)
-            return self._orders[epoch]
+        return sample | {"valid": wanted.fresh and sample["valid"]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ldm_jax.data.buckets import batch_sizes
 from ldm_jax.distributed.compile import compile_step
 from ldm_jax.distributed.flops import count_flops, nbytes
 from ldm_jax.distributed.mesh import ROWS, row_shards
@@ -32,6 +34,7 @@ from ldm_jax.train.optim import make_optimizer
 from ldm_jax.train.power_ema import with_averages
 from ldm_jax.train.state import create_state
 from ldm_jax.train.tasks import task_class
+from ldm_jax.train.tasks.base import plain
 from ldm_jax.train.tasks.diffusion import prepare_conditions
 
 _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
@@ -91,6 +94,10 @@ class Program:
     cached = False
 
     def __init__(self, config: Any, mesh: Mesh | AbstractMesh):
+        sizes = batch_sizes(plain(config.data))
+        if len(sizes) > 1:  # the largest batch takes the most
+            config = config.copy_and_resolve_references()
+            config.data.size = max(sizes, key=math.prod)
         self.config, self.mesh = config, mesh
         task = task_class(config).from_config(config, weights=False)
         self.task = task.with_measured({})

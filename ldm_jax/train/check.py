@@ -53,7 +53,9 @@ def check(config: Any, out: str | Path, *, sample: int = 2000) -> list[str]:
         places = range(count)
         if 0 < sample < count:
             places = np.linspace(0, count - 1, sample).astype(int).tolist()
-        found += check_pictures(loader, places, tuple(config.data.size))
+        for line in loader.notes:
+            LOG.info(line)
+        found += check_pictures(loader, places)
         problems += [f"{part}: {line}" for line in found]
         if training:
             write_sheet(loader, out)
@@ -77,11 +79,12 @@ def check_rows(loader: Loader, config: Any, few: int) -> Iterator[str]:
     yield from conditioner.row_problems(rows, getattr(condition, "column", ""), few)
 
 
-def check_pictures(loader: Loader, places: Sequence[int], size: tuple[int, int]) -> Iterator[str]:
+def check_pictures(loader: Loader, places: Sequence[int]) -> Iterator[str]:
     """Finds pictures at ``places`` that are broken, too small, or without their condition."""
     broken: list[str] = []
     small: list[str] = []
     wrong: list[str] = []
+    least: set[str] = set()
     for i in tqdm(places, desc="decoding", unit=" pictures", leave=False, disable=None):
         name = loader.source.name(i)
         try:
@@ -90,15 +93,17 @@ def check_pictures(loader: Loader, places: Sequence[int], size: tuple[int, int])
             broken.append(f"{name}: {' '.join(str(error).split())}")
             continue
         h, w = row["image"].shape[:2]
-        if h < size[0] or w < size[1]:
+        transform: Any = loader.transform_of(i)
+        if h < transform.size[0] or w < transform.size[1]:
             small.append(f"{name} {h}x{w}")
+            least.add("{}x{}".format(*transform.size))
         try:
-            fit_row(row, loader.transform, loader.condition, np.random.default_rng(i))
+            fit_row(row, transform, loader.condition, np.random.default_rng(i))
         except DataError as error:
             wrong.append(f"{name}: {error}")
     for found, problem in (
         (broken, "cannot be read and are skipped"),
-        (small, f"are smaller than {size[0]}x{size[1]} and are enlarged"),
+        (small, f"are smaller than {some(sorted(least))} and are enlarged"),
         (wrong, "stop a training"),
     ):
         if found:

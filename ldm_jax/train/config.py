@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ldm_jax.data.buckets import make_buckets
 from ldm_jax.errors import ConfigError
 from ldm_jax.io.atomic import write_atomic
 from ldm_jax.io.paths import check_writable, is_bucket
@@ -81,6 +82,10 @@ def check_config(config: Any) -> None:
         "best.mode": ("min", "max"),
     }
     check_choices(config, choices)
+    if make_buckets(plain(config.data)) is not None and not task.any_size:
+        raise ConfigError(
+            f"the task {config.task!r} trains on pictures of one size: leave data.buckets empty"
+        )
     task.check_config(config)
     if config.wandb.project:
         find_wandb()

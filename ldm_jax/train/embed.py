@@ -114,6 +114,7 @@ def _embed(
     with pictures.unlocked():  # the pictures are read without their conditions
         pictures.model.conditioner = ConfigDict({"kind": "none"})
         pictures.data.condition = ConfigDict()
+        pictures.data.buckets = ConfigDict()  # CLIP takes one size
     loader: Any = make_loader(pictures, part)
     loader.condition, loader.captions = PatchCoords(), None
     key = {

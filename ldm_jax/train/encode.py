@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ldm_jax.data.latents import (
     CacheInfo,
+    bucket_part,
     check_key,
     claim,
     count_records,
@@ -84,16 +85,25 @@ def _encode(config: Any, folder: Path, dtype: str, shard_size: int, devices: lis
     pictures = config.copy_and_resolve_references()
     pictures.batch_size, pictures.data.cache = BATCH, ""
     parts = ["train", *(["validation"] if config.data.get("holdout") else [])]
-    loaders: dict[str, Any] = {part: make_loader(pictures, part) for part in parts}
-    task.check_rows(loaders["train"])
-    digests = {f"{part} data sha256": fingerprint(loaders[part].source) for part in parts}
+    whole: dict[str, Any] = {part: make_loader(pictures, part) for part in parts}
+    task.check_rows(whole["train"])
+    digests = {f"{part} data sha256": fingerprint(whole[part].source) for part in parts}
+    loaders: dict[str, Any] = {}
+    moments: dict[str, tuple[int, ...]] = {}
+    for part, loader in whole.items():
+        for size, alone in loader.by_bucket().items():
+            pixels = jax.ShapeDtypeStruct((1, *size, 3), np.uint8)
+            loaders[name := bucket_part(part, size)] = alone
+            moments[name] = jax.eval_shape(cache.encode, cache.params, pixels).shape[1:]
+    loaders = loaders or whole
     fields = {**cache.fields, "valid": {"dtype": "bool", "shape": (1,)}}
     counts = {part: loader.count for part, loader in loaders.items()}
     tables = {part: loader.source.rows for part, loader in loaders.items()}
     columns = text_columns([row for rows in tables.values() for row in rows])
     started = read_info(folder).format if (folder / "cache.json").exists() else 2
-    kept = columns if started == 2 else ()  # an older version kept none
-    info = CacheInfo(cache.key | digests, fields, counts, shard_size, started, kept)
+    started = 3 if moments else started
+    kept = columns if started > 1 else ()  # an older version kept none
+    info = CacheInfo(cache.key | digests, fields, counts, shard_size, started, kept, moments)
     claim(folder, info)
 
     def program(params: Any, image: Any, *, axis_name: str | None = None) -> jax.Array:
@@ -116,11 +126,11 @@ def _encode(config: Any, folder: Path, dtype: str, shard_size: int, devices: lis
             arrays["valid"] = batch["valid"][:, None]
             for i in range(min(BATCH, left)):
                 caption = batch["caption"][i]
-                text = (caption, rows[batch["index"][i]]) if info.format == 2 else caption
+                text = (caption, rows[batch["index"][i]]) if info.format > 1 else caption
                 yield {name: array[i] for name, array in arrays.items()}, text
             left -= BATCH
 
-    for part in parts:
+    for part in loaders:
         mine = info.shards(part)[jax.process_index() :: jax.process_count()]
         missing = [(name, at) for name, at in mine if count_records(folder / name) != len(at)]
         if len(missing) < len(mine):

@@ -5,6 +5,7 @@ from typing import Any
 
 from ldm_jax.conditioning.config import row_condition, source_settings
 from ldm_jax.data import ImageTransform, LatentLoader, Loader, make_source
+from ldm_jax.data.buckets import make_buckets
 from ldm_jax.data.captions import configured_captions
 from ldm_jax.data.mixed import MixedLoader
 from ldm_jax.train.tasks.base import plain
@@ -43,6 +44,7 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
         transform,
         caption=captions,
         condition=row_condition(plain(config)),
+        buckets=make_buckets(data),
         num_workers=data["num_workers"] if part == "train" else 0,
         **share,
     )

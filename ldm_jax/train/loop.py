@@ -89,6 +89,8 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
     preview_loader = eval_loader if process[1] == 1 else make_loader(config, "validation")
     counts = train_loader.count, eval_loader.count, config.batch_size
     LOG.info("%d pictures to train on, %d held out, batches of %d", *counts)
+    for line in train_loader.notes:
+        LOG.info(line)
 
     # ----------------------------------------------------------------------------------- model
     scaled = config.copy_and_resolve_references()
@@ -166,11 +168,10 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
 
     # ------------------------------------------------------------------------------------ loop
     first_row = process[0] * config.batch_size // process[1]
-    unchecked = platform == "cpu"  # others report a lack of memory themselves
+    seen: set[Any] = set()  # shapes of batches that the step is compiled for
 
     def run(start: int, state: TrainState, preemption: Preemption) -> TrainState:
         """Trains from step ``start`` to the last; TrainingDiverged before a bad state is saved."""
-        nonlocal unchecked
         report, batches = Report(workdir, config, task, start, rate), train_loader.iterate(start)
         # Metrics of the step before, which are read while the device runs the next one.
         pending: tuple[int, dict] | None = None
@@ -181,15 +182,16 @@ def _train(config: Any, workdir: Path, restore_step: int | None) -> Path:
                 with report.waiting(pending and pending[1]):
                     raw = task.batch_at(next(batches), step - 1)
                     batch = global_rows(task.host_batch(raw, first_row), mesh)
-                compiles = step == start + 1
-                if compiles:
+                shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
+                compiles = shapes not in seen
+                if step == start + 1:
                     report.count(step_fn, state, frozen, batch)
                 with report.pause() if compiles else contextlib.nullcontext():
-                    if compiles and unchecked:
+                    if compiles and platform == "cpu":  # others report a lack of memory themselves
                         compiled = step_fn.lower(state, frozen, batch).compile()
                         cores.check_program(compiled, mesh, "a training step")
-                        unchecked = False
                     state, metrics = step_fn(state, frozen, batch)
+                seen.add(shapes)
                 if pending is not None:
                     report.step(*pending)
                 pending = step, metrics

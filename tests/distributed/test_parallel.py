@@ -262,8 +262,8 @@ def write(config, folder: Path, **changes) -> Path:
     return file
 
 
-def together(file: Path, workdir: Path) -> list:
-    """Two processes of four devices each."""
+def together(file: Path, workdir: Path, devices: int = 4) -> list:
+    """Two processes of four devices each, or ``devices``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -273,7 +273,7 @@ def together(file: Path, workdir: Path) -> list:
         f"--coordinator=127.0.0.1:{port}",
         "--processes=2",
     ]
-    return [child("train.py", *flags, f"--process_index={i}", devices=4) for i in range(2)]
+    return [child("train.py", *flags, f"--process_index={i}", devices=devices) for i in range(2)]
 
 
 def ended(*processes, status: int = 0) -> list[str]:

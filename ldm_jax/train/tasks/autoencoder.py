@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ldm_jax.data.buckets import batch_sizes, make_buckets
 from ldm_jax.distributed.processes import fetch
 from ldm_jax.errors import ConfigError
 from ldm_jax.io import png
@@ -116,6 +117,7 @@ class AutoencoderTask(Task):
     headline: ClassVar[tuple[str, ...]] = ("loss", "psnr")
     free_settings: ClassVar[tuple[str, ...]] = ("adversary.alarm",)
     exported_part: ClassVar[str] = "first_stage"
+    any_size: ClassVar[bool] = True
 
     # ------------------------------------------------------------------------------ construction
 
@@ -202,6 +204,12 @@ class AutoencoderTask(Task):
             )
         if config.batch_resize:
             check_batch_resize(config, module.downsampling)
+        for size in batch_sizes(plain(config.data)):
+            if size[0] % module.downsampling or size[1] % module.downsampling:
+                raise ConfigError(
+                    f"pictures of {size} do not divide over the levels of this first stage: "
+                    f"their sides must be multiples of {module.downsampling} pixels"
+                )
         adversary = make_adversary(config)
         lpips = params = None
         if config.loss.perceptual_weight and config.loss.vgg16:
@@ -548,6 +556,8 @@ class AutoencoderTask(Task):
 
 def check_batch_resize(config: Any, factor: int) -> None:
     """Raises ConfigError where sizes of batches do not fit the autoencoder's ``factor``."""
+    if make_buckets(plain(config.data)) is not None:
+        raise ConfigError("batch_resize and data.buckets both choose sizes of batches: set one")
     if len(config.batch_resize) != 2:
         raise ConfigError("batch_resize: give two sizes in pixels, the smallest and the largest")
     sizes = BatchResize(*config.batch_resize)
@@ -558,7 +568,8 @@ def check_batch_resize(config: Any, factor: int) -> None:
 
 def make_adversary(config: Any) -> Adversary | None:
     """Builds the adversary of a config; None where its weight is 0."""
-    fields, side = config.adversary, min(*config.data.size, *config.batch_resize)
+    sides = [side for size in batch_sizes(plain(config.data)) for side in size]
+    fields, side = config.adversary, min(*sides, *config.batch_resize)
     if not fields.weight:
         return None
     module = PatchDiscriminator(

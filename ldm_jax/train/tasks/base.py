@@ -54,6 +54,7 @@ class Task:
       bins: Metrics of a validation that belong to a part of it each, such as some timesteps.
       free_settings: Settings of this task that a resumed run may change.
       exported_part: The name of the only exported part, where parameters are not split by part.
+      any_size: Whether batches of different sizes can be trained on.
     """
 
     config: Any
@@ -62,6 +63,7 @@ class Task:
     bins: ClassVar[tuple[str, ...]] = ()
     free_settings: ClassVar[tuple[str, ...]] = ()
     exported_part: ClassVar[str] = ""
+    any_size: ClassVar[bool] = False
 
     # ------------------------------------------------------------------------------ construction
 

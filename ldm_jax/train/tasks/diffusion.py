@@ -19,6 +19,7 @@ from ldm_jax.conditioning.config import (
     frozen_conditioner,
     row_condition,
 )
+from ldm_jax.data.buckets import batch_sizes, make_buckets
 from ldm_jax.data.captions import CAPTION_SETTINGS
 from ldm_jax.diffusion import objective as obj
 from ldm_jax.diffusion.samplers import SAMPLERS, step_grid
@@ -67,6 +68,7 @@ class DiffusionTask(Task):
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "loss_simple")
     bins: ClassVar[tuple[str, ...]] = tuple(f"loss_simple_q{quarter}" for quarter in range(1, 5))
+    any_size: ClassVar[bool] = True
 
     # ------------------------------------------------------------------------------ construction
 
@@ -118,6 +120,10 @@ class DiffusionTask(Task):
             raise ConfigError(
                 "data.prior needs an even batch_size, and pictures: leave data.cache empty"
             )
+        if prior.path and make_buckets(plain(config.data)) is not None:
+            raise ConfigError(
+                "data.prior mixes pictures of one size: leave data.prior or data.buckets empty"
+            )
         if prior.path and not prior.weight > 0:
             raise ConfigError(f"data.prior.weight must be above 0, not {prior.weight}")
         loss = config.loss
@@ -168,7 +174,8 @@ class DiffusionTask(Task):
         model = {"kind": "latent_diffusion", **model}
         built = build(model, None, first_stage, config.dtype, config.remat)
         built = built.with_kernels(for_platform(jax.default_backend()))
-        check_sizes(built, tuple(config.data.size))
+        for size in batch_sizes(plain(config.data)):
+            check_sizes(built, size)
         levels = config.loss.condition_levels
         if not 1 <= levels <= built.schedule.timesteps or (
             levels > 1 and built.conditioner.gives_vector
@@ -378,7 +385,10 @@ class DiffusionTask(Task):
 
     def cache_key(self) -> dict[str, Any]:
         """Returns what the records depend on."""
-        data = {k: v for k, v in plain(self.config.data).items() if k not in UNCACHED_SETTINGS}
+        data = plain(self.config.data)
+        if make_buckets(data) is None:
+            data["buckets"] = None
+        data = {k: v for k, v in data.items() if k not in UNCACHED_SETTINGS}
         data |= {"caption": self.config.data.caption, "path": Path(self.config.data.path).name}
         digest = hashlib.sha256()
         for path, leaf in jax.tree.leaves_with_path(self.model.first_stage.params):
@@ -426,7 +436,10 @@ class DiffusionTask(Task):
         stage = frozen["first_stage"].with_kernels(self.model.unet.kernels)
         model = dataclasses.replace(self.model, params=params, first_stage=stage)
         shown = np.linspace(0, steps - 1, min(steps, columns)).round().astype(int).tolist()
-        config = SamplingConfig(tuple(sampling["size"]), progress=tuple(shown), progress_rows=1)
+        size = tuple(sampling["size"])
+        if make_buckets(plain(self.config.data)) is not None and "image" in raw:
+            size = raw["image"].shape[1:3]  # that of the conditions
+        config = SamplingConfig(size, progress=tuple(shown), progress_rows=1)
         made = sample_preview(model, nodes, inputs, config)
         samples, kept = fetch(made.images), None
         if self.model.first_stage.module is not None:
