@@ -22,8 +22,8 @@ from ldm_jax.io.resources import OUT_OF_MEMORY, address_limit
 # The first of what a failing process writes; from there on its text is kept until it has ended, or
 # for some seconds where it runs on.
 _LAST_WORDS = re.compile(
-    rb"^(Traceback \(most|terminate called|Fatal Python error|LLVM ERROR|OpenBLAS |\*\*\* |F\d{4} |"
-    rb"cannot allocate memory)",
+    rb"^(Traceback \(most|terminate called|Fatal Python error|LLVM ERROR|OpenBLAS |\*\*\* |"
+    rb"[EF]\d{4} |cannot allocate memory)",
     re.MULTILINE,
 )
 _SIGNS = re.compile(

@@ -35,9 +35,10 @@ from ldm_jax.io.paths import (
     remove_tree,
     storage_problem,
 )
-from ldm_jax.io.resources import reason
+from ldm_jax.io.resources import reason, release_memory
 
 FORMAT = 1
+ALIGNMENT = 64  # bytes; JAX copies arrays at other addresses
 PACKAGE = Path(__file__).parent.parent
 ASSETS = PACKAGE / "assets"
 
@@ -135,9 +136,10 @@ def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
         )
     try:
         with drop_late_errors(), ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path / "params").item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return config, checkpointer.restore(path / "params", restore_args=as_numpy)
+            metadata = checkpointer.metadata(path / "params").item_metadata
+        if metadata is None:
+            raise ValueError("its list of arrays cannot be read")
+        return config, _read_in_groups(ocp, path / "params", metadata.tree)
     except Exception as error:  # of many kinds, from Orbax and its storage
         if reason(error) == "memory":
             raise
@@ -145,6 +147,48 @@ def load_model(path: str | Path) -> tuple[dict[str, Any], Any]:
         raise CheckpointError(
             f"{path / 'params'} cannot be read (damaged or incomplete?): {first_line(error)}"
         ) from None
+
+
+def _read_in_groups(ocp: Any, path: Any, tree: Any, most: int = 2**30) -> Any:
+    """Reads a tree of arrays, about ``most`` bytes at a time, as aligned numpy arrays.
+
+    Orbax holds what it reads at the same time more than once, and the C library keeps it.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    groups, room = [[]], most
+    for i, leaf in enumerate(leaves):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if groups[-1] and size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(i)
+        room -= size
+    read: list[Any] = [None] * len(leaves)
+    with drop_late_errors(), ocp.PyTreeCheckpointer() as checkpointer:
+        for group in groups:
+            # What is `ocp.PLACEHOLDER` is not read.
+            wanted = [leaf if i in group else ocp.PLACEHOLDER for i, leaf in enumerate(leaves)]
+            item = structure.unflatten(wanted)
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            found = jax.tree.leaves(checkpointer.restore(path, item, restore_args=as_numpy))
+            for i in group:
+                read[i], found[i] = aligned(found[i]), None
+            del found
+            release_memory()
+    return structure.unflatten(read)
+
+
+def aligned(array: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """Returns an array in a type, where `jax.device_put` takes it to a CPU without a copy."""
+    dtype = np.dtype(dtype or array.dtype)
+    if array.dtype == dtype and not array.ctypes.data % ALIGNMENT and array.flags.c_contiguous:
+        return array
+    size = array.size * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    out = memory[start : start + size].view(dtype).reshape(array.shape)
+    out[...] = array
+    return out
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -419,5 +463,8 @@ def drop_late_errors() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, at most 200 characters of it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """Returns the first line of the message of an error's cause, at most 200 characters of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return text.split(" See full TensorStore details")[0][:200]

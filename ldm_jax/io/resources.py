@@ -1,9 +1,11 @@
 """Disk, memory and buckets that fail, as one line each instead of the errors of libraries."""
 
 import contextlib
+import ctypes
 import errno
 import logging
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +96,12 @@ def _problem_of_bucket(error: BaseException, folder: Path | None) -> str | None:
     if problem in ("missing", "rights") and not (folder is not None and is_bucket(folder)):
         return None
     return problem
+
+
+def release_memory() -> None:
+    """Returns freed memory that the C library (glibc) keeps for reuse to the system."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def reason(error: BaseException | None) -> Literal["disk", "memory"] | None:

@@ -34,7 +34,8 @@ from ldm_jax.errors import (
     TargetError,
     did_you_mean,
 )
-from ldm_jax.io.checkpoint import find_model, load_model
+from ldm_jax.io.checkpoint import aligned, find_model, load_model
+from ldm_jax.io.resources import release_memory
 from ldm_jax.kernels import Kernels, cores, for_platform
 from ldm_jax.models.build import (
     DTYPES,
@@ -68,6 +69,8 @@ OFFERED = [name for name, sampler in SAMPLERS.items() if not isinstance(sampler,
 
 # Pixels of a batch from which a program's memory is compared with what is free.
 LARGE = 2**21
+
+_RELEASED = 2**29  # bytes
 
 Mode = Literal["jit", "pmap"]
 
@@ -1105,9 +1108,29 @@ def _reconstruct(stage: FirstStage, picture: jax.Array) -> jax.Array:
     return stage.decode(stage.encode(to_float(picture)))
 
 
-def as_dtype(params: Any, dtype: str) -> Any:
-    """Returns parameters in a type, on the host: eager conversions would each be compiled."""
-    return jax.tree.map(lambda a: np.asarray(a).astype(DTYPES[dtype], copy=False), params)
+def as_dtype(params: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns parameters in a type, on the host: eager conversions would each be compiled.
+
+    The dicts are changed in place, so that each array is released before the next is converted.
+    """
+    changed = 0  # bytes that were released
+
+    def convert(tree: dict[str, Any]) -> None:
+        nonlocal changed
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                convert(value)
+                continue
+            array = np.asarray(value)
+            tree[name] = aligned(array, DTYPES[dtype])
+            changed += 0 if tree[name] is array else array.nbytes
+            del array, value
+            if changed > _RELEASED:
+                release_memory()
+                changed = 0
+
+    convert(params)
+    return params
 
 
 def check_dtype(dtype: str | None) -> str:

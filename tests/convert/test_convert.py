@@ -9,7 +9,7 @@ import pytest
 from originals import MODELS, Written, stderr_lines, writer
 from safetensors.numpy import load_file, save_file
 
-from ldm_jax.convert.__main__ import main
+from ldm_jax.cli.convert import main
 from ldm_jax.convert.compvis.infer import infer
 from ldm_jax.convert.compvis.names import EMA
 from ldm_jax.convert.compvis.original import config_of, read_yaml

@@ -6,7 +6,7 @@ from originals import MODELS, Written, stderr_lines, writer
 from safetensors.numpy import load_file, save_file
 
 import ldm_jax
-from ldm_jax.convert.__main__ import main
+from ldm_jax.cli.convert import main
 from ldm_jax.convert.compvis.infer import Original
 from ldm_jax.convert.compvis.original import config_of, read_yaml
 from ldm_jax.convert.compvis.whole import whole_from_config

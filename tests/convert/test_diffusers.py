@@ -27,6 +27,7 @@ from ldm_jax.convert.diffusers import (
     unets,
 )
 from ldm_jax.convert.diffusers.components import MODULES
+from ldm_jax.convert.diffusers.reading import latent_size
 from ldm_jax.convert.diffusers.tables import join_qkv, split_qkv
 from ldm_jax.convert.tables import flatten
 from ldm_jax.errors import CheckpointError, ConversionError, TargetError
@@ -324,6 +325,17 @@ def test_misfits_are_listed(written: Path, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ configs
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("size", "expected"), [(48, (48, 48)), ([64, 96], (64, 96)), (None, (64, 64))], ids=str
+)
+def test_the_size_of_a_pipeline_may_be_height_and_width(tmp_path, size, expected):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/config.json").write_text(json.dumps({"sample_size": size}))
+    assert latent_size(tmp_path) == expected
+
 
 PUBLISHED = {
     # Stable Diffusion v1: 4 levels, 8 heads everywhere.

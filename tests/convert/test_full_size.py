@@ -64,8 +64,8 @@ def test_the_checkpoint_is_one_that_the_reader_takes_whole(tmp_path: Path) -> No
     np.testing.assert_allclose(scales, 1, atol=0.1)
 
 
-@pytest.mark.parametrize("name", convert_full_size.MODELS)
+@pytest.mark.parametrize("name", convert_full_size.CONFIGS)
 def test_the_released_architectures_are_there(name: str) -> None:
     given = convert_full_size.architecture(name)
     assert given["target"] == TARGET
-    assert given["params"]["image_size"] == {"txt2img-1p4B": 32, "sd-v1": 64}[name]
+    assert given["params"]["image_size"] == convert_full_size.SIDES[name]

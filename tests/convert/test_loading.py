@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import ldm_jax
-from ldm_jax.convert.__main__ import main
+from ldm_jax.cli.convert import main
 from ldm_jax.convert.compvis.infer import Original
 from ldm_jax.convert.compvis.whole import whole_from_config
 from ldm_jax.convert.conversion import read_model

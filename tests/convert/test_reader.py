@@ -15,7 +15,7 @@ import mutations
 import numpy as np
 import pytest
 
-from ldm_jax.convert.__main__ import main as inspect_main
+from ldm_jax.cli.convert import main as inspect_main
 from ldm_jax.convert.reader.reader import Checkpoint, LazyTensor, Standin, open_checkpoint
 from ldm_jax.errors import ReaderError
 

@@ -354,6 +354,19 @@ def test_a_zip_with_one_member_of_each_fault(tmp_path, caplog):
         assert "\n" not in reason
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("method", [1, 6, 9, 98])  # shrunk, imploded, Deflate64, PPMd
+def test_compression_that_is_not_supported_is_named(tmp_path, method):
+    path = write_zip(tmp_path / "d.zip", THREE)
+    data = bytearray(path.read_bytes())
+    data[8] = data[data.index(b"PK\x01\x02") + 10] = method
+    path.write_bytes(data)
+    loader = Loader(make_source({"path": path}), ImageTransform((4, 4)), batch_size=3)
+    assert next(iter(loader.batches()))["valid"].tolist() == [False, True, True]
+    assert "compression" in loader.broken["0.png"]
+    assert "\n" not in loader.broken["0.png"]
+
+
 def write_shard(path: Path, files: list[tuple[str, bytes]], link: str = "") -> Path:
     with tarfile.open(path, "w") as archive:
         for name, data in files:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import ldm_jax
 from ldm_jax.conditioning.text import BertText
 from ldm_jax.errors import CheckpointError, RequestError
 from ldm_jax.io.checkpoint import save_model
-from ldm_jax.sampling.pipeline import load
+from ldm_jax.sampling.pipeline import as_dtype, load
 
 pytestmark = pytest.mark.compile
 
@@ -241,6 +243,31 @@ def test_a_config_that_does_not_fit_its_parameters_is_a_one_line_error(
     with pytest.raises(CheckpointError, match=message) as caught:
         load(tiny_dir)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_list_of_arrays_is_named(tiny_dir, tmp_path):
+    model = shutil.copytree(tiny_dir, tmp_path / "model")
+    (model / "params/_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match=r"params cannot be read \(damaged or incomplete"):
+        load(model)
+    (model / "params/_sharding").write_text("{")
+    with pytest.raises(CheckpointError, match=r"params cannot be read") as caught:
+        load(model)
+    assert "attribute" not in str(caught.value)
+
+
+@pytest.mark.fast
+def test_loading_holds_no_second_copy_of_the_weights():
+    params = {"a": {f"{i}": np.full((99, 7), i, np.float16) for i in range(4)}, "b": np.ones(5)}
+    given = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+    params = as_dtype(params, "float32")
+    assert not any(array() is not None for array in given)
+    placed = jax.device_put(params)
+    for leaf, host in zip(jax.tree.leaves(placed), jax.tree.leaves(params), strict=True):
+        assert host.dtype == leaf.dtype == np.float32
+        assert leaf.unsafe_buffer_pointer() == host.ctypes.data
+    assert [float(placed["a"][f"{i}"].mean()) for i in range(4)] == [0, 1, 2, 3]
+    assert as_dtype({"b": params["b"]}, "float32")["b"] is params["b"]
 
 
 def test_bfloat16_gives_a_similar_picture(tiny_dir, exact_pipe):
