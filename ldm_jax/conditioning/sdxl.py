@@ -244,6 +244,8 @@ class Sdxl(Conditioner):
 
     def encode_rows(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Encodes the captions of a batch, with the sizes of its rows."""
+        if "encoded" in raw:
+            return super().encode_rows(raw)
         encoded = self.encode(raw["caption"])
         if "condition" in raw:
             encoded["sizes"] = np.asarray(raw["condition"], np.float32)

@@ -7,6 +7,7 @@ from conftest import TINY, random_params
 from safetensors import safe_open
 from sdxl_models import sdxl_config
 
+from ldm_jax.conditioning import make_conditioner
 from ldm_jax.convert.conversion import export
 from ldm_jax.convert.lora import merge_lora
 from ldm_jax.convert.tables import flatten
@@ -48,6 +49,13 @@ def test_names_of_stable_diffusion_xl(tmp_path):
         assert changed == set(targets)
         for path in targets:
             np.testing.assert_allclose(merged[path], expected[path], rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_of_stable_diffusion_xl_needs_no_captions():
+    conditioner = make_conditioner(sdxl_config()["conditioner"], np.float32)
+    rows = conditioner.encode_rows(conditioner.example_rows((32, 32)))["encoded"]
+    captions = conditioner.encode_rows({"caption": ["x"]})["encoded"]
+    assert jax.tree.map(np.shape, rows) == jax.tree.map(np.shape, captions)
 
 
 def test_layers_without_a_name_in_diffusers_are_for_kohya_alone(tmp_path):
