@@ -53,6 +53,8 @@ def base(task: str) -> ml_collections.ConfigDict:
     config.data.source = "image_folder"  # a name in ldm_jax.data.SOURCES
     config.data.path = ""
     config.data.size = (64, 64)  # height, width in pixels
+    config.data.channels = 3  # 1 to 16; other than RGB only in the first stage
+    config.data.values = ()  # lowest and highest number of pictures that are not of 8 or 16 bits
     # Aspect-ratio buckets: each picture is cut to the nearest of several sizes, each batch has one.
     config.data.buckets = section()
     config.data.buckets.step = 0  # sides are multiples of it, in pixels; 0: no buckets

@@ -48,7 +48,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = group.add_argument
     add("--inception", metavar="FILE", help="InceptionV3's weights (or set LDM_JAX_INCEPTION)")
     add("--weights", metavar="FILE", help="weights of --features, in place of --inception")
-    add("--features", choices=["inception", "efficientnet"], help="network to compare features of")
+    text = "network to compare features of; none compares pixels alone"
+    add("--features", choices=["inception", "efficientnet", "none"], help=text)
     add("--protocol", default="torch-fidelity", help="torch-fidelity, pytorch-fid, clean-fid, adm")
     add("--resizer", help="replaces the protocol's: tf1_bilinear, torch_bilinear, pil_bicubic")
     add("--layer", help="of InceptionV3: 64, 192, 768 or 2048")

@@ -22,8 +22,10 @@ from absl import flags
 from ldm_jax.cli import run as cli
 from ldm_jax.cli.run import say
 from ldm_jax.conditioning.base import as_list
-from ldm_jax.errors import RequestError
+from ldm_jax.data.pixels import PixelFormat
+from ldm_jax.errors import DataError, RequestError, UnreadablePicture
 from ldm_jax.io import png
+from ldm_jax.io.atomic import atomic_path
 from ldm_jax.io.paths import absolute_path, as_path, check_writable, exists, is_bucket, local_copy
 from ldm_jax.sampling.request import (
     FILES,
@@ -47,6 +49,7 @@ MODEL: dict[str, type] = {
 REPLAYED = ("model", "seed", "steps", "guidance", "eta", "sampler", "size", "dtype", "batch")
 SWEPT = ("steps", "guidance")  # flags that take several values
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
+PNG_PIXELS = ((3, "uint8"), (1, "uint8"), (1, "uint16"))  # channels and numbers of a PNG
 
 
 def main() -> None:
@@ -283,27 +286,54 @@ def many(pipe: Any, args: Any, requests: Sequence[Request], out: Path, began: fl
 
 
 def reconstruct_all(args: Any) -> None:
-    """Writes what a first stage keeps of a picture, or of all pictures of a folder."""
-    from ldm_jax.conditioning.pictures import read_picture
-    from ldm_jax.sampling.pipeline import load_first_stage, reconstruct
+    """Writes what a first stage keeps of a picture, or of all pictures of a folder.
+
+    Pictures that are no 8-bit RGB are read as in the first stage's training, and written as PNG
+    where that can hold them (grey, 8 or 16 bits), else as .npy files of the same numbers.
+    """
+    from ldm_jax.sampling.pipeline import load_reconstructor, reconstruct
 
     given = local_copy(args.reconstruct)
     files = [given] if given.is_file() else sorted(given.rglob("*")) if given.is_dir() else []
-    files = [file for file in files if file.suffix.lower() in PICTURES]
+    arrays = [file for file in files if file.suffix.lower() == ".npy"]
+    files = [file for file in files if file.suffix.lower() in PICTURES] or arrays
     if not files:
         raise RequestError(f"--reconstruct {given}: there is no picture ({', '.join(PICTURES)})")
     out = check_out(args.out)
-    stage = load_first_stage(args.model, dtype=args.dtype)
+    stage, pixels = load_reconstructor(args.model, dtype=args.dtype)
     out.mkdir(parents=True, exist_ok=True)
     first, errors = next_number(out), []
     for i, file in enumerate(files):
-        picture = read_picture(file)
+        picture, dtype = read_pixels(file, pixels)
         kept = reconstruct(stage, picture)
         errors.append(np.square(picture.astype(np.float32) - kept).mean())
         settings = {"model": args.model, "reconstruct": str(file.absolute())}
-        png.save_png(out / f"{first + i:05d}-{slug(file.stem)}.png", kept, settings)
+        name = f"{first + i:05d}-{slug(file.stem)}"
+        numbers = kept if picture.dtype == np.uint8 else pixels.restore(kept, dtype)
+        if (pixels.channels, dtype.name) in PNG_PIXELS:
+            image = numbers[:, :, 0] if pixels.channels == 1 else numbers
+            png.save_png(out / f"{name}.png", image, settings)
+        else:
+            with atomic_path(out / f"{name}.npy") as temporary, temporary.open("wb") as opened:
+                np.save(opened, numbers)
     psnr = 10 * np.log10(255**2 / max(float(np.mean(errors)), 1e-12))
     say(f"{len(files)} pictures in {out}, PSNR {psnr:.2f} dB")
+
+
+def read_pixels(file: Path, pixels: PixelFormat) -> tuple[np.ndarray, np.dtype]:
+    """Returns a picture as a first stage takes it, and the type of its numbers."""
+    from ldm_jax.conditioning.pictures import read_picture
+
+    if pixels.is_plain and file.suffix.lower() != ".npy":
+        picture = read_picture(file)
+        return picture, picture.dtype
+    try:
+        data = file.read_bytes()
+        return pixels(data), pixels.read(data).dtype
+    except OSError as error:
+        raise RequestError(f"image {file} cannot be read: {error.strerror or error}") from None
+    except (UnreadablePicture, DataError) as error:
+        raise RequestError(f"image {file}: {error}") from None
 
 
 # -------------------------------------------------------------------------------------- requests

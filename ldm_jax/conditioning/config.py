@@ -17,7 +17,7 @@ from ldm_jax.io.checkpoint import find_model, load_model
 
 # Fields of "data" that say how it is read, not where it is.
 READING = (
-    *("size", "buckets", "crop", "min_crop", "flip"),
+    *("size", "buckets", "channels", "values", "crop", "min_crop", "flip"),
     *("cache", "num_workers", "condition", "prior"),
 )
 

@@ -18,6 +18,7 @@ MAX_ASPECT = 128
 _STRIP = 2**24  # pixels converted at a time, which bounds the memory that a large picture takes
 _RUNS_PROGRAMS = ("EPS", "WMF")  # Pillow hands these to other programs
 _ORIENTATION = 0x0112  # EXIF tag
+NUMPY = b"\x93NUMPY"  # how a .npy file begins
 
 
 def describe(error: BaseException) -> str:
@@ -38,13 +39,7 @@ def open_picture(data: bytes) -> Iterator[Image.Image]:
         raise UnreadablePicture("empty file")
     try:
         with _identify(data) as image:
-            w, h = image.size
-            if w * h > MAX_PIXELS:
-                raise UnreadablePicture(f"{w}x{h} pixels are too large (at most {MAX_PIXELS})")
-            if max(w, h) > MAX_ASPECT * min(w, h):
-                raise UnreadablePicture(
-                    f"{w}x{h} pixels are too narrow (aspect ratio at most {MAX_ASPECT})"
-                )
+            check_extent(*image.size)
             if image.format in _RUNS_PROGRAMS:
                 raise UnreadablePicture(f"{image.format} is a drawing: save it as PNG")
             yield image
@@ -54,6 +49,16 @@ def open_picture(data: bytes) -> Iterator[Image.Image]:
         raise UnreadablePicture("not a picture that Pillow can read") from None
     except Exception as error:  # Pillow's decoders raise nearly every class on damaged files
         raise UnreadablePicture(describe(error)) from error
+
+
+def check_extent(w: int, h: int) -> None:
+    """Raises UnreadablePicture for a picture that is too large or too narrow."""
+    if w * h > MAX_PIXELS:
+        raise UnreadablePicture(f"{w}x{h} pixels are too large (at most {MAX_PIXELS})")
+    if max(w, h) > MAX_ASPECT * min(w, h):
+        raise UnreadablePicture(
+            f"{w}x{h} pixels are too narrow (aspect ratio at most {MAX_ASPECT})"
+        )
 
 
 def _identify(data: bytes) -> Image.Image:
@@ -83,17 +88,35 @@ def decode_image(data: bytes) -> np.ndarray:
     """
     with open_picture(data) as image:
         image.load()
-        return _rgb(_upright(image))
+        return _rgb(upright(image))
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
     """Returns the (h, w) of an encoded picture, from its header where no EXIF data turns it."""
+    if data.startswith(NUMPY):
+        return _array_size(data)
     with open_picture(data) as image:
-        w, h = _upright(image).size
+        w, h = upright(image).size
         return h, w
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _array_size(data: bytes) -> tuple[int, int]:
+    file = io.BytesIO(data)
+    try:
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(file)]
+        shape = read(file)[0]
+    except (ValueError, KeyError, EOFError) as error:
+        raise UnreadablePicture(f"no whole .npy file ({describe(error)})") from None
+    if len(shape) not in (2, 3):
+        raise UnreadablePicture(f"an array of {shape} is no picture: give numbers [h, w, c]")
+    return shape[0], shape[1]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Returns a picture turned as its EXIF data say."""
     try:
         turned = image.getexif().get(_ORIENTATION, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image

@@ -11,6 +11,7 @@ from ldm_jax.data.buckets import Buckets, assign
 from ldm_jax.data.captions import Captions, make_captions
 from ldm_jax.data.decode import describe, to_rgb
 from ldm_jax.data.order import Place
+from ldm_jax.data.pixels import PixelFormat
 from ldm_jax.data.sources import Source, Subset
 from ldm_jax.data.stream import Batches, Stream
 from ldm_jax.data.transforms import Condition, ImageTransform, View
@@ -20,6 +21,7 @@ _LOG = logging.getLogger(__name__)
 _MAX_BROKEN_IN_A_ROW = 1000
 _RESERVED = ("image", "caption", "condition", "index", "valid")
 _SKIPPED = "_skipped"
+_PLAIN = PixelFormat()
 
 # Raised for a damaged picture, which is skipped.
 UNREADABLE = (UnreadablePicture, OSError)
@@ -27,10 +29,18 @@ UNREADABLE = (UnreadablePicture, OSError)
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-def read_row(source: Source, index: int, condition: Condition | None = None) -> dict[str, Any]:
-    """Reads a row, its picture as uint8 RGB and what its condition needs; raises `UNREADABLE`."""
+def read_row(
+    source: Source,
+    index: int,
+    condition: Condition | None = None,
+    pixels: PixelFormat = _PLAIN,
+) -> dict[str, Any]:
+    """Reads a row, its picture and what its condition needs; raises `UNREADABLE`.
+
+    The picture is uint8 RGB, or for another format than that float32 from 0 to 255.
+    """
     row = source[index]
-    row["image"] = to_rgb(row["image"])
+    row["image"] = (to_rgb if pixels.is_plain else pixels)(row["image"])
     if condition is not None:
         condition.read(row)
     return row
@@ -56,7 +66,8 @@ class Loader(Stream):
 
     A batch has "image" uint8 [B, H, W, 3], "caption" list of B str, "index" int64 [B] (places in
     the source), each of ``columns`` as a list of B values, and with a condition "condition"
-    [B, ...], where B = batch_size / process_count.
+    [B, ...], where B = batch_size / process_count. Pictures that are no 8-bit RGB are float32
+    [B, H, W, c], from 0 to 255.
 
     A picture that cannot be read is replaced by the next readable one in index order, so that
     positions stay exact; each such file is named once in a warning and in ``broken``. With buckets
@@ -71,6 +82,7 @@ class Loader(Stream):
       condition: Makes the condition of a picture; needs an `ImageTransform`.
       buckets: Cut each picture to the size of its bucket instead of the transform's, which must be
         an `ImageTransform`; all pictures of a batch are of one bucket.
+      pixels: Channels and range of the pictures' numbers.
       **options: Those of `Stream`.
 
     Raises:
@@ -87,6 +99,7 @@ class Loader(Stream):
         columns: Sequence[str] = (),
         condition: Condition | None = None,
         buckets: Buckets | None = None,
+        pixels: PixelFormat = _PLAIN,
         **options: Any,
     ):
         for column in columns:
@@ -96,8 +109,9 @@ class Loader(Stream):
             raise DataError("a condition is cut as its picture is: give an ImageTransform")
         self.source, self.transform, self.condition = source, transform, condition
         self.captions, self._columns = make_captions(caption), tuple(columns)
+        self.pixels = pixels
         self.broken: dict[str, str] = {}
-        self._settings = {"caption": self.captions, "columns": columns, **options}
+        self._settings = {"caption": self.captions, "columns": columns, "pixels": pixels, **options}
         self._transforms: list[Transform] = [transform]
         self._members: list[np.ndarray] | None = None
         if buckets is not None:
@@ -147,7 +161,7 @@ class Loader(Stream):
                 getattr(one, "deterministic", lambda one=one: one)() for one in transforms
             ]
         parts = self.source, transforms, self._members, self.captions, self._columns, self.condition
-        return _PictureBatches(*parts, finite=finite, **options)
+        return _PictureBatches(*parts, self.pixels, finite=finite, **options)
 
     def _skip(self, skipped: Sequence[tuple[str, str]]) -> None:
         """Names pictures that cannot be read, each once."""
@@ -173,10 +187,11 @@ class _PictureBatches(Batches):
         captions: Captions | None,
         columns: tuple[str, ...],
         condition: Condition | None,
+        pixels: PixelFormat,
         **options: Any,
     ):
         super().__init__(**options)
-        self._source, self._condition = source, condition
+        self._source, self._condition, self._pixels = source, condition, pixels
         self._transforms, self._members = transforms, members  # of each group
         self._captions, self._columns = captions, columns
         self._broken: dict[int, str] = {}
@@ -220,7 +235,8 @@ class _PictureBatches(Batches):
             index = int(members[(start + offset) % count])
             if index not in self._broken:
                 try:
-                    return index, read_row(self._source, index, self._condition), skipped
+                    row = read_row(self._source, index, self._condition, self._pixels)
+                    return index, row, skipped
                 except UNREADABLE as error:
                     self._broken[index] = describe(error)
             skipped.append((self._source.name(index), self._broken[index]))

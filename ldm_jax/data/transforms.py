@@ -85,29 +85,41 @@ class ImageTransform:
         return Crop(top, left, ch, cw, bool(self.flip and mirror < 0.5))
 
     def apply(self, image: np.ndarray, crop: Crop, resample: str | None = None) -> np.ndarray:
-        """Cuts and resizes a picture or a label map ([h, w] or [h, w, c] of integers).
+        """Cuts and resizes a picture or a label map ([h, w] or [h, w, c]).
 
-        Only "nearest" resamples other than 8-bit numbers. A crop of the target size is not
+        Of integers only 8-bit numbers are resampled otherwise than by "nearest"; float32 numbers
+        are pixels from 0 to 255, each channel by itself. A crop of the target size is not
         resampled. The result is C-contiguous.
         """
         height, width = self.size
         image = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         if image.shape[:2] != (height, width):
-            pixels = Image.fromarray(np.ascontiguousarray(image))
-            image = np.asarray(pixels.resize((width, height), _RESAMPLE[resample or self.resample]))
+            how = _RESAMPLE[resample or self.resample]
+
+            def resized(array: np.ndarray) -> np.ndarray:
+                pixels = Image.fromarray(np.ascontiguousarray(array))
+                return np.asarray(pixels.resize((width, height), how))
+
+            if image.dtype == np.float32:
+                channels = [resized(image[:, :, i]) for i in range(image.shape[2])]
+                image = np.clip(np.stack(channels, axis=2), 0, 255)
+            else:
+                image = resized(image)
         return np.ascontiguousarray(image[:, ::-1] if crop.mirror else image)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Transforms one picture.
 
         Args:
-          image: uint8 RGB [h, w, 3]; any other picture that `to_rgb` takes is converted.
+          image: uint8 RGB [h, w, 3], or float32 [h, w, c] from 0 to 255; any other picture that
+            `to_rgb` takes is converted.
           rng: Draws four numbers, whatever the settings are.
 
         Returns:
-          uint8 RGB [H, W, 3], C-contiguous.
+          [H, W, c] of the same type, C-contiguous.
         """
-        image = to_rgb(image)
+        if not (isinstance(image, np.ndarray) and image.dtype == np.float32 and image.ndim == 3):
+            image = to_rgb(image)
         return self.apply(image, self.choose((image.shape[0], image.shape[1]), rng))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm_jax.convert.conversion import is_foreign, read_model
 from ldm_jax.data import make_source
+from ldm_jax.data.pixels import PixelFormat, model_pixels
 from ldm_jax.errors import EvaluationError, did_you_mean
 from ldm_jax.eval import metrics
 from ldm_jax.eval.collect import Collected, collect
@@ -36,7 +37,7 @@ from ldm_jax.eval.protocols import (
     write_statistics,
 )
 from ldm_jax.io.atomic import write_atomic
-from ldm_jax.io.checkpoint import find_model, load_model
+from ldm_jax.io.checkpoint import find_model, load_model, read_config
 from ldm_jax.io.paths import is_bucket, local_copy, local_only
 from ldm_jax.models.build import build_first_stage
 from ldm_jax.models.ldm import FirstStage
@@ -139,11 +140,19 @@ class Metric:
     missing: Callable[[Inputs], str]
 
 
+def _needs_features(inputs: Inputs) -> str:
+    return "" if inputs.extractor.layers else "other --features than none"
+
+
 def _needs_reference(inputs: Inputs) -> str:
+    if lack := _needs_features(inputs):
+        return lack
     return "" if inputs.reference or inputs.statistics else "a --reference"
 
 
 def _needs_pictures(inputs: Inputs) -> str:
+    if lack := _needs_features(inputs):
+        return lack
     return "" if inputs.reference else "a --reference of pictures, not statistics alone"
 
 
@@ -269,7 +278,9 @@ METRICS = {
     "dc": Metric(_density_coverage, _needs_pictures),
     "clip_score": Metric(_clip_score, _needs_prompts),
     "cmmd": Metric(_cmmd, lambda inputs: _needs_clip(inputs) or _needs_pictures(inputs)),
-    "top_k": Metric(_retrieval, lambda inputs: "" if inputs.labels else "--top_k"),
+    "top_k": Metric(
+        _retrieval, lambda inputs: _needs_features(inputs) or ("" if inputs.labels else "--top_k")
+    ),
     "psnr": Metric(_pair("psnr", lambda _: "PSNR"), _needs_pairs),
     "ssim": Metric(_pair("ssim", lambda _: "SSIM"), _needs_pairs),
     "lpips": Metric(
@@ -382,7 +393,15 @@ def evaluate(
     resizer = resizer or (preset.resizer if features == "inception" else None)
     extractor = load_extractor(features, weights=weights, resizer=resizer, layer=layer)
     preset = dataclasses.replace(preset, resizer=extractor.resizer)
-    statistics, known = open_reference(reference, size=size, crop=crop, data=data)
+    pixels = first_stage_pixels(subject) if reconstruct else PixelFormat()
+    if not pixels.is_plain and (extractor.layers or lpips is not None or clip is not None):
+        raise EvaluationError(
+            f"this first stage is of pictures of {pixels.channels} channels that are no 8-bit RGB, "
+            "and features and LPIPS are of RGB: give --features none, without --lpips and --clip"
+        )
+    if save_statistics is not None and not extractor.layers:
+        raise EvaluationError("statistics are of features: give other --features than none")
+    statistics, known = open_reference(reference, size=size, crop=crop, data=data, pixels=pixels)
     if statistics is not None:
         _check_statistics(statistics, extractor, str(reference))
 
@@ -565,6 +584,7 @@ def open_pictures(
     size: Sequence[int] | None = None,
     crop: str = "center",
     data: Mapping[str, Any] | None = None,
+    pixels: PixelFormat | None = None,
 ) -> Pictures:
     """A set of pictures from an array, an .npz, a folder of ldm-sample, or a data source."""
     if isinstance(what, np.ndarray):
@@ -585,7 +605,7 @@ def open_pictures(
     source = make_source(
         {"path": str(path if is_bucket(what) else what), "part": "all", **(data or {})}
     )
-    return SourcePictures(source, size=size, crop=crop)
+    return SourcePictures(source, size=size, crop=crop, pixels=pixels)
 
 
 def open_reference(
@@ -594,6 +614,7 @@ def open_reference(
     size: Sequence[int] | None = None,
     crop: str = "center",
     data: Mapping[str, Any] | None = None,
+    pixels: PixelFormat | None = None,
 ) -> tuple[Statistics | None, Pictures | None]:
     """(statistics, pictures) of a reference; either is None where it has none."""
     if reference is None:
@@ -605,7 +626,7 @@ def open_reference(
         if is_statistics(path):
             pictures = NpzPictures(path) if _has_pictures(path) else None
             return read_statistics(path), pictures
-    return None, open_pictures(reference, size=size, crop=crop, data=data)
+    return None, open_pictures(reference, size=size, crop=crop, data=data, pixels=pixels)
 
 
 def _has_pictures(path: Path) -> bool:
@@ -642,6 +663,14 @@ def _load_pipeline(subject: Any, dtype: str | None) -> Any:
     if not isinstance(subject, str | Path):
         return subject
     return load_pipeline(str(subject), dtype=dtype)
+
+
+def first_stage_pixels(subject: Any) -> PixelFormat:
+    """The format of the pictures of a model directory's first stage; 8-bit RGB of other models."""
+    if not isinstance(subject, str | Path):
+        return PixelFormat()
+    path = find_model(subject)
+    return PixelFormat() if is_foreign(path) else model_pixels(read_config(path))
 
 
 def load_first_stage(subject: Any) -> Any:

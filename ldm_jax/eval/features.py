@@ -214,9 +214,30 @@ def efficientnet_weights() -> Path | None:
     return None if folder is None else next(iter(sorted(folder.glob("*.pth"))), None)
 
 
+class NoFeatures(Extractor):
+    """Extracts nothing, for figures of pixels alone."""
+
+    def __post_init__(self) -> None:
+        """Compiles nothing."""
+
+    def __call__(self, images: Images, start: int = 0) -> dict[str, np.ndarray]:
+        """Returns {}."""
+        return {}
+
+
+def no_features(
+    weights: str | Path | None = None, *, resizer: str = "", layer: str = ""
+) -> Extractor:
+    """No features: PSNR and SSIM of pictures of any channels, and LPIPS of RGB."""
+    if weights or resizer or layer:
+        raise EvaluationError("--features none takes no weights, resizer or layer")
+    return NoFeatures("none", lambda variables, x: {}, {}, "", 0, "", 0.0, 1.0, "", ())
+
+
 EXTRACTORS: dict[str, Callable[..., Extractor]] = {
     "inception": inception,
     "efficientnet": efficientnet,
+    "none": no_features,
 }
 
 

@@ -1,7 +1,8 @@
 """Sets of pictures to evaluate: files, data, samples of a model, reconstructions.
 
 A set has ``count``, ``read(start, stop)`` -> uint8 [h, w, 3] pictures, and ``protocol``, what a
-result depends on beside the pixels.
+result depends on beside the pixels. Pictures that are no 8-bit RGB are float32 [h, w, c] from -1 to
+1.
 """
 
 import dataclasses
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.data import ImageTransform, Source, caption_template, to_rgb
+from ldm_jax.data.pixels import PixelFormat
 from ldm_jax.errors import DataError, EvaluationError
 from ldm_jax.models.ldm import FirstStage, to_float, to_uint8
 
@@ -118,8 +121,10 @@ class SourcePictures:
         resample: str = "bicubic",
         num: int | None = None,
         threads: int = 4,
+        pixels: PixelFormat | None = None,
     ):
         self.source, self._threads = source, threads
+        self._pixels = pixels or PixelFormat()
         self.count = len(source) if num is None else min(num, len(source))
         self._transform = (
             None if size is None else ImageTransform((size[0], size[1]), crop, resample=resample)  # pyright: ignore[reportArgumentType]
@@ -129,6 +134,8 @@ class SourcePictures:
             "size": "own" if size is None else f"{size[0]}x{size[1]}",
             "crop": None if size is None else f"{crop}, {resample}",
         }
+        if not self._pixels.is_plain:
+            self.protocol["pixels"] = dataclasses.asdict(self._pixels)
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -146,14 +153,16 @@ class SourcePictures:
 
     def _read(self, index: int) -> np.ndarray:
         try:
-            image = to_rgb(self.source[index]["image"])
+            read = to_rgb if self._pixels.is_plain else self._pixels
+            image = read(self.source[index]["image"])
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"{self.source.path}: {self.source.name(index)} cannot be read ({reason}); "
                 "an evaluation leaves no picture out: remove or replace it"
             ) from None
-        return image if self._transform is None else self._transform(image, _UNUSED)
+        image = image if self._transform is None else self._transform(image, _UNUSED)
+        return image if self._pixels.is_plain else image / np.float32(127.5) - 1
 
 
 _UNUSED = np.random.default_rng(0)  # a centre crop draws numbers and does not use them
@@ -215,13 +224,20 @@ class SampledPictures:
 
 
 class Reconstructions:
-    """Pictures through a first stage and back to 8 bits; the posterior's mode, no noise."""
+    """Pictures through a first stage and back to what they were; the posterior's mode, no noise."""
 
     def __init__(self, first_stage: FirstStage, pictures: Pictures, batch: int = 16):
         self._pictures, self._stage, self._batch = pictures, first_stage, batch
         self.count = pictures.count
         self.protocol = pictures.protocol | {"reconstructed": "mode"}
-        self._run = jax.jit(lambda stage, x: to_uint8(stage.decode(stage.encode(to_float(x)))))
+
+        @jax.jit
+        def run(stage: FirstStage, x: jax.Array) -> jax.Array:
+            if x.dtype == jnp.uint8:
+                return to_uint8(stage.decode(stage.encode(to_float(x))))
+            return jnp.clip(stage.decode(stage.encode(x)), -1, 1)
+
+        self._run = run
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Reconstructs pictures ``start`` to ``stop``."""

@@ -20,7 +20,13 @@ KEY = "ldm_jax"  # the PNG text chunk that holds every setting as JSON, beside "
 def save_png(
     path: str | Path, image: np.ndarray, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes uint8 [H, W, 3] as a PNG, atomically, with ``settings`` in its text chunks."""
+    """Writes a PNG, atomically, with ``settings`` in its text chunks.
+
+    Args:
+      path: The file.
+      image: uint8 [H, W, 3], or uint8 or uint16 [H, W] for a grey picture.
+      settings: Kept as JSON.
+    """
     info = PngInfo()
     if settings is not None:
         if "prompt" in settings:

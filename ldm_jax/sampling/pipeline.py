@@ -24,6 +24,7 @@ from ldm_jax.convert.conversion import is_foreign, read_model, replace_parts
 from ldm_jax.convert.diffusers.hub import fetched
 from ldm_jax.convert.embedding import add_embeddings, read_embedding, split_word
 from ldm_jax.convert.lora import merge_loras, pairs_of
+from ldm_jax.data.pixels import PixelFormat, model_pixels
 from ldm_jax.diffusion.samplers import SAMPLERS, Inversion, padded, time_grid
 from ldm_jax.errors import (
     CheckpointError,
@@ -1072,10 +1073,18 @@ def read_parts(
 
 def load_first_stage(name: str | Path, *, dtype: str | None = None) -> FirstStage:
     """Returns the first stage of a model, or a first stage alone; see `load`."""
+    return load_reconstructor(name, dtype=dtype)[0]
+
+
+def load_reconstructor(
+    name: str | Path, *, dtype: str | None = None
+) -> tuple[FirstStage, PixelFormat]:
+    """Returns a model's first stage as `load_first_stage`, and the format of its pictures."""
     dtype = check_dtype(dtype)
     path, fields, params = read_parts(name)
     if "first_stage" not in params:
         raise RequestError(f"{path} has no first stage")
+    pixels = model_pixels(fields)
     try:
         module = build_first_stage(fields, dtype)
     except ConfigError as error:
@@ -1083,13 +1092,21 @@ def load_first_stage(name: str | Path, *, dtype: str | None = None) -> FirstStag
     params = jax.device_put(as_dtype(params["first_stage"], dtype))
     stage = FirstStage(params, fields.get("scale_factor", 1.0), module)
     mesh = cores.mesh_of(cores.all_devices()[:1])
-    return stage.with_kernels(for_platform(cores.platform_of(mesh), differentiable=False))
+    kernels = for_platform(cores.platform_of(mesh), differentiable=False)
+    return stage.with_kernels(kernels), pixels
 
 
 def reconstruct(stage: FirstStage, picture: np.ndarray) -> np.ndarray:
-    """Returns what a first stage keeps of a picture, uint8 [h, w, 3].
+    """Returns what a first stage keeps of a picture.
 
     Edges are padded to a multiple of the downsampling factor; the padding is cut off again.
+
+    Args:
+      stage: The first stage.
+      picture: uint8 [h, w, c], or float32 from 0 to 255.
+
+    Returns:
+      [h, w, c] of the same type and range.
     """
     h, w = picture.shape[:2]
     padding = ((0, -h % stage.downsampling), (0, -w % stage.downsampling), (0, 0))
@@ -1100,7 +1117,10 @@ def reconstruct(stage: FirstStage, picture: np.ndarray) -> np.ndarray:
         raise RequestError(
             "the reconstruction is NaN or infinite: try --dtype=float32, or get a sound file"
         )
-    return np.asarray(to_uint8(jnp.asarray(pixels[0, :h, :w])))
+    pixels = pixels[0, :h, :w]
+    if picture.dtype == np.uint8:
+        return np.asarray(to_uint8(jnp.asarray(pixels)))
+    return np.clip((pixels + 1) * np.float32(127.5), 0, 255)
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from ldm_jax.conditioning.base import RowCondition, Rows, some
 from ldm_jax.conditioning.config import complete_model, frozen_conditioner
 from ldm_jax.data import Captions, Loader
 from ldm_jax.data.loader import UNREADABLE, fit_row, read_row
+from ldm_jax.data.pixels import as_rgb
 from ldm_jax.errors import DataError
 from ldm_jax.io import png
 from ldm_jax.models.build import DTYPES
@@ -88,7 +89,7 @@ def check_pictures(loader: Loader, places: Sequence[int]) -> Iterator[str]:
     for i in tqdm(places, desc="decoding", unit=" pictures", leave=False, disable=None):
         name = loader.source.name(i)
         try:
-            row = read_row(loader.source, i, loader.condition)
+            row = read_row(loader.source, i, loader.condition, loader.pixels)
         except UNREADABLE as error:
             broken.append(f"{name}: {' '.join(str(error).split())}")
             continue
@@ -126,6 +127,8 @@ def write_sheet(loader: Any, out: str | Path) -> None:
     shown = None
     if loader.condition is not None:
         shown = loader.condition.draw(batch["image"], batch["condition"])
-    sheet = png.contact_sheet(batch["image"][:n], texts[:n], None if shown is None else shown[:n])
+    sheet = png.contact_sheet(
+        as_rgb(batch["image"][:n]), texts[:n], None if shown is None else shown[:n]
+    )
     png.save_png(out, sheet)
     LOG.info("the contact sheet is %s", out)

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ldm_jax.data.buckets import make_buckets
+from ldm_jax.data.pixels import pixel_format
 from ldm_jax.errors import ConfigError
 from ldm_jax.io.atomic import write_atomic
 from ldm_jax.io.paths import check_writable, is_bucket
@@ -85,6 +86,11 @@ def check_config(config: Any) -> None:
     if make_buckets(plain(config.data)) is not None and not task.any_size:
         raise ConfigError(
             f"the task {config.task!r} trains on pictures of one size: leave data.buckets empty"
+        )
+    if not pixel_format(plain(config.data)).is_plain and not task.any_pixels:
+        raise ConfigError(
+            f"the task {config.task!r} trains on 8-bit RGB pictures: "
+            "leave data.channels at 3 and data.values empty"
         )
     task.check_config(config)
     if config.wandb.project:

@@ -8,6 +8,7 @@ from ldm_jax.data import ImageTransform, LatentLoader, Loader, make_source
 from ldm_jax.data.buckets import make_buckets
 from ldm_jax.data.captions import configured_captions
 from ldm_jax.data.mixed import MixedLoader
+from ldm_jax.data.pixels import pixel_format
 from ldm_jax.train.tasks.base import plain
 
 AnyLoader = Loader | LatentLoader | MixedLoader
@@ -45,6 +46,7 @@ def make_loader(config: Any, part: str, process: tuple[int, int] = (0, 1)) -> An
         caption=captions,
         condition=row_condition(plain(config)),
         buckets=make_buckets(data),
+        pixels=pixel_format(data),
         num_workers=data["num_workers"] if part == "train" else 0,
         **share,
     )

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from ldm_jax.data.pixels import as_rgb
 from ldm_jax.distributed.chips import chip_of
 from ldm_jax.distributed.flops import PRODUCTS, count_flops
 from ldm_jax.distributed.processes import is_first
@@ -165,14 +166,14 @@ class Report:
         Args:
           step: The step.
           made: The picture.
-          real: The held-out pictures that it belongs to, uint8 [n, H, W, 3]; recorded once.
+          real: The held-out pictures that it belongs to, [n, H, W, c]; recorded once.
         """
         if not self.writes:
             return
         png.save_png(self.previews / f"{step:07d}.png", made)
         shown = {"previews/made": made}
         if real is not None and not self.shown:
-            shown["previews/real"] = png.grid(real[:16])
+            shown["previews/real"] = png.grid(as_rgb(real[:16]))
         self.shown = True
         for name, image in shown.items():
             self.board.add_image(name, image, step, dataformats="HWC")

@@ -181,10 +181,14 @@ class Files:
                 self.names[name] = member
 
     def pictures(self, under: str = "") -> list[str]:
-        """Returns the names of the pictures in one of its folders, sorted."""
+        """Returns the names of the pictures in one of its folders, sorted.
+
+        Arrays (.npy) are pictures where there are no others.
+        """
         under = f"{under.strip('/')}/" if under.strip("./") else ""
         inside = [name for name in self.names if name.startswith(under)]
         pictures = {name for name in inside if name.lower().endswith(PICTURE_SUFFIXES)}
+        pictures = pictures or {name for name in inside if name.lower().endswith(".npy")}
         unread = Counter(posixpath.splitext(name)[1].lower() for name in {*inside} - pictures)
         if others := [
             f"{n} {s or 'files'}" for s, n in sorted(unread.items()) if s not in _TEXT_SUFFIXES

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from ldm_jax.data.buckets import batch_sizes, make_buckets
+from ldm_jax.data.pixels import as_rgb, pixel_format
 from ldm_jax.distributed.processes import fetch
 from ldm_jax.errors import ConfigError
 from ldm_jax.io import png
@@ -118,6 +119,7 @@ class AutoencoderTask(Task):
     free_settings: ClassVar[tuple[str, ...]] = ("adversary.alarm",)
     exported_part: ClassVar[str] = "first_stage"
     any_size: ClassVar[bool] = True
+    any_pixels: ClassVar[bool] = True
 
     # ------------------------------------------------------------------------------ construction
 
@@ -180,6 +182,19 @@ class AutoencoderTask(Task):
                 "adversary.loss": DISCRIMINATOR_LOSSES,
             },
         )
+        channels, stage = config.data.channels, config.model.first_stage
+        if cls.any_pixels:
+            for name in ("in_channels", "out_ch"):
+                if stage.get(name, 3) != channels:
+                    raise ConfigError(
+                        f"model.first_stage.{name} is {stage.get(name, 3)}: the pictures have "
+                        f"{channels} channels (data.channels)"
+                    )
+        if channels != 3 and config.loss.perceptual_weight:
+            raise ConfigError(
+                "loss.perceptual_weight: LPIPS compares RGB pictures, and data.channels is "
+                f"{channels}: set it to 0"
+            )
         if config.data.cache:
             raise ConfigError(
                 "data.cache holds latents, and a first stage trains on pictures: leave it empty"
@@ -285,6 +300,16 @@ class AutoencoderTask(Task):
         """Returns all collections of the module."""
         return {"params": averaged(state), **extra_of(state).get("collections", {})}
 
+    def example_batch(self, cached: bool = False) -> dict[str, Any]:
+        """Returns a batch of one row."""
+        if cached:
+            self.cache()
+        pixels = pixel_format(plain(self.config.data))
+        shape = (1, *self.config.data.size, pixels.channels)
+        return self.host_batch(
+            {"image": np.zeros(shape, np.uint8 if pixels.is_plain else np.float32)}
+        )
+
     def batch_at(self, raw: dict[str, Any], step: int) -> dict[str, Any]:
         """Resizes the batch to the size of its step, where the config has a range of sizes."""
         if not self.config.batch_resize:
@@ -306,7 +331,7 @@ class AutoencoderTask(Task):
         Args:
           params: The autoencoder's parameters.
           collections: Its other collections.
-          batch: "image" uint8 [b, H, W, 3], "row" int32 [b].
+          batch: "image" [b, H, W, c], uint8 or float32 from 0 to 255; "row" int32 [b].
           step: The training step.
           purpose: GENERATOR or DISCRIMINATOR, which draw different noise.
           train: Whether anything is drawn; else KL takes the mode and Gumbel the likeliest code.
@@ -539,10 +564,10 @@ class AutoencoderTask(Task):
     # ----------------------------------------------------------------------------------- results
 
     def preview(self, weights: Any, frozen: Any, raw: dict[str, Any]) -> np.ndarray:
-        """Returns sixteen held-out pictures, and their reconstructions below."""
+        """Returns sixteen held-out pictures, and their reconstructions below; see `as_rgb`."""
         images = raw["image"][:16]
         made = reconstruct(self.module, weights, images / np.float32(127.5) - 1)
-        return png.sheet(preview_rows(images, fetch(made)))
+        return png.sheet(preview_rows(as_rgb(images), as_rgb(fetch(made))))
 
     def export(self, weights: Any) -> tuple[dict[str, Any], Any]:
         """Exports a first stage; an averaged codebook becomes a plain one."""
@@ -551,7 +576,11 @@ class AutoencoderTask(Task):
         if fields.get("quantizer") == "ema":
             fields["quantizer"] = "vq"
             params["quantize"] = {"embedding": weights["codebook"]["quantize"]["embedding"]}
-        return {"kind": "first_stage", "first_stage": fields}, {"first_stage": params}
+        config = {"kind": "first_stage", "first_stage": fields}
+        pixels = pixel_format(plain(self.config.data))
+        if not pixels.is_plain:
+            config["pixels"] = dataclasses.asdict(pixels)
+        return config, {"first_stage": params}
 
 
 def check_batch_resize(config: Any, factor: int) -> None:
@@ -628,5 +657,5 @@ def update_guard(
 
 @jax.jit(static_argnums=0)
 def reconstruct(module: Any, variables: Any, x: jax.Array) -> jax.Array:
-    """Returns uint8 reconstructions of pixels x [b, H, W, 3] in [-1, 1]."""
+    """Returns uint8 reconstructions of pixels x [b, H, W, c] in [-1, 1]."""
     return to_uint8(module.apply(variables, x)[0])

@@ -55,6 +55,7 @@ class Task:
       free_settings: Settings of this task that a resumed run may change.
       exported_part: The name of the only exported part, where parameters are not split by part.
       any_size: Whether batches of different sizes can be trained on.
+      any_pixels: Whether pictures may be others than 8-bit RGB.
     """
 
     config: Any
@@ -64,6 +65,7 @@ class Task:
     free_settings: ClassVar[tuple[str, ...]] = ()
     exported_part: ClassVar[str] = ""
     any_size: ClassVar[bool] = False
+    any_pixels: ClassVar[bool] = False
 
     # ------------------------------------------------------------------------------ construction
 

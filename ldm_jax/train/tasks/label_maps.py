@@ -55,6 +55,7 @@ class LabelMapTask(AutoencoderTask):
     condition: RowCondition | None = None
 
     headline: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    any_pixels: ClassVar[bool] = False
 
     @staticmethod
     def defaults() -> dict[str, Any]:
