@@ -38,7 +38,8 @@ PREVIEW = 384  # pixels that a small preview is enlarged to
 MOST_SETTINGS = 100_000  # characters of a picture's settings
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1280px !important;
+  margin: 0 auto !important; }
 #head h1 { margin: 0.2rem 0; font-size: 1.35rem; }
 #head p { margin: 0; opacity: 0.75; }
 #status { min-height: 1.6rem; }
