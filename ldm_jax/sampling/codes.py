@@ -163,7 +163,7 @@ class CodePipeline(Pipeline):
         *("steps", "guidance", "eta", "sampler", "grid", "guidance_rescale", "guidance_interval"),
         *("tile", "cache_interval", "cache_depth", "variation", "negative", "toward"),
         *("sampler_options", "noise_dropout", "renoise_null", "patch", "switch", "progress_every"),
-        *("control_image", "control_scale", "control_edges", "classifier_scale"),
+        *("control_image", "control_scale", "control_edges", "classifier_scale", "noise"),
     )
     refused_parts: ClassVar[tuple[str, ...]] = (
         *("text_encoder", "clip", "refiner", "classifier", "lora", "embedding", "control"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,7 @@ class Inputs(NamedTuple):
       mask: uint8 [b, H, W, 1], 1 where ``image`` is painted.
       variation: Distance from ``image`` [b], in [0, 1].
       toward: The other ends of an interpolation.
+      noise: The latents to start from [b, h, w, c], in place of the seeds' noise.
       latents: Latents at the first step [b, h, w, c], in place of noise.
       control: The hints of the model's ControlNets.
       labels: Classes that the model's classifier guides to, int32 [b].
@@ -65,6 +67,7 @@ class Inputs(NamedTuple):
     mask: Array | None = None
     variation: Array | None = None
     toward: Toward | None = None
+    noise: Array | None = None
     latents: Array | None = None
     control: Control | None = None
     labels: Array | None = None
@@ -156,18 +159,21 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
         encoded = conditioner.encode(values)
         return conditioner.from_request(encoded, own, canvas, seeds=seeds)
 
+    cells = (canvas.size[0] // geometry.factor, canvas.size[1] // geometry.factor)
     inputs = Inputs(seed_words(seeds), jax.tree.map(spread, encode(subjects)))
     inputs = inputs._replace(
         image=None if canvas.image is None else spread(canvas.image),
         mask=None if canvas.mask is None else spread(canvas.mask),
         variation=None if own.variation is None else numbers(own.variation, n, "variations"),
-        control=read_control(
-            request,
-            len(model.controls),
-            (canvas.size[0] // geometry.factor, canvas.size[1] // geometry.factor),
-            n,
-        ),
+        control=read_control(request, len(model.controls), cells, n),
     )
+    if request.noise is not None:
+        shape = (*cells, model.first_stage.channels)
+        several = isinstance(request.noise, list | tuple)
+        noises = [read_noise(one, shape) for one in (request.noise if several else [request.noise])]
+        if len(noises) not in (1, n):
+            raise RequestError(f"{len(noises)} noises for {n} pictures: give one, or one for each")
+        inputs = inputs._replace(noise=spread(np.stack(noises)))
     if request.toward is not None:
         others, to, mix = request.toward
         if not n == len(to) == len(mix) or (field and len(others) != n):
@@ -204,6 +210,37 @@ def make_inputs(model: LatentDiffusion, request: Request, own: Request) -> tuple
         rescale=rescale if rescale.any() else None,
     )
     return canvas, aligned(conditioner, inputs)
+
+
+def read_noise(value: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads the noise of one picture, an array or the path of a .npy file.
+
+    Args:
+      value: [h, w, c] or PyTorch's [c, h, w], either also with a first dimension of 1.
+      shape: (h, w, c) of the latents.
+
+    Returns:
+      float32 [h, w, c].
+    """
+    path = isinstance(value, str | Path)
+    name = f"noise {value}" if path else "noise"
+    try:
+        noise = np.load(value, allow_pickle=False) if path else value
+        noise = np.asarray(noise, np.float32)
+    except OSError as error:
+        raise RequestError(f"{name} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, EOFError):
+        form = "no .npy file of numbers" if path else "no array of numbers"
+        raise RequestError(f"{name}: this is {form}") from None
+    given = noise.shape
+    noise = noise[0] if noise.ndim == 4 and len(noise) == 1 else noise
+    if noise.shape != shape and noise.shape == (shape[2], *shape[:2]):
+        noise = noise.transpose(1, 2, 0)
+    if noise.shape != shape:
+        raise RequestError(f"{name} of shape {given}: the latents of this picture are {shape}")
+    if not np.isfinite(noise).all():
+        raise RequestError(f"{name} must be finite numbers")
+    return noise
 
 
 def aligned(conditioner: Any, inputs: Inputs) -> Inputs:

@@ -319,6 +319,7 @@ class Pipeline:
         outpaint: Sequence[int] | None = None,
         strength: float | None = None,
         variation: float | Sequence[float] | None = None,
+        noise: Any = None,
         control_image: Any = None,
         control_scale: float | Sequence[float] | None = None,
         control_edges: Sequence[float] | None = None,

@@ -108,7 +108,7 @@ def generate(
     stage, conditioner, toward = model.first_stage, model.conditioner, inputs.toward
     f, keys = stage.downsampling, keys_of(inputs.seeds)
     shape = (config.size[0] // f, config.size[1] // f, stage.channels)
-    x = initial_noise(keys, shape)
+    x = initial_noise(keys, shape) if inputs.noise is None else inputs.noise
     if toward is not None:
         x = slerp(x, initial_noise(keys_of(toward.seeds), shape), toward.mix)
     if inputs.latents is not None:  # of another model, whose steps have drawn from these keys

@@ -166,6 +166,8 @@ class Request:
       outpaint: Pixels to add at the image's (top, right, bottom, left).
       strength: Denoising strength in (0, 1]: the fraction of the steps that is run on ``image``.
       variation: Distance in [0, 1] from ``image`` by its inverted noise.
+      noise: Standard normal latents to start from, in place of the seed's: arrays [h, w, c], or
+        PyTorch's [c, h, w], or paths of .npy files; one, or one for each picture to make.
       control_image: The hint of each ControlNet: pictures of edges, depth, poses ...
       control_scale: Factor of the ControlNets' features, one or one for each; 1 by default.
       control_edges: Two thresholds of Canny's method, to make edges of ``control_image``.
@@ -245,6 +247,11 @@ class Request:
     )
     variation: float | Sequence[float] | None = option(
         "real", "Distance in [0, 1] from --image by its inverted noise."
+    )
+    noise: Any = option(
+        "file",
+        "A .npy file of the noise to start from: latents (h, w, c) or (c, h, w).",
+        flag="x_T",
     )
     control_image: Any = option(
         "file",
