@@ -28,6 +28,7 @@ from ldm_jax.io import png
 from ldm_jax.io.atomic import atomic_path
 from ldm_jax.io.paths import absolute_path, as_path, check_writable, exists, is_bucket, local_copy
 from ldm_jax.sampling.request import (
+    EACH,
     FILES,
     KINDS,
     OPTIONS,
@@ -85,6 +86,8 @@ def define_flags() -> None:
     flags.DEFINE_string("replay", None, "A PNG of this program: make the same picture again.")
     text = "A folder of pictures, or one: write what the first stage of --model keeps of them."
     flags.DEFINE_string("reconstruct", None, text)
+    text = "A folder of NAME.png and NAME_mask.png: paint each mask, at the pictures' own sizes."
+    flags.DEFINE_string("pairs", None, text)
 
 
 def define_model_flags() -> None:
@@ -142,6 +145,8 @@ def sample(args: Any) -> None:
     """Samples as the flags say, and writes the pictures."""
     if args.reconstruct:
         return reconstruct_all(args)
+    if args.pairs:
+        return inpaint_pairs(args)
     kept = None
     if args.replay:
         kept, request = replayed(args.replay)
@@ -334,6 +339,43 @@ def read_pixels(file: Path, pixels: PixelFormat) -> tuple[np.ndarray, np.dtype]:
         raise RequestError(f"image {file} cannot be read: {error.strerror or error}") from None
     except (UnreadablePicture, DataError) as error:
         raise RequestError(f"image {file}: {error}") from None
+
+
+def inpaint_pairs(args: Any) -> None:
+    """Paints the masked parts of the pictures of a folder."""
+    from tqdm import tqdm
+
+    from ldm_jax.sampling.pairs import find_pairs, inpaint
+
+    for name in ("image", "mask", "size", "outpaint", "interpolate", "format", "gif", "replay"):
+        if getattr(args, name):
+            raise RequestError(f"--{name} does not go with --pairs: leave it out")
+    pairs = find_pairs(local_copy(args.pairs))
+    request, *others = requests_of(args)
+    each = {name: [*dict.fromkeys(as_list(getattr(request, name)))] for name in EACH[:3]}
+    scales = {*as_list(request.guidance)}
+    loras = lora_sweep(args.lora or [])
+    if others or len(loras) > 1 or len(scales) > 1 or max(map(len, each.values())) > 1:
+        raise RequestError("--pairs takes one prompt, one --steps, one --guidance and one --lora")
+    changes: dict[str, Any] = {name: values or None for name, values in each.items()}
+    changes["guidance"] = scales.pop() if scales else None
+    request = dataclasses.replace(request, seeds=[args.seed], batch=1, **changes)
+    out = check_out(args.out)
+    model = {name: getattr(args, name) for name in MODEL}
+    say(f"loading {model['model']} ...")
+    pipe = load_model(model)
+    pipe = pipe.with_lora(*loras[0]) if loras[0] else pipe
+    if not all(hasattr(pipe.model, name) for name in ("multiple", "conditioner")):
+        raise RequestError("--pairs needs a latent diffusion model")
+    settings = {**common_settings(model, request, pipe.complete(request)), "seed": args.seed}
+    del settings["batch"]  # a picture's border is not kept, so it cannot be replayed
+    out.mkdir(parents=True, exist_ok=True)
+    first, made = next_number(out), inpaint(pipe, request, pairs)
+    for i, (pair, image) in enumerate(zip(pairs, tqdm(made, total=len(pairs)), strict=True)):
+        files = {"image": str(pair.image.absolute()), "mask": str(pair.mask.absolute())}
+        name = f"{first + i:05d}-{slug(pair.image.stem)}.png"
+        png.save_png(out / name, image, settings | files)
+    say(f"{len(pairs)} pictures in {out}")
 
 
 # -------------------------------------------------------------------------------------- requests
