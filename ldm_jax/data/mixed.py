@@ -35,7 +35,7 @@ class MixedLoader:
             for one, other in zip(first, second, strict=True):
                 batch = {name: _joined(one[name], other[name]) for name in one if name in other}
                 half = len(one["caption"])
-                batch["weight"] = np.repeat(np.float32([2.0, 2.0 * self.weight]), half)
+                batch["weight"] = np.repeat(np.array([2.0, 2.0 * self.weight], np.float32), half)
                 yield batch
 
 
