@@ -160,6 +160,8 @@ def make(data, first_stage):
 def test_every_kind_of_conditioner_is_here():
     # Text encoders, as bert is; the others have rows of their own in tests/convert.
     elsewhere = {"clip", "clip_vector", "sdxl", "depth", "upscale"}
+    # Of transformers over codes, in test_transformer.py.
+    elsewhere |= {"start", "label", "coordinates", "coded_map", "boxes"}
     assert {c["kind"] for c, *_ in KINDS.values()} == {*CONDITIONERS} - elsewhere
 
 

@@ -25,6 +25,7 @@ from ldm_jax.models.gpt import (
     keep_top_p,
     sliding_cells,
 )
+from ldm_jax.sampling.request import Request
 from ldm_jax.train import loop
 from ldm_jax.train.loop import train
 from ldm_jax.train.tasks.base import plain
@@ -257,6 +258,24 @@ def test_maps_of_labels_and_coordinates_are_tokens_of_their_place(one_device, tm
     assert converted.config["conditioner"]["kind"] == "coded_map"
     assert any("n_head" in line for line in converted.assumed)
     assert json.loads((tmp_path / "back/config.json").read_text())["kind"] == "transformer"
+
+
+@pytest.mark.compile
+def test_boxes_are_tokens_in_front_of_a_scene(one_device, tmp_path):
+    config = tiny(kind="boxes", vocab_size=64, max_length=8)
+    config.steps = 1
+    config.model.transformer.update(vocab_size=64, block_size=32)
+    config.data.update(source="scenes", count=8, objects=1, column="group", background=255)
+    config.data.condition = ConfigDict({"column": "boxes"})
+    config.data.classes = ("food-drink", "objects")
+    pipe = ldm_jax.load(train(config, tmp_path / "run"), devices=1)
+    left, right = ([("objects", (x, 0.25, 0.5, 0.5))] for x in (0.0, 0.5))
+    tokens = [pipe.job(Request(layout=boxes)).inputs.encoded for boxes in (left, right)]
+    assert tokens[0].shape == (1, 8)
+    assert (tokens[0] != tokens[1]).any()
+    assert pipe(layout=left, seeds=[0, 1]).shape == (2, 8, 8, 3)
+    with pytest.raises(RequestError, match="'tree'"):
+        pipe(layout=[("tree", (0, 0, 1, 1))])
 
 
 @pytest.mark.compile
