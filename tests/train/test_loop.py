@@ -592,6 +592,7 @@ def test_a_run_killed_at_any_moment_and_started_again_is_the_run_that_was_not(
         if not line.startswith(
             (
                 "step ",
+                "progress: ",
                 "validation ",
                 "finished",
                 "the report ",
