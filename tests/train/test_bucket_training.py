@@ -54,7 +54,7 @@ def bucketed(kind: str, shapes: Path, first_stage: Path, **fields) -> ConfigDict
     return config
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "adversarial"])
+@pytest.mark.parametrize("kind", ["diffusion"])
 def test_a_bucket_compiles_once_and_a_run_resumes_exactly(
     kind,
     shapes,
