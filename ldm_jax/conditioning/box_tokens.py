@@ -70,7 +70,7 @@ class BoxTokens(Conditioner):
     def __call__(
         self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
     ) -> Cond:
-        """Returns the tokens as they are encoded."""
+        """Returns the encoded tokens."""
         return Cond(tokens=jnp.asarray(encoded))
 
     def parse(self, value: Any, canvas: Any, geometry: Any) -> list[list[int]]:

@@ -118,7 +118,7 @@ class CodedLabels(CodedMap):
         return np.full((n, *self.size), -1, np.int32)
 
     def channels(self, encoded: jax.Array) -> jax.Array:
-        """Labels [b, H, W] -> one-hot [b, H, W, labels]; channels stay as they are."""
+        """Labels [b, H, W] -> one-hot [b, H, W, labels]; channels are kept."""
         return encoded if encoded.ndim == 4 else jax.nn.one_hot(encoded, self.module.in_channels)
 
     def parse(self, value: Any, canvas: Any, geometry: Any) -> list[np.ndarray]:
@@ -183,7 +183,7 @@ class CodedDepth(CodedMap):
         return np.zeros((n, *self.size), np.float32)
 
     def channels(self, encoded: jax.Array) -> jax.Array:
-        """Depths [b, H, W] -> [b, H, W, 1]; channels stay as they are."""
+        """Depths [b, H, W] -> [b, H, W, 1]; channels are kept."""
         return encoded if encoded.ndim == 4 else encoded[..., None]
 
     def parse(self, value: Any, canvas: Any, geometry: Any) -> list[np.ndarray]:

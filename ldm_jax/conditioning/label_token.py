@@ -60,7 +60,7 @@ class LabelToken(Classes):
     def __call__(
         self, params: Any, encoded: Any, *, train: bool = False, rngs: dict | None = None
     ) -> Cond:
-        """Returns the labels as they are encoded."""
+        """Returns the encoded labels."""
         return Cond(tokens=jnp.asarray(encoded))
 
     def signature(self, names: Sequence[str] | None) -> dict[str, Any]:

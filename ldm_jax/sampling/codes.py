@@ -31,7 +31,7 @@ from ldm_jax.sampling.program import Pictures, keys_of, whole_cells
 from ldm_jax.sampling.request import Request
 
 SAMPLER = "autoregressive"  # the name that a picture's settings have
-HALF = 0.5  # the part of an image that is made anew where the request does not say
+HALF = 0.5  # the part of an image that is sampled where the request gives no strength
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ def with_factors(params: Any, factors: Any, scale: float) -> Any:
 def in_storage_type(params: Any, dtype: Any) -> Any:
     """Returns the parameters with matrices, convolutions and tables in ``dtype``.
 
-    Biases and scales, a small part of a model, stay as they are.
+    Biases and scales, a small part of a model, keep their type.
     """
 
     def stored(leaf: Any) -> Any:

@@ -299,3 +299,17 @@ def preview_rows(*kinds: np.ndarray | None, columns: int = 8) -> list[np.ndarray
     given = [kind for kind in kinds if kind is not None]
     starts = range(0, len(given[0]) if given else 0, columns)
     return [kind[i : i + columns] for i in starts for kind in given]
+
+
+def check_cacheable(config: Any, conditioner: Any) -> None:
+    """Raises ConfigError where a latent cache cannot hold pictures or conditions of a config."""
+    if config.data.crop == "random":
+        raise ConfigError(
+            "data.crop='random' makes a new picture each time: "
+            "a latent cache needs 'center' or 'none'"
+        )
+    if not conditioner.cached:
+        raise ConfigError(
+            "a latent cache holds captions, classes and vectors only: leave data.cache empty, "
+            "this condition is made of the pictures"
+        )

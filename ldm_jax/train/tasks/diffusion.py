@@ -36,7 +36,15 @@ from ldm_jax.models.vqgan import VQModelInterface
 from ldm_jax.sampling.inputs import Inputs
 from ldm_jax.sampling.program import Pictures, SamplingConfig, Steps, generate
 from ldm_jax.train.state import normal_rows, row_keys
-from ldm_jax.train.tasks.base import Batches, Cache, Task, check_choices, plain, preview_rows
+from ldm_jax.train.tasks.base import (
+    Batches,
+    Cache,
+    Task,
+    check_cacheable,
+    check_choices,
+    plain,
+    preview_rows,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -357,16 +365,7 @@ class DiffusionTask(Task):
             raise ConfigError("model.first_stage is the identity: there is nothing to encode")
         if config.data.prior.path:
             raise ConfigError("data.prior is read from pictures: a latent cache holds none of it")
-        if config.data.crop == "random":
-            raise ConfigError(
-                "data.crop='random' makes a new picture each time: "
-                "a latent cache needs 'center' or 'none'"
-            )
-        if not conditioner.cached:
-            raise ConfigError(
-                "a latent cache holds captions, classes and vectors only: leave data.cache empty, "
-                "this condition is made of the pictures"
-            )
+        check_cacheable(config, conditioner)
 
         def encode(first_stage: Any, image: jax.Array) -> jax.Array:
             sides = [image, image[:, :, ::-1]] if config.data.flip else [image]

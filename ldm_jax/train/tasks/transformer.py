@@ -33,7 +33,7 @@ from ldm_jax.models.ldm import to_float, to_uint8
 from ldm_jax.sampling.codes import CodesConfig, CodeSteps, generate_pictures
 from ldm_jax.sampling.inputs import Inputs
 from ldm_jax.train.state import row_keys
-from ldm_jax.train.tasks.base import Cache, Task, plain, preview_rows
+from ldm_jax.train.tasks.base import Cache, Task, check_cacheable, plain, preview_rows
 
 # Purposes of a row's random numbers: each key is used once.
 KEEP, RANDOM = range(2)
@@ -197,16 +197,7 @@ class TransformerTask(Task):
     def cache(self, dtype: str = "float16") -> Cache:
         """Returns what is kept: codes, with those of the mirror image, and classes."""
         config, model, conditioner = self.config, self.model, self.model.conditioner
-        if config.data.crop == "random":
-            raise ConfigError(
-                "data.crop='random' makes a new picture each time: "
-                "a latent cache needs 'center' or 'none'"
-            )
-        if not conditioner.cached:
-            raise ConfigError(
-                "a latent cache holds captions, classes and vectors only: leave data.cache empty, "
-                "this condition is made of the pictures"
-            )
+        check_cacheable(config, conditioner)
 
         def encode(stage: Any, image: jax.Array) -> jax.Array:
             sides = [image, image[:, :, ::-1]] if config.data.flip else [image]
